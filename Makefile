@@ -1,0 +1,56 @@
+# Set-up, checks and tests. Everything runs in a virtual environment that is made when it is first needed:
+#   make demo              the demonstration, on a fresh machine too
+#   make test              lint, types and the default tests
+#   make test-all          the slow tests as well
+# VENV chooses where the environment is, PYTHON what it is made with, PYTEST_ARGS adds to pytest's arguments.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PACKAGING := pyproject.toml setup.cfg constraints.txt
+# One thread for each test process: more would fight over the cores.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+.PHONY: help demo setup lint format test test-all clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are older than a changed dependency list, so that the next make installs it.
+$(VENV)/.installed: $(PACKAGING) | $(BIN)/python
+	$(INSTALL) --editable ".[vision,plots]"
+	touch $@
+
+$(VENV)/.installed-dev: $(PACKAGING) | $(BIN)/python
+	$(INSTALL) --editable ".[dev]"
+	touch $@ $(VENV)/.installed
+
+setup: $(VENV)/.installed-dev
+
+demo: $(VENV)/.installed
+	$(BIN)/hf-vitprune demo
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(PYTEST)
+
+test-all: lint
+	$(PYTEST) -m "slow or not slow"
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
