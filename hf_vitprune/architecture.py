@@ -1,0 +1,437 @@
+"""The shape of a (pruned) model: sizes of every layer, and the dense config it came from."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from .errors import InvalidArchitectureError
+from .families import PRUNED_PREFIX, Family, LayerSizes, base_model_type, family_of
+
+#: version of the ``pruning_config`` written to config.json
+FORMAT_VERSION = 1
+#: what may mix the tokens of a layer
+MIXERS = ("attention", "none")
+#: no redistribution needs a part this many times its dense size; larger numbers are taken for corruption
+MAX_GROWTH = 16
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one layer. ``qk_dim`` and ``v_dim`` are channels a head; ``mlp`` 0 means no MLP."""
+
+    mixer: str = "attention"
+    heads: int = 0
+    qk_dim: int = 0
+    v_dim: int = 0
+    mlp: int = 0
+    #: channels that q/k/v (fc1) read after the norm; None: all
+    attention_in: int | None = None
+    mlp_in: int | None = None
+    #: Swin: windows of this layer are shifted
+    shifted: bool | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of every layer of a model, and the stock config of its dense form.
+
+    Attributes:
+        config: stock config of the dense model (never a pruned one).
+        layers: shapes of the layers that exist, bottom to top.
+        hidden_size: width of the residual stream (Swin: of the first stage).
+        depths: layers a stage (Swin), else None.
+        task: class name without its family prefix, e.g. ``"ForImageClassification"`` or ``"Model"``.
+    """
+
+    config: PreTrainedConfig = field(compare=False, repr=False)
+    layers: tuple[LayerShape, ...]
+    hidden_size: int
+    depths: tuple[int, ...] | None = None
+    task: str = "ForImageClassification"
+
+    # ------------------------------------------------------------------ making one
+    @classmethod
+    def of(cls, model: Any) -> Architecture:
+        """The architecture of a stock, pruned, PEFT or wrapped model.
+
+        Raises:
+            UnsupportedModelError: no family is registered for it.
+        """
+        model = unwrap(model)
+        family_of(model)
+        return cls.from_config(model.config, task=task_of(model))
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, task: str = "ForImageClassification") -> Architecture:
+        """The architecture that a stock or pruned config describes."""
+        record = getattr(config, "pruning_config", None)
+        if record is not None:
+            return read_record(config, record, task)
+        return cls.dense(stock_config(config), task)
+
+    @classmethod
+    def dense(cls, config: PreTrainedConfig, task: str = "ForImageClassification") -> Architecture:
+        """The unpruned architecture of a stock config."""
+        family = family_of(config)
+        sizes = family.dense_layers(config)
+        depths = family.depths(config)
+        layers = tuple(dense_shape(s, shifted) for s, shifted in zip(sizes, _shifts(depths, len(sizes)), strict=True))
+        return cls(config, layers, sizes[0].embedding, depths, task)
+
+    @classmethod
+    def from_layers(
+        cls, base_config: PreTrainedConfig, layers: list[Any], hidden_size: int | None = None
+    ) -> Architecture:
+        """An architecture given layer by layer.
+
+        Args:
+            base_config: stock config of the dense model; gives what ``layers`` leaves out, and the attention scale.
+            layers: one dict a layer (Swin: a list of such lists, one a stage) with any of ``mixer``, ``heads``,
+                ``qk_dim``, ``v_dim``, ``mlp``, ``attention_in``, ``mlp_in``. Fewer layers than the dense model has
+                are its first ones.
+            hidden_size: residual width; the dense one by default.
+
+        Raises:
+            InvalidArchitectureError: an unknown key, a size that is no positive integer, too many layers.
+        """
+        dense = cls.dense(stock_config(base_config))
+        if dense.depths is not None:
+            if len(layers) != len(dense.depths) or not all(isinstance(stage, list) for stage in layers):
+                raise InvalidArchitectureError(f"give {len(dense.depths)} lists of layers, one a stage")
+            depths: tuple[int, ...] | None = tuple(len(stage) for stage in layers)
+            starts = [sum(dense.depths[:s]) for s in range(len(layers))]
+            rows = [(starts[s] + b, row) for s, stage in enumerate(layers) for b, row in enumerate(stage)]
+            if any(kept > full for kept, full in zip(depths or (), dense.depths, strict=True)):
+                raise InvalidArchitectureError(f"stages have at most {dense.depths} layers, got {depths}")
+        else:
+            depths = None
+            rows = list(enumerate(layers))
+        if not rows or len(rows) > len(dense.layers):
+            raise InvalidArchitectureError(f"{base_config.model_type} has {len(dense.layers)} layers, got {len(rows)}")
+        shapes = tuple(_shape_from(row, dense.layers[i], f"layer {i}") for i, row in rows)
+        return cls(
+            dense.config, shapes, dense.hidden_size if hidden_size is None else hidden_size, depths, dense.task
+        ).validated()
+
+    # ------------------------------------------------------------------ what follows from it
+    @property
+    def family(self) -> Family:
+        return family_of(self.config)
+
+    @property
+    def model_type(self) -> str:
+        return self.config.model_type
+
+    @property
+    def stages(self) -> list[int]:
+        """Stage of every layer; all 0 without stages."""
+        if self.depths is None:
+            return [0] * len(self.layers)
+        return [s for s, depth in enumerate(self.depths) for _ in range(depth)]
+
+    def width(self, layer: int) -> int:
+        """Residual width at a layer."""
+        return self.hidden_size * self.family.width_factor(self.stages[layer])
+
+    def head_dim(self, layer: int) -> int:
+        """Channels a head of the dense model: what the attention scale is made from, whatever was removed."""
+        sizes = self.family.dense_layers(self.config)
+        if self.depths is None:
+            return sizes[0].head_dim
+        dense_depths = self.family.depths(self.config) or ()
+        return sizes[sum(dense_depths[: self.stages[layer]])].head_dim
+
+    def scaling(self, layer: int) -> float:
+        return self.head_dim(layer) ** -0.5
+
+    @property
+    def is_dense(self) -> bool:
+        return self == Architecture.dense(self.config, self.task)
+
+    def layer_names(self) -> list[str]:
+        """Paths of the layers below the encoder."""
+        return self.family.layer_names(len(self.layers), self.depths)
+
+    def per_layer_config(self) -> dict[int, dict[str, Any]]:
+        """Layer index -> what differs from the dense config, in the words of transformers' ``per_layer_config``.
+
+        ``skip`` names removed branches; sizes that schema has no word for are ``qk_head_dim``, ``v_head_dim``,
+        ``attention_input_size``, ``mlp_input_size`` and ``shifted``.
+        """
+        overrides: dict[int, dict[str, Any]] = {}
+        for i, shape in enumerate(self.layers):
+            row: dict[str, Any] = {}
+            skip = [name for name, gone in (("attention", shape.mixer == "none"), ("mlp", shape.mlp == 0)) if gone]
+            if skip:
+                row["skip"] = skip
+            if shape.mixer == "attention":
+                row["num_attention_heads"] = shape.heads
+                if shape.qk_dim == shape.v_dim:
+                    row["head_dim"] = shape.qk_dim
+                else:
+                    row["qk_head_dim"], row["v_head_dim"] = shape.qk_dim, shape.v_dim
+                if shape.attention_in is not None:
+                    row["attention_input_size"] = shape.attention_in
+            if shape.mlp:
+                row["intermediate_size"] = shape.mlp
+                if shape.mlp_in is not None:
+                    row["mlp_input_size"] = shape.mlp_in
+            if shape.shifted is not None:
+                row["shifted"] = shape.shifted
+            overrides[i] = row
+        return overrides
+
+    # ------------------------------------------------------------------ checks
+    def validated(self) -> Architecture:
+        """Itself, when every size is possible.
+
+        Raises:
+            InvalidArchitectureError: naming the layer and the size.
+        """
+        dense = Architecture.dense(self.config, self.task)
+        _check_size("hidden_size", self.hidden_size, dense.hidden_size)
+        if "embedding" not in self.family.units and self.hidden_size != dense.hidden_size:
+            raise InvalidArchitectureError(f"the residual width of {self.model_type} cannot be changed")
+        if not 0 < len(self.layers) <= len(dense.layers):
+            raise InvalidArchitectureError(f"{len(self.layers)} layers, the dense model has {len(dense.layers)}")
+        if self.depths is not None and (sum(self.depths) != len(self.layers) or min(self.depths) < 1):
+            raise InvalidArchitectureError(f"depths {self.depths} need at least one layer a stage, {len(self.layers)} in all")
+        largest = {name: max(getattr(s, name) for s in dense.layers) for name in ("heads", "qk_dim", "v_dim", "mlp")}
+        for i, shape in enumerate(self.layers):
+            where = f"layer {i}"
+            if shape.mixer not in MIXERS:
+                raise InvalidArchitectureError(f"{where}: unknown mixer {shape.mixer!r}; one of {', '.join(MIXERS)}")
+            if shape.mixer == "attention":
+                for name in ("heads", "qk_dim", "v_dim"):
+                    _check_size(f"{where}: {name}", getattr(shape, name), largest[name])
+            if shape.mlp != 0 or isinstance(shape.mlp, bool):
+                _check_size(f"{where}: mlp", shape.mlp, largest["mlp"])
+            for name in ("attention_in", "mlp_in"):
+                size = getattr(shape, name)
+                if size is not None:
+                    _check_size(f"{where}: {name}", size, self.width(i))
+                    if size > self.width(i):
+                        raise InvalidArchitectureError(f"{where}: {name} {size} is over the width {self.width(i)}")
+            if (shape.shifted is None) != (self.depths is None) or not isinstance(shape.shifted, (bool, type(None))):
+                raise InvalidArchitectureError(f"{where}: shifted is for layers of windows only, got {shape.shifted!r}")
+        return self
+
+    # ------------------------------------------------------------------ JSON
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, complete with the dense config."""
+        layers = [{k: v for k, v in asdict(shape).items() if v is not None} for shape in self.layers]
+        depths = list(self.depths) if self.depths is not None else None
+        record = {"version": FORMAT_VERSION, "task": self.task, "hidden_size": self.hidden_size, "layers": layers}
+        return {**record, "depths": depths, "config": self.config.to_dict()}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Architecture:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            InvalidArchitectureError: something is missing or impossible.
+        """
+        if not isinstance(record, dict) or not {"config", "layers", "hidden_size", "task"} <= record.keys():
+            raise InvalidArchitectureError("an architecture has config, layers, hidden_size and task")
+        if record.get("version") != FORMAT_VERSION:
+            raise InvalidArchitectureError(f"format version {record.get('version')!r}, this library reads {FORMAT_VERSION}")
+        fields = dict(record["config"])
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        depths = record.get("depths")
+        known = set(LayerShape.__dataclass_fields__)
+        if any(set(row) - known for row in record["layers"]):
+            raise InvalidArchitectureError(f"a layer has any of {', '.join(sorted(known))}")
+        layers = tuple(LayerShape(**row) for row in record["layers"])
+        return cls(config, layers, record["hidden_size"], tuple(depths) if depths else None, record["task"]).validated()
+
+    def replace(self, **changes: Any) -> Architecture:
+        return replace(self, **changes).validated()
+
+
+# ---------------------------------------------------------------------- the record in config.json
+def write_record(architecture: Architecture, info: dict[str, Any] | None = None) -> dict[str, Any]:
+    """``pruning_config`` for config.json: versioned, in per_layer_config's words, sealed by a fingerprint."""
+    c = architecture.family.sizes_config(architecture.config)
+    dense: dict[str, Any] = (
+        {"depths": list(c.depths)}
+        if architecture.depths is not None
+        else {name: getattr(c, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    )
+    record: dict[str, Any] = {
+        "version": FORMAT_VERSION,
+        "dense": dense,
+        "hidden_size": architecture.hidden_size,
+        "per_layer_config": {str(i): row for i, row in architecture.per_layer_config().items()},
+    }
+    if architecture.depths is not None:
+        record["depths"] = list(architecture.depths)
+    if info:
+        record["info"] = info
+    record["fingerprint"] = fingerprint(record)
+    return record
+
+
+def fingerprint(record: dict[str, Any]) -> str:
+    """Digest of everything else in a record: shapes alone cannot tell 4 heads of 32 from 8 heads of 16."""
+    rest = {k: v for k, v in record.items() if k not in ("fingerprint", "info")}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_record(config: PreTrainedConfig, record: Any, task: str) -> Architecture:
+    """The architecture that a config with a ``pruning_config`` describes.
+
+    Raises:
+        InvalidArchitectureError: the record is malformed, impossible, or was edited by hand.
+    """
+    if not isinstance(record, dict):
+        raise InvalidArchitectureError(f"pruning_config is a {type(record).__name__}, expected a dict")
+    if record.get("version") != FORMAT_VERSION:
+        raise InvalidArchitectureError(
+            f"pruning_config has format version {record.get('version')!r}, this library reads {FORMAT_VERSION}; "
+            "a newer hf_vitprune may read it"
+        )
+    missing = {"dense", "hidden_size", "per_layer_config", "fingerprint"} - record.keys()
+    if missing:
+        raise InvalidArchitectureError(f"pruning_config lacks {', '.join(sorted(missing))}")
+    rows = record["per_layer_config"]
+    if not isinstance(rows, dict) or not isinstance(record["dense"], dict):
+        raise InvalidArchitectureError("pruning_config: per_layer_config and dense are dicts")
+    if sorted(rows) != sorted(str(i) for i in range(len(rows))):
+        raise InvalidArchitectureError("pruning_config: per_layer_config numbers the layers from 0 without gaps")
+    try:
+        seal = fingerprint(record)
+    except (TypeError, ValueError) as error:
+        raise InvalidArchitectureError(f"pruning_config is not JSON: {error}") from error
+    depths = record.get("depths")
+    if depths is not None and not (isinstance(depths, list) and all(type(d) is int for d in depths)):
+        raise InvalidArchitectureError(f"pruning_config: depths {depths!r} is no list of whole numbers")
+    shapes = tuple(_shape_from_words(rows[str(i)], f"pruning_config: layer {i}") for i in range(len(rows)))
+    base = stock_config(config)
+    architecture = Architecture(base, shapes, record["hidden_size"], tuple(depths) if depths else None, task)
+    architecture.validated()
+    if seal != record["fingerprint"]:
+        raise InvalidArchitectureError(
+            "pruning_config does not match its fingerprint: it was edited or damaged after the model was saved; "
+            "fetch config.json again, or rebuild the model with hf_vitprune.prune"
+        )
+    return architecture
+
+
+def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The stock config of the dense model behind a stock or pruned config (a copy for pruned ones).
+
+    Raises:
+        InvalidArchitectureError: the pruned config's record of the dense sizes is damaged.
+    """
+    if not config.model_type.startswith(PRUNED_PREFIX):
+        return config
+    family = family_of(config)
+    fields = copy.deepcopy(config.to_dict())
+    record = fields.pop("pruning_config", None)
+    for name in ("model_type", "architectures", "auto_map", "transformers_version"):
+        fields.pop(name, None)
+    if family.depths(config) is None:
+        for name in ("stage_names", "out_features", "out_indices"):  # of the pruned depth
+            fields.pop(name, None)
+    if isinstance(record, dict):
+        dense = _checked_dense_sizes(record.get("dense"))
+        (fields[family.sub_config] if family.sub_config else fields).update(dense)
+    base = AutoConfig.for_model(base_model_type(config.model_type), **fields)
+    base._attn_implementation = config._attn_implementation
+    return base
+
+
+def _checked_dense_sizes(dense: Any) -> dict[str, Any]:
+    if not isinstance(dense, dict) or set(dense) - {"hidden_size", "num_hidden_layers", "num_attention_heads", "depths"}:
+        raise InvalidArchitectureError(f"pruning_config: dense sizes {dense!r} are not those of a model")
+    for name, size in dense.items():
+        sizes = size if name == "depths" and isinstance(size, list) else [size]
+        if not sizes or any(type(s) is not int or not 0 < s <= 1 << 16 for s in sizes):
+            raise InvalidArchitectureError(f"pruning_config: dense {name} is {size!r}")
+    heads = dense.get("num_attention_heads", 1)
+    if dense.get("hidden_size", heads) % heads:
+        raise InvalidArchitectureError(f"pruning_config: dense width and {heads} heads do not divide")
+    return dense
+
+
+# ---------------------------------------------------------------------- small helpers
+def unwrap(model: Any) -> Any:
+    """The transformers model inside a PruningModel, a PeftModel, or itself."""
+    while True:
+        inner = getattr(model, "get_base_model", None)
+        if inner is None:
+            return model
+        model = inner()
+
+
+def task_of(model: Any) -> str:
+    """Class name without the family's prefix: ``ViTForImageClassification`` -> ``ForImageClassification``."""
+    stated = getattr(model, "pruning_task", None)
+    return stated or strip_family(type(model).__name__, type(model.config).__name__)
+
+
+def strip_family(model_class: str, config_class: str) -> str:
+    """Task part of a class name: the config's name tells the prefix (CLIPVisionConfig: also ``CLIP``)."""
+    family = config_class.removesuffix("Config")
+    prefixes = (family, family.removesuffix("Vision"))
+    return next((model_class.removeprefix(p) for p in prefixes if model_class.startswith(p)), model_class)
+
+
+def dense_shape(sizes: LayerSizes, shifted: bool | None) -> LayerShape:
+    return LayerShape("attention", sizes.heads, sizes.head_dim, sizes.head_dim, sizes.mlp, shifted=shifted)
+
+
+def _shifts(depths: tuple[int, ...] | None, layers: int) -> list[bool | None]:
+    if depths is None:
+        return [None] * layers
+    return [bool(b % 2) for depth in depths for b in range(depth)]
+
+
+def _check_size(what: str, size: Any, dense: int) -> None:
+    if type(size) is not int or size < 1:
+        raise InvalidArchitectureError(f"{what} is {size!r}, expected a whole number of at least 1")
+    if size > dense * MAX_GROWTH:
+        raise InvalidArchitectureError(f"{what} is {size}, over {MAX_GROWTH} times the dense size {dense}")
+
+
+def _shape_from(row: Any, dense: LayerShape, where: str) -> LayerShape:
+    known = set(LayerShape.__dataclass_fields__) - {"shifted"}
+    if not isinstance(row, dict) or set(row) - known:
+        raise InvalidArchitectureError(f"{where}: expected a dict with any of {', '.join(sorted(known))}, got {row!r}")
+    shape = replace(dense, **row)
+    return replace(shape, heads=0, qk_dim=0, v_dim=0, attention_in=None) if shape.mixer == "none" else shape
+
+
+_WORDS = {
+    "num_attention_heads": "heads",
+    "qk_head_dim": "qk_dim",
+    "v_head_dim": "v_dim",
+    "intermediate_size": "mlp",
+    "attention_input_size": "attention_in",
+    "mlp_input_size": "mlp_in",
+    "shifted": "shifted",
+}
+
+
+def _shape_from_words(row: Any, where: str) -> LayerShape:
+    if not isinstance(row, dict) or set(row) - {*_WORDS, "skip", "head_dim"}:
+        raise InvalidArchitectureError(f"{where}: unknown words in {row!r}")
+    skip = row.get("skip", [])
+    if not isinstance(skip, list) or set(map(str, skip)) - {"attention", "mlp"}:
+        raise InvalidArchitectureError(f"{where}: skip is a list of attention and mlp, got {skip!r}")
+    shape = {short: row[word] for word, short in _WORDS.items() if word in row}
+    if "head_dim" in row:
+        shape["qk_dim"] = shape["v_dim"] = row["head_dim"]
+    if "attention" in skip:
+        if {"heads", "qk_dim", "v_dim", "attention_in"} & shape.keys():
+            raise InvalidArchitectureError(f"{where}: a skipped attention has no sizes")
+        shape["mixer"] = "none"
+    if ("mlp" in skip) == ("mlp" in shape):
+        raise InvalidArchitectureError(f"{where}: give intermediate_size, or skip the mlp")
+    return LayerShape(**shape)

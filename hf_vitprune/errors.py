@@ -1,0 +1,49 @@
+"""The exceptions of this library: one base class, and each also inherits from the standard exception it refines."""
+
+
+class VitPruneError(Exception):
+    """Base class of every error raised on purpose by this library."""
+
+
+class UnsupportedModelError(VitPruneError, TypeError):
+    """The model is of no registered family, or holds more than a vision encoder."""
+
+
+class UnsupportedUnitError(VitPruneError, ValueError):
+    """The family does not have the unit that was to be removed."""
+
+
+class InvalidConfigError(VitPruneError, ValueError):
+    """A method's or trainer's setting has an impossible value."""
+
+
+class InvalidPlanError(VitPruneError, ValueError):
+    """A plan removes nothing, empties a set, or belongs to another model."""
+
+
+class InvalidArchitectureError(VitPruneError, ValueError):
+    """The sizes of an architecture are impossible, or do not match its own record."""
+
+
+class UnreachableTargetError(VitPruneError, ValueError):
+    """No plan that respects the floors reaches the requested cost."""
+
+
+class CheckpointMismatchError(VitPruneError, RuntimeError):
+    """The weights of a checkpoint are not those of the architecture that its config states."""
+
+
+class NativeExportError(VitPruneError, ValueError):
+    """The pruned shape cannot be expressed by a stock transformers class."""
+
+
+class AdapterError(VitPruneError, ValueError):
+    """A PEFT adapter cannot be carried over to the pruned model, or belongs to another architecture."""
+
+
+class MissingLabelsError(VitPruneError, ValueError):
+    """Training needs labels and the batch has none."""
+
+
+class ResumeError(VitPruneError, RuntimeError):
+    """A checkpoint was about to restore only part of a model."""

@@ -1,0 +1,244 @@
+"""What the engine must know of one kind of transformers model: where its parts are, and how large they are.
+
+A family is data, not code that changes models: module paths, sizes read from a config, and which units can be
+removed. Everything that slices, builds or counts works from these facts alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+#: Every kind of unit that a plan can remove, from the finest to the coarsest.
+UNITS = ("qk", "v", "mlp", "heads", "embedding", "layers")
+
+
+class LayerSizes(NamedTuple):
+    """Sizes of one dense layer: residual width, attention heads, channels a head, hidden neurons of the MLP."""
+
+    embedding: int
+    heads: int
+    head_dim: int
+    mlp: int
+
+
+class LayerPaths(NamedTuple):
+    """Dotted paths, from the task model, of the parts of one layer. ``scale1``/``scale2`` are None without LayerScale."""
+
+    layer: str
+    norm1: str
+    attention: str
+    q: str
+    k: str
+    v: str
+    o: str
+    norm2: str
+    mlp: str
+    fc1: tuple[str, ...]
+    fc2: str
+    scale1: str | None
+    scale2: str | None
+    bias_table: str | None
+
+
+class Part(NamedTuple):
+    """Cost of one part of a model for one image: elements of weight matrices, other parameters, multiply-adds."""
+
+    name: str
+    weights: int
+    others: int
+    macs: int
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """(height, width) of a config field that holds an int or a pair."""
+    if isinstance(size, (list, tuple)):
+        return int(size[0]), int(size[1])
+    return int(size), int(size)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model, found by ``config.model_type``. Paths are relative to the layer unless said otherwise."""
+
+    model_type: str
+    #: attribute under which the task models hold the encoder ("" cannot be used: base models are detected by it)
+    root: str
+    #: path of the list of layers below the encoder
+    layers: str = "layers"
+    norm1: str = "layernorm_before"
+    norm2: str = "layernorm_after"
+    attention: str = "attention"
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    mlp: str = "mlp"
+    fc1: tuple[str, ...] = ("fc1",)
+    fc2: str = "fc2"
+    scale1: str | None = None
+    scale2: str | None = None
+    bias_table: str | None = None
+    #: LayerNorms over the residual stream outside the layers, below the encoder
+    norms: tuple[str, ...] = ("layernorm",)
+    units: frozenset[str] = frozenset(UNITS)
+    #: tokens that are not patches
+    extra_tokens: int = 1
+    #: attribute of the config that holds the sizes ("vision_config" in two-tower configs)
+    sub_config: str | None = None
+    #: True where the config honours ``head_dim``, so that stock classes can hold uniformly pruned heads
+    config_head_dim: bool = False
+    #: (module, attention_mask, input_shape) -> additive mask, for families with a learned position bias
+    attention_bias: Callable[..., Any] | None = None
+    #: model classes with more than one encoder or a wrapped one, that this family does not take
+    refused_classes: tuple[str, ...] = ()
+
+    # ------------------------------------------------------------------ sizes
+    def sizes_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The config that holds the encoder's sizes: the config itself, or its vision part."""
+        return getattr(config, self.sub_config) if self.sub_config else config
+
+    def dense_layers(self, config: PreTrainedConfig) -> list[LayerSizes]:
+        """Sizes of every layer of the dense model that ``config`` describes."""
+        c = self.sizes_config(config)
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        sizes = LayerSizes(c.hidden_size, c.num_attention_heads, head_dim, self.mlp_size(c))
+        return [sizes] * c.num_hidden_layers
+
+    def mlp_size(self, c: PreTrainedConfig) -> int:
+        return c.intermediate_size
+
+    def fc1_names(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        """Linears that feed the hidden neurons: one, or gate and up."""
+        return self.fc1
+
+    def fc2_name(self, config: PreTrainedConfig) -> str:
+        return self.fc2
+
+    def qkv_bias(self, config: PreTrainedConfig) -> bool:
+        return bool(getattr(self.sizes_config(config), "qkv_bias", True))
+
+    def depths(self, config: PreTrainedConfig) -> tuple[int, ...] | None:
+        """Layers a stage for hierarchical families, else None."""
+        return None
+
+    def width_factor(self, stage: int) -> int:
+        """Residual width of a stage as a multiple of the first one's."""
+        return 1
+
+    # ------------------------------------------------------------------ configs of other shapes
+    def resize_config(
+        self, config: PreTrainedConfig, hidden_size: int, num_layers: int, depths: tuple[int, ...] | None
+    ) -> None:
+        """Set residual width and depth in place (what stock code outside the layers reads)."""
+        c = self.sizes_config(config)
+        c.hidden_size = hidden_size
+        c.num_hidden_layers = num_layers
+
+    def skeleton_heads(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Config overrides under which stock constructors accept any residual width (heads are replaced after)."""
+        return {"num_attention_heads": 1}
+
+    def uniform_config(self, heads: int, head_dim: int, mlp: int, hidden_size: int) -> dict[str, Any]:
+        """Stock config fields for a model whose layers all have these sizes.
+
+        Raises:
+            ValueError: the stock config cannot express them; the message says which field.
+        """
+        fields: dict[str, Any] = {"num_attention_heads": heads, "intermediate_size": mlp}
+        if heads * head_dim != hidden_size or self.config_head_dim:
+            if not self.config_head_dim:
+                raise ValueError(
+                    f"stock {self.model_type} models have head_dim = hidden_size / heads, here "
+                    f"{heads} heads of {head_dim} at width {hidden_size}"
+                )
+            fields["head_dim"] = head_dim
+        return fields
+
+    # ------------------------------------------------------------------ paths
+    def encoder_path(self, model: nn.Module) -> str:
+        """Prefix of the encoder inside ``model``: ``"vit."`` for task models, ``""`` for base models and backbones."""
+        return f"{self.root}." if hasattr(model, self.root) else ""
+
+    def layer_names(self, num_layers: int, depths: tuple[int, ...] | None) -> list[str]:
+        """Paths of all layers below the encoder."""
+        return [f"{self.layers}.{i}" for i in range(num_layers)]
+
+    def layer_paths(self, prefix: str, layer: str, config: PreTrainedConfig) -> LayerPaths:
+        base = prefix + layer
+
+        def at(*names: str) -> str:
+            return ".".join((base, *names))
+
+        return LayerPaths(
+            layer=base,
+            norm1=at(self.norm1),
+            attention=at(self.attention),
+            q=at(self.attention, self.q),
+            k=at(self.attention, self.k),
+            v=at(self.attention, self.v),
+            o=at(self.attention, self.o),
+            norm2=at(self.norm2),
+            mlp=at(self.mlp),
+            fc1=tuple(at(self.mlp, n) for n in self.fc1_names(config)),
+            fc2=at(self.mlp, self.fc2_name(config)),
+            scale1=at(self.scale1) if self.scale1 else None,
+            scale2=at(self.scale2) if self.scale2 else None,
+            bias_table=at(self.attention, self.bias_table) if self.bias_table else None,
+        )
+
+    # ------------------------------------------------------------------ structure beyond the layers
+    def finish_structure(self, model: nn.Module, config: PreTrainedConfig, dense_hidden_size: int) -> None:
+        """Adjust what lies outside the layers after the skeleton has its new width (nothing, for most)."""
+
+    def configure_layer(self, layer: nn.Module, config: PreTrainedConfig, shifted: bool | None) -> None:
+        """Set attributes of a layer that depend on its place in the dense model (window shift)."""
+
+    # ------------------------------------------------------------------ cost
+    def grid(self, config: PreTrainedConfig, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+        """Patches (down, across) for an image size, the config's own by default."""
+        c = self.sizes_config(config)
+        height, width = pair(c.image_size if image_size is None else image_size)
+        patch_h, patch_w = pair(c.patch_size)
+        return height // patch_h, width // patch_w
+
+    def attention_tokens(
+        self, config: PreTrainedConfig, grid: tuple[int, int], stage: int
+    ) -> tuple[int, int, int]:
+        """(tokens through the MLP, tokens through q/k/v/o, sum of squared attention lengths) for one image."""
+        n = grid[0] * grid[1] + self.extra_tokens_of(config)
+        return n, n, n * n
+
+    def extra_tokens_of(self, config: PreTrainedConfig) -> int:
+        return self.extra_tokens
+
+    def table_rows(self, config: PreTrainedConfig) -> int:
+        """Rows of a learned position-bias table (columns are heads); 0 without one."""
+        return 0
+
+    def outer_parts(self, config: PreTrainedConfig, width: int, task: str, grid: tuple[int, int]) -> list[Part]:
+        """Cost of everything outside the layers, for residual width ``width`` and a task-class suffix."""
+        raise NotImplementedError  # every family has its own stem and head
+
+    # ------------------------------------------------------------------ helpers for outer_parts
+    def patch_part(self, config: PreTrainedConfig, width: int, grid: tuple[int, int], bias: bool = True) -> Part:
+        c = self.sizes_config(config)
+        patch_h, patch_w = pair(c.patch_size)
+        weights = c.num_channels * patch_h * patch_w * width
+        return Part("patch embedding", weights, width if bias else 0, grid[0] * grid[1] * weights)
+
+    def table_part(self, name: str, rows: int, width: int) -> Part:
+        """Tokens or positions: parameters without multiply-adds."""
+        return Part(name, 0, rows * width, 0)
+
+    def linear_part(self, name: str, inputs: int, outputs: int, bias: bool = True, tokens: int = 1) -> Part:
+        return Part(name, inputs * outputs, outputs if bias else 0, tokens * inputs * outputs)
+
+    def positions(self, config: PreTrainedConfig) -> int:
+        """Patch positions stored in the checkpoint (the config's image size, whatever the input's)."""
+        rows, columns = self.grid(config, None)
+        return rows * columns

@@ -1,0 +1,60 @@
+"""CLIP's vision tower: alone, with its projection, or under the image classifier of the two-tower config."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from .base import Family, Part
+
+
+@dataclass(frozen=True)
+class ClipFamily(Family):
+    def resize_config(
+        self, config: PreTrainedConfig, hidden_size: int, num_layers: int, depths: tuple[int, ...] | None
+    ) -> None:
+        super().resize_config(config, hidden_size, num_layers, depths)
+        # the stock config refuses a width that its heads do not divide; the layers' own heads are in the record
+        c = self.sizes_config(config)
+        c.num_attention_heads = math.gcd(hidden_size, c.num_attention_heads)
+
+    def outer_parts(self, config: PreTrainedConfig, width: int, task: str, grid: tuple[int, int]) -> list[Part]:
+        parts = [
+            self.patch_part(config, width, grid, bias=False),
+            self.table_part("tokens", 1, width),
+            self.table_part("positions", self.positions(config) + 1, width),
+            self.table_part("pre and final norm", 4, width),
+        ]
+        if task == "VisionModelWithProjection":
+            projection = self.sizes_config(config).projection_dim
+            parts.append(self.linear_part("projection", width, projection, bias=False))
+        elif task == "ForImageClassification" and config.num_labels > 0:
+            parts.append(self.linear_part("classifier", width, config.num_labels))
+        return parts
+
+
+CLIP_VISION = ClipFamily(
+    model_type="clip_vision_model",
+    root="vision_model",
+    layers="encoder.layers",
+    norm1="layer_norm1",
+    norm2="layer_norm2",
+    attention="self_attn",
+    o="out_proj",
+    norms=("pre_layrnorm", "post_layernorm"),
+)
+#: the same tower under ``CLIPConfig``, as AutoModelForImageClassification maps it
+CLIP = ClipFamily(
+    model_type="clip",
+    root="vision_model",
+    layers="encoder.layers",
+    norm1="layer_norm1",
+    norm2="layer_norm2",
+    attention="self_attn",
+    o="out_proj",
+    norms=("pre_layrnorm", "post_layernorm"),
+    sub_config="vision_config",
+    refused_classes=("CLIPModel",),
+)

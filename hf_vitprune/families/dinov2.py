@@ -1,0 +1,75 @@
+"""DINOv2 and DINOv2 with registers: LayerScale, optional SwiGLU, a classifier on CLS and the mean patch side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .base import Family, Part
+
+
+@dataclass(frozen=True)
+class Dinov2Family(Family):
+    def mlp_size(self, c: PreTrainedConfig) -> int:
+        hidden = int(c.hidden_size * c.mlp_ratio)
+        return (int(hidden * 2 / 3) + 7) // 8 * 8 if c.use_swiglu_ffn else hidden
+
+    def fc1_names(self, config: PreTrainedConfig) -> tuple[str, ...]:
+        return ("gate_proj", "up_proj") if config.use_swiglu_ffn else ("fc1",)
+
+    def fc2_name(self, config: PreTrainedConfig) -> str:
+        return "down_proj" if config.use_swiglu_ffn else "fc2"
+
+    def resize_config(
+        self, config: PreTrainedConfig, hidden_size: int, num_layers: int, depths: tuple[int, ...] | None
+    ) -> None:
+        super().resize_config(config, hidden_size, num_layers, depths)
+        # a backbone config lists its stages; they must follow the depth
+        config.stage_names = ["stem"] + [f"stage{i}" for i in range(1, num_layers + 1)]
+        kept = [name for name in config.out_features if name in config.stage_names]
+        config.set_output_features_output_indices(out_features=kept or config.stage_names[-1:], out_indices=None)
+
+    def uniform_config(self, heads: int, head_dim: int, mlp: int, hidden_size: int) -> dict[str, Any]:
+        ratio, rest = divmod(mlp, hidden_size)
+        if rest or not ratio:
+            raise ValueError(f"stock {self.model_type} configs hold a whole mlp_ratio, here {mlp}/{hidden_size}")
+        return {"num_attention_heads": heads, "head_dim": head_dim, "mlp_ratio": ratio}
+
+    def extra_tokens_of(self, config: PreTrainedConfig) -> int:
+        return 1 + getattr(config, "num_register_tokens", 0)
+
+    def outer_parts(self, config: PreTrainedConfig, width: int, task: str, grid: tuple[int, int]) -> list[Part]:
+        mask_token = int(getattr(config, "use_mask_token", True))
+        parts = [
+            self.patch_part(config, width, grid),
+            self.table_part("tokens", self.extra_tokens_of(config) + mask_token, width),
+            self.table_part("positions", self.positions(config) + 1, width),
+            self.table_part("final norm", 2, width),
+        ]
+        if task == "ForImageClassification" and config.num_labels > 0:
+            parts.append(self.linear_part("classifier", 2 * width, config.num_labels))
+        return parts
+
+
+DINOV2 = Dinov2Family(
+    model_type="dinov2",
+    root="dinov2",
+    layers="encoder.layer",
+    norm1="norm1",
+    norm2="norm2",
+    scale1="layer_scale1",
+    scale2="layer_scale2",
+    config_head_dim=True,
+)
+DINOV2_WITH_REGISTERS = Dinov2Family(
+    model_type="dinov2_with_registers",
+    root="dinov2_with_registers",
+    layers="encoder.layer",
+    norm1="norm1",
+    norm2="norm2",
+    scale1="layer_scale1",
+    scale2="layer_scale2",
+    config_head_dim=True,
+)

@@ -1,0 +1,126 @@
+"""Swin: stages of (shifted) window attention with learned position tables, patch merging between stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .base import UNITS, Family, LayerSizes, Part, pair
+
+
+def window_bias(module: Any, attention_mask: Any, input_shape: tuple[int, ...]) -> Any:
+    """Position bias of every head, plus the shift mask of every window: ``(1 or windows * batch, heads, n, n)``."""
+    bias = module.relative_position_bias()
+    if attention_mask is None:
+        return bias
+    windows, length, _ = attention_mask.shape
+    images = input_shape[0] // windows
+    mask = attention_mask[None, :, None].expand(images, windows, 1, length, length)
+    return bias + mask.reshape(images * windows, 1, length, length)
+
+
+@dataclass(frozen=True)
+class SwinFamily(Family):
+    def dense_layers(self, config: PreTrainedConfig) -> list[LayerSizes]:
+        sizes = []
+        for stage, depth in enumerate(config.depths):
+            width = config.embed_dim * 2**stage
+            heads = config.num_heads[stage]
+            sizes += [LayerSizes(width, heads, width // heads, int(config.mlp_ratio * width))] * depth
+        return sizes
+
+    def depths(self, config: PreTrainedConfig) -> tuple[int, ...]:
+        return tuple(config.depths)
+
+    def width_factor(self, stage: int) -> int:
+        return 2**stage
+
+    def resize_config(
+        self, config: PreTrainedConfig, hidden_size: int, num_layers: int, depths: tuple[int, ...] | None
+    ) -> None:
+        # the residual width of Swin is fixed (patch merging mixes it); only the depth of the stages changes
+        if depths is not None:
+            config.depths = list(depths)
+
+    def skeleton_heads(self, config: PreTrainedConfig) -> dict[str, Any]:
+        return {"num_heads": [1] * len(config.depths)}
+
+    def uniform_config(self, heads: int, head_dim: int, mlp: int, hidden_size: int) -> dict[str, Any]:
+        raise ValueError("stock Swin models fix heads and MLP ratio of every stage; only whole layers can be removed")
+
+    def layer_names(self, num_layers: int, depths: tuple[int, ...] | None) -> list[str]:
+        assert depths is not None
+        return [f"{self.layers}.{s}.blocks.{b}" for s, depth in enumerate(depths) for b in range(depth)]
+
+    def configure_layer(self, layer: nn.Module, config: PreTrainedConfig, shifted: bool | None) -> None:
+        # a layer keeps the shift it was trained with, wherever it ends up in its stage
+        layer.shift_size = config.window_size // 2 if shifted else 0  # type: ignore[assignment]
+
+    def grid(self, config: PreTrainedConfig, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+        height, width = pair(config.image_size if image_size is None else image_size)
+        patch_h, patch_w = pair(config.patch_size)
+        return -(-height // patch_h), -(-width // patch_w)  # Swin pads the image up to whole patches
+
+    def stage_grid(self, grid: tuple[int, int], stage: int) -> tuple[int, int]:
+        for _ in range(stage):
+            grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
+        return grid
+
+    def attention_tokens(self, config: PreTrainedConfig, grid: tuple[int, int], stage: int) -> tuple[int, int, int]:
+        rows, columns = self.stage_grid(grid, stage)
+        window = min(config.window_size, rows, columns)
+        windows = -(-rows // window) * -(-columns // window)
+        return rows * columns, windows * window**2, windows * window**4
+
+    def extra_tokens_of(self, config: PreTrainedConfig) -> int:
+        return 0
+
+    def table_rows(self, config: PreTrainedConfig) -> int:
+        return (2 * config.window_size - 1) ** 2
+
+    def positions(self, config: PreTrainedConfig) -> int:
+        rows, columns = super().grid(config, None)
+        return rows * columns
+
+    def outer_parts(self, config: PreTrainedConfig, width: int, task: str, grid: tuple[int, int]) -> list[Part]:
+        parts = [
+            self.patch_part(config, width, grid),
+            self.table_part("patch norm", 2, width),
+        ]
+        if config.use_absolute_embeddings:
+            parts.append(self.table_part("positions", self.positions(config), width))
+        if task == "ForMaskedImageModeling":
+            parts.append(self.table_part("tokens", 1, width))
+        last = len(config.depths) - 1
+        for stage in range(last):
+            dim = width * 2**stage
+            rows, columns = self.stage_grid(grid, stage + 1)
+            merge = self.linear_part("patch merging", 4 * dim, 2 * dim, bias=False, tokens=rows * columns)
+            parts.append(merge._replace(others=8 * dim))
+        top = width * 2**last
+        parts.append(self.table_part("final norm", 2, top))
+        if task == "ForMaskedImageModeling":
+            rows, columns = self.stage_grid(grid, last)
+            pixels = config.encoder_stride**2 * config.num_channels
+            parts.append(self.linear_part("decoder", top, pixels, tokens=rows * columns))
+        elif task == "ForImageClassification" and config.num_labels > 0:
+            parts.append(self.linear_part("classifier", top, config.num_labels))
+        elif task == "Backbone":
+            for stage in config.out_features:
+                index = config.stage_names.index(stage)
+                parts.append(self.table_part("stage norm", 2, width * 2 ** max(index - 1, 0)))
+        return parts
+
+
+SWIN = SwinFamily(
+    model_type="swin",
+    root="swin",
+    layers="encoder.layers",
+    bias_table="relative_position_bias.relative_position_bias_table",
+    units=frozenset(UNITS) - {"embedding"},
+    extra_tokens=0,
+    attention_bias=window_bias,
+)

@@ -1,0 +1,142 @@
+"""Parts of a pruned layer: attention of free sizes, an MLP that reads some channels, and a removed branch."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..architecture import LayerShape
+from ..families import Family
+
+
+def read_inputs(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The channels a pruned part reads: all, or those of its ``input_index``."""
+    index = getattr(module, "input_index", None)
+    return hidden_states if index is None else hidden_states.index_select(-1, index)
+
+
+class PrunedAttentionMixin:
+    """Forward for attention whose heads, q/k channels and v channels are free.
+
+    Mixed into a family's own attention class, so that transformers still records its weights. Stock forwards infer
+    the number of heads from one ``head_dim`` and silently regroup channels when it no longer holds; here every view
+    is explicit. Fused kernels want q, k and v of one width: the narrower side is padded with zeros, which changes
+    neither the scores nor (cropped) the context.
+    """
+
+    def set_shape(self, shape: LayerShape, scaling: float, family: Family) -> None:
+        self.pruned_heads = shape.heads
+        self.qk_dim, self.v_dim = shape.qk_dim, shape.v_dim
+        self.pruned_scaling = scaling
+        self.output_name = family.o
+        self.bias_function = family.attention_bias
+        # attributes that kernels and other people's code read on a stock module
+        for name in ("num_attention_heads", "num_heads"):
+            if hasattr(self, name):
+                setattr(self, name, shape.heads)
+        self.head_dim = shape.v_dim
+        for name in ("scaling", "scale"):
+            if hasattr(self, name):
+                setattr(self, name, scaling)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        module: Any = self
+        shape = hidden_states.shape[:-1]
+        heads = self.pruned_heads
+        inputs = read_inputs(module, hidden_states)
+        query = module.q_proj(inputs).view(*shape, heads, self.qk_dim).transpose(1, 2)
+        key = module.k_proj(inputs).view(*shape, heads, self.qk_dim).transpose(1, 2)
+        value = module.v_proj(inputs).view(*shape, heads, self.v_dim).transpose(1, 2)
+        if self.bias_function is not None:
+            attention_mask = self.bias_function(module, attention_mask, shape)
+
+        implementation = module.config._attn_implementation
+        if implementation != "eager":
+            width = max(self.qk_dim, self.v_dim)
+            if width > self.qk_dim:
+                query, key = F.pad(query, (0, width - self.qk_dim)), F.pad(key, (0, width - self.qk_dim))
+            elif width > self.v_dim:
+                value = F.pad(value, (0, width - self.v_dim))
+        # the eager function of the family's own file, so that its quirks stay
+        eager = sys.modules[type(self).__mro__[2].__module__].eager_attention_forward
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+        dropout = getattr(module, "attention_dropout", getattr(module, "dropout", 0.0))
+        context, weights = attend(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout if module.training else 0.0,
+            scaling=self.pruned_scaling,
+            **kwargs,
+        )
+        context = context[..., : self.v_dim].reshape(*shape, heads * self.v_dim)
+        return getattr(module, self.output_name)(context), weights
+
+
+class PrunedMlpMixin:
+    """An MLP that reads only the channels of its ``input_index``."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(read_inputs(self, hidden_states))  # type: ignore[misc, arg-type]
+
+
+class RemovedAttention(nn.Module):
+    """Stands where a layer's attention was: contributes nothing, and records no attention weights."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class RemovedMlp(nn.Module):
+    """Stands where a layer's MLP was: contributes nothing."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class MaskedLayerNorm(nn.LayerNorm):
+    """LayerNorm whose statistics run over the kept channels only; the removed ones come out as zero.
+
+    A full-size model with removed residual channels computes with it what the narrow model computes.
+    """
+
+    kept: torch.Tensor
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        index = self.kept
+        weight = None if self.weight is None else self.weight[index]
+        bias = None if self.bias is None else self.bias[index]
+        narrow = F.layer_norm(input.index_select(-1, index), (len(index),), weight, bias, self.eps)
+        return torch.zeros_like(input, dtype=narrow.dtype).index_copy(-1, index, narrow)
+
+
+_MIXED: dict[tuple[type, type], type] = {}
+
+
+def mix_into(module: nn.Module, mixin: type) -> None:
+    """Put ``mixin`` in front of the module's class, in place: parameters, hooks and ``isinstance`` stay."""
+    base = type(module)
+    if issubclass(base, mixin):
+        return
+    if (mixin, base) not in _MIXED:
+        name = f"Pruned{base.__name__}"
+        _MIXED[mixin, base] = type(name, (mixin, base), {"__module__": __name__, "__qualname__": name})
+        globals()[name] = _MIXED[mixin, base]  # importable by name, so that copies in other processes find it
+    module.__class__ = _MIXED[mixin, base]
+
+
+def mask_layer_norm(norm: nn.Module, kept: torch.Tensor) -> None:
+    """Turn a LayerNorm, in place, into one over the channels ``kept`` (ascending indices)."""
+    if type(norm) not in (nn.LayerNorm, MaskedLayerNorm):
+        raise TypeError(f"expected a LayerNorm, got {type(norm).__name__}")
+    norm.__class__ = MaskedLayerNorm
+    norm.register_buffer("kept", kept, persistent=False)

@@ -1,0 +1,138 @@
+"""What every Pruned<X> class adds to its stock class: built by its record, saved with a stub, loaded strictly."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..architecture import Architecture
+from ..errors import CheckpointMismatchError
+from .structure import apply_architecture, layer_paths, materialize
+
+STUB_MODULE = "modeling_hf_vitprune"
+_STUB = '''"""Loads a vision transformer pruned with hf_vitprune; needs `pip install hf_vitprune`."""
+
+from hf_vitprune.modeling import {config_class}, {model_class}
+
+__all__ = ["{config_class}", "{model_class}"]
+'''
+
+
+class PrunedConfigMixin:
+    """Config with a ``pruning_config``: the record of the pruned shape (None: dense)."""
+
+    def validate_architecture(self) -> None:
+        """Stock configs want a width divisible by the heads; a pruned width need not be."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Saving writes a stub that imports this package; the source files are not copied."""
+
+
+class PrunedModelMixin:
+    """Mixed in front of a stock model class; see ``hf_vitprune.modeling.registry`` for how the classes are made."""
+
+    #: class name without the family prefix, set on every generated class
+    pruning_task: str
+    #: names of the Auto classes that map the stock class, set on every generated class
+    auto_classes: tuple[str, ...]
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        architecture = Architecture.from_config(config, self.pruning_task)
+        family = architecture.family
+        ambient = torch.empty(0).device
+        with torch.device("meta"), _overridden(family.sizes_config(config), family.skeleton_heads(config)):
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        model: Any = self
+        dense_width = Architecture.dense(architecture.config).hidden_size
+        with torch.device("meta"):
+            family.finish_structure(model, config, dense_width)
+            apply_architecture(model, architecture)
+        # from_pretrained builds on the meta device and fills in the weights itself
+        if ambient.type != "meta":
+            materialize(model, ambient)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """As transformers', but always under the model's own parameter names, and with a loader stub.
+
+        Stock classes write legacy names by default, which a Trainer then cannot restore.
+
+        Raises:
+            NotADirectoryError: ``save_directory`` is a file (transformers would only log it and save nothing).
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise NotADirectoryError(f"{folder} is a file; save_pretrained needs a folder")
+        model: Any = self
+        names = {"config_class": type(model.config).__name__, "model_class": type(model).__name__}
+        model.config.auto_map = {"AutoConfig": f"{STUB_MODULE}.{names['config_class']}"} | {
+            auto: f"{STUB_MODULE}.{names['model_class']}" for auto in self.auto_classes
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{STUB_MODULE}.py").write_text(_STUB.format(**names))
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory, *args, save_original_format=save_original_format, **kwargs
+        )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but only from safetensors, and never with layers whose weights are missing or left over.
+
+        Raises:
+            CheckpointMismatchError: the checkpoint does not hold exactly the layers that its config states.
+            InvalidArchitectureError: the config's record is damaged.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise CheckpointMismatchError("pruned models are stored as safetensors only; drop use_safetensors=False")
+        kwargs["use_safetensors"] = True
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" in str(error) or "size mismatch" in str(error):
+                raise CheckpointMismatchError(
+                    "the checkpoint's tensors have other sizes than its config states (see the report above): "
+                    "config.json and the weights are not of one model"
+                ) from error
+            raise
+        _check_layers_complete(model, info)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Saving writes a stub that imports this package; the source files are not copied."""
+
+
+@contextlib.contextmanager
+def _overridden(config: PreTrainedConfig, values: dict[str, Any]) -> Iterator[None]:
+    before = {name: getattr(config, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def _check_layers_complete(model: Any, info: dict[str, Any]) -> None:
+    """Missing heads are normal (a base checkpoint); missing or left-over layer weights mean a wrong model."""
+    architecture = Architecture.from_config(model.config, model.pruning_task)
+    layers = [paths.layer + "." for paths in layer_paths(model, architecture)]
+    folder = f"{architecture.family.layers}."
+    missing = [key for key in info["missing_keys"] if key.startswith(tuple(layers))]
+    unexpected = [key for key in info["unexpected_keys"] if key.startswith(folder) or f".{folder}" in key]
+    mismatched = [str(row[0]) for row in info["mismatched_keys"] if str(row[0]).startswith(tuple(layers))]
+    for what, keys in (("lacks", missing), ("also holds", unexpected), ("has other sizes for", mismatched)):
+        if keys:
+            raise CheckpointMismatchError(
+                f"the checkpoint {what} {len(keys)} tensors of layers (first: {sorted(keys)[0]}), so it is not the "
+                f"{len(layers)}-layer model that its config states"
+            )
+
+

@@ -1,0 +1,136 @@
+"""Generates and registers Pruned<X>Config and Pruned<X>... for every class the Auto classes map for a family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..architecture import strip_family
+from ..errors import UnsupportedModelError
+from ..families import PRUNED_PREFIX, Family, add_family, all_families
+from .pretrained import PrunedConfigMixin, PrunedModelMixin
+
+#: Auto classes whose stock classes get a pruned twin
+AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForImageClassification",
+    "AutoModelForMaskedImageModeling",
+    "AutoBackbone",
+)
+#: classes that no Auto class maps, by family
+UNMAPPED = {"clip_vision_model": ("CLIPVisionModelWithProjection",)}
+
+_configs: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
+_models: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+
+
+def register_family(family: Family) -> None:
+    """Add one's own family: its facts for the engine, and pruned classes for its transformers classes.
+
+    Raises:
+        ValueError: the model type is taken.
+    """
+    add_family(family)
+    _make_classes(family)
+
+
+def pruned_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    return _configs[config_class]
+
+
+def pruned_model_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The pruned twin of a stock class; a pruned class is its own.
+
+    Raises:
+        UnsupportedModelError: no Auto class maps this stock class, so it has no twin.
+    """
+    if issubclass(model_class, PrunedModelMixin):
+        return model_class
+    for known in model_class.__mro__:  # subclasses by users share their parent's twin
+        if known in _models:
+            return _models[known]
+    raise UnsupportedModelError(
+        f"{model_class.__name__} has no pruned class; known: {', '.join(sorted(c.__name__ for c in _models))}"
+    )
+
+
+def stock_model_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Inverse of :func:`pruned_model_class`."""
+    for stock, pruned in _models.items():
+        if pruned is model_class:
+            return stock
+    return model_class
+
+
+def class_for_task(family: Family, task: str) -> type[PreTrainedModel]:
+    """The pruned class of a family for a task suffix such as ``"ForImageClassification"``.
+
+    Raises:
+        UnsupportedModelError: the family has no such class.
+    """
+    for stock, pruned in _models.items():
+        if stock.config_class.model_type == family.model_type and pruned.pruning_task == task:  # type: ignore[attr-defined]
+            return pruned
+    raise UnsupportedModelError(f"{family.model_type} has no class for {task!r}")
+
+
+def _make_classes(family: Family) -> None:
+    config_class = CONFIG_MAPPING[family.model_type]
+    pruned_type = PRUNED_PREFIX + family.model_type
+    pruned_config = _new_class(
+        f"Pruned{config_class.__name__}",
+        (PrunedConfigMixin, config_class),
+        {"model_type": pruned_type, "__annotations__": {"pruning_config": Any}, "pruning_config": None},
+    )
+    _configs[config_class] = pruned_config
+    AutoConfig.register(pruned_type, pruned_config)
+    _copy_conversions(pruned_type, family.model_type)
+    for auto_name, stock in _stock_classes(family, config_class):
+        if stock not in _models:
+            task = strip_family(stock.__name__, config_class.__name__)
+            body = {"config_class": pruned_config, "config": pruned_config, "pruning_task": task, "auto_classes": ()}
+            _models[stock] = _new_class(f"Pruned{stock.__name__}", (PrunedModelMixin, stock), body)
+            _copy_conversions(f"Pruned{stock.__name__}", stock.__name__)
+        if auto_name:
+            _models[stock].auto_classes += (auto_name,)  # type: ignore[attr-defined]
+            mapping = getattr(transformers, auto_name)._model_mapping
+            known = mapping.get(pruned_config, ())
+            known = known if isinstance(known, tuple) else (known,)
+            classes = (*known, _models[stock])
+            mapping.register(pruned_config, classes if len(classes) > 1 else classes[0], exist_ok=True)
+
+
+def _stock_classes(family: Family, config_class: type[PreTrainedConfig]) -> list[tuple[str | None, type[PreTrainedModel]]]:
+    found: list[tuple[str | None, type[PreTrainedModel]]] = []
+    for auto_name in AUTO_CLASSES:
+        classes = getattr(transformers, auto_name)._model_mapping.get(config_class, ())
+        for stock in classes if isinstance(classes, tuple) else (classes,):
+            if stock.__name__ not in family.refused_classes:
+                found.append((auto_name, stock))
+    for name in UNMAPPED.get(family.model_type, ()):
+        found.append((None, getattr(transformers, name)))
+    return found
+
+
+def _new_class(name: str, bases: tuple[type, ...], body: dict[str, Any]) -> Any:
+    made = type(name, bases, {"__module__": __name__, "__qualname__": name, **body})
+    globals()[name] = made
+    return made
+
+
+def _copy_conversions(name: str, source: str) -> None:
+    """Renames of old checkpoint keys are looked up by class name and model type; subclasses lose them otherwise."""
+    mapping = get_checkpoint_conversion_mapping(source)
+    if mapping:
+        register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+
+
+for _family in all_families():
+    _make_classes(_family)

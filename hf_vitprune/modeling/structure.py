@@ -1,0 +1,104 @@
+"""From a stock skeleton to the sizes of an architecture: replaces what differs, on the device it finds."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..architecture import Architecture, LayerShape
+from ..families import Family, LayerPaths
+from .blocks import PrunedAttentionMixin, PrunedMlpMixin, RemovedAttention, RemovedMlp, mix_into
+
+
+def get(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path)
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def resize_linear(model: nn.Module, path: str, inputs: int, outputs: int) -> None:
+    old = get(model, path)
+    assert isinstance(old, nn.Linear)
+    if (old.in_features, old.out_features) != (inputs, outputs):
+        new = nn.Linear(inputs, outputs, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+        put(model, path, new)
+
+
+def layer_paths(model: PreTrainedModel, architecture: Architecture) -> list[LayerPaths]:
+    """Paths of the parts of every layer of ``model``."""
+    family = architecture.family
+    prefix = family.encoder_path(model)
+    return [family.layer_paths(prefix, name, architecture.config) for name in architecture.layer_names()]
+
+
+def apply_architecture(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Give every layer of a skeleton (right depth and residual width) the sizes of ``architecture``, in place."""
+    family = architecture.family
+    for i, (paths, shape) in enumerate(zip(layer_paths(model, architecture), architecture.layers, strict=True)):
+        family.configure_layer(get(model, paths.layer), architecture.config, shape.shifted)
+        _apply_attention(model, family, paths, shape, architecture.width(i), architecture.scaling(i))
+        _apply_mlp(model, paths, shape, architecture.width(i))
+
+
+def _apply_attention(
+    model: PreTrainedModel, family: Family, paths: LayerPaths, shape: LayerShape, width: int, scaling: float
+) -> None:
+    if shape.mixer == "none":
+        put(model, paths.attention, RemovedAttention())
+        _drop(model, paths.norm1, paths.scale1)
+        return
+    inputs = width if shape.attention_in is None else shape.attention_in
+    for path in (paths.q, paths.k):
+        resize_linear(model, path, inputs, shape.heads * shape.qk_dim)
+    resize_linear(model, paths.v, inputs, shape.heads * shape.v_dim)
+    resize_linear(model, paths.o, shape.heads * shape.v_dim, width)
+    if paths.bias_table:
+        path = paths.bias_table.rpartition(".")[0]
+        old = get(model, path)
+        put(model, path, type(old)(shape.heads, old.window_size))  # type: ignore[operator, call-arg]
+    attention = get(model, paths.attention)
+    mix_into(attention, PrunedAttentionMixin)
+    attention.set_shape(shape, scaling, family)  # type: ignore[operator]
+    _register_inputs(attention, shape.attention_in, width)
+
+
+def _apply_mlp(model: PreTrainedModel, paths: LayerPaths, shape: LayerShape, width: int) -> None:
+    if shape.mlp == 0:
+        put(model, paths.mlp, RemovedMlp())
+        _drop(model, paths.norm2, paths.scale2)
+        return
+    for path in paths.fc1:
+        resize_linear(model, path, width if shape.mlp_in is None else shape.mlp_in, shape.mlp)
+    resize_linear(model, paths.fc2, shape.mlp, width)
+    if shape.mlp_in is not None:
+        mlp = get(model, paths.mlp)
+        mix_into(mlp, PrunedMlpMixin)
+        _register_inputs(mlp, shape.mlp_in, width)
+
+
+def _register_inputs(module: nn.Module, count: int | None, width: int) -> None:
+    if count is not None:
+        module.register_buffer("input_index", torch.arange(count))
+
+
+def _drop(model: nn.Module, norm: str, scale: str | None) -> None:
+    """The norm and LayerScale of a removed branch have nothing left to do."""
+    put(model, norm, nn.Identity())
+    if scale is not None:
+        put(model, scale, nn.Identity())
+
+
+def materialize(model: PreTrainedModel, device: torch.device) -> None:
+    """Give a meta skeleton real, initialised weights on ``device``."""
+    model.to_empty(device=device)
+    for module in model.modules():
+        index = getattr(module, "input_index", None)
+        if isinstance(index, torch.Tensor):
+            module.input_index = torch.arange(len(index), device=device)  # any choice: there are no weights yet
+    model.initialize_weights()
+
+
