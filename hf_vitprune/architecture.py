@@ -201,7 +201,9 @@ class Architecture:
         if not 0 < len(self.layers) <= len(dense.layers):
             raise InvalidArchitectureError(f"{len(self.layers)} layers, the dense model has {len(dense.layers)}")
         if self.depths is not None and (sum(self.depths) != len(self.layers) or min(self.depths) < 1):
-            raise InvalidArchitectureError(f"depths {self.depths} need at least one layer a stage, {len(self.layers)} in all")
+            raise InvalidArchitectureError(
+                f"depths {self.depths} need at least one layer a stage, {len(self.layers)} in all"
+            )
         largest = {name: max(getattr(s, name) for s in dense.layers) for name in ("heads", "qk_dim", "v_dim", "mlp")}
         for i, shape in enumerate(self.layers):
             where = f"layer {i}"
@@ -219,7 +221,9 @@ class Architecture:
                     if size > self.width(i):
                         raise InvalidArchitectureError(f"{where}: {name} {size} is over the width {self.width(i)}")
             if (shape.shifted is None) != (self.depths is None) or not isinstance(shape.shifted, (bool, type(None))):
-                raise InvalidArchitectureError(f"{where}: shifted is for layers of windows only, got {shape.shifted!r}")
+                raise InvalidArchitectureError(
+                    f"{where}: shifted is for layers of windows only, got {shape.shifted!r}"
+                )
         return self
 
     # ------------------------------------------------------------------ JSON
@@ -240,7 +244,9 @@ class Architecture:
         if not isinstance(record, dict) or not {"config", "layers", "hidden_size", "task"} <= record.keys():
             raise InvalidArchitectureError("an architecture has config, layers, hidden_size and task")
         if record.get("version") != FORMAT_VERSION:
-            raise InvalidArchitectureError(f"format version {record.get('version')!r}, this library reads {FORMAT_VERSION}")
+            raise InvalidArchitectureError(
+                f"format version {record.get('version')!r}, this library reads {FORMAT_VERSION}"
+            )
         fields = dict(record["config"])
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         depths = record.get("depths")
@@ -248,7 +254,9 @@ class Architecture:
         if any(set(row) - known for row in record["layers"]):
             raise InvalidArchitectureError(f"a layer has any of {', '.join(sorted(known))}")
         layers = tuple(LayerShape(**row) for row in record["layers"])
-        return cls(config, layers, record["hidden_size"], tuple(depths) if depths else None, record["task"]).validated()
+        return cls(
+            config, layers, record["hidden_size"], tuple(depths) if depths else None, record["task"]
+        ).validated()
 
     def replace(self, **changes: Any) -> Architecture:
         return replace(self, **changes).validated()
@@ -348,7 +356,12 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _checked_dense_sizes(dense: Any) -> dict[str, Any]:
-    if not isinstance(dense, dict) or set(dense) - {"hidden_size", "num_hidden_layers", "num_attention_heads", "depths"}:
+    if not isinstance(dense, dict) or set(dense) - {
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "depths",
+    }:
         raise InvalidArchitectureError(f"pruning_config: dense sizes {dense!r} are not those of a model")
     for name, size in dense.items():
         sizes = size if name == "depths" and isinstance(size, list) else [size]

@@ -134,9 +134,7 @@ class PruningPlan:
         return cut_every_set(model, ratio, units, round_to, lambda name, count: torch.rand(count, generator=generator))
 
     @classmethod
-    def magnitude(
-        cls, model: Any, ratio: float, units: Sequence[str] | None = None, round_to: int = 1
-    ) -> PruningPlan:
+    def magnitude(cls, model: Any, ratio: float, units: Sequence[str] | None = None, round_to: int = 1) -> PruningPlan:
         """Remove the ``ratio`` of units with the smallest weights (L2 norm) from every set; see :meth:`random`."""
         from .select import cut_every_set, l2_scores
 
@@ -174,7 +172,9 @@ class PruningPlan:
             raise InvalidPlanError("the plan keeps no layer")
         order = [entry.index for entry in self.layers]
         if order != sorted(set(order)) or not 0 <= order[0] <= order[-1] < len(self.source.layers):
-            raise InvalidPlanError(f"kept layers {order} are not an ascending part of 0..{len(self.source.layers) - 1}")
+            raise InvalidPlanError(
+                f"kept layers {order} are not an ascending part of 0..{len(self.source.layers) - 1}"
+            )
         if self.embedding is not None:
             if "embedding" not in self.source.family.units:
                 raise UnsupportedUnitError(f"{self.source.model_type} has no prunable embedding")
@@ -194,7 +194,9 @@ class PruningPlan:
                 if len(rows) != len(entry.heads) or len({len(row) for row in rows}) != 1:
                     raise InvalidPlanError(f"{where}: {name} needs one list of one length for each kept head")
                 for row in rows:
-                    _check_indices(f"{where}: {name}", tuple(c for c in row if c != PAD), size, may_be_empty=len(row) > 0)
+                    _check_indices(
+                        f"{where}: {name}", tuple(c for c in row if c != PAD), size, may_be_empty=len(row) > 0
+                    )
         if entry.mlp:
             _check_indices(f"{where}: mlp", entry.mlp, source.mlp)
         width = self.source.width(entry.index)
@@ -210,7 +212,9 @@ class PruningPlan:
                 "prune one, then the other"
             )
         lengths = {
-            "attention_in": len(entry.attention_in) if entry.attention_in is not None else source.attention_in or width,
+            "attention_in": len(entry.attention_in)
+            if entry.attention_in is not None
+            else source.attention_in or width,
             "mlp_in": len(entry.mlp_in) if entry.mlp_in is not None else source.mlp_in or width,
             "v": sum(map(len, entry.v)),
             "mlp": len(entry.mlp),
@@ -244,7 +248,11 @@ class PruningPlan:
             add("qk", sum(map(len, entry.qk)) if entry else 0, shape.heads * shape.qk_dim)
             add("v", sum(map(len, entry.v)) if entry else 0, shape.heads * shape.v_dim)
             add("mlp", len(entry.mlp) if entry else 0, shape.mlp)
-        add("embedding", self.source.hidden_size if self.embedding is None else len(self.embedding), self.source.hidden_size)
+        add(
+            "embedding",
+            self.source.hidden_size if self.embedding is None else len(self.embedding),
+            self.source.hidden_size,
+        )
         return {unit: kept / full for unit, (kept, full) in totals.items() if full}
 
     # ------------------------------------------------------------------ JSON

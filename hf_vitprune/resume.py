@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -104,7 +104,7 @@ def _apply(
             name, pattern = key, None
         if pattern is not None:
             operation = operations.setdefault(name, deepcopy(by_pattern[pattern]))
-            operation.add_tensor(name, key, pattern, state_dict[key])
+            operation.add_tensor(name, key, pattern, cast(Any, state_dict[key]))  # tensors do, as in its saving
         else:
             _merge(found if name in own else rest, [(name, state_dict[key])])
     for name, operation in operations.items():

@@ -71,9 +71,7 @@ def best(scores: torch.Tensor, count: int) -> tuple[int, ...]:
     return tuple(sorted(order[:count].tolist()))
 
 
-def cut_every_set(
-    model: Any, ratio: float, units: Sequence[str] | None, round_to: int, scores: Scores
-) -> PruningPlan:
+def cut_every_set(model: Any, ratio: float, units: Sequence[str] | None, round_to: int, scores: Scores) -> PruningPlan:
     """Remove the ``ratio`` lowest-scored units of every set; see :meth:`PruningPlan.random` for the arguments."""
     source = model if isinstance(model, Architecture) else Architecture.of(model)
     ratio = check_ratio(ratio)

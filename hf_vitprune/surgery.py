@@ -182,7 +182,9 @@ def small_state(
     for name, tensor in plan.weights.items():
         if name not in expected or expected[name].shape != tensor.shape:
             shape = tuple(expected[name].shape) if name in expected else None
-            raise InvalidPlanError(f"the plan's new weight {name} is {tuple(tensor.shape)}, the small model has {shape}")
+            raise InvalidPlanError(
+                f"the plan's new weight {name} is {tuple(tensor.shape)}, the small model has {shape}"
+            )
         state[name] = tensor.to(state[name].device, state[name].dtype, copy=True)
     return state
 
@@ -215,9 +217,7 @@ def _cut_embedding(cut: Cut, full: torch.Size, small: torch.Size, plan: PruningP
             cut.index[axis] = torch.cat([kept + width * i for i in range(before // width)])
 
 
-def _cut_layer(
-    cuts: dict[str, Cut], entry: LayerPlan, new: LayerPaths, old: LayerPaths, plan: PruningPlan
-) -> None:
+def _cut_layer(cuts: dict[str, Cut], entry: LayerPlan, new: LayerPaths, old: LayerPaths, plan: PruningPlan) -> None:
     source = plan.source.layers[entry.index]
 
     def cut(path: str, axis: int, index: torch.Tensor | None, scale: tuple[float, ...] | None = None) -> None:
@@ -255,7 +255,9 @@ def _cut_layer(
 
 def _rows(heads: tuple[int, ...], channels: tuple[tuple[int, ...], ...], size: int) -> torch.Tensor:
     """Rows of a projection, heads concatenated, :data:`PAD` where a head has fewer channels."""
-    return torch.tensor([PAD if c == PAD else h * size + c for h, row in zip(heads, channels, strict=True) for c in row])
+    return torch.tensor(
+        [PAD if c == PAD else h * size + c for h, row in zip(heads, channels, strict=True) for c in row]
+    )
 
 
 def _input_indices(
@@ -325,7 +327,9 @@ def _follow_backbone_stages(model: PreTrainedModel, config: Any, plan: PruningPl
     for index in model.config.out_indices:
         index = index % (len(plan.source.layers) + 1)
         if index > 0 and index - 1 not in position:
-            raise InvalidPlanError(f"the plan removes layer {index - 1}, whose output this backbone gives (out_features)")
+            raise InvalidPlanError(
+                f"the plan removes layer {index - 1}, whose output this backbone gives (out_features)"
+            )
         names.append("stem" if index == 0 else f"stage{position[index - 1] + 1}")
     config.set_output_features_output_indices(out_features=names, out_indices=None)
 

@@ -48,7 +48,9 @@ def family_of(model_or_config: Any) -> Family:
         UnsupportedModelError: no family is registered for its ``model_type``, or the class holds more than the
             vision encoder; the message lists what is supported.
     """
-    config = model_or_config if isinstance(model_or_config, PreTrainedConfig) else getattr(model_or_config, "config", None)
+    config = (
+        model_or_config if isinstance(model_or_config, PreTrainedConfig) else getattr(model_or_config, "config", None)
+    )
     model_type = getattr(config, "model_type", None)
     family = _FAMILIES.get(base_model_type(model_type)) if isinstance(model_type, str) else None
     if family is None:

@@ -206,9 +206,7 @@ class Family:
         patch_h, patch_w = pair(c.patch_size)
         return height // patch_h, width // patch_w
 
-    def attention_tokens(
-        self, config: PreTrainedConfig, grid: tuple[int, int], stage: int
-    ) -> tuple[int, int, int]:
+    def attention_tokens(self, config: PreTrainedConfig, grid: tuple[int, int], stage: int) -> tuple[int, int, int]:
         """(tokens through the MLP, tokens through q/k/v/o, sum of squared attention lengths) for one image."""
         n = grid[0] * grid[1] + self.extra_tokens_of(config)
         return n, n, n * n

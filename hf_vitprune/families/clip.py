@@ -27,7 +27,7 @@ class ClipFamily(Family):
             self.table_part("positions", self.positions(config) + 1, width),
             self.table_part("pre and final norm", 4, width),
         ]
-        if task == "VisionModelWithProjection":
+        if task == "ModelWithProjection":
             projection = self.sizes_config(config).projection_dim
             parts.append(self.linear_part("projection", width, projection, bias=False))
         elif task == "ForImageClassification" and config.num_labels > 0:

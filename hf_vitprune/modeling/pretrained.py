@@ -57,7 +57,9 @@ class PrunedModelMixin:
         if ambient.type != "meta":
             materialize(model, ambient)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
         """As transformers', but always under the model's own parameter names, and with a loader stub.
 
         Stock classes write legacy names by default, which a Trainer then cannot restore.
@@ -134,5 +136,3 @@ def _check_layers_complete(model: Any, info: dict[str, Any]) -> None:
                 f"the checkpoint {what} {len(keys)} tensors of layers (first: {sorted(keys)[0]}), so it is not the "
                 f"{len(layers)}-layer model that its config states"
             )
-
-

@@ -107,7 +107,9 @@ def _make_classes(family: Family) -> None:
             mapping.register(pruned_config, classes if len(classes) > 1 else classes[0], exist_ok=True)
 
 
-def _stock_classes(family: Family, config_class: type[PreTrainedConfig]) -> list[tuple[str | None, type[PreTrainedModel]]]:
+def _stock_classes(
+    family: Family, config_class: type[PreTrainedConfig]
+) -> list[tuple[str | None, type[PreTrainedModel]]]:
     found: list[tuple[str | None, type[PreTrainedModel]]] = []
     for auto_name in AUTO_CLASSES:
         classes = getattr(transformers, auto_name)._model_mapping.get(config_class, ())

@@ -100,5 +100,3 @@ def materialize(model: PreTrainedModel, device: torch.device) -> None:
         if isinstance(index, torch.Tensor):
             module.input_index = torch.arange(len(index), device=device)  # any choice: there are no weights yet
     model.initialize_weights()
-
-
