@@ -90,7 +90,7 @@ def distillation_loss(
     if config.kind == "soft":
         t = config.temperature
         student, teacher = F.log_softmax(logits / t, dim=-1), F.log_softmax(target / t, dim=-1)
-        total = F.kl_div(student, teacher, reduction="sum", log_target=True)
+        total = F.kl_div(student, teacher, reduction="sum", log_target=True) * t**2
     else:
         total = F.cross_entropy(logits, target.argmax(dim=-1), reduction="sum")
     if num_items_in_batch is None:
@@ -157,8 +157,8 @@ def _check_pair(teacher: nn.Module, student: nn.Module) -> None:
     of_teacher = {id(p) for p in teacher.parameters()}
     if any(id(p) in of_teacher for p in student.parameters()):
         raise InvalidConfigError("teacher and student share tensors: give a copy.deepcopy of the model as teacher")
-    configs = [c for c in (getattr(model, "config", None) for model in (teacher, student)) if hasattr(c, "id2label")]
-    if len(configs) < 2:
+    configs: list[Any] = [getattr(model, "config", None) for model in (teacher, student)]
+    if not all(hasattr(config, "id2label") for config in configs):
         return  # distillation_loss still compares the shapes
     names = [[label for _, label in sorted(config.id2label.items())] for config in configs]
     if len(names[0]) != len(names[1]):

@@ -104,7 +104,8 @@ def _apply(
             name, pattern = key, None
         if pattern is not None:
             operation = operations.setdefault(name, deepcopy(by_pattern[pattern]))
-            operation.add_tensor(name, key, pattern, cast(Any, state_dict[key]))  # tensors do, as in its saving
+            # typed for lazily read tensors; plain ones are what transformers' own saving hands over
+            operation.add_tensor(name, key, pattern, cast(Any, state_dict[key]))
         else:
             _merge(found if name in own else rest, [(name, state_dict[key])])
     for name, operation in operations.items():
@@ -124,10 +125,8 @@ def _merge(into: dict[str, Tensor], items: Iterable[tuple[str, Tensor]]) -> None
         into[name] = tensor
 
 
-def _before_load(
-    module: PreTrainedModel, state_dict: dict[str, Tensor], prefix: str, *_: Any
-) -> None:  # the signature of a load_state_dict pre-hook
-    """Convert in place; `load_state_dict` hands over a copy, so the caller's dict stays as it was."""
+def _before_load(module: PreTrainedModel, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """The `load_state_dict` pre-hook. It converts in place: PyTorch hands over a copy, not the caller's dict."""
     incoming = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     converted = convert_state_dict(module, incoming)
     _check_layers(module, converted)
