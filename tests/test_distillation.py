@@ -52,10 +52,8 @@ def test_soft_is_equation_2():
 
 
 def test_hard_is_equation_3():
-    student, teacher = torch.randn(4, 5), torch.randn(4, 5)
-    task = torch.tensor(2.0)
+    student, teacher, task = torch.randn(4, 5), torch.randn(4, 5), torch.tensor(2.0)
     expected = 0.5 * task + 0.5 * F.cross_entropy(student, teacher.argmax(-1))
-    # a temperature has no say in the teacher's best class
     config = DistillationConfig("hard", weight=0.5, temperature=7.0)
     torch.testing.assert_close(distillation_loss(student, teacher, task, config), expected)
 
@@ -86,10 +84,10 @@ def test_the_teacher_gets_no_gradient():
 
 def test_half_precision_is_computed_in_float32():
     student, teacher = torch.randn(2, 3).bfloat16(), torch.randn(2, 3).bfloat16()
-    config = DistillationConfig("soft", weight=1.0)
-    loss = distillation_loss(student, teacher, torch.tensor(0.0), config)
+    config, zero = DistillationConfig("soft", weight=1.0), torch.tensor(0.0)
+    loss = distillation_loss(student, teacher, zero, config)
     assert loss.dtype is torch.float32
-    assert torch.equal(loss, distillation_loss(student.float(), teacher.float(), torch.tensor(0.0), config))
+    assert torch.equal(loss, distillation_loss(student.float(), teacher.float(), zero, config))
 
 
 def test_logits_that_do_not_match_are_refused():
@@ -120,7 +118,7 @@ def test_accumulated_micro_batches_equal_the_big_batch(kind, as_tensor):
 
     big = gradient(8)
     torch.testing.assert_close(gradient(2), big, rtol=1e-12, atol=1e-14)
-    # and the big batch is what no accumulation at all, hence no count, gives
+    # no accumulation, no count: the same
     weight.grad = None
     task = F.cross_entropy(inputs @ weight, labels)
     distillation_loss(inputs @ weight, teacher_logits, task, config).backward()
