@@ -143,8 +143,10 @@ class Family:
         """Config overrides under which stock constructors accept any residual width (heads are replaced after)."""
         return {"num_attention_heads": 1}
 
-    def uniform_config(self, heads: int, head_dim: int, mlp: int, hidden_size: int) -> dict[str, Any]:
-        """Stock config fields for a model whose layers all have these sizes.
+    def uniform_config(
+        self, config: PreTrainedConfig, heads: int, head_dim: int, mlp: int, hidden_size: int
+    ) -> dict[str, Any]:
+        """Stock config fields for a model whose layers all have these sizes; ``config`` is the dense one.
 
         Raises:
             ValueError: the stock config cannot express them; the message says which field.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from .base import Family, Part
+
+#: largest whole mlp_ratio that is tried; published models have 4
+MAX_MLP_RATIO = 64
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,19 @@ class Dinov2Family(Family):
         kept = [name for name in config.out_features if name in config.stage_names]
         config.set_output_features_output_indices(out_features=kept or config.stage_names[-1:], out_indices=None)
 
-    def uniform_config(self, heads: int, head_dim: int, mlp: int, hidden_size: int) -> dict[str, Any]:
-        ratio, rest = divmod(mlp, hidden_size)
-        if rest or not ratio:
-            raise ValueError(f"stock {self.model_type} configs hold a whole mlp_ratio, here {mlp}/{hidden_size}")
-        return {"num_attention_heads": heads, "head_dim": head_dim, "mlp_ratio": ratio}
+    def uniform_config(
+        self, config: PreTrainedConfig, heads: int, head_dim: int, mlp: int, hidden_size: int
+    ) -> dict[str, Any]:
+        wide = copy.copy(config)
+        wide.hidden_size = hidden_size
+        for ratio in range(1, MAX_MLP_RATIO + 1):
+            wide.mlp_ratio = ratio
+            if self.mlp_size(wide) == mlp:
+                return {"num_attention_heads": heads, "head_dim": head_dim, "mlp_ratio": ratio}
+        raise ValueError(
+            f"stock {self.model_type} configs hold a whole mlp_ratio, and none makes an MLP of {mlp} at width "
+            f"{hidden_size}"
+        )
 
     def extra_tokens_of(self, config: PreTrainedConfig) -> int:
         return 1 + getattr(config, "num_register_tokens", 0)

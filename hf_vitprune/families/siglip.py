@@ -46,6 +46,18 @@ class SiglipFamily(Family):
             head.widen(dense_hidden_size, width)
         tower.head = head
 
+    def uniform_config(
+        self, config: PreTrainedConfig, heads: int, head_dim: int, mlp: int, hidden_size: int
+    ) -> dict[str, Any]:
+        c = self.sizes_config(config)
+        dense = (c.num_attention_heads, c.intermediate_size, c.hidden_size)
+        if c.vision_use_head and (heads, mlp, hidden_size) != dense:
+            raise ValueError(
+                f"the pooling head of stock {self.model_type} models takes heads, MLP and width from the config too, "
+                f"and keeps {dense[0]}, {dense[1]} and {dense[2]}; the layers have {heads}, {mlp} and {hidden_size}"
+            )
+        return super().uniform_config(config, heads, head_dim, mlp, hidden_size)
+
     def outer_parts(self, config: PreTrainedConfig, width: int, task: str, grid: tuple[int, int]) -> list[Part]:
         c = self.sizes_config(config)
         patches = grid[0] * grid[1]

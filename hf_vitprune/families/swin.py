@@ -48,7 +48,9 @@ class SwinFamily(Family):
     def skeleton_heads(self, config: PreTrainedConfig) -> dict[str, Any]:
         return {"num_heads": [1] * len(config.depths)}
 
-    def uniform_config(self, heads: int, head_dim: int, mlp: int, hidden_size: int) -> dict[str, Any]:
+    def uniform_config(
+        self, config: PreTrainedConfig, heads: int, head_dim: int, mlp: int, hidden_size: int
+    ) -> dict[str, Any]:
         raise ValueError("stock Swin models fix heads and MLP ratio of every stage; only whole layers can be removed")
 
     def layer_names(self, num_layers: int, depths: tuple[int, ...] | None) -> list[str]:

@@ -1,0 +1,225 @@
+"""Export to stock classes: same outputs, readable without this library, and a reason wherever it is impossible."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from hf_vitprune.architecture import Architecture
+from hf_vitprune.errors import NativeExportError
+from hf_vitprune.modeling import build
+from hf_vitprune.native import native_config, to_native
+from hf_vitprune.plan import PruningPlan
+from hf_vitprune.surgery import prune
+from tiny import CASES, images, make, relative_error, reset_weights, run
+
+SIZES = ["heads", "qk", "v", "mlp"]
+SWIN = [name for name in CASES if name.startswith("Swin")]
+FREE_SIZES = [name for name in CASES if name.startswith(("ViT", "DeiT", "Dinov2"))]
+
+
+def pruned(name: str, units: list[str], ratio: float = 0.5, **changes: object) -> PreTrainedModel:
+    model = make(name, **changes)
+    return prune(model, PruningPlan.random(model, ratio, units))
+
+
+def assert_native(small: PreTrainedModel, tolerance: float = 1e-5) -> PreTrainedModel:
+    native = to_native(small)
+    assert type(native).__module__.startswith("transformers.models.")
+    assert type(native).__name__ == type(small).__name__.removeprefix("Pruned")
+    assert not {"pruning_config", "auto_map"} & native.config.to_dict().keys()
+    expected, actual = run(small), run(native)
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert relative_error(actual[key], value) <= tolerance, key
+    return native
+
+
+def without_layers(name: str) -> PreTrainedModel:
+    """A layer less: the middle one (whose output no backbone here gives), or the last of Swin's second stage."""
+    model = make(name)
+    return prune(model, PruningPlan.dense(model).keep_layers([0, 1, 2, 3] if name in SWIN else [0, 2]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers_removed(name: str) -> None:
+    small = without_layers(name)
+    native = assert_native(small, tolerance=0.0)
+    layers = Architecture.of(native).layers
+    assert len(layers) == len(Architecture.of(small).layers) < len(Architecture.of(make(name)).layers)
+
+
+@pytest.mark.parametrize("units", [SIZES, ["qk", "v"], ["heads"], [*SIZES, "layers"]], ids="+".join)
+@pytest.mark.parametrize("name", FREE_SIZES)
+def test_uniform_sizes(name: str, units: list[str]) -> None:
+    if "swiglu" in name:
+        units = [unit for unit in units if unit != "mlp"]  # an MLP of 48: no smaller whole ratio makes half of it
+    if name.endswith("Backbone"):
+        units = [unit for unit in units if unit != "layers"]
+    assert_native(pruned(name, units))
+
+
+@pytest.mark.parametrize("name", ["ViTModel", "DeiTForImageClassificationWithTeacher", "Dinov2ForImageClassification"])
+def test_narrower_residual_stream(name: str) -> None:
+    model = make(name)
+    plan = PruningPlan.random(model, 0.5, ["heads", "mlp", "embedding"], round_to=8)
+    if "Dinov2" in name:
+        plan = PruningPlan.random(model, 0.5, ["embedding", "mlp"])  # mlp_ratio stays whole
+    assert_native(prune(model, plan))
+
+
+@pytest.mark.parametrize("name", ["CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification"])
+def test_clip_widths(name: str) -> None:
+    assert_native(pruned(name, ["mlp"]))
+    model = make(name)
+    # width 16 with 4 heads of 4: what a stock CLIP of that width has
+    assert_native(prune(model, PruningPlan.random(model, 0.5, ["qk", "v", "embedding"])))
+    with pytest.raises(NativeExportError, match="head_dim = hidden_size / heads, here 2 heads of 8 at width 32"):
+        to_native(pruned(name, ["heads"]))
+
+
+def test_siglip_sizes_only_without_its_pooling_head() -> None:
+    assert_native(pruned("SiglipVisionModel-headless", ["mlp"]))
+    assert_native(pruned("SiglipVisionModel-headless", ["qk", "v", "embedding", "mlp"]))
+    for name in ("SiglipVisionModel", "SiglipForImageClassification"):
+        for units in (["mlp"], ["qk", "v", "embedding"], ["heads", "embedding"]):
+            with pytest.raises(NativeExportError, match="pooling head"):
+                to_native(pruned(name, units))
+
+
+def test_swin_takes_whole_layers_in_turn() -> None:
+    model = make("SwinForImageClassification", depths=[2, 4])
+    dense = PruningPlan.dense(model)
+    assert_native(prune(model, dense.keep_layers([0, 1, 2, 5])), tolerance=0.0)
+    with pytest.raises(NativeExportError, match="layer 3 has plain windows.*shifted ones at place 1 of stage 1"):
+        to_native(prune(model, dense.keep_layers([0, 1, 2, 4])))
+    with pytest.raises(NativeExportError, match="layer 0 has heads 1, .*stage 0 have 2; only whole layers"):
+        to_native(prune(model, PruningPlan.random(model, 0.5, ["heads"])))
+
+
+def test_each_reason_is_named() -> None:
+    model = make("ViTForImageClassification")
+    plan = PruningPlan.dense(model)
+
+    def reason(index: int, **changes: object) -> str:
+        layers = [replace(entry, **changes) if entry.index == index else entry for entry in plan.layers]
+        with pytest.raises(NativeExportError) as caught:
+            to_native(prune(model, plan.with_layers(layers)))
+        return str(caught.value)
+
+    eight = tuple(range(8))
+    assert reason(1, mixer="none", heads=(), qk=(), v=()).startswith("layer 1 has no attention")
+    assert reason(2, mlp=()).startswith("layer 2 has no MLP")
+    assert reason(2, mlp=eight).startswith("layer 2 has mlp 8, layer 0 has 48")
+    assert reason(0, qk=(eight[:4],) * 4).startswith("layer 0 has qk_dim 4 and v_dim 8")
+    assert reason(1, heads=(0, 1), qk=(eight,) * 2, v=(eight,) * 2).startswith("layer 1 has heads 2, layer 0 has 4")
+    assert "attention of layer 0 reads 8 of 32 channels (attention_in)" in reason(0, attention_in=eight)
+    assert "MLP of layer 1 reads 8 of 32 channels (mlp_in)" in reason(1, mlp_in=eight)
+    with pytest.raises(NativeExportError, match="whole mlp_ratio, and none makes an MLP of 40 at width 32"):
+        to_native(pruned("Dinov2ForImageClassification", ["mlp"], ratio=3 / 8))
+    with pytest.raises(NativeExportError, match="merge the adapters"):
+        to_native(get_peft_model(pruned("ViTModel", ["heads"]), LoraConfig(target_modules=["q_proj"])))
+
+
+def test_merged_adapters_are_plain() -> None:
+    tuned = get_peft_model(pruned("ViTForImageClassification", SIZES), LoraConfig(target_modules=["q_proj", "fc1"]))
+    reset_weights(tuned)
+    assert_native(tuned.merge_and_unload())
+
+
+def test_added_tensors_are_named() -> None:
+    small = pruned("ViTForImageClassification", SIZES)
+    small.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(NativeExportError, match="in only one of the pruned and the stock model"):
+        to_native(small)
+    small = pruned("ViTForImageClassification", SIZES)
+    small.classifier = torch.nn.Linear(32, 9)
+    with pytest.raises(NativeExportError, match=r"classifier.weight is \(9, 32\), and \(5, 32\)"):
+        to_native(small)
+
+
+def test_wide_and_narrow_layers_need_not_divide() -> None:
+    config = make("ViTModel").config
+    layer = {"heads": 3, "qk_dim": 10, "v_dim": 10, "mlp": 7}
+    small = build(config, Architecture.from_layers(config, [layer] * 2, hidden_size=13)).eval()
+    reset_weights(small)
+    native = assert_native(small)
+    assert (native.config.head_dim, native.config.num_attention_heads, native.config.hidden_size) == (10, 3, 13)
+    assert native_config(Architecture.of(small)).hidden_size == 13
+
+
+def test_what_is_kept() -> None:
+    model = make("ViTForImageClassification").to(torch.bfloat16).train()
+    model.config.id2label = {i: f"kind {i}" for i in range(5)}
+    model.vit.embeddings.requires_grad_(False)
+    model.set_attn_implementation("eager")
+    small = prune(model, PruningPlan.random(model, 0.5, SIZES))
+    native = to_native(small)
+    assert native.training and native.dtype == torch.bfloat16 and native.config.id2label[3] == "kind 3"
+    assert native.config._attn_implementation == "eager"
+    assert (
+        {n for n, p in native.named_parameters() if not p.requires_grad}
+        == {n for n, p in small.named_parameters() if not p.requires_grad}
+        != set()
+    )
+    pointers = {p.data_ptr() for p in small.parameters()}
+    assert not any(p.data_ptr() in pointers for p in native.parameters())
+    assert not any(b.device.type == "meta" for b in native.buffers())
+
+
+def test_stock_models_pass_through() -> None:
+    model = make("DeiTForImageClassification")
+    assert to_native(model) is model
+
+
+def test_base_model_without_pooler() -> None:
+    from transformers import ViTModel
+
+    model = ViTModel(CASES["ViTModel"].config(), add_pooling_layer=False).eval()
+    assert_native(prune(model, PruningPlan.random(model, 0.5, SIZES)))
+
+
+PLAIN_LOAD = """
+import sys
+from safetensors.torch import load_file, save_file
+from transformers import {auto}
+model = {auto}.from_pretrained(sys.argv[1]).eval()
+assert "hf_vitprune" not in sys.modules
+output = model(load_file(sys.argv[2])["pixels"])
+output = output.feature_maps[-1] if "feature_maps" in output else output[0]
+save_file({{"output": output.detach().contiguous()}}, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [
+        ("ViTForImageClassification", "AutoModelForImageClassification"),
+        ("Dinov2Backbone", "AutoBackbone"),
+        ("SwinForImageClassification", "AutoModelForImageClassification"),
+        ("SiglipForImageClassification", "AutoModelForImageClassification"),
+    ],
+)
+def test_loads_in_plain_transformers(name: str, auto: str, tmp_path: Path) -> None:
+    small = pruned(name, SIZES) if name.startswith(("ViT", "Dino")) else without_layers(name)
+    native = to_native(small)
+    native.save_pretrained(tmp_path / "model")
+    save_file({"pixels": images()}, tmp_path / "in.safetensors")
+    script = PLAIN_LOAD.format(auto=auto)
+    paths = [str(tmp_path / part) for part in ("model", "in.safetensors", "out.safetensors")]
+    done = subprocess.run([sys.executable, "-c", script, *paths], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = run(native)
+    reference = expected[
+        [key for key in expected if key.startswith("feature_maps")][-1] if "Back" in name else "logits"
+    ]
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["output"], reference)
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
