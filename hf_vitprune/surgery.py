@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .architecture import Architecture, unwrap
 from .errors import InvalidPlanError
 from .families import LayerPaths
+from .gates import strip_gates
 from .modeling import config_for, pruned_model_class
 from .modeling.blocks import mask_layer_norm
 from .modeling.structure import layer_paths
@@ -107,6 +108,7 @@ def mask(model: Any, plan: PruningPlan) -> Any:
     small = empty_like(model, plan)
     state = small_state(model.state_dict(), model, small, plan)
     full = copy.deepcopy(model)
+    strip_gates(full)
     tensors = full.state_dict()
     with torch.no_grad():
         for name, cut in find_cuts(model, small, plan).items():

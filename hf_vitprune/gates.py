@@ -1,0 +1,156 @@
+"""Learned scores and hard masks at points of a stock model: attached by hooks, removed without trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from .architecture import Architecture
+from .modeling.structure import layer_paths
+
+#: places of a layer where features can be multiplied by a gate, bottom to top
+POINTS = ("attention_in", "attention_out", "mlp_in", "mlp_hidden")
+
+
+class _GatedFeatures(torch.autograd.Function):
+    """``features * gate`` that remembers its output only.
+
+    The Linear behind the gate keeps that very tensor for its own backward pass, so gating costs no activation
+    memory. The gate's gradient needs the input, which is output / gate: gates of zero are kept off zero by the
+    smallest amount whose products do not vanish.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        floor = torch.finfo(features.dtype).tiny ** 0.5
+        gate = torch.where(gate.abs() < floor, torch.full_like(gate, floor).copysign(gate), gate)
+        out = features * gate
+        ctx.save_for_backward(out, gate)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        out, gate = ctx.saved_tensors
+        by_gate = (grad * out).flatten(0, -2).sum(0, dtype=torch.float32) / gate.float()
+        return grad * gate, by_gate.to(gate.dtype)
+
+
+class Gate(nn.Module):
+    """One factor for every unit of a set: a learned score, times a mask of ones until a decision is taken.
+
+    Attributes:
+        score: (units,) parameter, ones at the start.
+        mask: (units,) buffer of zeros and ones.
+    """
+
+    mask: torch.Tensor
+
+    def __init__(self, units: int, device: torch.device) -> None:
+        super().__init__()
+        self.score = nn.Parameter(torch.ones(units, device=device))
+        self.register_buffer("mask", torch.ones(units, device=device))
+        self.decided = False
+        self.binary = False
+
+    def decide(self, kept: torch.Tensor, binary: bool = False) -> None:
+        """Switch units off for good.
+
+        Args:
+            kept: (units,) booleans.
+            binary: the others become exactly one, whatever their score.
+        """
+        self.mask.copy_(kept)
+        self.decided, self.binary = True, binary
+
+    def factors(self) -> torch.Tensor:
+        """(units,) what features are multiplied by."""
+        return self.mask if self.binary else self.score * self.mask
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled() and not self.binary:
+            gated = _GatedFeatures.apply(features, self.score.to(features.dtype))
+            return gated * self.mask.to(features.dtype) if self.decided else gated
+        return features * self.factors().to(features.dtype)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Whether a decision was taken, so that a resumed run knows (a tensor: safetensors holds nothing else)."""
+        return torch.tensor([self.decided, self.binary])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.decided, self.binary = map(bool, state.tolist())
+
+
+def gate_name(layer: int, point: str) -> str:
+    """Name of a gate in a ModuleDict (which allows no dots)."""
+    return f"layer{layer}_{point}"
+
+
+def gate_sizes(architecture: Architecture, layer: int) -> dict[str, int]:
+    """Units at every point of a layer; points of removed branches are absent."""
+    shape, width = architecture.layers[layer], architecture.width(layer)
+    sizes = {}
+    if shape.mixer == "attention":
+        sizes["attention_in"] = shape.attention_in or width
+        sizes["attention_out"] = shape.heads * shape.v_dim
+    if shape.mlp:
+        sizes["mlp_in"] = shape.mlp_in or width
+        sizes["mlp_hidden"] = shape.mlp
+    return sizes
+
+
+def attach_gates(model: PreTrainedModel, architecture: Architecture, gates: nn.ModuleDict) -> list[RemovableHandle]:
+    """Hook every gate into ``model`` (the transformers model, its Linears possibly wrapped by PEFT).
+
+    Returns:
+        Handles; removing them all leaves the model as it was.
+    """
+    handles = []
+    for i, paths in enumerate(layer_paths(model, architecture)):
+        places = {
+            "attention_in": (paths.norm1, paths.attention),
+            "attention_out": (paths.o, None),
+            "mlp_in": (paths.norm2, paths.mlp),
+            "mlp_hidden": (paths.fc2, None),
+        }
+        for point, (path, reader) in places.items():
+            name = gate_name(i, point)
+            if name not in gates:
+                continue
+            module, gate = model.get_submodule(path), gates[name]
+            if reader is None:
+                handles.append(module.register_forward_pre_hook(_before(gate)))
+            else:
+                index = getattr(model.get_submodule(reader), "input_index", None)
+                handles.append(module.register_forward_hook(_after(gate, index)))
+    return handles
+
+
+def strip_gates(model: nn.Module) -> None:
+    """Remove the gate hooks that a copy of a gated model brought along (its gates are still the original's)."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if getattr(hook, "is_gate", False)]:
+                del hooks[key]
+
+
+def _before(gate: nn.Module) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (gate(args[0]), *args[1:])
+
+    hook.is_gate = True  # type: ignore[attr-defined]
+    return hook
+
+
+def _after(gate: nn.Module, index: torch.Tensor | None) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        if index is None:
+            return gate(output)
+        # the part behind reads only these channels of a model that was pruned before
+        return output.index_copy(-1, index, gate(output.index_select(-1, index)))
+
+    hook.is_gate = True  # type: ignore[attr-defined]
+    return hook

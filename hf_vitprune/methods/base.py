@@ -1,0 +1,105 @@
+"""What a pruning method is: a config, and a module that decides which units stay."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ..architecture import Architecture
+from ..errors import InvalidConfigError
+from ..gates import Gate
+from ..plan import PruningPlan
+
+METRICS = ("macs", "params")
+
+
+@dataclass
+class PruningConfig:
+    """Settings that every method has.
+
+    Attributes:
+        target: fraction of the dense model's cost that may remain, in (0, 1]; None where the method has its own goal.
+        target_metric: what ``target`` counts: ``macs`` or ``params``.
+        image_size: side (or height and width) in pixels at which MACs are counted; the model's own by default.
+        gate_learning_rate: learning rate of gates; None uses the optimizer's.
+    """
+
+    target: float | None = None
+    target_metric: str = "macs"
+    image_size: int | tuple[int, int] | None = None
+    gate_learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.target is not None:
+            check_open_interval("target", self.target)
+        if self.target_metric not in METRICS:
+            raise InvalidConfigError(f"target_metric is one of {', '.join(METRICS)}, not {self.target_metric!r}")
+        if self.gate_learning_rate is not None and not self.gate_learning_rate > 0:
+            raise InvalidConfigError(f"gate_learning_rate must be positive, not {self.gate_learning_rate!r}")
+
+    @property
+    def method_name(self) -> str:
+        return type(self).__name__.removesuffix("Config")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.method_name, **asdict(self)}
+
+
+def check_open_interval(name: str, value: Any) -> None:
+    """Raises:
+    InvalidConfigError: ``value`` is not a number strictly between 0 and 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise InvalidConfigError(f"{name} must lie strictly between 0 and 1, not {value!r}")
+
+
+class PruningMethod(nn.Module):
+    """Scores the units of one model while it trains, then decides once.
+
+    Everything that a decision depends on is a parameter or buffer, so that an ordinary checkpoint restores it.
+    Subclasses fill ``self.gates`` and implement :meth:`penalty` and :meth:`choose`.
+    """
+
+    def __init__(self, config: PruningConfig, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.config = config
+        self.architecture = Architecture.of(model)
+        # transformers gives no weight decay to parameters under a name that ends in "_norm": with any Trainer,
+        # gates are not decayed
+        self.gates_norm = nn.ModuleDict()
+
+    @property
+    def gates(self) -> nn.ModuleDict:
+        return self.gates_norm
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        return list(self.gates.parameters())
+
+    def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        """Hook the gates into the model."""
+        raise NotImplementedError
+
+    def penalty(self, progress: float) -> torch.Tensor | None:
+        """Regulariser added to the training loss, at a share of the training in [0, 1]; None for nothing."""
+        return None
+
+    def choose(self) -> PruningPlan:
+        """The plan that the current scores give."""
+        raise NotImplementedError
+
+    def decide(self) -> None:
+        """Set the gates' masks to what :meth:`choose` says; on every process alike."""
+        raise NotImplementedError
+
+    @property
+    def decided(self) -> bool:
+        return any(gate.decided for gate in self.gates.values() if isinstance(gate, Gate))
+
+    def logs(self) -> dict[str, float]:
+        """Numbers for the Trainer's log."""
+        return {}

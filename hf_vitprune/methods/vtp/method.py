@@ -1,0 +1,193 @@
+"""VTP: L1-trained scores at four points of every layer, one global threshold (arXiv 2104.08500, sections 3.2-3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ...errors import InvalidConfigError
+from ...gates import Gate, attach_gates, gate_name, gate_sizes
+from ...modeling.structure import layer_paths
+from ...plan import PAD, LayerPlan, PruningPlan
+from ...select import best
+from ...targets import cost_ratio, reach_target
+from ..base import PruningMethod
+from .config import VTPConfig
+
+_Sets = dict[str, torch.Tensor]
+
+
+class VTP(PruningMethod):
+    """Scores, decision and folding of VTP."""
+
+    config: VTPConfig
+
+    def __init__(self, config: VTPConfig, model: PreTrainedModel) -> None:
+        super().__init__(config, model)
+        device = next(model.parameters()).device
+        for i, paths in enumerate(layer_paths(model, self.architecture)):
+            for point, size in gate_sizes(self.architecture, i).items():
+                if point in config.points and config.gates_layer(paths.layer):
+                    self.gates[gate_name(i, point)] = Gate(size, device)
+        if not self.gates:
+            raise InvalidConfigError(
+                f"no layer path matches target_modules={config.target_modules!r} without matching "
+                f"exclude_modules={config.exclude_modules!r}; paths look like {paths.layer!r}"
+            )
+        if config.target is not None:
+            self.choose()  # an unreachable target says so before any training
+
+    def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        return attach_gates(model, self.architecture, self.gates)
+
+    # ------------------------------------------------------------------ training
+    def penalty(self, progress: float) -> torch.Tensor | None:
+        """lambda * sum |score| over all gates (equation 5), lambda growing over the warm-up."""
+        warmup = self.config.sparsity_warmup
+        weight = self.config.sparsity_weight * (min(1.0, progress / warmup) if warmup else 1.0)
+        if self.decided or weight == 0:
+            return None
+        return weight * torch.stack([gate.score.abs().sum() for gate in self._gates()]).sum()
+
+    def logs(self) -> dict[str, float]:
+        scores = torch.cat([gate.factors().detach().abs() for gate in self._gates()])
+        plan = self.choose()
+        ratios = {m: cost_ratio(plan.architecture, plan.source, m, self.config.image_size) for m in ("macs", "params")}
+        return {
+            "gates_mean": scores.mean().item(),
+            "gates_min": scores.min().item(),
+            **{f"{metric}_ratio": ratio for metric, ratio in ratios.items()},
+        }
+
+    def _gates(self) -> list[Gate]:
+        return [gate for gate in self.gates.values() if isinstance(gate, Gate)]
+
+    # ------------------------------------------------------------------ decision
+    def choose(self) -> PruningPlan:
+        """Rank |score| over the whole network and keep the highest (section 3.3).
+
+        Raises:
+            UnreachableTargetError: the target lies under what the floors allow.
+        """
+        scores = {name: gate.factors().detach().abs().double().cpu() for name, gate in self.gates.items()}
+        ranked = torch.cat(list(scores.values())).sort().values
+        total = len(ranked)
+        if self.decided:
+            plan = self._plan({name: gate.mask.cpu() > 0 for name, gate in self.gates.items()}, scores)
+        elif self.config.target is None:
+            assert self.config.pruning_ratio is not None
+            plan = self._plan_at(round(total * self.config.pruning_ratio), scores, ranked)
+        else:
+            config = self.config
+            assert config.target is not None
+            plan = reach_target(
+                lambda k: self._plan_at(k, scores, ranked), total, config.target, config.target_metric, config.image_size
+            )
+        return replace(plan, info={**self.config.to_dict(), **plan.info})
+
+    def decide(self) -> None:
+        plan = self.choose()
+        for name, kept in self._kept_units(plan).items():
+            gate = self.gates[name]
+            assert isinstance(gate, Gate)
+            gate.decide(kept.to(gate.mask.device), self.config.binarize)
+
+    def _plan_at(self, dropped: int, scores: _Sets, ranked: torch.Tensor) -> PruningPlan:
+        """The plan that drops about this many channels: those under the score of that rank."""
+        if dropped >= len(ranked):
+            above = {name: torch.zeros_like(s, dtype=torch.bool) for name, s in scores.items()}
+        else:
+            above = {name: s >= ranked[dropped] for name, s in scores.items()}
+            above = _break_ties(above, scores, ranked[dropped], len(ranked) - dropped)
+        return self._plan(above, scores)
+
+    def _plan(self, above: _Sets, scores: _Sets) -> PruningPlan:
+        plan = PruningPlan.dense(self.architecture)
+        return plan.with_layers(self._layer(entry, above, scores) for entry in plan.layers).validated()
+
+    def _layer(self, entry: LayerPlan, above: _Sets, scores: _Sets) -> LayerPlan:
+        for point, target in (("attention_in", "attention_in"), ("mlp_in", "mlp_in"), ("mlp_hidden", "mlp")):
+            name = gate_name(entry.index, point)
+            if name in above:
+                count = self._rounded(int(above[name].sum()), len(above[name]))
+                kept = best(scores[name], count)
+                dense_input = target != "mlp" and count == len(above[name])
+                entry = replace(entry, **{target: None if dense_input else kept})
+                entry = self._scaled(entry, target, name, kept)
+        name = gate_name(entry.index, "attention_out")
+        if name in above:
+            entry = self._heads(entry, above[name], scores[name])
+            rows = [h * self.architecture.layers[entry.index].v_dim for h in entry.heads]
+            flat = tuple(PAD if c == PAD else r + c for r, row in zip(rows, entry.v, strict=True) for c in row)
+            entry = self._scaled(entry, "v", name, flat)
+        return entry
+
+    def _heads(self, entry: LayerPlan, above: torch.Tensor, scores: torch.Tensor) -> LayerPlan:
+        """Heads whose channels all fall under the threshold go; the rest share the layer's budget."""
+        shape = self.architecture.layers[entry.index]
+        kept = above.view(shape.heads, shape.v_dim)
+        table = scores.view(shape.heads, shape.v_dim)
+        heads = kept.any(1).nonzero().squeeze(1).tolist() or [int(table.sum(1).argmax())]
+        counts = [int(kept[h].sum()) for h in heads]
+        if self.config.uneven:
+            width = self._rounded(max(counts), shape.v_dim, up=True)
+            rows = [best(table[h], max(n, 1)) for h, n in zip(heads, counts, strict=True)]
+            v = tuple(row + (PAD,) * (width - len(row)) for row in rows)
+        else:
+            width = self._rounded(round(sum(counts) / len(heads)), shape.v_dim)
+            v = tuple(best(table[h], width) for h in heads)
+        return replace(entry.keep_heads(heads), v=v)
+
+    def _rounded(self, count: int, size: int, up: bool = False) -> int:
+        """``count`` as a multiple of ``round_to``, at least one multiple and at most ``size``."""
+        step = self.config.round_to
+        multiple = -(-count // step) if up else round(count / step)
+        return min(max(multiple, 1) * step, size)
+
+    def _scaled(self, entry: LayerPlan, target: str, name: str, kept: tuple[int, ...]) -> LayerPlan:
+        """Fold the kept scores: surgery multiplies them into the columns behind the gate."""
+        if self.config.binarize:
+            return entry
+        gate = self.gates[name]
+        assert isinstance(gate, Gate)
+        factors = gate.score.detach().double().cpu().tolist()
+        return replace(entry, scales={**entry.scales, target: tuple(0.0 if c == PAD else factors[c] for c in kept)})
+
+    def _kept_units(self, plan: PruningPlan) -> _Sets:
+        """(units,) booleans of every gate: what the plan keeps at that point."""
+        sizes = {name: len(gate.score) for name, gate in zip(self.gates, self._gates(), strict=True)}
+        kept = {name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()}
+        for entry in plan.layers:
+            v_dim = self.architecture.layers[entry.index].v_dim
+            channels = [h * v_dim + c for h, row in zip(entry.heads, entry.v, strict=True) for c in row if c != PAD]
+            for point, units in (
+                ("attention_in", entry.attention_in),
+                ("attention_out", channels),
+                ("mlp_in", entry.mlp_in),
+                ("mlp_hidden", entry.mlp),
+            ):
+                name = gate_name(entry.index, point)
+                if name in kept:
+                    kept[name][slice(None) if units is None else list(units)] = True
+        return kept
+
+
+def _break_ties(above: _Sets, scores: _Sets, threshold: torch.Tensor, keep: int) -> _Sets:
+    """Drop just enough of the units that sit exactly on the threshold, the same share in every set.
+
+    Without it, equal scores (all of them, before training) would stay or go together.
+    """
+    excess = sum(int(kept.sum()) for kept in above.values()) - keep
+    tied = {name: (scores[name] == threshold).nonzero().squeeze(1) for name in above}
+    total = sum(map(len, tied.values()))
+    out, seen, dropped = {}, 0, 0
+    for name, kept in above.items():
+        seen += len(tied[name])
+        quota = round(excess * seen / total)
+        out[name] = kept.clone()
+        out[name][tied[name][: quota - dropped]] = False
+        dropped = quota
+    return out

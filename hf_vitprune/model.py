@@ -1,0 +1,177 @@
+"""PruningModel: a model, a method that scores it while it trains, and the way out to a small model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .architecture import Architecture, task_of, unwrap
+from .errors import InvalidConfigError, UnsupportedModelError, VitPruneError
+from .methods import PruningConfig, method_for
+from .plan import PruningPlan
+from .surgery import prune
+
+
+def get_pruning_model(model: Any, config: PruningConfig) -> PruningModel:
+    """Wrap a stock, pruned or PEFT model so that training it also decides what to prune.
+
+    Args:
+        model: a transformers vision model of a registered family, or a PeftModel over one.
+        config: ``VTPConfig(...)`` or another method's config.
+
+    Raises:
+        UnsupportedModelError: no family is registered for the model.
+        InvalidConfigError: the config is no pruning config.
+        UnreachableTargetError: the target lies under what the settings allow.
+    """
+    if isinstance(model, PruningModel):
+        raise InvalidConfigError("the model is a PruningModel already; unload() or export() it first")
+    return PruningModel(model, config)
+
+
+class PruningModel(nn.Module):
+    """A model with gates. Train it with ``PruningTrainer``, then ``plan()`` and ``export()``.
+
+    The wrapped model keeps its weights, names and classes; gates act through hooks that :meth:`unload` removes. Its
+    checkpoints are this wrapper's state dict, so that a Trainer restores every tensor exactly.
+
+    Attributes:
+        model: the wrapped model.
+        method: scores, penalty and decision.
+    """
+
+    #: tells the Trainer that the loss below is normalised by num_items_in_batch
+    accepts_loss_kwargs = True
+
+    def __init__(self, model: Any, config: PruningConfig) -> None:
+        super().__init__()
+        base = unwrap(model)
+        if not isinstance(base, PreTrainedModel):
+            raise UnsupportedModelError(f"expected a transformers or PEFT model, got {type(model).__name__}")
+        Architecture.of(base)  # raises for unknown families
+        self.model = model
+        self.method = method_for(config)(config, base)
+        self._handles = self.method.attach(base)
+        self._takes_labels = "labels" in inspect.signature(base.forward).parameters
+        self._classifies = task_of(base).startswith("ForImageClassification")
+
+    # ------------------------------------------------------------------ running
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the wrapped model's; ``pixel_values`` (batch, channels, height, width), ``labels`` (batch,).
+
+        The classification loss is computed here, with the model's own loss function: several stock heads ignore
+        ``num_items_in_batch`` (their gradients then grow with accumulation), and DeiT's two-headed one takes no
+        labels at all.
+        """
+        if not self._classifies:
+            if labels is not None and self._takes_labels:
+                kwargs["labels"] = labels
+            return self.model(pixel_values=pixel_values, **kwargs)
+        return_dict = kwargs.pop("return_dict", None)
+        outputs = self.model(pixel_values=pixel_values, return_dict=True, **kwargs)
+        if labels is not None:
+            base = unwrap(self.model)
+            outputs["loss"] = _loss(base, labels, outputs.logits, num_items_in_batch)
+            outputs.move_to_end("loss", last=False)
+        return outputs if return_dict is not False else outputs.to_tuple()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not set yet
+                raise
+            return getattr(self.model, name)
+
+    def get_base_model(self) -> Any:
+        """The transformers model inside."""
+        return unwrap(self.model)
+
+    # ------------------------------------------------------------------ results
+    @property
+    def pruning_config(self) -> PruningConfig:
+        return self.method.config
+
+    def decide(self) -> None:
+        """Fix which units stay; from here on the gated model computes what the exported one will.
+
+        With several processes, all take the decision of the first.
+        """
+        self.method.decide()
+        _broadcast(self.method)
+
+    def plan(self) -> PruningPlan:
+        """The plan of the current decision; decides first where none was taken."""
+        if not self.method.decided:
+            self.decide()
+        return self.method.choose()
+
+    def export(self, native: bool = False) -> Any:
+        """The small model: same outputs as this one in eval mode, no gates.
+
+        Args:
+            native: a stock transformers model that loads without this library, where the shape allows it.
+
+        Returns:
+            A ``Pruned<X>...`` model; a PeftModel over one if the wrapped model is a PeftModel; a stock model if
+            ``native``.
+
+        Raises:
+            NativeExportError: ``native`` and the shape does not allow it; the message says why.
+            InvalidPlanError: the decision removes nothing.
+        """
+        plan = self.plan()
+        small = prune(self.model, plan)
+        if native:
+            from .native import to_native
+
+            return to_native(small)
+        return small
+
+    def unload(self) -> Any:
+        """The wrapped model without gates, as it was (its weights as trained)."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        return self.model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses: a gated model is no finished model.
+
+        Raises:
+            VitPruneError: always; says what to call instead.
+        """
+        raise VitPruneError(
+            "a PruningModel holds gates in training; save export().save_pretrained(...) (the small model) or "
+            "unload().save_pretrained(...) (the full one)"
+        )
+
+    push_to_hub = save_pretrained
+
+
+def _loss(
+    base: PreTrainedModel, labels: torch.Tensor, logits: torch.Tensor, num_items: torch.Tensor | int | None
+) -> torch.Tensor:
+    """The model's own loss, as a sum over this batch divided by ``num_items`` when that is given."""
+    scale = {} if num_items is None else {"num_items_in_batch": num_items}
+    loss = base.loss_function(labels, logits, base.config, **scale)
+    if num_items is not None and base.config.problem_type in ("regression", "multi_label_classification"):
+        loss = loss * labels.numel() / num_items  # these two take the mean whatever they are given
+    return loss
+
+
+def _broadcast(module: nn.Module) -> None:
+    """Every process takes the first one's buffers and parameters of the method."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in (*module.buffers(), *module.parameters()):
+            torch.distributed.broadcast(tensor.data, src=0)
