@@ -164,7 +164,7 @@ def _empty(
     with torch.device("meta"):
         native = stock_class(config)
     encoder = family.encoder_path(model).rstrip(".")
-    if getattr(model.get_submodule(encoder), "pooler", 0) is None:
+    if "pooler" in native.get_submodule(encoder)._modules and model.get_submodule(encoder).pooler is None:
         native.get_submodule(encoder).register_module("pooler", None)  # a base model made without its pooling layer
     return native
 
