@@ -47,3 +47,11 @@ class MissingLabelsError(VitPruneError, ValueError):
 
 class ResumeError(VitPruneError, RuntimeError):
     """A checkpoint was about to restore only part of a model."""
+
+
+class HubUploadError(VitPruneError, ConnectionError):
+    """A push to the Hub did not go through."""
+
+
+class MissingExtraError(VitPruneError, ImportError):
+    """A feature needs a package that is only installed with one of the extras."""
