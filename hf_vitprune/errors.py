@@ -45,6 +45,10 @@ class MissingLabelsError(VitPruneError, ValueError):
     """Training needs labels and the batch has none."""
 
 
+class InvalidDataError(VitPruneError, ValueError):
+    """A folder or dataset has no usable images and labels."""
+
+
 class ResumeError(VitPruneError, RuntimeError):
     """A checkpoint was about to restore only part of a model."""
 

@@ -1,0 +1,194 @@
+#!/usr/bin/env python
+"""Fine-tune a vision transformer, prune it while it trains, fine-tune the small model, save it and push it to the Hub.
+
+    python examples/run_image_classification_pruning.py --dataset digits --output_dir /tmp/out
+    accelerate launch examples/run_image_classification_pruning.py --model_name_or_path google/vit-base-patch16-224-in21k \
+        --dataset beans --method vtp --target 0.5 --output_dir vit-beans-pruned --push_to_hub --hub_model_id me/vit-beans-pruned
+
+The run has two stages, each an ordinary Trainer run with checkpoints of its own: ``<output_dir>/learn`` (train with
+gates, decide what goes) and ``<output_dir>/tune`` (fine-tune the small model). Started again with
+``--resume_from_checkpoint True``, it goes on in whichever stage it was.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    TrainingArguments,
+    ViTImageProcessorPil,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+import hf_vitprune
+from hf_vitprune import DistillationConfig, PruningTrainer, VTPConfig, count, get_pruning_model
+from hf_vitprune.data import DIGITS, load_images
+from hf_vitprune.demo import IMAGE_SIZE, tiny_vit
+from hf_vitprune.workflow import accuracy_of
+
+
+@dataclass
+class DataArguments:
+    """What to learn from."""
+
+    dataset: str = field(default=DIGITS, metadata={"help": "'digits', a folder with one sub-folder a class, or a Hub dataset"})
+    train_split: str = field(default="train", metadata={"help": "training split"})
+    eval_split: str | None = field(default=None, metadata={"help": "evaluation split; found, or split off, by default"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "use only so many training images"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many evaluation images"})
+
+
+@dataclass
+class ModelArguments:
+    """What to prune, and how."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "model folder or Hub id; a small untrained ViT for the digits by default"}
+    )
+    method: str = field(default="vtp", metadata={"help": "pruning method: vtp"})
+    method_config: str = field(default="{}", metadata={"help": 'JSON of further settings of the method, e.g. {"uneven": true}'})
+    target: float | None = field(default=0.5, metadata={"help": "fraction of the cost that may remain"})
+    target_metric: str = field(default="macs", metadata={"help": "what target counts: macs or params"})
+    gate_learning_rate: float = field(default=1e-2, metadata={"help": "learning rate of the gates"})
+    lora_rank: int = field(default=0, metadata={"help": "train LoRA adapters of this rank instead of all weights; 0: all"})
+    tune_epochs: float | None = field(default=None, metadata={"help": "epochs of the second stage; as the first by default"})
+    distillation: str = field(default="soft", metadata={"help": "teach the small model by the unpruned one: soft, hard, none"})
+    native: bool = field(default=False, metadata={"help": "save a stock model, where the pruned shape allows it"})
+
+
+METHODS = {"vtp": VTPConfig}
+
+
+def load_model(args: ModelArguments, label_names: list[str]) -> tuple[Any, Any]:
+    """(model, image processor)."""
+    if args.model_name_or_path is None:
+        model: Any = tiny_vit(label_names)
+        processor: Any = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    else:
+        model = AutoModelForImageClassification.from_pretrained(
+            args.model_name_or_path,
+            id2label=dict(enumerate(label_names)),
+            label2id={name: i for i, name in enumerate(label_names)},
+            ignore_mismatched_sizes=True,
+        )
+        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    if args.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        targets = ["q_proj", "v_proj"]
+        lora = LoraConfig(r=args.lora_rank, target_modules=targets, modules_to_save=["classifier"])
+        model = get_peft_model(model, lora)
+    return model, processor
+
+
+def stage_arguments(args: TrainingArguments, stage: str, epochs: float | None = None) -> TrainingArguments:
+    """The user's arguments with an output folder of the stage's own; only the result is pushed, by us."""
+    changes: dict[str, Any] = {"output_dir": str(Path(args.output_dir) / stage), "push_to_hub": False}
+    if epochs is not None:
+        changes["num_train_epochs"] = epochs
+    record = {**args.to_dict(), **changes}
+    known = {name for name, f in TrainingArguments.__dataclass_fields__.items() if f.init}
+    return TrainingArguments(**{name: value for name, value in record.items() if name in known})
+
+
+def run_stage(trainer: PruningTrainer, args: TrainingArguments) -> dict[str, float]:
+    """Train (or go on where a killed run was) and evaluate."""
+    last = get_last_checkpoint(trainer.args.output_dir) if args.resume_from_checkpoint and Path(trainer.args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    return trainer.evaluate()
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))  # type: ignore[arg-type]
+    arguments = sys.argv[1:] if argv is None else argv
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    set_seed(training_args.seed)
+
+    images = load_images(
+        data_args.dataset, train_split=data_args.train_split, eval_split=data_args.eval_split, seed=training_args.seed
+    )
+    model, processor = load_model(model_args, images.label_names)
+    train_set, eval_set = images.processed(processor, cache=data_args.dataset == DIGITS)
+    for dataset, limit in ((train_set, data_args.max_train_samples), (eval_set, data_args.max_eval_samples)):
+        if limit is not None:
+            dataset.dataset = dataset.dataset.select(range(min(limit, len(dataset))))
+
+    config = METHODS[model_args.method](
+        target=model_args.target,
+        target_metric=model_args.target_metric,
+        gate_learning_rate=model_args.gate_learning_rate,
+        **json.loads(model_args.method_config),
+    )
+    dense_cost = count(model)
+    sets = {"train_dataset": train_set, "eval_dataset": eval_set, "compute_metrics": accuracy_of}
+
+    # stage 1: train with gates; at the end the callback decides what stays
+    pruning_model = get_pruning_model(model, config)
+    learner = PruningTrainer(pruning_model, stage_arguments(training_args, "learn"), **sets)
+    learned = run_stage(learner, training_args)
+    small = pruning_model.export()
+    teacher = pruning_model.unload()
+
+    # stage 2: fine-tune the small model, taught by the full one
+    distillation = DistillationConfig(kind=model_args.distillation) if model_args.distillation != "none" else None
+    tuner = PruningTrainer(
+        small,
+        stage_arguments(training_args, "tune", model_args.tune_epochs),
+        teacher=teacher if distillation else None,
+        distillation=distillation,
+        **sets,
+    )
+    tuned = run_stage(tuner, training_args)
+
+    cost = count(small)
+    summary = {
+        "accuracy_masked": learned["eval_accuracy"],
+        "accuracy": tuned["eval_accuracy"],
+        "macs_ratio": cost.macs / dense_cost.macs,
+        "params_ratio": cost.params / dense_cost.params,
+    }
+    if tuner.is_world_process_zero():
+        save(small, processor, summary, model_args, training_args, data_args)
+        print(json.dumps(summary, indent=2))
+    return summary
+
+
+def save(
+    small: Any,
+    processor: Any,
+    summary: dict[str, float],
+    model_args: ModelArguments,
+    training_args: TrainingArguments,
+    data_args: DataArguments,
+) -> None:
+    """Write the small model (adapters merged) with its card to the output folder, and push it when asked to."""
+    if hasattr(small, "merge_and_unload"):
+        small = small.merge_and_unload()
+    if model_args.native:
+        small = hf_vitprune.to_native(small)
+    small = small.to("cpu", dtype=torch.float32)
+    small.save_pretrained(training_args.output_dir)
+    processor.save_pretrained(training_args.output_dir)
+    card = hf_vitprune.model_card(
+        small,
+        after={"accuracy": summary["accuracy"]},
+        dataset=data_args.dataset,
+        base_model=model_args.model_name_or_path,
+    )
+    card.save(Path(training_args.output_dir) / "README.md")
+    if training_args.push_to_hub:
+        repo = training_args.hub_model_id or Path(training_args.output_dir).name
+        hf_vitprune.push_to_hub(small, repo, card=card, image_processor=processor, private=training_args.hub_private_repo)
+
+
+if __name__ == "__main__":
+    main()

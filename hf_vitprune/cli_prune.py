@@ -1,0 +1,91 @@
+"""``hf-vitprune prune`` and ``hf-vitprune demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import InvalidConfigError
+
+METHODS = ("vtp",)
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help="Model folder or Hub id of an image classifier.")],
+    data: Annotated[str, typer.Argument(help="'digits', a folder with one sub-folder a class, or a Hub dataset.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the pruned model.")],
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "vtp",
+    target: Annotated[float, typer.Option(help="Fraction of the cost that may remain, in (0, 1).")] = 0.5,
+    target_metric: Annotated[str, typer.Option(help="What target counts: macs or params.")] = "macs",
+    round_to: Annotated[int, typer.Option(help="Kept sizes are multiples of this.")] = 8,
+    epochs: Annotated[float, typer.Option(help="Epochs of the training that learns what to prune.")] = 3.0,
+    tune_epochs: Annotated[float, typer.Option(help="Epochs of fine-tuning after it; 0 for none.")] = 10.0,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of both.")] = 1e-4,
+    gate_learning_rate: Annotated[float, typer.Option(help="Learning rate of the importance scores.")] = 1e-2,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
+    new_head: Annotated[bool, typer.Option(help="Replace the classifier by one for the data's classes.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+) -> None:
+    """Learn what to prune on labelled images, prune, fine-tune, and save a model folder with a card."""
+    from rich.console import Console
+    from transformers import AutoImageProcessor, set_seed
+
+    from .cost.latency import device_name
+    from .data import load_images
+    from .distillation import DistillationConfig
+    from .methods import VTPConfig
+    from .report import comparison_table
+    from .workflow import Schedule, compare, prune_and_tune, save_result
+
+    if method not in METHODS:
+        raise InvalidConfigError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
+    config = VTPConfig(
+        target=target, target_metric=target_metric, round_to=round_to, gate_learning_rate=gate_learning_rate
+    )
+    set_seed(seed)
+    images = load_images(data, seed=seed)
+    classifier = _classifier(model, images.label_names, new_head)
+    processor = AutoImageProcessor.from_pretrained(model)
+    train_set, eval_set = images.processed(processor)
+    learn = Schedule(epochs, learning_rate, batch_size, seed=seed)
+    tune = Schedule(tune_epochs, learning_rate, batch_size, seed=seed) if tune_epochs else None
+    result = prune_and_tune(
+        classifier, config, train_set, eval_set, learn=learn, tune=tune, distillation=DistillationConfig()
+    )
+    rows, timings = compare(classifier, result.accuracy["dense"], {config.method_name: result}, batch_size=8)
+    pair = {"before": timings["dense"], "after": timings[config.method_name]}
+    save_result(output, result, processor, pair, dataset=data, base_model=model)
+    Console().print(comparison_table(rows, title=f"{model} on {data}, measured on {device_name()}, batch 8"))
+    Console().print(f"saved to {output}")
+
+
+def _classifier(model: str, label_names: list[str], new_head: bool):  # type: ignore[no-untyped-def]
+    """The image classifier, with the data's classes.
+
+    Raises:
+        InvalidConfigError: its classes are not the data's, and no new head is asked for.
+    """
+    from transformers import AutoModelForImageClassification
+
+    names = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+    if new_head:
+        return AutoModelForImageClassification.from_pretrained(model, ignore_mismatched_sizes=True, **names)
+    classifier = AutoModelForImageClassification.from_pretrained(model)
+    if classifier.config.num_labels != len(label_names):
+        raise InvalidConfigError(
+            f"{model} has {classifier.config.num_labels} classes and the data {len(label_names)}: fine-tune the model "
+            "first, or pass --new-head"
+        )
+    return classifier
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the pruned models.")] = Path("hf-vitprune-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+) -> None:
+    """Train a small ViT on real digits, prune it by every method, save, load back, and print a table (3 minutes)."""
+    from .demo import run_demo
+
+    run_demo(output, seed)

@@ -1,0 +1,261 @@
+"""Train, prune, fine-tune, measure: the run behind ``hf-vitprune prune`` and ``demo``, from the same parts as a script."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+
+from .card import model_card
+from .cost import count
+from .cost.latency import Timing, measure_speed
+from .distillation import DistillationConfig
+from .methods import PruningConfig
+from .model import get_pruning_model
+from .plan import PruningPlan
+from .report import plot_removed
+from .trainer import PruningTrainer
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast a stage trains.
+
+    Attributes:
+        epochs: passes over the training set.
+        learning_rate: of AdamW, cosine decay after a warm-up over a tenth of the steps.
+        batch_size: images a step and process.
+        weight_decay: of AdamW.
+        seed: of order and initialisation.
+    """
+
+    epochs: float
+    learning_rate: float
+    batch_size: int = 64
+    weight_decay: float = 0.05
+    seed: int = 0
+
+    def arguments(self, output_dir: str) -> TrainingArguments:
+        return TrainingArguments(
+            output_dir,
+            num_train_epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=4 * self.batch_size,
+            weight_decay=self.weight_decay,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
+            seed=self.seed,
+            data_seed=self.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+
+
+@dataclass
+class PrunedResult:
+    """What pruning one model gave.
+
+    Attributes:
+        model: the small model, fine-tuned.
+        plan: what stayed.
+        accuracy: before any pruning, right after it, and fine-tuned (None without fine-tuning).
+        macs_ratio, params_ratio: cost of the small model as a fraction of the dense one's.
+    """
+
+    model: Any
+    plan: PruningPlan
+    accuracy: dict[str, float]
+    macs_ratio: float
+    params_ratio: float
+
+    @property
+    def final_accuracy(self) -> float:
+        return self.accuracy.get("tuned", self.accuracy["pruned"])
+
+
+def accuracy_of(prediction: Any) -> dict[str, float]:
+    """``compute_metrics`` for a Trainer: top-1 accuracy."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
+
+
+def train(
+    model: Any,
+    schedule: Schedule,
+    train_set: Any,
+    eval_set: Any,
+    *,
+    what: str,
+    teacher: Any = None,
+    distillation: DistillationConfig | None = None,
+) -> float:
+    """Train a model or PruningModel in place and return its accuracy on ``eval_set`` afterwards.
+
+    Args:
+        what: name of the stage, shown at the progress bar.
+        teacher: learn from its logits too (and for a PruningModel, from a copy of itself, with ``distillation``).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = PruningTrainer(
+            model,
+            schedule.arguments(folder),
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            compute_metrics=accuracy_of,
+            teacher=teacher,
+            distillation=distillation,
+        )
+        use_quiet_progress(trainer, what)
+        trainer.train()
+        return trainer.evaluate()["eval_accuracy"]
+
+
+def evaluate(model: Any, eval_set: Any, batch_size: int = 256) -> float:
+    """Top-1 accuracy of a model."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model,
+            Schedule(0, 0.0, batch_size).arguments(folder),
+            eval_dataset=eval_set,
+            compute_metrics=accuracy_of,
+        )
+        use_quiet_progress(trainer, "evaluating")
+        return trainer.evaluate()["eval_accuracy"]
+
+
+def prune_and_tune(
+    model: Any,
+    config: PruningConfig,
+    train_set: Any,
+    eval_set: Any,
+    *,
+    learn: Schedule,
+    tune: Schedule | None,
+    distillation: DistillationConfig | None = None,
+) -> PrunedResult:
+    """Learn what to prune, prune, fine-tune against the unpruned model; ``model`` itself is trained by the first step.
+
+    Args:
+        learn: schedule of the training that decides.
+        tune: schedule of the fine-tuning; None for none.
+        distillation: how the small model learns from the unpruned one while it is fine-tuned; None: labels only.
+    """
+    accuracy = {"dense": evaluate(model, eval_set)}
+    dense = count(model, config.image_size)
+    wrapped = get_pruning_model(model, config)
+    name = config.method_name
+    train(wrapped, learn, train_set, eval_set, what=f"{name}: learning what to prune")
+    plan = wrapped.plan()
+    small = wrapped.export()
+    teacher = wrapped.unload()
+    accuracy["pruned"] = evaluate(small, eval_set)
+    if tune is not None:
+        accuracy["tuned"] = train(
+            small,
+            tune,
+            train_set,
+            eval_set,
+            what=f"{name}: fine-tuning",
+            teacher=teacher if distillation is not None else None,
+            distillation=distillation,
+        )
+    cost = count(small, config.image_size)
+    return PrunedResult(small.eval(), plan, accuracy, cost.macs / dense.macs, cost.params / dense.params)
+
+
+def compare(
+    dense: Any, dense_accuracy: float, results: dict[str, PrunedResult], batch_size: int
+) -> tuple[list[dict[str, Any]], dict[str, Timing]]:
+    """Rows for ``comparison_table``, and the timings behind them: all models measured in turns, in one run.
+
+    Args:
+        dense: the unpruned model.
+        dense_accuracy: of it.
+        results: name of the method -> what it gave.
+        batch_size: images a forward pass.
+    """
+    models = {"dense": dense, **{name: result.model for name, result in results.items()}}
+    timings = measure_speed(models, batch_size=batch_size)
+    rows = [_row("dense", dense, dense_accuracy, timings["dense"])]
+    for name, result in results.items():
+        rows.append({"name": f"{name}, just pruned", "accuracy": result.accuracy["pruned"]})
+        rows.append(_row(f"{name}, final", result.model, result.final_accuracy, timings[name]))
+    return rows, timings
+
+
+def _row(name: str, model: Any, accuracy: float, timing: Timing) -> dict[str, Any]:
+    cost = count(model)
+    return {
+        "name": name,
+        "accuracy": accuracy,
+        "params": cost.params,
+        "macs": cost.macs,
+        "latency_ms": timing.seconds * 1e3,
+        "speedup": timing.speedup,
+    }
+
+
+def save_result(
+    folder: Path,
+    result: PrunedResult,
+    processor: Any,
+    timings: dict[str, Timing],
+    *,
+    dataset: str,
+    base_model: str | None = None,
+) -> None:
+    """Write the model, its image processor, plan, plot of what was removed, and card.
+
+    Args:
+        timings: of ``before`` (dense) and ``after``.
+        dataset: what the accuracies were measured on.
+        base_model: Hub id of the dense model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    result.model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    result.plan.save(folder / "plan.json")
+    plot_removed(result.plan, folder / "removed.png")
+    card = model_card(
+        result.model,
+        base_model=base_model,
+        info=result.plan.info,
+        before={"accuracy": result.accuracy["dense"]},
+        after={"accuracy": result.final_accuracy},
+        dataset=dataset,
+        timings=timings,
+    )
+    card.save(folder / "README.md")
+
+
+class _NamedProgress(ProgressCallback):
+    """A progress bar that says which stage runs, and leaves the numbers to the caller's table."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.what)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass  # metrics are shown in one table at the end
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
+        pass  # evaluation takes a moment here
+
+
+def use_quiet_progress(trainer: Trainer, what: str) -> None:
+    """Replace the Trainer's printing by one named progress bar."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(_NamedProgress(what))
