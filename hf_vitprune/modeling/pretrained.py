@@ -81,6 +81,16 @@ class PrunedModelMixin:
             save_directory, *args, save_original_format=save_original_format, **kwargs
         )
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """As transformers', with a model card unless there is one already; see :func:`hf_vitprune.hub.push_to_hub`.
+
+        Raises:
+            HubUploadError: the push did not go through.
+        """
+        from ..hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but only from safetensors, and never with layers whose weights are missing or left over.
