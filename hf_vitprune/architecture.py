@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .errors import InvalidArchitectureError
+from .errors import InvalidArchitectureError, UnsupportedModelError
 from .families import PRUNED_PREFIX, Family, LayerSizes, base_model_type, family_of
 
 #: version of the ``pruning_config`` written to config.json
@@ -154,6 +154,19 @@ class Architecture:
     def is_dense(self) -> bool:
         return self == Architecture.dense(self.config, self.task)
 
+    def fits(self, other: Architecture) -> bool:
+        """Whether a plan made for one can be carried out on the other.
+
+        Equal sizes are not enough: the dense models behind them give the attention scale and the kind of MLP.
+        """
+        mine, theirs = (Architecture.dense(a.config, "Model") for a in (self, other))
+        return (
+            self.model_type == other.model_type
+            and replace(self, task=other.task) == other
+            and mine == theirs
+            and self.family.fc1_names(self.config) == self.family.fc1_names(other.config)
+        )
+
     def layer_names(self) -> list[str]:
         """Paths of the layers below the encoder."""
         return self.family.layer_names(len(self.layers), self.depths)
@@ -200,6 +213,8 @@ class Architecture:
             raise InvalidArchitectureError(f"the residual width of {self.model_type} cannot be changed")
         if not 0 < len(self.layers) <= len(dense.layers):
             raise InvalidArchitectureError(f"{len(self.layers)} layers, the dense model has {len(dense.layers)}")
+        if (self.depths is None) != (dense.depths is None) or len(self.depths or ()) != len(dense.depths or ()):
+            raise InvalidArchitectureError(f"depths are {self.depths}, of the dense model {dense.depths}")
         if self.depths is not None and (sum(self.depths) != len(self.layers) or min(self.depths) < 1):
             raise InvalidArchitectureError(
                 f"depths {self.depths} need at least one layer a stage, {len(self.layers)} in all"
@@ -247,16 +262,16 @@ class Architecture:
             raise InvalidArchitectureError(
                 f"format version {record.get('version')!r}, this library reads {FORMAT_VERSION}"
             )
-        fields = dict(record["config"])
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        depths = record.get("depths")
+        rows, depths, task = record["layers"], record.get("depths"), record["task"]
         known = set(LayerShape.__dataclass_fields__)
-        if any(set(row) - known for row in record["layers"]):
-            raise InvalidArchitectureError(f"a layer has any of {', '.join(sorted(known))}")
-        layers = tuple(LayerShape(**row) for row in record["layers"])
-        return cls(
-            config, layers, record["hidden_size"], tuple(depths) if depths else None, record["task"]
-        ).validated()
+        if not isinstance(rows, list) or any(not isinstance(row, dict) or set(row) - known for row in rows):
+            raise InvalidArchitectureError(f"layers is a list of dicts with any of {', '.join(sorted(known))}")
+        if not isinstance(task, str) or not isinstance(record["config"], dict):
+            raise InvalidArchitectureError("task is a class name without its family's prefix, config a dict")
+        fields = dict(record["config"])
+        config = _make_config(fields.pop("model_type", None), fields)
+        layers = tuple(LayerShape(**row) for row in rows)
+        return cls(config, layers, record["hidden_size"], _checked_depths(depths), task).validated()
 
     def replace(self, **changes: Any) -> Architecture:
         return replace(self, **changes).validated()
@@ -316,17 +331,20 @@ def read_record(config: PreTrainedConfig, record: Any, task: str) -> Architectur
         seal = fingerprint(record)
     except (TypeError, ValueError) as error:
         raise InvalidArchitectureError(f"pruning_config is not JSON: {error}") from error
-    depths = record.get("depths")
-    if depths is not None and not (isinstance(depths, list) and all(type(d) is int for d in depths)):
-        raise InvalidArchitectureError(f"pruning_config: depths {depths!r} is no list of whole numbers")
+    depths = _checked_depths(record.get("depths"))
     shapes = tuple(_shape_from_words(rows[str(i)], f"pruning_config: layer {i}") for i in range(len(rows)))
     base = stock_config(config)
-    architecture = Architecture(base, shapes, record["hidden_size"], tuple(depths) if depths else None, task)
-    architecture.validated()
+    architecture = Architecture(base, shapes, record["hidden_size"], depths, task).validated()
     if seal != record["fingerprint"]:
         raise InvalidArchitectureError(
             "pruning_config does not match its fingerprint: it was edited or damaged after the model was saved; "
             "fetch config.json again, or rebuild the model with hf_vitprune.prune"
+        )
+    stated = architecture.family.dense_layers(config)
+    if (len(stated), stated[0].embedding) != (len(shapes), architecture.hidden_size):
+        raise InvalidArchitectureError(
+            f"config.json says {len(stated)} layers of width {stated[0].embedding}, its pruning_config "
+            f"{len(shapes)} of width {architecture.hidden_size}"
         )
     return architecture
 
@@ -350,9 +368,35 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if isinstance(record, dict):
         dense = _checked_dense_sizes(record.get("dense"))
         (fields[family.sub_config] if family.sub_config else fields).update(dense)
-    base = AutoConfig.for_model(base_model_type(config.model_type), **fields)
+    base = _make_config(base_model_type(config.model_type), fields)
     base._attn_implementation = config._attn_implementation
     return base
+
+
+def _make_config(model_type: Any, fields: dict[str, Any]) -> PreTrainedConfig:
+    """A stock config from JSON.
+
+    Raises:
+        InvalidArchitectureError: transformers refuses the fields, or no model can be made from them.
+    """
+    if not isinstance(model_type, str):
+        raise InvalidArchitectureError(f"the config's model_type is {model_type!r}")
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+        Architecture.dense(config)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a damaged field breaks
+        raise InvalidArchitectureError(f"no {model_type} model has this config: {error}") from error
+    return config
+
+
+def _checked_depths(depths: Any) -> tuple[int, ...] | None:
+    if depths is None:
+        return None
+    if not isinstance(depths, (list, tuple)) or not depths or any(type(d) is not int for d in depths):
+        raise InvalidArchitectureError(f"depths {depths!r} is no list of whole numbers")
+    return tuple(depths)
 
 
 def _checked_dense_sizes(dense: Any) -> dict[str, Any]:

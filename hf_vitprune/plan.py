@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .architecture import Architecture, LayerShape
-from .errors import InvalidPlanError, UnsupportedUnitError
+from .errors import InvalidPlanError, UnsupportedUnitError, VitPruneError
 
 PLAN_VERSION = 1
 #: in a v or qk list: a channel of zeros, so that heads with fewer channels fit a dense kernel
@@ -171,7 +172,11 @@ class PruningPlan:
         if not self.layers:
             raise InvalidPlanError("the plan keeps no layer")
         order = [entry.index for entry in self.layers]
-        if order != sorted(set(order)) or not 0 <= order[0] <= order[-1] < len(self.source.layers):
+        if (
+            any(type(i) is not int for i in order)
+            or order != sorted(set(order))
+            or not 0 <= order[0] <= order[-1] < len(self.source.layers)
+        ):
             raise InvalidPlanError(
                 f"kept layers {order} are not an ascending part of 0..{len(self.source.layers) - 1}"
             )
@@ -179,6 +184,8 @@ class PruningPlan:
             if "embedding" not in self.source.family.units:
                 raise UnsupportedUnitError(f"{self.source.model_type} has no prunable embedding")
             _check_indices("embedding", self.embedding, self.source.hidden_size)
+            if list(self.embedding) != sorted(self.embedding):
+                raise InvalidPlanError("embedding: kept residual channels are given in ascending order")
         for entry in self.layers:
             self._check_layer(entry, self.source.layers[entry.index])
         self.architecture  # noqa: B018  raises when the shape is impossible
@@ -220,6 +227,8 @@ class PruningPlan:
             "mlp": len(entry.mlp),
         }
         for name, scale in entry.scales.items():
+            if any(not isinstance(factor, (int, float)) or not math.isfinite(factor) for factor in scale):
+                raise InvalidPlanError(f"{where}: scales of {name!r} are finite numbers")
             if lengths.get(name) != len(scale):
                 raise InvalidPlanError(f"{where}: {len(scale)} scales for {lengths.get(name)} units of {name!r}")
 
@@ -307,11 +316,13 @@ class PruningPlan:
             plan = cls(
                 Architecture.from_dict(record["source"]),
                 tuple(layers),
-                _ints(embedding),
+                _optional_ints(embedding),
                 weights,
                 dict(record.get("info", {})),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except VitPruneError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
             raise InvalidPlanError(f"damaged plan: {error!r}") from error
         return plan.validated()
 
@@ -346,30 +357,32 @@ def _inputs(kept: Indices | None, source: int | None) -> int | None:
     return len(kept) if kept is not None else source
 
 
-def _ints(values: Any) -> Indices | None:
-    if values is None:
-        return None
+def _optional_ints(values: Any) -> Indices | None:
+    return None if values is None else _ints(values)
+
+
+def _ints(values: Any) -> Indices:
     if not isinstance(values, (list, tuple)) or any(type(v) is not int for v in values):
         raise InvalidPlanError(f"expected a list of whole numbers, got {values!r}")
     return tuple(values)
 
 
 def _layer_from(row: dict[str, Any]) -> LayerPlan:
-    heads = _ints(row["heads"]) or ()
+    heads = _ints(row["heads"])
     lists = {}
     for name in ("qk", "v"):
         value = row[name]
         rows = value if value and isinstance(value[0], (list, tuple)) else [value] * len(heads)
-        lists[name] = tuple(_ints(r) or () for r in rows)
+        lists[name] = tuple(_ints(r) for r in rows)
     return LayerPlan(
         index=row["index"],
         mixer=row["mixer"],
         heads=heads,
         qk=lists["qk"],
         v=lists["v"],
-        mlp=_ints(row["mlp"]) or (),
-        attention_in=_ints(row.get("attention_in")),
-        mlp_in=_ints(row.get("mlp_in")),
+        mlp=_ints(row["mlp"]),
+        attention_in=_optional_ints(row.get("attention_in")),
+        mlp_in=_optional_ints(row.get("mlp_in")),
         scales={k: tuple(v) for k, v in row.get("scales", {}).items()},
     )
 

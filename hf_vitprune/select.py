@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -44,7 +45,8 @@ def check_units(architecture: Architecture, units: Sequence[str] | None) -> tupl
     for unit in units:
         if unit not in known:
             raise UnsupportedUnitError(
-                f"{architecture.model_type} models have no prunable unit {unit!r}; they have {', '.join(sorted(known))}"
+                f"{architecture.model_type} models have no prunable unit {unit!r}; "
+                f"they have {', '.join(sorted(known))}"
             )
     return tuple(units)
 
@@ -60,7 +62,8 @@ def keep_count(size: int, ratio: float, round_to: int, what: str) -> int:
         kept = size // round_to * round_to
     if kept < 1:
         raise InvalidPlanError(
-            f"{what}: removing {ratio:.0%} of {size} (rounded to {round_to}) empties the set; lower the ratio or round_to"
+            f"{what}: removing {ratio:.0%} of {size} (rounded to {round_to}) empties the set; "
+            "lower the ratio or round_to"
         )
     return kept
 
@@ -91,7 +94,8 @@ def cut_every_set(model: Any, ratio: float, units: Sequence[str] | None, round_t
     plan = plan.validated()
     if plan.removes_nothing:
         raise InvalidPlanError(
-            f"a ratio of {ratio} removes no unit of {', '.join(chosen)} (round_to={round_to}): raise the ratio or lower round_to"
+            f"a ratio of {ratio} removes no unit of {', '.join(chosen)} (round_to={round_to}): "
+            "raise the ratio or lower round_to"
         )
     return plan
 
@@ -101,7 +105,7 @@ def _cut_layers(source: Architecture, ratio: float, scores: Scores) -> list[int]
     start = 0
     for stage, depth in enumerate(source.depths or (len(source.layers),)):
         name = f"stage {stage} layers" if source.depths else "layers"
-        kept += [start + i for i in best(scores(name, depth), max(1, round(depth * (1 - ratio))))]
+        kept += [start + i for i in best(scores(name, depth), keep_count(depth, ratio, 1, name))]
         start += depth
     return kept
 
@@ -165,7 +169,7 @@ def l2_scores(model: Any) -> Scores:
     starts = [0]
     for depth in architecture.depths or (len(architecture.layers),):
         starts.append(starts[-1] + depth)
-    for stage, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for stage, (start, end) in enumerate(itertools.pairwise(starts)):
         name = f"stage {stage} layers" if architecture.depths else "layers"
         squares[name] = torch.cat([squares[f"layer {i}"] for i in range(start, end)])
     return lambda name, count: squares[name].sqrt()

@@ -91,7 +91,8 @@ def prune(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False) -> An
     small.load_state_dict(state, strict=True, assign=True)
     _copy_frozen_buffers(model, small, plan)
     for name, parameter in small.named_parameters():
-        parameter.requires_grad_(_requires_grad(model, small, name, plan))
+    cuts = find_cuts(model, small, plan)
+        parameter.requires_grad_(model.get_parameter(cuts[name].source).requires_grad)
     return small.train(model.training)
 
 
@@ -133,11 +134,7 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan, allow_unchanged: bool)
     """
     plan.validated()
     actual = Architecture.of(model)
-    if (actual.model_type, actual.layers, actual.hidden_size) != (
-        plan.source.model_type,
-        plan.source.layers,
-        plan.source.hidden_size,
-    ):
+    if not plan.source.fits(actual):
         raise InvalidPlanError(
             f"the plan was made for a {plan.source.model_type} of {len(plan.source.layers)} layers and width "
             f"{plan.source.hidden_size} with its own layer sizes; this {actual.model_type} of {len(actual.layers)} "
@@ -347,14 +344,6 @@ def _copy_frozen_buffers(model: PreTrainedModel, small: PreTrainedModel, plan: P
             old = source[name if layer is None else renamed[layer] + name[len(layer) :]]
             parent, _, leaf = name.rpartition(".")
             small.get_submodule(parent).register_buffer(leaf, old.clone(), persistent=False)
-
-
-def _requires_grad(model: PreTrainedModel, small: PreTrainedModel, name: str, plan: PruningPlan) -> bool:
-    old_paths, new_paths = layer_paths(model, plan.source), layer_paths(small, plan.architecture)
-    for entry, new in zip(plan.layers, new_paths, strict=True):
-        if name.startswith(new.layer + "."):
-            return model.get_parameter(old_paths[entry.index].layer + name[len(new.layer) :]).requires_grad
-    return model.get_parameter(name).requires_grad
 
 
 def truncate(model: Any, k: int) -> Any:

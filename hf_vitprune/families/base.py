@@ -27,7 +27,7 @@ class LayerSizes(NamedTuple):
 
 
 class LayerPaths(NamedTuple):
-    """Dotted paths, from the task model, of the parts of one layer. ``scale1``/``scale2`` are None without LayerScale."""
+    """Dotted paths, from the task model, of a layer's parts. ``scale1``/``scale2`` are None without LayerScale."""
 
     layer: str
     norm1: str
@@ -225,6 +225,9 @@ class Family:
         raise NotImplementedError  # every family has its own stem and head
 
     # ------------------------------------------------------------------ helpers for outer_parts
+    def labels(self, config: PreTrainedConfig) -> int:
+        return config.num_labels or 0
+
     def patch_part(self, config: PreTrainedConfig, width: int, grid: tuple[int, int], bias: bool = True) -> Part:
         c = self.sizes_config(config)
         patch_h, patch_w = pair(c.patch_size)

@@ -30,8 +30,8 @@ class ClipFamily(Family):
         if task == "ModelWithProjection":
             projection = self.sizes_config(config).projection_dim
             parts.append(self.linear_part("projection", width, projection, bias=False))
-        elif task == "ForImageClassification" and config.num_labels > 0:
-            parts.append(self.linear_part("classifier", width, config.num_labels))
+        elif task == "ForImageClassification" and self.labels(config):
+            parts.append(self.linear_part("classifier", width, self.labels(config)))
         return parts
 
 

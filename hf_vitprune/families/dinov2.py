@@ -1,4 +1,4 @@
-"""DINOv2 and DINOv2 with registers: LayerScale, optional SwiGLU, a classifier on CLS and the mean patch side by side."""
+"""DINOv2 and DINOv2 with registers: LayerScale, optional SwiGLU, a classifier on CLS and mean patch side by side."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Dinov2Family(Family):
             self.table_part("positions", self.positions(config) + 1, width),
             self.table_part("final norm", 2, width),
         ]
-        if task == "ForImageClassification" and config.num_labels > 0:
-            parts.append(self.linear_part("classifier", 2 * width, config.num_labels))
+        if task == "ForImageClassification" and self.labels(config):
+            parts.append(self.linear_part("classifier", 2 * width, self.labels(config)))
         return parts
 
 

@@ -80,8 +80,8 @@ class SiglipFamily(Family):
                 self.linear_part("pooling fc2", c.intermediate_size, full),
             ]
             parts += head
-        if task == "ForImageClassification" and config.num_labels > 0:
-            parts.append(self.linear_part("classifier", width, config.num_labels))
+        if task == "ForImageClassification" and self.labels(config):
+            parts.append(self.linear_part("classifier", width, self.labels(config)))
         return parts
 
 

@@ -108,8 +108,8 @@ class SwinFamily(Family):
             rows, columns = self.stage_grid(grid, last)
             pixels = config.encoder_stride**2 * config.num_channels
             parts.append(self.linear_part("decoder", top, pixels, tokens=rows * columns))
-        elif task == "ForImageClassification" and config.num_labels > 0:
-            parts.append(self.linear_part("classifier", top, config.num_labels))
+        elif task == "ForImageClassification" and self.labels(config):
+            parts.append(self.linear_part("classifier", top, self.labels(config)))
         elif task == "Backbone":
             for stage in config.out_features:
                 index = config.stage_names.index(stage)

@@ -31,9 +31,9 @@ class ViTFamily(Family):
             pixels = config.encoder_stride**2 * config.num_channels
             parts.append(self.linear_part("decoder", width, pixels, tokens=grid[0] * grid[1]))
         elif task == "ForImageClassificationWithTeacher":
-            parts.append(self.linear_part("classifier", width, 2 * config.num_labels))
-        elif config.num_labels > 0:
-            parts.append(self.linear_part("classifier", width, config.num_labels))
+            parts.append(self.linear_part("classifier", width, 2 * self.labels(config)))
+        elif self.labels(config):
+            parts.append(self.linear_part("classifier", width, self.labels(config)))
         return parts
 
 

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..architecture import Architecture
-from ..errors import CheckpointMismatchError
+from ..architecture import Architecture, write_record
+from ..errors import CheckpointMismatchError, InvalidArchitectureError
 from .structure import apply_architecture, layer_paths, materialize
 
 STUB_MODULE = "modeling_hf_vitprune"
 _STUB = '''"""Loads a vision transformer pruned with hf_vitprune; needs `pip install hf_vitprune`."""
 
-from hf_vitprune.modeling import {config_class}, {model_class}
+from hf_vitprune.modeling import {imports}
 
-__all__ = ["{config_class}", "{model_class}"]
+__all__ = [{exports}]
 '''
 
 
@@ -28,6 +28,29 @@ class PrunedConfigMixin:
 
     def validate_architecture(self) -> None:
         """Stock configs want a width divisible by the heads; a pruned width need not be."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers'; the record of a pruned model may not be missing.
+
+        Raises:
+            InvalidArchitectureError: a pruned model's config without its ``pruning_config``.
+        """
+        stated: Any = cls
+        if config_dict.get("model_type") == stated.model_type and not config_dict.get("pruning_config"):
+            raise InvalidArchitectureError(
+                f"the config is of a {stated.model_type} model but has no pruning_config, without which its sizes are "
+                "unknown; fetch config.json again"
+            )
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers', with the loader stub that ``auto_map`` names."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        names = sorted({path.rpartition(".")[2] for path in (getattr(self, "auto_map", None) or {}).values()})
+        if names:
+            stub = _STUB.format(imports=", ".join(names), exports=", ".join(f'"{name}"' for name in names))
+            (Path(save_directory) / f"{STUB_MODULE}.py").write_text(stub)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -44,6 +67,8 @@ class PrunedModelMixin:
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         architecture = Architecture.from_config(config, self.pruning_task)
+        if config.pruning_config is None:  # a stock checkpoint is being loaded
+            config.pruning_config = write_record(architecture)
         family = architecture.family
         ambient = torch.empty(0).device
         with torch.device("meta"), _overridden(family.sizes_config(config), family.skeleton_heads(config)):
@@ -71,12 +96,8 @@ class PrunedModelMixin:
         if folder.is_file():
             raise NotADirectoryError(f"{folder} is a file; save_pretrained needs a folder")
         model: Any = self
-        names = {"config_class": type(model.config).__name__, "model_class": type(model).__name__}
-        model.config.auto_map = {"AutoConfig": f"{STUB_MODULE}.{names['config_class']}"} | {
-            auto: f"{STUB_MODULE}.{names['model_class']}" for auto in self.auto_classes
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{STUB_MODULE}.py").write_text(_STUB.format(**names))
+        classes = {"AutoConfig": type(model.config)} | {auto: type(model) for auto in self.auto_classes}
+        model.config.auto_map = {auto: f"{STUB_MODULE}.{made.__name__}" for auto, made in classes.items()}
         super().save_pretrained(  # type: ignore[misc]
             save_directory, *args, save_original_format=save_original_format, **kwargs
         )
@@ -133,16 +154,19 @@ def _overridden(config: PreTrainedConfig, values: dict[str, Any]) -> Iterator[No
 
 
 def _check_layers_complete(model: Any, info: dict[str, Any]) -> None:
-    """Missing heads are normal (a base checkpoint); missing or left-over layer weights mean a wrong model."""
+    """Missing heads are normal (a base checkpoint); missing or left-over encoder weights mean a wrong model."""
     architecture = Architecture.from_config(model.config, model.pruning_task)
+    family = architecture.family
+    root = family.encoder_path(model)
     layers = [paths.layer + "." for paths in layer_paths(model, architecture)]
-    folder = f"{architecture.family.layers}."
-    missing = [key for key in info["missing_keys"] if key.startswith(tuple(layers))]
+    parts = (*layers, f"{root}embeddings.", *(f"{root}{norm}." for norm in family.norms))
+    folder = f"{family.layers}."
+    missing = [key for key in info["missing_keys"] if key.startswith(parts) and not key.endswith("mask_token")]
     unexpected = [key for key in info["unexpected_keys"] if key.startswith(folder) or f".{folder}" in key]
     mismatched = [str(row[0]) for row in info["mismatched_keys"] if str(row[0]).startswith(tuple(layers))]
     for what, keys in (("lacks", missing), ("also holds", unexpected), ("has other sizes for", mismatched)):
         if keys:
             raise CheckpointMismatchError(
-                f"the checkpoint {what} {len(keys)} tensors of layers (first: {sorted(keys)[0]}), so it is not the "
-                f"{len(layers)}-layer model that its config states"
+                f"the checkpoint {what} {len(keys)} tensors of the encoder (first: {sorted(keys)[0]}), so it is not "
+                f"the {len(layers)}-layer model that its config states"
             )

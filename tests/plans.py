@@ -1,0 +1,229 @@
+"""Plans for the tests: every kind of cut by itself, and random combinations of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from hf_vitprune.architecture import Architecture
+from hf_vitprune.plan import PAD, LayerPlan, PruningPlan
+
+
+def each_layer(plan: PruningPlan, change: Callable[[LayerPlan], LayerPlan]) -> PruningPlan:
+    return plan.with_layers(change(entry) for entry in plan.layers)
+
+
+def uneven_heads(plan: PruningPlan) -> PruningPlan:
+    """Another number of heads in every layer."""
+    return each_layer(plan, lambda e: e.keep_heads(e.heads[: 1 + e.index % (len(e.heads) - 1)]))
+
+
+def padded_values(plan: PruningPlan) -> PruningPlan:
+    """Other v channels in every head, some heads with fewer."""
+
+    def change(entry: LayerPlan) -> LayerPlan:
+        rows = [row[h % 2 :: 2] for h, row in enumerate(entry.v)]
+        rows[0] = rows[0][:-1] + (PAD,)
+        return replace(entry, v=tuple(rows))
+
+    return each_layer(plan, change)
+
+
+def removed_branches(plan: PruningPlan) -> PruningPlan:
+    """No attention in the first layer, no MLP in the last, half an MLP elsewhere."""
+
+    def change(entry: LayerPlan) -> LayerPlan:
+        if entry.index == 0:
+            return replace(entry, mixer="none", heads=(), qk=(), v=())
+        if entry.index == plan.layers[-1].index:
+            return replace(entry, mlp=())
+        return replace(entry, mlp=entry.mlp[::2])
+
+    return each_layer(plan, change)
+
+
+def narrow_inputs(plan: PruningPlan) -> PruningPlan:
+    """Attention and MLP read some residual channels only, with a factor on each."""
+
+    def change(entry: LayerPlan) -> LayerPlan:
+        width = plan.source.width(entry.index)
+        read = tuple(range(entry.index % 2, width, 2))
+        factors = tuple(0.5 + 0.05 * i for i in range(len(read)))
+        return replace(entry, attention_in=read[:-1], mlp_in=read[::-1], scales={"mlp_in": factors})
+
+    return each_layer(plan, change)
+
+
+def scaled(plan: PruningPlan) -> PruningPlan:
+    """Values and hidden neurons cut, those that stay multiplied by factors."""
+
+    def change(entry: LayerPlan) -> LayerPlan:
+        entry = replace(entry.keep_channels("v", range(3)), mlp=entry.mlp[:7])
+        channels = 3 * len(entry.heads)
+        return replace(entry, scales={"v": tuple(1 + i / channels for i in range(channels)), "mlp": (0.5,) * 7})
+
+    return each_layer(plan, change)
+
+
+def random_of(*units: str) -> Callable[[PruningPlan], PruningPlan]:
+    return lambda plan: PruningPlan.random(plan.source, 0.4, units, seed=1)
+
+
+#: name -> dense plan to plan
+PLANS: dict[str, Callable[[PruningPlan], PruningPlan]] = {
+    "heads": random_of("heads"),
+    "qk": random_of("qk"),
+    "v": random_of("v"),
+    "mlp": random_of("mlp"),
+    "embedding": random_of("embedding"),
+    "layers": random_of("layers"),
+    "everything": lambda plan: PruningPlan.random(plan.source, 0.4, seed=2),
+    "uneven heads": uneven_heads,
+    "padded values": padded_values,
+    "removed branches": removed_branches,
+    "narrow inputs": narrow_inputs,
+    "scaled": scaled,
+}
+
+
+def plan_named(name: str, model: PreTrainedModel | Architecture) -> PruningPlan | None:
+    """None where the family has not got the unit."""
+    plan = PruningPlan.dense(model)
+    if name == "embedding" and "embedding" not in plan.source.family.units:
+        return None
+    return PLANS[name](plan)
+
+
+# ---------------------------------------------------------------------- random plans
+def subset(items: Sequence[int]) -> st.SearchStrategy[tuple[int, ...]]:
+    """A non-empty ascending part."""
+    return st.sets(st.sampled_from(list(items)), min_size=1).map(lambda chosen: tuple(sorted(chosen)))
+
+
+@st.composite
+def channel_rows(draw: st.DrawFn, heads: int, size: int) -> tuple[tuple[int, ...], ...]:
+    """One list for all heads, or one each of one length, with PAD where a head has fewer channels."""
+    if draw(st.booleans()):
+        return (draw(subset(range(size))),) * heads
+    rows = [draw(st.sets(st.integers(0, size - 1)).map(sorted)) for _ in range(heads)]
+    length = max(1, *map(len, rows), 0)
+    return tuple(tuple(row) + (PAD,) * (length - len(row)) for row in rows)
+
+
+def factors(count: int) -> st.SearchStrategy[tuple[float, ...]]:
+    return st.lists(st.sampled_from([-1.5, 0.0, 0.25, 1.0, 2.0]), min_size=count, max_size=count).map(tuple)
+
+
+@st.composite
+def layer_plans(draw: st.DrawFn, source: Architecture, index: int, narrow: bool) -> LayerPlan:
+    shape, width = source.layers[index], source.width(index)
+    entry = LayerPlan.dense(index, shape)
+    scales: dict[str, tuple[float, ...]] = {}
+    if shape.mixer == "none" or draw(st.integers(0, 5)) == 0:
+        entry = replace(entry, mixer="none", heads=(), qk=(), v=())
+    else:
+        heads = draw(subset(range(shape.heads)))
+        qk, v = (draw(channel_rows(len(heads), size)) for size in (shape.qk_dim, shape.v_dim))
+        entry = replace(entry, heads=heads, qk=qk, v=v)
+        if draw(st.booleans()):
+            scales["v"] = draw(factors(sum(map(len, v))))
+        if narrow and draw(st.booleans()):
+            read = draw(subset(range(shape.attention_in or width)))
+            entry = replace(entry, attention_in=read)
+            scales["attention_in"] = draw(factors(len(read)))
+    if shape.mlp:
+        entry = replace(entry, mlp=() if draw(st.integers(0, 5)) == 0 else draw(subset(range(shape.mlp))))
+        if entry.mlp and draw(st.booleans()):
+            scales["mlp"] = draw(factors(len(entry.mlp)))
+        if entry.mlp and narrow and draw(st.booleans()):
+            entry = replace(entry, mlp_in=draw(subset(range(shape.mlp_in or width))))
+    return replace(entry, scales=scales)
+
+
+@st.composite
+def pruning_plans(draw: st.DrawFn, source: Architecture, keep: tuple[int, ...] = ()) -> PruningPlan:
+    """Any plan that is valid for ``source`` (it may remove nothing), with the layers ``keep`` in it."""
+    stages = source.stages
+    kept: list[int] = []
+    for stage in range(max(stages) + 1):
+        chosen = draw(subset([i for i, s in enumerate(stages) if s == stage]))
+        kept += sorted({*chosen, *(i for i in keep if stages[i] == stage)})
+    has_narrow = any(shape.attention_in or shape.mlp_in for shape in source.layers)
+    how = draw(st.sampled_from(["all", "inputs"] + ["embedding"] * (not has_narrow)))
+    embedding = None
+    if how == "embedding" and "embedding" in source.family.units:
+        embedding = draw(subset(range(source.hidden_size)))
+    layers = tuple(draw(layer_plans(source, i, how == "inputs")) for i in kept)
+    return PruningPlan(source, layers, embedding).validated()
+
+
+# ---------------------------------------------------------------------- facts about plans
+def compose(first: PruningPlan, second: PruningPlan) -> PruningPlan:
+    """The plan that does at once what ``first`` and then ``second`` (a plan for its result) do."""
+
+    def pick(values: tuple[int, ...] | None, chosen: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if chosen is None or values is None:
+            return values if chosen is None else chosen
+        return tuple(PAD if c == PAD else values[c] for c in chosen)
+
+    layers = []
+    for entry in second.layers:
+        old = first.layers[entry.index]
+        rows = entry.heads
+        layers.append(
+            replace(
+                entry,
+                index=old.index,
+                heads=pick(old.heads, entry.heads),
+                qk=tuple(pick(old.qk[h], row) for h, row in zip(rows, entry.qk, strict=True)),
+                v=tuple(pick(old.v[h], row) for h, row in zip(rows, entry.v, strict=True)),
+                mlp=pick(old.mlp, entry.mlp),
+                attention_in=pick(old.attention_in, entry.attention_in),
+                mlp_in=pick(old.mlp_in, entry.mlp_in),
+            )
+        )
+    return PruningPlan(first.source, tuple(layers), pick(first.embedding, second.embedding))
+
+
+def recorded_attentions(architecture: Architecture) -> list[int]:
+    """Layers whose attention weights transformers gives out: all, or (Swin) the last of every stage."""
+    stages = architecture.stages
+    layers = range(len(stages))
+    if architecture.depths is not None:
+        layers = [i for i in layers if i + 1 == len(stages) or stages[i + 1] != stages[i]]
+    return [i for i in layers if architecture.layers[i].mixer == "attention"]
+
+
+def aligned(
+    small: dict[str, torch.Tensor], full: dict[str, torch.Tensor], plan: PruningPlan
+) -> list[tuple[str, Any, Any]]:
+    """Pairs (name, small tensor, what the full-size model has for it) for every output of the small model.
+
+    Removed layers leave no hidden state, removed heads and mixers no attention weights, removed residual channels no
+    columns.
+    """
+    pairs = []
+    columnar = plan.source.depths is None
+    kept, dense = recorded_attentions(plan.architecture), recorded_attentions(plan.source)
+    for name, tensor in small.items():
+        key, _, number = name.partition(".")
+        if key == "hidden_states" and columnar:
+            position = int(number)
+            other = full[f"{key}.{position and plan.layers[position - 1].index + 1}"]
+        elif key == "attentions":
+            entry = plan.layers[kept[int(number)]]
+            if entry.index not in dense:
+                continue  # Swin gives the last layer of a stage only, and that one is gone
+            other = full[f"{key}.{dense.index(entry.index)}"][:, list(entry.heads)]
+        else:
+            other = full[name]
+        if plan.embedding is not None and tensor.shape != other.shape:
+            axis = next(i for i, (a, b) in enumerate(zip(tensor.shape, other.shape, strict=True)) if a != b)
+            other = other.index_select(axis, torch.tensor(plan.embedding))
+        pairs.append((name, tensor, other))
+    return pairs

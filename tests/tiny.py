@@ -1,0 +1,187 @@
+"""Tiny models of every family and class, with weights large enough that a wrong slice shows in the outputs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+SIZE = 16
+LABELS = 5
+#: what every columnar family has; 4 heads of 8, 2 x 2 patches
+PLAIN: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "image_size": SIZE,
+    "patch_size": 8,
+}
+WITH_MLP: dict[str, Any] = {**PLAIN, "intermediate_size": 48}
+DINO: dict[str, Any] = {**PLAIN, "mlp_ratio": 2}
+SWIN: dict[str, Any] = {
+    "embed_dim": 16,
+    "depths": [2, 3],
+    "num_heads": [2, 4],
+    "window_size": 2,
+    "image_size": SIZE,
+    "patch_size": 2,
+    "mlp_ratio": 2.0,
+    "drop_path_rate": 0.0,
+}
+TEXT: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "intermediate_size": 16,
+    "vocab_size": 50,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+STAGES = {"out_features": ["stage1", "stage3"]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model class of one family: how to make its config, and names that are not part of every run."""
+
+    model_class: str
+    config_class: str
+    fields: dict[str, Any]
+    two_towers: bool = False
+
+    @property
+    def family(self) -> str:
+        return self.config_class.removesuffix("Config")
+
+    def config(self, **changes: Any) -> PreTrainedConfig:
+        config_class = getattr(transformers, self.config_class)
+        if not self.two_towers:
+            return config_class(**{"num_labels": LABELS, **self.fields, **changes})
+        labels = changes.pop("num_labels", LABELS)
+        vision = {**self.fields, **changes}
+        return config_class(vision_config=vision, text_config=dict(TEXT), num_labels=labels)
+
+
+def _columnar(family: str, fields: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> dict[str, Case]:
+    return {f"{family}{t}": Case(f"{family}{t}", f"{family}Config", {**fields, **more}) for t, more in tasks.items()}
+
+
+CLASSIFIER: dict[str, dict[str, Any]] = {"ForImageClassification": {}}
+COMMON = {"Model": {}, **CLASSIFIER, "ForMaskedImageModeling": {"encoder_stride": 8}}
+
+#: every pruned class of the library, and the variants of a config that change its parts
+CASES: dict[str, Case] = {
+    **_columnar("ViT", WITH_MLP, COMMON),
+    **_columnar("DeiT", WITH_MLP, {**COMMON, "ForImageClassificationWithTeacher": {}}),
+    **_columnar(
+        "Swin",
+        SWIN,
+        {
+            "Model": {"use_absolute_embeddings": True},
+            **CLASSIFIER,
+            "ForMaskedImageModeling": {"encoder_stride": 4},
+            "Backbone": {"out_features": ["stage1", "stage2"]},
+        },
+    ),
+    **_columnar("Dinov2", DINO, {"Model": {}, **CLASSIFIER, "Backbone": STAGES}),
+    "Dinov2ForImageClassification-swiglu": Case(
+        "Dinov2ForImageClassification", "Dinov2Config", {**DINO, "use_swiglu_ffn": True}
+    ),
+    **_columnar("Dinov2WithRegisters", DINO, {"Model": {}, **CLASSIFIER, "Backbone": STAGES}),
+    "CLIPVisionModel": Case("CLIPVisionModel", "CLIPVisionConfig", WITH_MLP),
+    "CLIPVisionModelWithProjection": Case(
+        "CLIPVisionModelWithProjection", "CLIPVisionConfig", {**WITH_MLP, "projection_dim": 24}
+    ),
+    "CLIPForImageClassification": Case("CLIPForImageClassification", "CLIPConfig", WITH_MLP, two_towers=True),
+    "SiglipVisionModel": Case("SiglipVisionModel", "SiglipVisionConfig", WITH_MLP),
+    "SiglipVisionModel-headless": Case(
+        "SiglipVisionModel", "SiglipVisionConfig", {**WITH_MLP, "vision_use_head": False}
+    ),
+    "SiglipForImageClassification": Case("SiglipForImageClassification", "SiglipConfig", WITH_MLP, two_towers=True),
+}
+#: one classifier a family (and SwiGLU): for what does not depend on the head
+CLASSIFIERS = [name for name in CASES if CASES[name].model_class.endswith("ForImageClassification")]
+
+
+def reset_weights(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fresh weights of std 0.2 everywhere, biases, norms, tokens and position tables included."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            scale = parameter.ndim == 1 and name.endswith(("weight", "lambda1"))
+            parameter.copy_(noise + 1 if scale else noise)
+    return model
+
+
+def make(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """The tiny model of a case, in eval mode; ``changes`` go to its (vision) config."""
+    case = CASES[name]
+    config = case.config(**changes)
+    model = getattr(transformers, case.model_class)(config)
+    reset_weights(model, seed)
+    return model.eval()
+
+
+def images(batch: int = 2, size: int | tuple[int, int] = SIZE, seed: int = 7) -> torch.Tensor:
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def tensors(output: ModelOutput, but: tuple[str, ...] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and value of every tensor of an output, those in tuples numbered."""
+    for key, value in output.items():
+        if key in but:
+            continue
+        if isinstance(value, torch.Tensor):
+            yield key, value
+        elif isinstance(value, (tuple, list)):
+            yield from ((f"{key}.{i}", item) for i, item in enumerate(value) if isinstance(item, torch.Tensor))
+
+
+@torch.no_grad()
+def run(model: Any, pixels: torch.Tensor | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
+    """All tensors of a model's output."""
+    return dict(tensors(model(pixel_values=images() if pixels is None else pixels, **kwargs)))
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert actual.keys() == expected.keys() and actual
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest magnitude."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+
+
+def total_loss(model: Any, pixels: torch.Tensor | None = None) -> torch.Tensor:
+    """A loss that every tensor of the output takes part in."""
+    output = model(pixel_values=images() if pixels is None else pixels)
+    # sine: removed channels, which a masked model gives as zeros, add nothing
+    return torch.stack([t.sin().sum() for _, t in tensors(output) if t.requires_grad]).sum()
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> str:
+    """What ``code`` prints in a fresh process that can import this package and the test helpers."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here.parent), str(here)])
+    settings = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, stdin=subprocess.DEVNULL, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
