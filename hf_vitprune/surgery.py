@@ -90,8 +90,8 @@ def prune(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False) -> An
     state = small_state(model.state_dict(), model, small, plan)
     small.load_state_dict(state, strict=True, assign=True)
     _copy_frozen_buffers(model, small, plan)
-    for name, parameter in small.named_parameters():
     cuts = find_cuts(model, small, plan)
+    for name, parameter in small.named_parameters():
         parameter.requires_grad_(model.get_parameter(cuts[name].source).requires_grad)
     return small.train(model.training)
 
