@@ -33,9 +33,10 @@ class _GatedFeatures(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out, gate = ctx.saved_tensors
-        by_gate = (grad * out).flatten(0, -2).sum(0, dtype=torch.float32) / gate.float()
+        precise = torch.promote_types(out.dtype, torch.float32)
+        by_gate = (grad * out).flatten(0, -2).sum(0, dtype=precise) / gate.to(precise)
         return grad * gate, by_gate.to(gate.dtype)
 
 
@@ -71,6 +72,10 @@ class Gate(nn.Module):
         return self.mask if self.binary else self.score * self.mask
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        device = features.device.type
+        if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
+            # the Linear behind would do it: it then keeps this very tensor
+            features = features.to(torch.get_autocast_dtype(device))
         if self.training and torch.is_grad_enabled() and not self.binary:
             gated = _GatedFeatures.apply(features, self.score.to(features.dtype))
             return gated * self.mask.to(features.dtype) if self.decided else gated
@@ -120,37 +125,41 @@ def attach_gates(model: PreTrainedModel, architecture: Architecture, gates: nn.M
             name = gate_name(i, point)
             if name not in gates:
                 continue
-            module, gate = model.get_submodule(path), gates[name]
+            module = model.get_submodule(path)
             if reader is None:
-                handles.append(module.register_forward_pre_hook(_before(gate)))
+                handles.append(module.register_forward_pre_hook(_Before(gates[name])))
             else:
-                index = getattr(model.get_submodule(reader), "input_index", None)
-                handles.append(module.register_forward_hook(_after(gate, index)))
+                handles.append(module.register_forward_hook(_After(gates[name], model.get_submodule(reader))))
     return handles
 
 
 def strip_gates(model: nn.Module) -> None:
-    """Remove the gate hooks that a copy of a gated model brought along (its gates are still the original's)."""
+    """Remove the gate hooks that a copy of a gated model brought along."""
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [k for k, hook in hooks.items() if getattr(hook, "is_gate", False)]:
+            for key in [k for k, hook in hooks.items() if isinstance(hook, (_Before, _After))]:
                 del hooks[key]
 
 
-def _before(gate: nn.Module) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (gate(args[0]), *args[1:])
+# Hooks are objects, not closures: a deep copy of a gated model then has copies of the gates, not the original's.
+class _Before:
+    """Multiplies what goes into a module."""
 
-    hook.is_gate = True  # type: ignore[attr-defined]
-    return hook
+    def __init__(self, gate: nn.Module) -> None:
+        self.gate = gate
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self.gate(args[0]), *args[1:])
 
 
-def _after(gate: nn.Module, index: torch.Tensor | None) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+class _After:
+    """Multiplies what comes out of a module: of a model that was pruned before, the channels that ``reader`` reads."""
+
+    def __init__(self, gate: nn.Module, reader: nn.Module) -> None:
+        self.gate, self.reader = gate, reader
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        index = getattr(self.reader, "input_index", None)
         if index is None:
-            return gate(output)
-        # the part behind reads only these channels of a model that was pruned before
-        return output.index_copy(-1, index, gate(output.index_select(-1, index)))
-
-    hook.is_gate = True  # type: ignore[attr-defined]
-    return hook
+            return self.gate(output)
+        return output.index_copy(-1, index, self.gate(output.index_select(-1, index)).to(output.dtype))

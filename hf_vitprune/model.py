@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architecture import Architecture, task_of, unwrap
-from .errors import InvalidConfigError, UnsupportedModelError, VitPruneError
+from .errors import InvalidConfigError, MissingLabelsError, ResumeError, UnsupportedModelError, VitPruneError
 from .methods import PruningConfig, method_for
 from .plan import PruningPlan
-from .surgery import prune
+from .surgery import is_peft, prune
 
 
 def get_pruning_model(model: Any, config: PruningConfig) -> PruningModel:
@@ -25,6 +28,7 @@ def get_pruning_model(model: Any, config: PruningConfig) -> PruningModel:
 
     Raises:
         UnsupportedModelError: no family is registered for the model.
+        AdapterError: the model's adapters cannot be carried over to a pruned one.
         InvalidConfigError: the config is no pruning config.
         UnreachableTargetError: the target lies under what the settings allow.
     """
@@ -53,11 +57,13 @@ class PruningModel(nn.Module):
         if not isinstance(base, PreTrainedModel):
             raise UnsupportedModelError(f"expected a transformers or PEFT model, got {type(model).__name__}")
         Architecture.of(base)  # raises for unknown families
+        if is_peft(model):
+            _check_adapters(model)
         self.model = model
         self.method = method_for(config)(config, base)
         self._handles = self.method.attach(base)
         self._takes_labels = "labels" in inspect.signature(base.forward).parameters
-        self._classifies = task_of(base).startswith("ForImageClassification")
+        self._classifies = is_classifier(base)
 
     # ------------------------------------------------------------------ running
     def forward(
@@ -80,8 +86,7 @@ class PruningModel(nn.Module):
         return_dict = kwargs.pop("return_dict", None)
         outputs = self.model(pixel_values=pixel_values, return_dict=True, **kwargs)
         if labels is not None:
-            base = unwrap(self.model)
-            outputs["loss"] = _loss(base, labels, outputs.logits, num_items_in_batch)
+            outputs["loss"] = task_loss(self.get_base_model(), labels, outputs.logits, num_items_in_batch)
             outputs.move_to_end("loss", last=False)
         return outputs if return_dict is not False else outputs.to_tuple()
 
@@ -96,6 +101,39 @@ class PruningModel(nn.Module):
     def get_base_model(self) -> Any:
         """The transformers model inside."""
         return unwrap(self.model)
+
+    # ------------------------------------------------------------------ checkpoints
+    def get_extra_state(self) -> torch.Tensor:
+        """What the checkpoint is of, as JSON in bytes (a tensor: safetensors holds nothing else)."""
+        architecture = json.dumps(self.method.architecture.to_dict(), sort_keys=True)
+        settings = {"architecture": hashlib.sha256(architecture.encode()).hexdigest()[:16]}
+        settings |= {key: str(value) for key, value in self.pruning_config.to_dict().items()}
+        return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        theirs, ours = (json.loads(bytes(t.tolist())) for t in (state, self.get_extra_state()))
+        differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+        if differing:
+            rows = [f"{key} was {theirs.get(key)} and is {ours.get(key)}" for key in differing]
+            raise ResumeError(
+                f"the checkpoint is of another pruning run: {'; '.join(rows)}. Use the same model and settings, or "
+                "start anew"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Called by ``load_state_dict``, before the parts inside are loaded: refuses what would restore only some.
+
+        Raises:
+            ResumeError: the checkpoint is of another model, or of another method or settings.
+        """
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # compares the settings
+        own = {prefix + key for key in self.state_dict()}
+        given = {key for key in state_dict if key.startswith(prefix)}
+        if own != given:
+            raise ResumeError(
+                f"this is no checkpoint of the {type(self).__name__}: {_some(own - given)} missing, "
+                f"{_some(given - own)} left over. Wrap the same model in the same way as for the run that wrote it"
+            )
 
     # ------------------------------------------------------------------ results
     @property
@@ -159,15 +197,47 @@ class PruningModel(nn.Module):
     push_to_hub = save_pretrained
 
 
-def _loss(
-    base: PreTrainedModel, labels: torch.Tensor, logits: torch.Tensor, num_items: torch.Tensor | int | None
+def is_classifier(model: Any) -> bool:
+    """Whether the transformers model inside classifies images: then :func:`task_loss` is its loss."""
+    base = unwrap(model)
+    return isinstance(base, PreTrainedModel) and task_of(base).startswith("ForImageClassification")
+
+
+def task_loss(
+    model: Any, labels: torch.Tensor | None, logits: torch.Tensor, num_items: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """The model's own loss, as a sum over this batch divided by ``num_items`` when that is given."""
+    """The loss that a classifier of transformers has on these logits, exact under gradient accumulation.
+
+    Args:
+        model: the transformers model; its config says what problem it is.
+        labels: (batch,) classes, or (batch, classes) for several labels.
+        logits: (batch, classes).
+        num_items: labels in all micro-batches of the update; the loss is then a sum over this one, divided by it.
+
+    Raises:
+        MissingLabelsError: there are no labels.
+    """
+    if labels is None:
+        raise MissingLabelsError("training needs labels: the batch has none")
     scale = {} if num_items is None else {"num_items_in_batch": num_items}
-    loss = base.loss_function(labels, logits, base.config, **scale)
-    if num_items is not None and base.config.problem_type in ("regression", "multi_label_classification"):
+    loss = model.loss_function(labels, logits, model.config, **scale)
+    if num_items is not None and model.config.problem_type in ("regression", "multi_label_classification"):
         loss = loss * labels.numel() / num_items  # these two take the mean whatever they are given
     return loss
+
+
+def _check_adapters(model: Any) -> None:
+    from .adapters.configs import check_config
+    from .adapters.twin import check_peft_model
+
+    check_peft_model(model)
+    for config in model.peft_config.values():
+        check_config(config)
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *rest = sorted(names) or ["nothing"]
+    return f"{first} and {len(rest)} more" if rest else first
 
 
 def _broadcast(module: nn.Module) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from .architecture import unwrap
 from .distillation import DistillationConfig, Teacher, distillation_loss
 from .errors import InvalidConfigError, MissingLabelsError
 from .gates import strip_gates
-from .model import PruningModel
+from .methods import PruningMethod
+from .model import PruningModel, is_classifier, task_loss
 from .resume import enable_exact_resume
 
 logger = logging.get_logger(__name__)
@@ -25,8 +29,14 @@ class PruningCallback(TrainerCallback):
     accumulation, number of processes or mixed precision; it is neither clipped nor part of the logged ``loss``, and
     appears in the logs as ``penalty``.
 
-    What only ``PruningTrainer`` gives: a learning rate of their own for the gates, distillation, exact resume of
-    stock models, and an error for missing labels before training starts.
+    With a plain ``Trainer`` the gates learn at the Trainer's learning rate, without weight decay. What only
+    ``PruningTrainer`` gives: a learning rate of their own for the gates, distillation, exact resume of stock models,
+    losses that are exact under gradient accumulation for every head, and an error for missing labels before training
+    starts.
+
+    Raises:
+        InvalidConfigError: when training begins: the model is no PruningModel, its gates are not in the optimizer or
+            not at the rate that the config asks for, or the gradients are not whole on every process.
     """
 
     def __init__(self) -> None:
@@ -36,16 +46,10 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         method = _pruning_model(model).method
-        if args.deepspeed or args.fsdp:
-            raise InvalidConfigError(
-                "pruning needs whole gradients on every process: DeepSpeed and FSDP are not supported, DDP is"
-            )
-        missing = _missing_from(kwargs.get("optimizer"), method.gate_parameters())
-        if missing:
-            raise InvalidConfigError(
-                f"{missing} gates are not in the optimizer: it was made before the PruningModel; give the Trainer the "
-                "PruningModel and let it make the optimizer"
-            )
+        _check_setup(args)
+        _check_optimizer(kwargs.get("optimizer"), method)
+        if method.decided:
+            logger.warning("what to prune is decided already: this training tunes what stays and changes no choice")
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -95,8 +99,8 @@ class PruningTrainer(Trainer):
         Everything else as ``transformers.Trainer``.
 
     Raises:
-        InvalidConfigError: distillation without a teacher.
-        MissingLabelsError: the training set's first example has no labels.
+        InvalidConfigError: distillation without a teacher; or see :class:`PruningCallback`.
+        MissingLabelsError: ``train()``, before the first step, for an image classifier: there are no labels.
     """
 
     def __init__(
@@ -114,35 +118,46 @@ class PruningTrainer(Trainer):
         self.teacher: Teacher | None = None
         super().__init__(model=model, args=args, **kwargs)
         self._gated = isinstance(self.model, PruningModel)
-        if self._gated and not any(isinstance(c, PruningCallback) for c in self.callback_handler.callbacks):
-            self.add_callback(PruningCallback())
+        if self._gated:
+            _check_setup(self.args)
+            self._put_callback_first()
+        if is_classifier(self.model) and not self.label_names:
+            self.label_names = ["labels"]  # DeiT's two-headed classifier takes none by itself
         if isinstance(self.model, PreTrainedModel):
             enable_exact_resume(self.model)
+        if is_classifier(self.model) and self.compute_loss_func is None and self.label_smoother is None:
+            self.compute_loss_func = self._task_loss
         if self.distillation is not None:
             if teacher is None and not self._gated:
                 raise InvalidConfigError("distillation needs a teacher: pass teacher=<the unpruned model>")
-            source = teacher if teacher is not None else _ungated_copy(self.model)
+            source = teacher if teacher is not None else _ungated_copy(_pruning_model(self.model))
             self.teacher = Teacher(source, student=self.model)
+
+    def _put_callback_first(self) -> None:
+        """In front of those that report: they then see what it adds to the logs."""
+        callbacks = self.callback_handler.callbacks
+        ours = next((c for c in callbacks if isinstance(c, PruningCallback)), None) or PruningCallback()
+        callbacks[:] = [ours, *(c for c in callbacks if c is not ours)]
 
     # ------------------------------------------------------------------ optimizer
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As the parent's, with the gates in a group of their own: own learning rate, no weight decay."""
         if self.optimizer is not None or not self._gated:
-            return super().create_optimizer() if model is None else super().create_optimizer(model)
-        gates = self.model.method.gate_parameters()
-        trainable = [p.requires_grad for p in gates]
+            return super().create_optimizer(model)
+        method = _pruning_model(self.model).method
+        gates = [p for p in method.gate_parameters() if p.requires_grad]
         for parameter in gates:
             parameter.requires_grad_(False)
         try:
-            optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+            optimizer = super().create_optimizer(model)
         finally:
-            for parameter, before in zip(gates, trainable, strict=True):
-                parameter.requires_grad_(before)
-        rate = self.model.method.config.gate_learning_rate
-        group: dict[str, Any] = {"params": gates, "weight_decay": 0.0}
-        if rate is not None:
-            group["lr"] = rate
-        optimizer.add_param_group(group)
+            for parameter in gates:
+                parameter.requires_grad_(True)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}  # optimizer_cls_and_kwargs
+        gates = [p for p in gates if id(p) not in held]
+        if gates:
+            rate = method.config.gate_learning_rate
+            optimizer.add_param_group({"params": gates, "weight_decay": 0.0, **({} if rate is None else {"lr": rate})})
         return optimizer
 
     # ------------------------------------------------------------------ loss
@@ -169,33 +184,82 @@ class PruningTrainer(Trainer):
         )
         return (loss, outputs) if return_outputs else loss
 
+    def _task_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Computed here rather than in the model: several stock heads ignore ``num_items_in_batch`` (their gradients
+        then grow with accumulation), and DeiT's two-headed one takes no labels at all.
+        """
+        # a head that learns from a teacher leaves the labels to the other one
+        own_head = self.teacher is not None and "cls_logits" in outputs
+        logits = outputs["cls_logits" if own_head else "logits"]
+        return task_loss(unwrap(self.model), labels, logits, num_items_in_batch)
+
     def get_train_dataloader(self) -> Any:
         self._check_labels()
         return super().get_train_dataloader()
 
     def _check_labels(self) -> None:
-        dataset = self.train_dataset
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
+        dataset: Any = self.train_dataset
+        sized = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        if not is_classifier(self.model) or not sized or not len(dataset):
             return
-        example = dataset[0]
-        names = self.label_names or ["labels"]
-        if isinstance(example, dict) and not any(n in example for n in (*names, "label", "label_ids")):
-            raise MissingLabelsError(f"training needs labels; the first example has only {', '.join(example)}")
+        batch = self._get_collator_with_removed_columns(self.data_collator)([dataset[0]])
+        names = (*self.label_names, "labels")
+        if isinstance(batch, Mapping) and not any(batch.get(name) is not None for name in names):
+            raise MissingLabelsError(
+                f"training needs labels; a batch has only {', '.join(map(str, batch))}. Name the column labels"
+            )
 
 
 def _pruning_model(model: Any) -> PruningModel:
     if not isinstance(model, PruningModel):
         raise InvalidConfigError(
-            f"PruningCallback works on get_pruning_model(model, config); the Trainer's model is a {type(model).__name__}"
+            f"PruningCallback works on get_pruning_model(model, config), not on the Trainer's {type(model).__name__}"
         )
     return model
 
 
-def _missing_from(optimizer: Any, parameters: list[torch.nn.Parameter]) -> int:
+def _check_setup(args: TrainingArguments) -> None:
+    """Gates need whole gradients on every process, and one model for each.
+
+    Raises:
+        InvalidConfigError: naming what to use instead.
+    """
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None or args.fsdp or by_launcher:
+        raise InvalidConfigError(
+            "pruning needs whole gradients on every process: DeepSpeed and FSDP are not supported, DDP is (torchrun "
+            "or accelerate launch without deepspeed and fsdp)"
+        )
+    if args.n_gpu > 1:
+        raise InvalidConfigError(
+            "pruning does not work in one process with several GPUs (DataParallel): start one process for each with "
+            "torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
+def _check_optimizer(optimizer: Any, method: PruningMethod) -> None:
+    """The optimizer steps every gate that learns, at the rate that was asked for.
+
+    Raises:
+        InvalidConfigError: it does not.
+    """
     if optimizer is None:
-        return 0
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return sum(id(p) not in held for p in parameters)
+        return
+    rates = {id(p): g.get("initial_lr", g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+    gates = [p for p in method.gate_parameters() if p.requires_grad]
+    missing = sum(id(p) not in rates for p in gates)
+    if missing:
+        raise InvalidConfigError(
+            f"{missing} gates are not in the optimizer: it was made before the PruningModel; give the Trainer the "
+            "PruningModel and let it make the optimizer"
+        )
+    wanted = method.config.gate_learning_rate
+    given = {rates[id(p)] for p in gates}
+    if wanted is not None and given - {wanted}:
+        raise InvalidConfigError(
+            f"gate_learning_rate is {wanted}, but the optimizer has {sorted(given)} for the gates: use "
+            "PruningTrainer, which makes a group for them, or leave gate_learning_rate out"
+        )
 
 
 def _ungated_copy(model: PruningModel) -> Any:

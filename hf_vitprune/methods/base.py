@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ class PruningConfig:
     """Settings that every method has.
 
     Attributes:
-        target: fraction of the dense model's cost that may remain, in (0, 1]; None where the method has its own goal.
+        target: fraction of the dense model's cost that may remain, in (0, 1); None where the method has its own goal.
         target_metric: what ``target`` counts: ``macs`` or ``params``.
         image_size: side (or height and width) in pixels at which MACs are counted; the model's own by default.
         gate_learning_rate: learning rate of gates; None uses the optimizer's.
@@ -39,8 +40,13 @@ class PruningConfig:
             check_open_interval("target", self.target)
         if self.target_metric not in METRICS:
             raise InvalidConfigError(f"target_metric is one of {', '.join(METRICS)}, not {self.target_metric!r}")
-        if self.gate_learning_rate is not None and not self.gate_learning_rate > 0:
-            raise InvalidConfigError(f"gate_learning_rate must be positive, not {self.gate_learning_rate!r}")
+        if self.gate_learning_rate is not None:
+            check_number("gate_learning_rate", self.gate_learning_rate)
+            if self.gate_learning_rate == 0:
+                raise InvalidConfigError("gate_learning_rate must be positive, not 0; None uses the optimizer's")
+        sides = self.image_size if isinstance(self.image_size, (tuple, list)) else (self.image_size,) * 2
+        if self.image_size is not None and (len(sides) != 2 or any(type(s) is not int or s < 1 for s in sides)):
+            raise InvalidConfigError(f"image_size is a number of pixels or (height, width), not {self.image_size!r}")
 
     @property
     def method_name(self) -> str:
@@ -56,6 +62,16 @@ def check_open_interval(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
         raise InvalidConfigError(f"{name} must lie strictly between 0 and 1, not {value!r}")
+
+
+def check_number(name: str, value: Any, highest: float = math.inf) -> None:
+    """Raises:
+    InvalidConfigError: ``value`` is not a finite number of 0 to ``highest``.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not 0 <= value <= highest:
+        limit = "not negative" if math.isinf(highest) else f"between 0 and {highest:g}"
+        raise InvalidConfigError(f"{name} is a number, {limit}; got {value!r}")
 
 
 class PruningMethod(nn.Module):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...errors import InvalidConfigError
 from ...gates import POINTS
-from ..base import PruningConfig, check_open_interval
+from ..base import PruningConfig, check_number, check_open_interval
 
 
 @dataclass
@@ -44,18 +44,23 @@ class VTPConfig(PruningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.pruning_ratio is None) == (self.target is None):
-            raise InvalidConfigError("give either pruning_ratio (share of channels that goes) or target (cost that stays)")
+            raise InvalidConfigError(
+                "give either pruning_ratio (share of channels that goes) or target (cost that stays), not "
+                + ("both" if self.target is not None else "none")
+            )
         if self.pruning_ratio is not None:
             check_open_interval("pruning_ratio", self.pruning_ratio)
-        if not self.sparsity_weight >= 0:
-            raise InvalidConfigError(f"sparsity_weight must not be negative, got {self.sparsity_weight!r}")
-        if not 0 <= self.sparsity_warmup <= 1:
-            raise InvalidConfigError(f"sparsity_warmup is a share of the training in [0, 1], not {self.sparsity_warmup!r}")
-        self.points = tuple(self.points)
-        if not self.points or set(self.points) - set(POINTS) or len(set(self.points)) < len(self.points):
+        check_number("sparsity_weight", self.sparsity_weight)
+        check_number("sparsity_warmup", self.sparsity_warmup, highest=1)
+        names = tuple(self.points) if isinstance(self.points, (list, tuple)) else ()
+        if not names or any(name not in POINTS for name in names) or len(set(names)) < len(names):
             raise InvalidConfigError(f"points is a non-empty choice of {', '.join(POINTS)}, not {self.points!r}")
+        self.points = names
         if type(self.round_to) is not int or self.round_to < 1:
             raise InvalidConfigError(f"round_to is a whole number of at least 1, not {self.round_to!r}")
+        for name in ("uneven", "binarize"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidConfigError(f"{name} is True or False, not {getattr(self, name)!r}")
         for name in ("target_modules", "exclude_modules"):
             pattern = getattr(self, name)
             try:

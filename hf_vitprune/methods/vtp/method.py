@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ...errors import InvalidConfigError
+from ...errors import InvalidConfigError, VitPruneError
 from ...gates import Gate, attach_gates, gate_name, gate_sizes
 from ...modeling.structure import layer_paths
 from ...plan import PAD, LayerPlan, PruningPlan
@@ -50,10 +51,10 @@ class VTP(PruningMethod):
         weight = self.config.sparsity_weight * (min(1.0, progress / warmup) if warmup else 1.0)
         if self.decided or weight == 0:
             return None
-        return weight * torch.stack([gate.score.abs().sum() for gate in self._gates()]).sum()
+        return weight * torch.stack([gate.score.abs().sum() for gate in self._gates().values()]).sum()
 
     def logs(self) -> dict[str, float]:
-        scores = torch.cat([gate.factors().detach().abs() for gate in self._gates()])
+        scores = torch.cat([gate.factors().detach().abs() for gate in self._gates().values()])
         plan = self.choose()
         ratios = {m: cost_ratio(plan.architecture, plan.source, m, self.config.image_size) for m in ("macs", "params")}
         return {
@@ -62,8 +63,8 @@ class VTP(PruningMethod):
             **{f"{metric}_ratio": ratio for metric, ratio in ratios.items()},
         }
 
-    def _gates(self) -> list[Gate]:
-        return [gate for gate in self.gates.values() if isinstance(gate, Gate)]
+    def _gates(self) -> dict[str, Gate]:
+        return {name: gate for name, gate in self.gates.items() if isinstance(gate, Gate)}
 
     # ------------------------------------------------------------------ decision
     def choose(self) -> PruningPlan:
@@ -72,28 +73,41 @@ class VTP(PruningMethod):
         Raises:
             UnreachableTargetError: the target lies under what the floors allow.
         """
-        scores = {name: gate.factors().detach().abs().double().cpu() for name, gate in self.gates.items()}
-        ranked = torch.cat(list(scores.values())).sort().values
-        total = len(ranked)
-        if self.decided:
-            plan = self._plan({name: gate.mask.cpu() > 0 for name, gate in self.gates.items()}, scores)
-        elif self.config.target is None:
-            assert self.config.pruning_ratio is not None
-            plan = self._plan_at(round(total * self.config.pruning_ratio), scores, ranked)
+        if self.decided:  # what was decided stays, however the scores went on
+            scores = {name: gate.mask.double().cpu() for name, gate in self._gates().items()}
+            plan = self._plan({name: mask > 0 for name, mask in scores.items()}, scores)
         else:
-            config = self.config
-            assert config.target is not None
-            plan = reach_target(
-                lambda k: self._plan_at(k, scores, ranked), total, config.target, config.target_metric, config.image_size
-            )
+            scores = {name: gate.score.detach().abs().double().cpu() for name, gate in self._gates().items()}
+            plan = self._plan_for_goal(scores)
         return replace(plan, info={**self.config.to_dict(), **plan.info})
 
     def decide(self) -> None:
+        """Set the masks to what :meth:`choose` says.
+
+        Raises:
+            UnreachableTargetError: as :meth:`choose`.
+            VitPruneError: a score is not finite.
+        """
+        if not all(gate.score.isfinite().all() for gate in self._gates().values()):
+            raise VitPruneError("there are scores that are not finite: the training diverged; lower the learning rate")
         plan = self.choose()
+        gates = self._gates()
         for name, kept in self._kept_units(plan).items():
-            gate = self.gates[name]
-            assert isinstance(gate, Gate)
-            gate.decide(kept.to(gate.mask.device), self.config.binarize)
+            gates[name].decide(kept.to(gates[name].mask.device), self.config.binarize)
+
+    def _plan_for_goal(self, scores: _Sets) -> PruningPlan:
+        config = self.config
+        ranked = torch.cat(list(scores.values())).sort().values
+        if config.pruning_ratio is not None:
+            return self._plan_at(round(len(ranked) * config.pruning_ratio), scores, ranked)
+        assert config.target is not None
+        return reach_target(
+            lambda dropped: self._plan_at(dropped, scores, ranked),
+            len(ranked),
+            config.target,
+            config.target_metric,
+            config.image_size,
+        )
 
     def _plan_at(self, dropped: int, scores: _Sets, ranked: torch.Tensor) -> PruningPlan:
         """The plan that drops about this many channels: those under the score of that rank."""
@@ -115,7 +129,8 @@ class VTP(PruningMethod):
                 count = self._rounded(int(above[name].sum()), len(above[name]))
                 kept = best(scores[name], count)
                 dense_input = target != "mlp" and count == len(above[name])
-                entry = replace(entry, **{target: None if dense_input else kept})
+                changes: dict[str, Any] = {target: None if dense_input else kept}
+                entry = replace(entry, **changes)
                 entry = self._scaled(entry, target, name, kept)
         name = gate_name(entry.index, "attention_out")
         if name in above:
@@ -151,15 +166,12 @@ class VTP(PruningMethod):
         """Fold the kept scores: surgery multiplies them into the columns behind the gate."""
         if self.config.binarize:
             return entry
-        gate = self.gates[name]
-        assert isinstance(gate, Gate)
-        factors = gate.score.detach().double().cpu().tolist()
+        factors = self._gates()[name].score.detach().double().cpu().tolist()
         return replace(entry, scales={**entry.scales, target: tuple(0.0 if c == PAD else factors[c] for c in kept)})
 
     def _kept_units(self, plan: PruningPlan) -> _Sets:
         """(units,) booleans of every gate: what the plan keeps at that point."""
-        sizes = {name: len(gate.score) for name, gate in zip(self.gates, self._gates(), strict=True)}
-        kept = {name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()}
+        kept = {name: torch.zeros(len(gate.score), dtype=torch.bool) for name, gate in self._gates().items()}
         for entry in plan.layers:
             v_dim = self.architecture.layers[entry.index].v_dim
             channels = [h * v_dim + c for h, row in zip(entry.heads, entry.v, strict=True) for c in row if c != PAD]
@@ -176,7 +188,7 @@ class VTP(PruningMethod):
 
 
 def _break_ties(above: _Sets, scores: _Sets, threshold: torch.Tensor, keep: int) -> _Sets:
-    """Drop just enough of the units that sit exactly on the threshold, the same share in every set.
+    """Drop just enough of the units that sit exactly on the threshold, spread evenly over the sets and in them.
 
     Without it, equal scores (all of them, before training) would stay or go together.
     """
@@ -188,6 +200,7 @@ def _break_ties(above: _Sets, scores: _Sets, threshold: torch.Tensor, keep: int)
         seen += len(tied[name])
         quota = round(excess * seen / total)
         out[name] = kept.clone()
-        out[name][tied[name][: quota - dropped]] = False
+        count = quota - dropped
+        out[name][tied[name][torch.arange(count) * len(tied[name]) // max(count, 1)]] = False
         dropped = quota
     return out

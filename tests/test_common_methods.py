@@ -1,0 +1,177 @@
+"""What must hold for every method and every family: what was trained with gates is what is exported, without trace."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification
+
+from hf_vitprune import Architecture, PruningModel, PruningPlan, VTPConfig, count, get_pruning_model, mask
+from pruning_runs import VIT, scatter_scores, state_of, trainer
+from tiny import CASES, CLASSIFIERS, assert_same, images, make, relative_error, run, total_loss
+
+#: one line a configuration: name -> config
+METHODS: dict[str, Callable[[], Any]] = {
+    "VTP": lambda: VTPConfig(pruning_ratio=0.4, round_to=4),
+    "VTP target": lambda: VTPConfig(target=0.6, round_to=2),
+    "VTP uneven": lambda: VTPConfig(pruning_ratio=0.4, uneven=True, round_to=2),
+    "VTP binarize": lambda: VTPConfig(pruning_ratio=0.4, binarize=True, round_to=4),
+    "VTP two points": lambda: VTPConfig(pruning_ratio=0.4, points=["mlp_hidden", "attention_out"], round_to=2),
+}
+FIRST = [name for name in METHODS if " " not in name]
+#: every configuration on one classifier a family, the first of a method on every other class
+PAIRS = [(case, method) for case in CASES for method in (METHODS if case in CLASSIFIERS else FIRST)]
+SOME = [(case, method) for case in CLASSIFIERS for method in FIRST]
+
+
+def wrapped(case: str, method: str) -> PruningModel:
+    """A PruningModel in eval mode with scores as after a training."""
+    return scatter_scores(get_pruning_model(make(case), METHODS[method]())).eval()
+
+
+def errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert actual.keys() == expected.keys() and actual
+    return max(relative_error(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("case", "method"), PAIRS)
+def test_gated_equals_exported_equals_masked(case: str, method: str) -> None:
+    model = wrapped(case, method)
+    undecided = run(model)
+    small = model.export()  # takes the decision
+    outputs, plan = run(small), model.plan()
+    assert errors(run(model), outputs) < 1e-5
+    assert errors(run(mask(model.model, plan)), outputs) < 1e-5
+    assert errors(undecided, outputs) > 1e-3  # the cut units mattered
+    assert Architecture.of(small) == plan.architecture
+    assert count(small).macs < count(model.model).macs
+
+    restored = PruningPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert restored == plan and restored.info == json.loads(json.dumps(plan.info))
+
+
+@pytest.mark.parametrize(("case", "method"), SOME)
+def test_a_decision_is_final(case: str, method: str) -> None:
+    """Fine-tuning with masks changes weights and scores, not the choice; the export follows."""
+    model = wrapped(case, method)
+    plan = model.plan()
+    scatter_scores(model, seed=2)
+    with torch.no_grad():
+        for score in model.method.gate_parameters():
+            score[::3] = 0.0  # a kept score may become zero, and an unkept one larger than it
+    later = model.plan()
+    assert kept_units(later) == kept_units(plan)
+    model.decide()
+    assert model.plan() == later
+    assert errors(run(model), run(model.export())) < 1e-5
+
+
+def kept_units(plan: PruningPlan) -> list[Any]:
+    return [{k: v for k, v in layer.items() if k != "scales"} for layer in plan.to_dict()["layers"]]
+
+
+@pytest.mark.parametrize(("case", "method"), [(case, method) for case in CASES for method in FIRST])
+def test_unload_leaves_no_trace(case: str, method: str) -> None:
+    model = make(case).train()
+    before, shape = state_of(model), trace(model)
+    model.eval()
+    outputs = run(model)
+    gated = get_pruning_model(model.train(), METHODS[method]())
+    assert trace(model) != shape
+    assert_same(run(gated.eval()), outputs)  # scores start at one
+    gated.train()
+    total_loss(gated).backward()
+    gated.decide()
+    gated.export()
+    model.zero_grad()
+    assert gated.unload() is model
+    assert gated.unload() is model  # twice is as good as once
+    assert trace(model) == shape
+    assert_same(model.state_dict(), before)
+    assert_same(run(model.eval()), outputs)
+
+
+def trace(model: torch.nn.Module) -> list[tuple[Any, ...]]:
+    """Everything that wrapping could leave behind in a module."""
+    hooks = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_state_dict_hooks",
+        "_load_state_dict_pre_hooks",
+    )
+    return [
+        (name, type(module), sorted(module.__dict__), *(len(getattr(module, h)) for h in hooks))
+        for name, module in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize(("case", "method"), SOME)
+def test_exported_model_is_saved_and_trained_like_any_other(case: str, method: str, tmp_path: Path) -> None:
+    small = wrapped(case, method).export()
+    small.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert type(loaded) is type(small)
+    assert_same(loaded.state_dict(), dict(small.state_dict()))
+    assert_same(run(loaded), run(small))
+
+    assert all(parameter.requires_grad for parameter in small.parameters())
+    loss = total_loss(small.train())
+    loss.backward()
+    torch.optim.SGD(small.parameters(), lr=1e-4).step()
+    assert total_loss(small) < loss
+
+
+@pytest.mark.parametrize(("case", "method"), SOME)
+def test_an_exported_model_can_be_pruned_again(case: str, method: str) -> None:
+    once = wrapped(case, method).export()
+    again = scatter_scores(get_pruning_model(once, METHODS[method]()), seed=3).eval()
+    twice = again.export()
+    assert errors(run(again), run(twice)) < 1e-5
+    assert errors(run(mask(once, again.plan())), run(twice)) < 1e-5
+    assert count(twice).macs < count(once).macs
+
+
+@pytest.mark.parametrize(("case", "method"), SOME)
+def test_every_gate_learns(case: str, method: str) -> None:
+    """The gradient is the plain product's: that of a model whose output is differentiated without our Function."""
+    model = wrapped(case, method).double()
+    pixels = images().double()
+    total_loss(model, pixels).backward()  # in eval mode a gate is an ordinary product
+    expected = [score.grad.clone() for score in model.method.gate_parameters()]
+    assert all((grad != 0).any() for grad in expected)
+    model.zero_grad()
+    total_loss(model.train(), pixels).backward()
+    for score, grad in zip(model.method.gate_parameters(), expected, strict=True):
+        assert relative_error(score.grad, grad) < 1e-9
+
+
+@pytest.mark.parametrize("method", FIRST)
+def test_a_copy_has_gates_of_its_own(method: str) -> None:
+    model = wrapped(VIT, method)
+    outputs = run(model)
+    other = copy.deepcopy(model)
+    assert_same(run(other), outputs)
+    scatter_scores(model, seed=4)
+    assert_same(run(other), outputs)
+    other.unload()
+    assert_same(run(other), run(make(VIT)))
+    assert errors(run(model), outputs) > 1e-3
+
+
+@pytest.mark.parametrize("method", FIRST)
+def test_seeds_make_runs_reproducible(method: str, tmp_path: Path) -> None:
+    ends = []
+    for seed in (0, 0, 1):
+        model = get_pruning_model(make(VIT, hidden_dropout_prob=0.1), METHODS[method]())
+        trainer(model, tmp_path, seed=seed).train()
+        ends.append((state_of(model), model.plan()))
+    assert_same(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+    assert any(not torch.equal(tensor, ends[2][0][name]) for name, tensor in ends[0][0].items())
