@@ -56,7 +56,8 @@ def model_card(
         info: method and settings, for instance ``plan.info``; by default what its config remembers.
         before: metrics of the dense model (``{"accuracy": 0.81}``).
         after: metrics of this model; they also go into the card's ``model-index``.
-        dataset: Hub id or name of the data that the metrics were measured on; needed with ``after``.
+        dataset: Hub id or name of the data that the metrics were measured on (of a folder only the name is shown);
+            needed with ``after``.
         dataset_split: its split.
         timings: what ``measure_speed({"before": dense_model, "after": model})`` gave.
         dense: the dense model or its Architecture; needed only for native exports, which do not remember it.
@@ -72,6 +73,8 @@ def model_card(
         raise InvalidConfigError("metrics need the name of the dataset they were measured on: pass dataset=...")
     if timings is not None and not {"before", "after"} <= timings.keys():
         raise InvalidConfigError(f"timings has 'before' and 'after', got {', '.join(timings) or 'nothing'}")
+    if dataset and Path(dataset).exists():
+        dataset = Path(dataset).resolve().name
     model = unwrap(model)
     architecture = Architecture.of(model)
     remembered = lineage_of(model.config)
