@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..mixing import InPlaceMixin, mix_into
 from .base import Family, Part
 
 
-class WideInputMixin:
+class WideInputMixin(InPlaceMixin):
     """Pooling head of a narrowed tower: kept channels go back to their places, the removed ones are zero.
 
     The head's output is compared with text embeddings, so its width is not ours to change.
@@ -42,7 +43,7 @@ class SiglipFamily(Family):
         head = head_class(full)
         width = self.sizes_config(config).hidden_size
         if width != dense_hidden_size:
-            head.__class__ = type(f"Wide{head_class.__name__}", (WideInputMixin, head_class), {})
+            mix_into(head, WideInputMixin)
             head.widen(dense_hidden_size, width)
         tower.head = head
 

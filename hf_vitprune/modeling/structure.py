@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from ..architecture import Architecture, LayerShape
 from ..families import Family, LayerPaths
-from .blocks import PrunedAttentionMixin, PrunedMlpMixin, RemovedAttention, RemovedMlp, mix_into
+from ..mixing import mix_into
+from .blocks import PrunedAttentionMixin, PrunedMlpMixin, RemovedAttention, RemovedMlp
 
 
 def get(model: nn.Module, path: str) -> nn.Module:

@@ -1,0 +1,142 @@
+"""Closed-form parameters and multiply-adds against counts of what is stored and executed, and published numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel, ViTConfig
+
+from hf_vitprune.architecture import Architecture
+from hf_vitprune.cost import count
+from hf_vitprune.cost.closed_form import cost_parts
+from hf_vitprune.plan import PruningPlan
+from hf_vitprune.surgery import prune
+from plans import PLANS, plan_named
+from tiny import CASES, CLASSIFIERS, images, make
+
+aten = torch.ops.aten
+#: parameters that are two-dimensional or more without being weight matrices
+NO_WEIGHTS = ("token", "position", "probe")
+
+
+class CountMatmuls(TorchDispatchMode):
+    """Multiply-adds of every matrix product and convolution that is executed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in (aten.mm, aten.bmm):
+            self.macs += out.numel() * args[0].shape[-1]
+        elif packet in (aten.addmm, aten.baddbmm):
+            self.macs += out.numel() * args[1].shape[-1]
+        elif packet is aten.convolution:
+            self.macs += out.numel() * args[1][0].numel()
+        else:
+            name = packet.__name__
+            assert not any(word in name for word in ("attention", "linear", "matmul", "conv")), name
+        return out
+
+
+@contextmanager
+def counted_matmuls() -> Iterator[CountMatmuls]:
+    """Counts below autograd, with attention as plain matrix products (fused kernels cannot be counted)."""
+    with sdpa_kernel(SDPBackend.MATH), CountMatmuls() as counter:
+        yield counter
+
+
+def executed_macs(model: PreTrainedModel, size: int | tuple[int, int] = 16) -> int:
+    model.set_attn_implementation("eager")
+    kwargs = {}
+    if size != 16 and CASES_BY_CLASS[type(model).__name__.removeprefix("Pruned")] not in ("Swin", "Dinov2"):
+        kwargs["interpolate_pos_encoding"] = True
+    with counted_matmuls() as counter:
+        model(pixel_values=images(1, size), **kwargs)
+    return counter.macs
+
+
+CASES_BY_CLASS = {
+    case.model_class: "Dinov2" if case.family.startswith("Dinov2") else case.family for case in CASES.values()
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("plan_name", [None, "everything", "removed branches"])
+def test_counts_are_exact(case: str, plan_name: str | None) -> None:
+    model = make(case)
+    if plan_name is not None:
+        model = prune(model, plan_named(plan_name, model))
+    cost = count(model)
+    assert cost.params == sum(p.numel() for p in model.parameters())
+    matrices = [(n, p) for n, p in model.named_parameters() if p.ndim > 1 and not any(w in n for w in NO_WEIGHTS)]
+    assert cost.weight_params == sum(p.numel() for _, p in matrices)
+    assert cost.macs == executed_macs(model)
+    assert count(Architecture.of(model)) == cost
+
+
+@pytest.mark.parametrize("plan_name", sorted(set(PLANS) - {"everything", "removed branches"}))
+def test_counts_of_every_cut(plan_name: str) -> None:
+    model = make("ViTForImageClassification")
+    small = prune(model, plan_named(plan_name, model))
+    assert count(small).params == sum(p.numel() for p in small.parameters())
+    assert count(small).macs == executed_macs(small)
+
+
+@pytest.mark.parametrize("case", CLASSIFIERS)
+@pytest.mark.parametrize("size", [(32, 16), 24])
+def test_counts_at_other_image_sizes(case: str, size: int | tuple[int, int]) -> None:
+    model = make(case)
+    small = prune(model, PruningPlan.random(model, 0.4))
+    assert count(small, image_size=size).macs == executed_macs(small, size)
+    assert count(small, image_size=size).params == count(small).params
+
+
+@pytest.mark.parametrize("size", [13, 20, (18, 26)])
+@pytest.mark.parametrize("window", [2, 3])
+def test_swin_counts_padded_windows(size: int | tuple[int, int], window: int) -> None:
+    model = make("SwinForImageClassification", window_size=window)
+    for counted in (model, prune(model, PruningPlan.random(model, 0.4))):
+        assert count(counted, image_size=size).macs == executed_macs(counted, size)
+
+
+def test_parts_add_up_and_name_every_layer() -> None:
+    model = make("ViTForImageClassification")
+    parts = cost_parts(model)
+    assert len({part.name for part in parts}) == len(parts)
+    assert sum(part.macs for part in parts) == count(model).macs
+    assert {f"layer {i} {what}" for i in range(3) for what in ("attention", "mlp")} <= {part.name for part in parts}
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "weights", "macs"),
+    [(768, 12, 86.29e6, 17.564e9), (384, 6, 21.91e6, 4.599e9), (192, 3, 5.648e6, 1.2537e9)],
+    ids=["DeiT-B", "DeiT-S", "DeiT-Ti"],
+)
+def test_published_numbers_of_dense_models(width: int, heads: int, weights: float, macs: float) -> None:
+    config = ViTConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, num_labels=1000)
+    cost = count(Architecture.dense(config))
+    assert cost.weight_params == pytest.approx(weights, rel=5e-4)
+    assert cost.macs == pytest.approx(macs, rel=5e-4)
+
+
+def test_published_numbers_of_a_mixed_shape() -> None:
+    """A shape found by a published global search over ViT-B/16: every layer has its own heads, q/k, v and MLP."""
+    heads = [2, 4, 4, 10, 10, 10, 6, 10, 12, 6, 8, 10]
+    qk = [8, 24, 40, 48, 56, 56, 48, 48, 56, 32, 24, 40]
+    v = [8, 64, 48, 64, 64, 64, 64, 64, 64, 64, 56, 64]
+    mlp = [944, 800, 1440, 2240, 2432, 2384, 2448, 2496, 1840, 1488, 1184, 1056]
+    rows = [
+        dict(zip(("heads", "qk_dim", "v_dim", "mlp"), row, strict=True)) for row in zip(heads, qk, v, mlp, strict=True)
+    ]
+    cost = count(Architecture.from_layers(ViTConfig(num_labels=1000), rows, hidden_size=544))
+    assert cost.weight_params == pytest.approx(34.14e6, rel=5e-4)
+    assert cost.macs == pytest.approx(6.997e9, rel=5e-4)
