@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architecture import Architecture, task_of, unwrap
-from .errors import InvalidConfigError, MissingLabelsError, ResumeError, UnsupportedModelError, VitPruneError
+from .errors import InvalidConfigError, MissingLabelsError, ResumeError, UnsupportedModelError
 from .methods import PruningConfig, method_for
 from .plan import PruningPlan
 from .surgery import is_peft, prune
@@ -187,9 +187,9 @@ class PruningModel(nn.Module):
         """Refuses: a gated model is no finished model.
 
         Raises:
-            VitPruneError: always; says what to call instead.
+            UnsupportedModelError: always; says what to call instead.
         """
-        raise VitPruneError(
+        raise UnsupportedModelError(
             "a PruningModel holds gates in training; save export().save_pretrained(...) (the small model) or "
             "unload().save_pretrained(...) (the full one)"
         )

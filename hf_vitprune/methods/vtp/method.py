@@ -9,7 +9,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ...errors import InvalidConfigError, VitPruneError
+from ...errors import InvalidConfigError, InvalidPlanError
 from ...gates import Gate, attach_gates, gate_name, gate_sizes
 from ...modeling.structure import layer_paths
 from ...plan import PAD, LayerPlan, PruningPlan
@@ -86,10 +86,12 @@ class VTP(PruningMethod):
 
         Raises:
             UnreachableTargetError: as :meth:`choose`.
-            VitPruneError: a score is not finite.
+            InvalidPlanError: a score is not finite.
         """
         if not all(gate.score.isfinite().all() for gate in self._gates().values()):
-            raise VitPruneError("there are scores that are not finite: the training diverged; lower the learning rate")
+            raise InvalidPlanError(
+                "there are scores that are not finite: the training diverged; lower the learning rate"
+            )
         plan = self.choose()
         gates = self._gates()
         for name, kept in self._kept_units(plan).items():
