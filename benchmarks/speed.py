@@ -29,6 +29,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_vitprune import Architecture, PruningPlan, VTPConfig, build, count, get_pruning_model, prune
 from hf_vitprune.cost.latency import device_name, measure_speed
+from hf_vitprune.native import to_native
 from hf_vitprune.targets import cost_ratio
 
 SHAPES = {"vit-small": (384, 6), "vit-base": (768, 12)}
@@ -37,7 +38,11 @@ SHAPES = {"vit-small": (384, 6), "vit-base": (768, 12)}
 def dense_config(name: str) -> ViTConfig:
     width, heads = SHAPES[name]
     return ViTConfig(
-        hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, num_hidden_layers=12, num_labels=1000
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        num_hidden_layers=12,
+        num_labels=1000,
     )
 
 
@@ -70,7 +75,12 @@ def inference(names: list[str], batch_sizes: list[int], rounds: int) -> list[dic
         for batch in batch_sizes:
             timing = measure_speed(models, batch_size=batch, image_size=224, rounds=rounds)["pruned"]
             rows.append(
-                {"what": f"{name}, batch {batch}", "MAC ratio": macs, "speed-up": timing.speedup, "of it": timing.speedup / macs}
+                {
+                    "what": f"{name}, batch {batch}",
+                    "MAC ratio": macs,
+                    "speed-up": timing.speedup,
+                    "of it": timing.speedup / macs,
+                }
             )
     return rows
 
@@ -88,7 +98,9 @@ def training(names: list[str], batch_size: int, rounds: int) -> list[dict[str, A
         rows.append(
             {
                 "what": f"{name}, batch {batch_size}",
-                "step time ratio": statistics.median(b / a for a, b in zip(samples["plain"], samples["VTP"], strict=True)),
+                "step time ratio": statistics.median(
+                    b / a for a, b in zip(samples["plain"], samples["VTP"], strict=True)
+                ),
                 "saved activations ratio": saved["VTP"] / saved["plain"],
                 "peak memory ratio": _peak(name, batch_size, True) / _peak(name, batch_size, False),
             }
@@ -131,8 +143,14 @@ def _saved_bytes(model: Any, pixels: torch.Tensor, labels: torch.Tensor) -> int:
 
 def _peak(name: str, batch_size: int, gated: bool) -> int:
     """Peak resident memory of a fresh process that takes three training steps, in bytes."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed; speed.peak_of_steps({name!r}, {batch_size}, {gated})"
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])
+    here = str(Path(__file__).parent)
+    call = f"speed.peak_of_steps({name!r}, {batch_size}, {gated})"
+    return int(_run_python(f"import sys; sys.path.insert(0, {here!r}); import speed; {call}")[-1])
+
+
+def _run_python(code: str) -> list[str]:
+    """Words that a fresh process prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
 def peak_of_steps(name: str, batch_size: int, gated: bool) -> None:
@@ -153,17 +171,16 @@ def pruning(rounds: int) -> list[dict[str, Any]]:
     model = ViTForImageClassification(dense_config("vit-base"))
     plan = PruningPlan.random(model, 0.4, round_to=8)
     samples = interleaved({"prune": lambda: prune(model, plan)}, rounds)["prune"]
-    return [{"what": "prune(vit-base), every unit by 40 %", "seconds": statistics.median(samples), "worst": max(samples)}]
+    return [
+        {"what": "prune(vit-base), every unit by 40 %", "seconds": statistics.median(samples), "worst": max(samples)}
+    ]
 
 
 def loading(rounds: int) -> list[dict[str, Any]]:
-    """Loading a pruned model against a stock model of the same bytes: time and peak memory of fresh processes."""
+    """Loading a pruned model against a stock model with the same tensors: time and peak memory of fresh processes."""
     config = dense_config("vit-base")
-    architecture = half_the_macs(config)
-    pruned = build(config, architecture)
-    size = count(pruned).params
-    depth = min(range(1, 13), key=lambda d: abs(count(Architecture.dense(_shallow(config, d))).params - size))
-    stock = ViTForImageClassification(_shallow(config, depth))
+    pruned = build(config, half_the_macs(config))
+    stock = to_native(pruned)  # the same tensors in a stock class: uniform sizes allow it
     with tempfile.TemporaryDirectory() as folder:
         pruned.save_pretrained(f"{folder}/pruned")
         stock.save_pretrained(f"{folder}/stock")
@@ -183,23 +200,22 @@ def loading(rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-def _shallow(config: ViTConfig, depth: int) -> ViTConfig:
-    return ViTConfig(**{**config.to_dict(), "num_hidden_layers": depth})
-
-
 def _load_in_process(folder: str) -> list[float]:
+    # Linux: writing 5 to clear_refs resets the peak, so that what the imports needed does not hide what loading needs
     code = f"""
-import resource, time
+import time
 import hf_vitprune
 from transformers import AutoModelForImageClassification
 from transformers.models.vit import modeling_vit
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def resident(field):
+    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(field))
+before = resident('VmRSS')
+open('/proc/self/clear_refs', 'w').write('5')
 start = time.perf_counter()
-AutoModelForImageClassification.from_pretrained({folder!r})
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+model = AutoModelForImageClassification.from_pretrained({folder!r})
+print(time.perf_counter() - start, resident('VmHWM') - before)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    return [float(x) for x in out.split()[-2:]]
+    return [float(word) for word in _run_python(code)[-2:]]
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -239,7 +255,9 @@ def main() -> None:
             table.add_row(*(v if isinstance(v, str) else f"{v:.3f}" for v in row.values()))
         Console().print(table)
     if args.json:
-        args.json.write_text(json.dumps({"device": device_name(), "torch": torch.__version__, "results": results}, indent=2))
+        args.json.write_text(
+            json.dumps({"device": device_name(), "torch": torch.__version__, "results": results}, indent=2)
+        )
 
 
 if __name__ == "__main__":

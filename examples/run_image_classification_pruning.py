@@ -2,8 +2,8 @@
 """Fine-tune a vision transformer, prune it while it trains, fine-tune the small model, save it and push it to the Hub.
 
     python examples/run_image_classification_pruning.py --dataset digits --output_dir /tmp/out
-    accelerate launch examples/run_image_classification_pruning.py --model_name_or_path google/vit-base-patch16-224-in21k \
-        --dataset beans --method vtp --target 0.5 --output_dir vit-beans-pruned --push_to_hub --hub_model_id me/vit-beans-pruned
+    accelerate launch examples/run_image_classification_pruning.py --dataset beans --output_dir vit-beans-pruned \
+        --model_name_or_path google/vit-base-patch16-224-in21k --target 0.5 --push_to_hub --hub_model_id me/vit-beans
 
 The run has two stages, each an ordinary Trainer run with checkpoints of its own: ``<output_dir>/learn`` (train with
 gates, decide what goes) and ``<output_dir>/tune`` (fine-tune the small model). Started again with
@@ -40,9 +40,13 @@ from hf_vitprune.workflow import accuracy_of
 class DataArguments:
     """What to learn from."""
 
-    dataset: str = field(default=DIGITS, metadata={"help": "'digits', a folder with one sub-folder a class, or a Hub dataset"})
+    dataset: str = field(
+        default=DIGITS, metadata={"help": "'digits', a folder with one sub-folder a class, or a Hub dataset"}
+    )
     train_split: str = field(default="train", metadata={"help": "training split"})
-    eval_split: str | None = field(default=None, metadata={"help": "evaluation split; found, or split off, by default"})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "evaluation split; found, or split off, by default"}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "use only so many training images"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many evaluation images"})
 
@@ -55,13 +59,21 @@ class ModelArguments:
         default=None, metadata={"help": "model folder or Hub id; a small untrained ViT for the digits by default"}
     )
     method: str = field(default="vtp", metadata={"help": "pruning method: vtp"})
-    method_config: str = field(default="{}", metadata={"help": 'JSON of further settings of the method, e.g. {"uneven": true}'})
+    method_config: str = field(
+        default="{}", metadata={"help": 'JSON of further settings of the method, e.g. {"uneven": true}'}
+    )
     target: float | None = field(default=0.5, metadata={"help": "fraction of the cost that may remain"})
     target_metric: str = field(default="macs", metadata={"help": "what target counts: macs or params"})
     gate_learning_rate: float = field(default=1e-2, metadata={"help": "learning rate of the gates"})
-    lora_rank: int = field(default=0, metadata={"help": "train LoRA adapters of this rank instead of all weights; 0: all"})
-    tune_epochs: float | None = field(default=None, metadata={"help": "epochs of the second stage; as the first by default"})
-    distillation: str = field(default="soft", metadata={"help": "teach the small model by the unpruned one: soft, hard, none"})
+    lora_rank: int = field(
+        default=0, metadata={"help": "train LoRA adapters of this rank instead of all weights; 0: all"}
+    )
+    tune_epochs: float | None = field(
+        default=None, metadata={"help": "epochs of the second stage; as the first by default"}
+    )
+    distillation: str = field(
+        default="soft", metadata={"help": "teach the small model by the unpruned one: soft, hard, none"}
+    )
     native: bool = field(default=False, metadata={"help": "save a stock model, where the pruned shape allows it"})
 
 
@@ -102,7 +114,11 @@ def stage_arguments(args: TrainingArguments, stage: str, epochs: float | None = 
 
 def run_stage(trainer: PruningTrainer, args: TrainingArguments) -> dict[str, float]:
     """Train (or go on where a killed run was) and evaluate."""
-    last = get_last_checkpoint(trainer.args.output_dir) if args.resume_from_checkpoint and Path(trainer.args.output_dir).is_dir() else None
+    last = (
+        get_last_checkpoint(trainer.args.output_dir)
+        if args.resume_from_checkpoint and Path(trainer.args.output_dir).is_dir()
+        else None
+    )
     trainer.train(resume_from_checkpoint=last)
     return trainer.evaluate()
 
@@ -187,7 +203,9 @@ def save(
     card.save(Path(training_args.output_dir) / "README.md")
     if training_args.push_to_hub:
         repo = training_args.hub_model_id or Path(training_args.output_dir).name
-        hf_vitprune.push_to_hub(small, repo, card=card, image_processor=processor, private=training_args.hub_private_repo)
+        hf_vitprune.push_to_hub(
+            small, repo, card=card, image_processor=processor, private=training_args.hub_private_repo
+        )
 
 
 if __name__ == "__main__":

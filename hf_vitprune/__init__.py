@@ -1,12 +1,15 @@
 """Structured pruning of Hugging Face vision transformers: smaller, faster, and still loaded by `from_pretrained`."""
 
 from .architecture import Architecture
+from .card import model_card
 from .cost import Cost, count
 from .distillation import DistillationConfig
 from .errors import VitPruneError
+from .hub import push_to_hub
 from .methods import VTPConfig
 from .model import PruningModel, get_pruning_model
 from .modeling import build
+from .native import to_native
 from .plan import PruningPlan
 from .surgery import mask, prune, truncate
 from .trainer import PruningCallback, PruningTrainer
@@ -27,6 +30,9 @@ __all__ = [
     "count",
     "get_pruning_model",
     "mask",
+    "model_card",
     "prune",
+    "push_to_hub",
+    "to_native",
     "truncate",
 ]

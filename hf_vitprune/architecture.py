@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .errors import InvalidArchitectureError, UnsupportedModelError
 from .families import PRUNED_PREFIX, Family, LayerSizes, base_model_type, family_of
@@ -79,7 +80,10 @@ class Architecture:
     def dense(cls, config: PreTrainedConfig, task: str = "ForImageClassification") -> Architecture:
         """The unpruned architecture of a stock config."""
         family = family_of(config)
-        sizes = family.dense_layers(config)
+        try:
+            sizes = family.dense_layers(config)
+        except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
+            raise InvalidArchitectureError(f"no {config.model_type} model has this config: {error!r}") from error
         depths = family.depths(config)
         layers = tuple(dense_shape(s, shifted) for s, shifted in zip(sizes, _shifts(depths, len(sizes)), strict=True))
         return cls(config, layers, sizes[0].embedding, depths, task)
@@ -358,18 +362,24 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if not config.model_type.startswith(PRUNED_PREFIX):
         return config
     family = family_of(config)
-    fields = copy.deepcopy(config.to_dict())
-    record = fields.pop("pruning_config", None)
-    for name in ("model_type", "architectures", "auto_map", "transformers_version"):
-        fields.pop(name, None)
-    if family.depths(config) is None:
-        for name in ("stage_names", "out_features", "out_indices"):  # of the pruned depth
-            fields.pop(name, None)
+    # a copy under the stock class, attribute by attribute: parsing a config anew takes longer than building a model
+    base = copy.copy(config)
+    base.__class__ = CONFIG_MAPPING[base_model_type(config.model_type)]
+    record = base.__dict__.pop("pruning_config", None)
+    for name in ("architectures", "auto_map"):
+        setattr(base, name, None)
+    if family.sub_config:
+        setattr(base, family.sub_config, copy.copy(getattr(config, family.sub_config)))
     if isinstance(record, dict):
-        dense = _checked_dense_sizes(record.get("dense"))
-        (fields[family.sub_config] if family.sub_config else fields).update(dense)
-    base = _make_config(base_model_type(config.model_type), fields)
-    base._attn_implementation = config._attn_implementation
+        dense = _checked_dense_sizes(record.get("dense"), family, config)
+        sizes = family.sizes_config(base)
+        if "num_attention_heads" in dense:
+            sizes.num_attention_heads = dense["num_attention_heads"]
+        hidden = dense.get("hidden_size", sizes.hidden_size)
+        layers = dense.get("num_hidden_layers", sizes.num_hidden_layers)
+        family.resize_config(base, hidden, layers, tuple(dense["depths"]) if "depths" in dense else None)
+        if "num_attention_heads" in dense:  # some families adapt the heads to the width
+            sizes.num_attention_heads = dense["num_attention_heads"]
     return base
 
 
@@ -399,21 +409,18 @@ def _checked_depths(depths: Any) -> tuple[int, ...] | None:
     return tuple(depths)
 
 
-def _checked_dense_sizes(dense: Any) -> dict[str, Any]:
-    if not isinstance(dense, dict) or set(dense) - {
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "depths",
-    }:
-        raise InvalidArchitectureError(f"pruning_config: dense sizes {dense!r} are not those of a model")
+def _checked_dense_sizes(dense: Any, family: Family, config: PreTrainedConfig) -> dict[str, Any]:
+    columnar = {"hidden_size", "num_hidden_layers", "num_attention_heads"}
+    names = columnar if family.depths(config) is None else {"depths"}
+    if not isinstance(dense, dict) or set(dense) != names:
+        raise InvalidArchitectureError(f"pruning_config: dense sizes {dense!r} are not {', '.join(sorted(names))}")
     for name, size in dense.items():
         sizes = size if name == "depths" and isinstance(size, list) else [size]
         if not sizes or any(type(s) is not int or not 0 < s <= 1 << 16 for s in sizes):
             raise InvalidArchitectureError(f"pruning_config: dense {name} is {size!r}")
-    heads = dense.get("num_attention_heads", 1)
-    if dense.get("hidden_size", heads) % heads:
-        raise InvalidArchitectureError(f"pruning_config: dense width and {heads} heads do not divide")
+    own_head_dim = getattr(family.sizes_config(config), "head_dim", None)
+    if not own_head_dim and dense.get("hidden_size", 0) % dense.get("num_attention_heads", 1):
+        raise InvalidArchitectureError(f"pruning_config: dense width and heads of {dense} do not divide")
     return dense
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,7 +61,7 @@ def prune(
     Console().print(f"saved to {output}")
 
 
-def _classifier(model: str, label_names: list[str], new_head: bool):  # type: ignore[no-untyped-def]
+def _classifier(model: str, label_names: list[str], new_head: bool) -> Any:
     """The image classifier, with the data's classes.
 
     Raises:

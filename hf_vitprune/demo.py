@@ -20,7 +20,7 @@ from .report import comparison_table
 from .workflow import PrunedResult, Schedule, compare, evaluate, prune_and_tune, save_result, train
 
 IMAGE_SIZE = 16
-PRETRAIN = Schedule(epochs=40, learning_rate=2e-3)
+PRETRAIN = Schedule(epochs=30, learning_rate=2e-3)
 LEARN = Schedule(epochs=8, learning_rate=3e-4)
 TUNE = Schedule(epochs=15, learning_rate=1e-3)
 DISTILLATION = DistillationConfig(kind="soft", weight=0.5, temperature=2.0)
@@ -43,7 +43,7 @@ METHODS = (
 
 def tiny_vit(label_names: list[str]) -> ViTForImageClassification:
     """An untrained 6-layer ViT for 16 x 16 images."""
-    config = ViTConfig(
+    config = ViTConfig(  # type: ignore[call-arg]  # labels are keyword arguments of every config
         hidden_size=64,
         num_hidden_layers=6,
         num_attention_heads=4,
@@ -104,7 +104,7 @@ def run_demo(output: Path, seed: int = 0, console: Console | None = None) -> lis
 
 def _check_pipeline(folder: Path, result: PrunedResult, images: LabelledImages, console: Console) -> None:
     """Load the folder as any user would, and compare with the model in memory."""
-    classify = pipeline("image-classification", model=str(folder), device="cpu")
+    classify: Any = pipeline("image-classification", model=str(folder), device="cpu")
     sample = images.evaluation[0][images.image_column].convert("RGB")
     answer = classify(sample)[0]
     with torch.no_grad():

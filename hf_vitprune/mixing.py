@@ -37,4 +37,4 @@ def mix_into(module: nn.Module, mixin: type[InPlaceMixin]) -> None:
 
 def _empty(mixin: type, base: type) -> Any:
     made = mixed_class(mixin, base)
-    return made.__new__(made)
+    return object.__new__(made)

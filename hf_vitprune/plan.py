@@ -64,7 +64,8 @@ class LayerPlan:
     def keep_channels(self, which: str, channels: Iterable[int]) -> LayerPlan:
         """Keep the same q/k (``which="qk"``) or v channels in every head."""
         chosen = tuple(sorted(channels))
-        return replace(self, **{which: tuple(chosen for _ in self.heads)})
+        rows = tuple(chosen for _ in self.heads)
+        return replace(self, qk=rows) if which == "qk" else replace(self, v=rows)
 
     def shape(self, source: LayerShape) -> LayerShape:
         attention = self.mixer == "attention"

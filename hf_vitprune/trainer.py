@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .architecture import unwrap
 from .distillation import DistillationConfig, Teacher, distillation_loss
 from .errors import InvalidConfigError, MissingLabelsError
 from .gates import strip_gates
+from .hub import push_to_hub
 from .methods import PruningMethod
 from .model import PruningModel, is_classifier, task_loss
 from .resume import enable_exact_resume
@@ -192,6 +194,27 @@ class PruningTrainer(Trainer):
         own_head = self.teacher is not None and "cls_logits" in outputs
         logits = outputs["cls_logits" if own_head else "logits"]
         return task_loss(unwrap(self.model), labels, logits, num_items_in_batch)
+
+    def push_to_hub(  # type: ignore[override]  # one commit is made, and waited for
+        self, commit_message: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Push the model to ``args.hub_model_id`` with a card: the exported one, for a PruningModel.
+
+        Args:
+            commit_message: title of the commit.
+            kwargs: for ``hf_vitprune.push_to_hub`` (``card``, ``private``, ``token``, ...).
+
+        Returns:
+            What the Hub says of the commit; None on all but the first process.
+        """
+        model: Any = self.model
+        model = model.export() if self._gated else model
+        if not self.is_world_process_zero():
+            return None
+        repo = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir or "").name
+        kwargs.setdefault("token", self.args.hub_token)
+        kwargs.setdefault("private", self.args.hub_private_repo)
+        return push_to_hub(model, repo, image_processor=self.processing_class, commit_message=commit_message, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         self._check_labels()

@@ -1,4 +1,4 @@
-"""Train, prune, fine-tune, measure: the run behind ``hf-vitprune prune`` and ``demo``, from the same parts as a script."""
+"""Train, prune, fine-tune, measure: the run behind ``hf-vitprune prune`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -250,7 +250,9 @@ class _NamedProgress(ProgressCallback):
     def on_log(self, *args: Any, **kwargs: Any) -> None:
         pass  # metrics are shown in one table at the end
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         pass  # evaluation takes a moment here
 
 

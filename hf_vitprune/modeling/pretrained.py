@@ -77,10 +77,11 @@ class PrunedModelMixin:
         dense_width = Architecture.dense(architecture.config).hidden_size
         with torch.device("meta"):
             family.finish_structure(model, config, dense_width)
-            apply_architecture(model, architecture)
+        apply_architecture(model, architecture)
         # from_pretrained builds on the meta device and fills in the weights itself
         if ambient.type != "meta":
             materialize(model, ambient)
+        self._built_as = architecture
 
     def save_pretrained(
         self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
@@ -155,7 +156,7 @@ def _overridden(config: PreTrainedConfig, values: dict[str, Any]) -> Iterator[No
 
 def _check_layers_complete(model: Any, info: dict[str, Any]) -> None:
     """Missing heads are normal (a base checkpoint); missing or left-over encoder weights mean a wrong model."""
-    architecture = Architecture.from_config(model.config, model.pruning_task)
+    architecture: Architecture = model._built_as
     family = architecture.family
     root = family.encoder_path(model)
     layers = [paths.layer + "." for paths in layer_paths(model, architecture)]

@@ -76,7 +76,7 @@ def class_for_task(family: Family, task: str) -> type[PreTrainedModel]:
         UnsupportedModelError: the family has no such class.
     """
     for stock, pruned in _models.items():
-        if stock.config_class.model_type == family.model_type and pruned.pruning_task == task:  # type: ignore[attr-defined]
+        if stock.config_class.model_type == family.model_type and pruned.pruning_task == task:  # type: ignore
             return pruned
     raise UnsupportedModelError(f"{family.model_type} has no class for {task!r}")
 

@@ -22,11 +22,14 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def resize_linear(model: nn.Module, path: str, inputs: int, outputs: int) -> None:
-    old = get(model, path)
-    assert isinstance(old, nn.Linear)
-    if (old.in_features, old.out_features) != (inputs, outputs):
-        new = nn.Linear(inputs, outputs, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
-        put(model, path, new)
+    """Give a Linear other sizes, in place: its weights are new and empty."""
+    linear = get(model, path)
+    assert isinstance(linear, nn.Linear)
+    if (linear.in_features, linear.out_features) != (inputs, outputs):
+        linear.in_features, linear.out_features = inputs, outputs
+        linear.weight = nn.Parameter(linear.weight.new_empty(outputs, inputs))
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(linear.bias.new_empty(outputs))
 
 
 def layer_paths(model: PreTrainedModel, architecture: Architecture) -> list[LayerPaths]:
@@ -60,7 +63,7 @@ def _apply_attention(
     if paths.bias_table:
         path = paths.bias_table.rpartition(".")[0]
         old = get(model, path)
-        put(model, path, type(old)(shape.heads, old.window_size))  # type: ignore[operator, call-arg]
+        put(model, path, type(old)(shape.heads, old.window_size))
     attention = get(model, paths.attention)
     mix_into(attention, PrunedAttentionMixin)
     attention.set_shape(shape, scaling, family)  # type: ignore[operator]
@@ -83,7 +86,8 @@ def _apply_mlp(model: PreTrainedModel, paths: LayerPaths, shape: LayerShape, wid
 
 def _register_inputs(module: nn.Module, count: int | None, width: int) -> None:
     if count is not None:
-        module.register_buffer("input_index", torch.arange(count))
+        device = next(module.parameters()).device
+        module.register_buffer("input_index", torch.arange(count, device=device))
 
 
 def _drop(model: nn.Module, norm: str, scale: str | None) -> None:
