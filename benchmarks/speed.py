@@ -51,15 +51,15 @@ def half_the_macs(config: ViTConfig) -> Architecture:
     dense = Architecture.dense(config)
     head_dim = dense.layers[0].qk_dim
     best: Architecture | None = None
+    nearest = 0.02
     for heads in range(dense.layers[0].heads, 0, -1):
         for mlp in range(config.intermediate_size, 0, -64):
             shape = {"heads": heads, "qk_dim": head_dim, "v_dim": head_dim, "mlp": mlp}
             architecture = Architecture.from_layers(config, [shape] * len(dense.layers))
             ratio = cost_ratio(architecture, dense, "macs")
             balanced = abs(heads / dense.layers[0].heads - mlp / config.intermediate_size)
-            if abs(ratio - 0.5) < 0.02 and balanced < 0.12:
-                if best is None or abs(ratio - 0.5) < abs(cost_ratio(best, dense, "macs") - 0.5):
-                    best = architecture
+            if abs(ratio - 0.5) < nearest and balanced < 0.12:
+                best, nearest = architecture, abs(ratio - 0.5)
     assert best is not None
     return best
 

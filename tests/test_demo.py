@@ -1,0 +1,105 @@
+"""The demo and `hf-vitprune prune`, shortened: real data, real training, real files."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from test_data import image_folder
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from typer.testing import CliRunner
+
+import hf_vitprune
+from hf_vitprune import PruningPlan, count, demo
+from hf_vitprune.cli import app
+from hf_vitprune.workflow import Schedule
+
+
+@pytest.fixture(scope="module")
+def short_demo(tmp_path_factory):
+    """(rows, folder, printed text) of a demo that trains for four epochs a stage."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PRETRAIN", "LEARN", "TUNE"):
+            patch.setattr(demo, name, Schedule(epochs=4, learning_rate=2e-3))
+        console = Console(record=True, width=120)
+        folder = tmp_path_factory.mktemp("demo")
+        rows = demo.run_demo(folder, console=console)
+        yield rows, folder, console.export_text()
+
+
+def test_the_demo_prints_what_it_measured(short_demo):
+    rows, _, text = short_demo
+    by_name = {row["name"]: row for row in rows}
+    dense, pruned = by_name["dense"], by_name["VTP, final"]
+    assert dense["accuracy"] > 0.3  # four epochs; guessing gives 0.1
+    assert pruned["macs"] <= 0.5 * dense["macs"] and pruned["params"] < 0.6 * dense["params"]
+    for row in (dense, pruned):
+        assert f"{row['accuracy']:.1%}" in text and row["latency_ms"] > 0
+
+
+def test_the_demo_leaves_a_complete_model_folder(short_demo):
+    _, folder, _ = short_demo
+    files = {path.name for path in (folder / "vtp").iterdir()}
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "plan.json", "removed.png"} <= files
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    model = AutoModelForImageClassification.from_pretrained(folder / "vtp")
+    assert hf_vitprune.Architecture.of(model) == PruningPlan.load(folder / "vtp" / "plan.json").architecture
+
+
+def test_every_stage_of_the_demo_trains():
+    """No schedule may be empty, or a row would show an untrained model."""
+    assert min(s.epochs for s in (demo.PRETRAIN, demo.LEARN, demo.TUNE)) > 0
+    assert {method.name for method in demo.METHODS} >= {"VTP"}
+
+
+@pytest.fixture
+def classifier_folder(tmp_path):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run_prune(*arguments):
+    return CliRunner().invoke(app, ["prune", *map(str, arguments)])
+
+
+def test_prune_makes_a_loadable_folder_from_a_folder_of_images(classifier_folder, tmp_path):
+    images = image_folder(tmp_path / "pets")
+    out = tmp_path / "small"
+    options = ["--epochs", 1, "--tune-epochs", 1, "--target", 0.6, "--batch-size", 4]
+    result = run_prune(classifier_folder, images, out, *options)
+    assert result.exit_code == 0, result.output
+    model = AutoModelForImageClassification.from_pretrained(out)
+    dense = AutoModelForImageClassification.from_pretrained(classifier_folder)
+    assert count(model).macs <= 0.6 * count(dense).macs
+    assert json.loads((out / "config.json").read_text())["pruning_config"]["info"]["method"] == "VTP"
+    assert "before" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "magic"), "unknown method 'magic'"),
+        (("--target", 1.5), "target must lie strictly between 0 and 1"),
+        (("--target", 0.001), "cannot be reached"),
+    ],
+)
+def test_bad_requests_are_one_line(classifier_folder, tmp_path, arguments, message):
+    result = run_prune(classifier_folder, image_folder(tmp_path / "pets"), tmp_path / "out", *arguments)
+    assert result.exit_code == 1
+    assert message in result.output and "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_classifier_for_other_classes_is_refused_unless_replaced(classifier_folder, tmp_path):
+    images = image_folder(tmp_path / "pets", classes=("a", "b", "c"))
+    result = run_prune(classifier_folder, images, tmp_path / "out")
+    assert result.exit_code == 1 and "--new-head" in result.output
+    options = ["--epochs", 1, "--tune-epochs", 0, "--new-head", "--target", 0.6]
+    result = run_prune(classifier_folder, images, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {0: "a", 1: "b", 2: "c"}
