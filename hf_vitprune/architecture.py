@@ -344,11 +344,11 @@ def read_record(config: PreTrainedConfig, record: Any, task: str) -> Architectur
             "pruning_config does not match its fingerprint: it was edited or damaged after the model was saved; "
             "fetch config.json again, or rebuild the model with hf_vitprune.prune"
         )
-    stated = architecture.family.dense_layers(config)
-    if (len(stated), stated[0].embedding) != (len(shapes), architecture.hidden_size):
+    stated = Architecture.dense(config)
+    if (len(stated.layers), stated.depths, stated.hidden_size) != (len(shapes), depths, architecture.hidden_size):
         raise InvalidArchitectureError(
-            f"config.json says {len(stated)} layers of width {stated[0].embedding}, its pruning_config "
-            f"{len(shapes)} of width {architecture.hidden_size}"
+            f"config.json says {stated.depths or len(stated.layers)} layers of width {stated.hidden_size}, its "
+            f"pruning_config {depths or len(shapes)} of width {architecture.hidden_size}"
         )
     return architecture
 

@@ -1,0 +1,209 @@
+"""Damaged ``pruning_config`` records: refused with a message, never a wrong model and never a huge allocation."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from hf_vitprune.architecture import fingerprint
+from hf_vitprune.errors import VitPruneError
+from hf_vitprune.plan import PruningPlan
+from hf_vitprune.surgery import prune
+from plans import PLANS
+from tiny import assert_same, make, run
+
+JUNK: tuple[Any, ...] = (None, -1, 0, 10**9, 2.5, math.nan, "8", True, False, [], {}, [[1]], {"a": {"b": [None]}})
+DELETED = object()
+
+
+class Saved(NamedTuple):
+    """A pruned model in a folder, and what it computes."""
+
+    folder: Path
+    config: dict[str, Any]
+    outputs: dict[str, torch.Tensor]
+    largest: int
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return copy.deepcopy(self.config["pruning_config"])
+
+    def load(self, record: Any, **changes: Any) -> PreTrainedModel:
+        config = {**self.config, **changes}
+        if record is DELETED:
+            del config["pruning_config"]
+        else:
+            config["pruning_config"] = record
+        (self.folder / "config.json").write_text(json.dumps(config))
+        return AutoModelForImageClassification.from_pretrained(self.folder)
+
+
+def plan_with_every_word(model: PreTrainedModel) -> PruningPlan:
+    """A shape whose record uses every word of the format."""
+    plan = PruningPlan.dense(model)
+    narrow, gone = PLANS["narrow inputs"](plan), PLANS["removed branches"](plan)
+    uneven = plan.layers[1].keep_channels("qk", range(3)).keep_channels("v", range(5)).keep_heads([0, 1])
+    return plan.with_layers([gone.layers[0], uneven, *narrow.layers[2:-1], gone.layers[-1]])
+
+
+@pytest.fixture(scope="module", params=["ViTForImageClassification", "SwinForImageClassification"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    model = make(request.param, num_hidden_layers=4) if request.param.startswith("ViT") else make(request.param)
+    plan = plan_with_every_word(model)
+    small = prune(model, plan)
+    small.config.pruning_config["info"] = {"method": "test", "ratio": 0.5, "notes": [1, 2]}
+    folder = tmp_path_factory.mktemp("saved")
+    small.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    largest = max(p.numel() for p in small.parameters())
+    return Saved(folder, config, run(small), largest)
+
+
+# ---------------------------------------------------------------------- ways to damage a record
+def paths_in(value: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*before, key)
+        yield from paths_in(item, (*before, key))
+
+
+def at(record: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        record = record[key]
+    return record
+
+
+def changed(record: Any, path: tuple[Any, ...], value: Any) -> Any:
+    record = copy.deepcopy(record)
+    parent = at(record, path[:-1])
+    if value is DELETED:
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = value
+    return record
+
+
+def same(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and a == b
+
+
+def damaged(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Values replaced by several kinds of junk and deleted, keys added, lists and layers made longer and shorter."""
+    for number, path in enumerate(paths_in(record)):
+        name = ".".join(map(str, path))
+        turn = 6 * number % len(JUNK)  # six kinds of junk each, in turn
+        for junk in (*(JUNK * 2)[turn : turn + 6], DELETED):
+            if not same(at(record, path), junk):
+                yield f"{name} = {'deleted' if junk is DELETED else junk!r}", changed(record, path, junk)
+        value = at(record, path)
+        if isinstance(value, dict):
+            yield f"{name}.surprise", changed(record, (*path, "surprise"), 1)
+        if isinstance(value, list):
+            yield f"{name} longer", changed(record, path, value * 2)
+    rows = record["per_layer_config"]
+    last = str(len(rows) - 1)
+    yield "a layer more", changed(record, ("per_layer_config", str(len(rows))), rows[last])
+    yield "a gap", changed(changed(record, ("per_layer_config", last), DELETED), ("per_layer_config", "9"), rows[last])
+    yield "a list of layers", changed(record, ("per_layer_config",), list(rows.values()))
+
+
+def consistent_swaps(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Other models with the very same tensor shapes: only the fingerprint tells."""
+    rows = record["per_layer_config"]
+    for index, row in rows.items():
+        if "num_attention_heads" in row:
+            swapped = dict(row)
+            heads = row["num_attention_heads"]
+            for word in ("head_dim", "qk_head_dim", "v_head_dim"):
+                if word in row:
+                    swapped[word] = row[word] * heads
+            yield (
+                f"layer {index}: one wide head",
+                changed(record, ("per_layer_config", index), {**swapped, "num_attention_heads": 1}),
+            )
+        if "shifted" in row:
+            path = ("per_layer_config", index, "shifted")
+            yield f"layer {index}: other shift", changed(record, path, not row["shifted"])
+    if "num_attention_heads" in record["dense"]:
+        yield "another attention scale", changed(record, ("dense", "num_attention_heads"), 8)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor made, on any device, meta included."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.size = max(self.size, out.numel())
+        return out
+
+
+def outcome(saved: Saved, name: str, record: Any, **changes: Any) -> str:
+    """ "refused" or "same"; anything else fails."""
+    with LargestTensor() as largest:
+        try:
+            loaded = saved.load(record, **changes)
+        except VitPruneError as error:
+            message = str(error)
+            assert 20 < len(message) < 1000, (name, message)
+            loaded = None
+    assert largest.size <= 64 * saved.largest, f"{name}: a tensor of {largest.size} elements"
+    if loaded is None:
+        return "refused"
+    assert_same(run(loaded), saved.outputs)
+    return "same"
+
+
+def test_every_damage_is_refused(saved: Saved) -> None:
+    record = saved.record
+    results = {name: outcome(saved, name, bad) for name, bad in damaged(record)}
+    assert len(results) >= 200
+    kept = {name for name, result in results.items() if result == "same"}
+    assert kept == {name for name in results if name.startswith("info")}
+
+
+def test_shapes_that_fit_the_weights_are_refused(saved: Saved) -> None:
+    for name, bad in consistent_swaps(saved.record):
+        assert outcome(saved, name, bad) == "refused", name
+
+
+def test_damage_with_a_valid_fingerprint(saved: Saved) -> None:
+    """Even a record sealed anew never breaks with a foreign error, and never loads as a wrong model."""
+    results = {}
+    for name, bad in damaged(saved.record):
+        if not name.startswith(("fingerprint", "info")) and " = True" not in name and " = False" not in name:
+            results[name] = outcome(saved, name, {**bad, "fingerprint": fingerprint(bad)})
+    assert len(results) >= 150
+    unchanged = {name for name, result in results.items() if result == "same"}
+    assert all("surprise" in name or "skip" in name for name in unchanged), unchanged
+
+
+@pytest.mark.parametrize("junk", [DELETED, *JUNK], ids=lambda junk: "deleted" if junk is DELETED else repr(junk))
+def test_records_that_are_none(saved: Saved, junk: Any) -> None:
+    assert outcome(saved, repr(junk), junk) == "refused"
+
+
+def test_record_of_another_shape_than_the_rest_of_the_config(saved: Saved) -> None:
+    names = ("embed_dim",) if "embed_dim" in saved.config else ("hidden_size", "num_hidden_layers")
+    for name in names:
+        for change in (1, -1):
+            assert outcome(saved, name, saved.record, **{name: saved.config[name] + change}) == "refused", name
+    if "depths" in saved.config:
+        assert outcome(saved, "depths", saved.record, depths=[1, 4]) == "refused"
+
+
+def test_the_undamaged_model_loads(saved: Saved) -> None:
+    assert outcome(saved, "undamaged", saved.record) == "same"
+    shuffled = dict(reversed(saved.record.items()))
+    assert outcome(saved, "other order", shuffled) == "same"
