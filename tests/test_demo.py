@@ -40,7 +40,14 @@ def test_the_demo_prints_what_it_measured(short_demo):
 def test_the_demo_leaves_a_complete_model_folder(short_demo):
     _, folder, _ = short_demo
     files = {path.name for path in (folder / "vtp").iterdir()}
-    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "plan.json", "removed.png"} <= files
+    assert {
+        "model.safetensors",
+        "config.json",
+        "preprocessor_config.json",
+        "README.md",
+        "plan.json",
+        "removed.png",
+    } <= files
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
     model = AutoModelForImageClassification.from_pretrained(folder / "vtp")
     assert hf_vitprune.Architecture.of(model) == PruningPlan.load(folder / "vtp" / "plan.json").architecture
@@ -102,4 +109,8 @@ def test_a_classifier_for_other_classes_is_refused_unless_replaced(classifier_fo
     options = ["--epochs", 1, "--tune-epochs", 0, "--new-head", "--target", 0.6]
     result = run_prune(classifier_folder, images, tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
-    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {
+        0: "a",
+        1: "b",
+        2: "c",
+    }

@@ -1,0 +1,89 @@
+"""The example script as users run it: killed and resumed, on two processes, pushed to a Hub."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_standin import HubStandIn, hub_environment
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "run_image_classification_pruning.py"
+ARGUMENTS = [
+    *("--dataset", "digits", "--max_train_samples", "128", "--max_eval_samples", "64", "--num_train_epochs", "1"),
+    *("--per_device_train_batch_size", "16", "--save_steps", "3", "--use_cpu", "True", "--report_to", "none"),
+    *("--disable_tqdm", "True"),
+]
+#: dies without a word at step 5 of the stage named by argv[1]
+KILLED = f"""
+import os, runpy, sys
+from transformers import TrainerCallback
+from hf_vitprune import PruningTrainer
+
+class Die(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.output_dir.endswith(sys.argv_stage) and state.global_step == 5:
+            os._exit(9)
+
+sys.argv_stage = sys.argv.pop(1)
+plain = PruningTrainer.__init__
+def init(self, *args, **kwargs):
+    plain(self, *args, **kwargs)
+    self.add_callback(Die())
+PruningTrainer.__init__ = init
+sys.argv[0] = {str(SCRIPT)!r}
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+
+
+def run(*command, env=None, expected=0):
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=env, timeout=300)
+    assert result.returncode == expected, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+def summary_of(output):
+    return json.loads(output[output.rindex("{\n") :])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(folder, summary) of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, summary_of(run(SCRIPT, *ARGUMENTS, "--output_dir", folder))
+
+
+def test_the_summary_is_of_a_model_at_the_target(undisturbed):
+    folder, summary = undisturbed
+    assert 0.4 < summary["macs_ratio"] <= 0.5
+    assert {"README.md", "config.json", "preprocessor_config.json"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("stage", [pytest.param("learn", marks=pytest.mark.slow), "tune"])
+def test_a_killed_run_resumes_to_the_same_model(undisturbed, tmp_path, stage):
+    run("-c", KILLED, stage, *ARGUMENTS, "--output_dir", tmp_path, expected=9)
+    assert not (tmp_path / "model.safetensors").exists()
+    output = run(SCRIPT, *ARGUMENTS, "--output_dir", tmp_path, "--resume_from_checkpoint", "True")
+    folder, summary = undisturbed
+    assert summary_of(output) == summary
+    expected, resumed = (load_file(path / "model.safetensors") for path in (folder, tmp_path))
+    assert expected.keys() == resumed.keys()
+    assert all(expected[name].equal(resumed[name]) for name in expected)
+
+
+def test_it_pushes_the_model_with_its_card(tmp_path):
+    with HubStandIn() as hub:
+        push = ["--push_to_hub", "--hub_model_id", "tester/digits-small", "--output_dir", tmp_path / "out"]
+        run(SCRIPT, *ARGUMENTS, *push, env=hub_environment(hub, tmp_path))
+        files = hub.files("tester/digits-small")
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= set(files)
+    assert b"hf_vitprune" in files["README.md"]
+
+
+@pytest.mark.slow
+def test_two_processes_give_one_result(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    output = run(*launcher, SCRIPT, *ARGUMENTS, "--lora_rank", "2", "--output_dir", tmp_path / "out")
+    assert output.count('"accuracy_masked"') == 1
+    assert summary_of(output)["macs_ratio"] <= 0.5
