@@ -365,6 +365,7 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     # a copy under the stock class, attribute by attribute: parsing a config anew takes longer than building a model
     base = copy.copy(config)
     base.__class__ = CONFIG_MAPPING[base_model_type(config.model_type)]
+    base.__dict__.pop("model_type", None)  # configs read from a file hold it, and it hides that of the class
     record = base.__dict__.pop("pruning_config", None)
     for name in ("architectures", "auto_map"):
         setattr(base, name, None)

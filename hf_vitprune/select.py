@@ -131,13 +131,22 @@ def _cut_layer(
 
 
 def l2_scores(model: Any) -> Scores:
-    """L2 norm of the weights of every unit (a matrix that a unit writes or reads counts once)."""
+    """L2 norm of the weights of every unit (a matrix that a unit writes or reads counts once).
+
+    Weights of a PeftModel are those with its active adapters merged.
+    """
+    from .surgery import is_peft
+
+    if is_peft(model):
+        from .adapters import merged_twin
+
+        model = merged_twin(model)
     base = unwrap(model)
     architecture = Architecture.of(base)
     family = architecture.family
     prefix = family.encoder_path(base)
     paths = [family.layer_paths(prefix, name, base.config) for name in architecture.layer_names()]
-    state = {k.replace(".base_layer.", "."): v.detach() for k, v in base.state_dict().items()}
+    state = {k: v.detach() for k, v in base.state_dict().items()}
     squares: dict[str, torch.Tensor] = {}
 
     def rows(name: str) -> torch.Tensor:

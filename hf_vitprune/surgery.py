@@ -16,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architecture import Architecture, unwrap
-from .errors import InvalidPlanError
+from .errors import AdapterError, InvalidPlanError
 from .families import LayerPaths
 from .gates import strip_gates
+from .lineage import lineage
 from .modeling import config_for, pruned_model_class
 from .modeling.blocks import mask_layer_norm
 from .modeling.structure import layer_paths
@@ -80,7 +81,7 @@ def prune(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False) -> An
         UnsupportedModelError: no family is registered for the model.
         AdapterError: an adapter can be neither sliced nor merged.
     """
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+    if is_peft(model):
         from .adapters import prune_peft
 
         return prune_peft(model, plan, allow_unchanged=allow_unchanged)
@@ -99,11 +100,17 @@ def prune(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False) -> An
 def mask(model: Any, plan: PruningPlan) -> Any:
     """A full-size copy of ``model`` that computes what ``prune(model, plan)`` computes: removed units are zero.
 
-    LayerNorms run over the kept residual channels. Useful to evaluate a plan, and to test the surgery.
+    LayerNorms run over the kept residual channels. Useful to evaluate a plan, and to test the surgery. A PeftModel
+    gives a plain model with its active adapters merged.
 
     Raises:
         InvalidPlanError: the plan is for another architecture.
+        AdapterError: an adapter cannot be merged.
     """
+    if is_peft(model):
+        from .adapters import merged_twin
+
+        model = merged_twin(model)
     model = unwrap(model)
     check_plan(model, plan, allow_unchanged=True)
     small = empty_like(model, plan)
@@ -124,6 +131,21 @@ def mask(model: Any, plan: PruningPlan) -> Any:
         for norm in residual_norms(full, plan.source):
             mask_layer_norm(norm, kept)
     return full
+
+
+def is_peft(model: Any) -> bool:
+    """True for a PeftModel.
+
+    Raises:
+        AdapterError: adapters sit in the layers of a plain transformers model (``model.load_adapter``).
+    """
+    wrapped = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    if not wrapped and getattr(model, "_hf_peft_config_loaded", False):
+        raise AdapterError(
+            "the model holds adapters from add_adapter or load_adapter; load them with "
+            "peft.PeftModel.from_pretrained(base, adapter) instead, which can be pruned"
+        )
+    return wrapped
 
 
 def check_plan(model: PreTrainedModel, plan: PruningPlan, allow_unchanged: bool) -> None:
@@ -151,7 +173,8 @@ def empty_like(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     base = getattr(model.config, "_name_or_path", "")
     if base:
         info.setdefault("base_model", base)
-    config = config_for(plan.architecture, model.config, info or None)
+    info.update(lineage(model.config, plan))
+    config = config_for(plan.architecture, model.config, info)
     _follow_backbone_stages(model, config, plan)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     before = torch.get_default_dtype()
@@ -163,7 +186,8 @@ def empty_like(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         torch.set_default_dtype(before)
     prefix = plan.source.family.encoder_path(model)
     if getattr(model.get_submodule(prefix.rstrip(".")), "pooler", 0) is None:
-        small.get_submodule(prefix.rstrip(".")).pooler = None  # a base model made without its pooling layer
+        encoder: Any = small.get_submodule(prefix.rstrip("."))
+        encoder.pooler = None  # a base model made without its pooling layer
     return small
 
 

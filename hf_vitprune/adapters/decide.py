@@ -1,0 +1,146 @@
+"""What becomes of every layer with adapters when its model is pruned: sliced, merged into the base, or dropped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from ..errors import AdapterError
+from ..lineage import ALTERED_WEIGHTS, digest, digest_tensor
+from ..plan import PruningPlan
+from ..surgery import Cut
+from .configs import changes_base
+from .slicing import LayerCut, Tensors, adapter_tensors, slice_layer, vera_as_lora
+from .twin import tuner_layers
+from .types import kind_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Carried:
+    """A layer whose adapters go over to the pruned model."""
+
+    old: str
+    new: str
+    layer: BaseTunerLayer
+    cut: LayerCut
+    tensors: Tensors
+
+
+@dataclass
+class Decision:
+    """What becomes of every layer with adapters. ``kind`` is the type of the new adapters."""
+
+    kind: str
+    carried: list[Carried] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
+
+
+def decide(model: Any, stock: Any, plan: PruningPlan, cuts: dict[str, Cut]) -> Decision:
+    """Slice what can be sliced, name what has to be merged.
+
+    Args:
+        model: the PeftModel.
+        stock: its plain twin.
+        plan: for it.
+        cuts: of every tensor of the small model.
+
+    Raises:
+        AdapterError: something has to be merged, and there are adapters that this would mix up.
+    """
+    layers = tuner_layers(model.get_base_model())
+    kind = kind_of(next(iter(model.peft_config.values())))
+    found = {cut.source.rpartition(".")[0]: name.rpartition(".")[0] for name, cut in cuts.items()}
+    shapes = {name: tensor.shape for name, tensor in stock.state_dict().items()}
+    parts = []
+    for old, layer in layers.items():
+        if old in found:
+            weight = cuts.get(f"{found[old]}.weight", Cut(""))
+            cut = LayerCut.of(weight, shapes.get(f"{old}.weight", torch.Size()))
+            replaced = any(f"{found[old]}.{name}" in plan.weights for name in ("weight", "bias"))
+            parts.append((old, found[old], layer, cut, replaced))
+    decision = Decision(kind)
+    cut_somewhere = any(not cut.is_whole for _, _, _, cut, _ in parts)
+    if kind == "VERA" and (cut_somewhere or _vera_shrinks(model, [layer for _, _, layer, _, _ in parts])):
+        decision.kind = "LORA"
+    shared = bool(shared_tensors(model)) and decision.kind == kind and cut_somewhere
+    for old, new, layer, cut, replaced in parts:
+        converted = decision.kind != kind
+        tensors = (
+            None if replaced or shared else vera_as_lora(layer, cut) if converted else slice_layer(kind, layer, cut)
+        )
+        if tensors is None:
+            decision.merged.append(old)
+        else:
+            decision.carried.append(Carried(old, new, layer, cut, tensors))
+    _check_merges(model, decision)
+    return decision
+
+
+def _vera_shrinks(model: Any, layers: Iterable[Any]) -> bool:
+    """PEFT sizes VeRA's shared matrices by the largest layer it finds."""
+    inputs = max((layer.in_features for layer in layers), default=0)
+    outputs = max((layer.out_features for layer in layers), default=0)
+    shape = (
+        next(iter(model.base_model.vera_B.values())).shape[0],
+        next(iter(model.base_model.vera_A.values())).shape[1],
+    )
+    return (outputs, inputs) != shape
+
+
+def _check_merges(model: Any, decision: Decision) -> None:
+    if not decision.merged:
+        return
+    names = list(model.peft_config)
+    what = f"{decision.kind} adapters of {len(decision.merged)} layers ({', '.join(decision.merged[:3])}, ...)"
+    if len(names) > 1 or any(
+        set(layer._get_available_adapters()) - set(layer.active_adapters)
+        for name, layer in tuner_layers(model.get_base_model()).items()
+        if name in decision.merged
+    ):
+        raise AdapterError(
+            f"the {what} cannot be sliced and would have to be merged, which ends the choice between {names}; keep "
+            "one adapter, active (delete_adapter), or merge before pruning"
+        )
+    logger.warning(
+        "%s adapter %r: %d of %d layers cannot be sliced and are merged into the base weights (they are no longer "
+        "trainable as adapters): %s",
+        decision.kind,
+        names[0],
+        len(decision.merged),
+        len(decision.merged) + len(decision.carried),
+        ", ".join(decision.merged),
+    )
+
+
+def altered_weights(base: Any, stock: Any, configs: dict[str, Any], decision: Decision) -> dict[str, Any]:
+    """For the record: which layers' weights are not those of the dense checkpoint, and a digest of them."""
+    changed = list(decision.merged)
+    if any(changes_base(config) for config in configs.values()):
+        changed = sorted({*changed, *tuner_layers(base)})
+    if not changed:
+        return {}
+    kept = {name: stock.get_submodule(name).state_dict() for name in changed}
+    adapters = {name: adapter_tensors(base.get_submodule(name)) for name in decision.merged}
+    digests = [
+        [name, {key: digest_tensor(t) for key, t in tensors.items()}]
+        for part in (kept, adapters)
+        for name, tensors in part.items()
+    ]
+    info: dict[str, Any] = {ALTERED_WEIGHTS: digest(digests)}
+    if decision.merged:
+        info["merged_adapters"] = {name: decision.merged for name in configs}
+    return info
+
+
+def shared_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """What a tuner keeps once for all its layers (VeRA's projections, VB-LoRA's bank)."""
+    tuner = model.base_model
+    named = [*tuner.named_parameters(remove_duplicate=False), *tuner.named_buffers(remove_duplicate=False)]
+    return {name: tensor for name, tensor in named if not name.startswith("model.")}

@@ -1,0 +1,61 @@
+"""Which units a pruned model was made of. Shapes cannot tell: layers 0 and 1 of a model are shaped like 0 and 2."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from .plan import LayerPlan, PruningPlan
+
+#: key of ``PruningPlan.info``: digest of weights that differ from those of the source checkpoint (merged adapters)
+ALTERED_WEIGHTS = "altered_weights"
+
+
+def lineage(config: PreTrainedConfig, plan: PruningPlan) -> dict[str, Any]:
+    """What goes into the info of the record of ``plan``'s result.
+
+    Args:
+        config: of the model that is pruned.
+        plan: for that model.
+
+    Returns:
+        ``plan``, a digest of every decision since the dense model; and, where whole layers were all that was ever
+        removed, ``kept_layers``, their positions in the dense model.
+    """
+    record = getattr(config, "pruning_config", None)
+    info = lineage_of(config)
+    before = list(range(len(plan.source.layers))) if record is None else info.get("kept_layers")
+    altered = plan.info.get(ALTERED_WEIGHTS)
+    if before is not None and altered is None and removes_only_layers(plan):
+        kept = [before[entry.index] for entry in plan.layers]
+        return {"kept_layers": kept, "plan": digest(["layers", kept])}
+    previous = None if record is None else info.get("plan", record.get("fingerprint"))
+    weights = {name: digest_tensor(tensor) for name, tensor in sorted(plan.weights.items())}
+    decision = {k: v for k, v in plan._record().items() if k in ("layers", "embedding")}
+    return {"plan": digest([previous, decision, weights, altered])}
+
+
+def lineage_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """The info in the record of a pruned model's config; empty for dense models."""
+    record = getattr(config, "pruning_config", None)
+    info = record.get("info") if isinstance(record, dict) else None
+    return info if isinstance(info, dict) else {}
+
+
+def removes_only_layers(plan: PruningPlan) -> bool:
+    """Whole layers or nothing, and no new weights."""
+    whole = all(entry == LayerPlan.dense(entry.index, plan.source.layers[entry.index]) for entry in plan.layers)
+    return whole and plan.embedding is None and not plan.weights
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest_tensor(tensor: torch.Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,351 @@
+"""Pruning PEFT models: the sliced adapter computes what the masked model computes, trains, and keeps its rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+
+from hf_vitprune.adapters.twin import tuner_layers
+from hf_vitprune.architecture import Architecture
+from hf_vitprune.errors import AdapterError, InvalidPlanError, UnsupportedModelError
+from hf_vitprune.plan import PruningPlan
+from hf_vitprune.surgery import mask, prune, truncate
+from plans import PLANS, plan_named, pruning_plans
+from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run, total_loss
+from tiny_adapters import CONFIGS, SLICED, adapted, randomize, targets
+
+VIT = "ViTForImageClassification"
+
+
+def state_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def base_info(model: Any) -> dict[str, Any]:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.config.pruning_config["info"]
+
+
+def check(model: Any, plan: PruningPlan, merged: int = 0) -> Any:
+    """Prune; compare with the masked model; the original is untouched, and the adapters still train."""
+    before, flags = state_of(model), {n: p.requires_grad for n, p in model.named_parameters()}
+    random_state = torch.get_rng_state()
+    small = prune(model, plan, allow_unchanged=True)
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert relative_error(run(small)["logits"], run(mask(model, plan))["logits"]) < 1e-5
+    assert_same(state_of(model), before)
+    assert flags == {n: p.requires_grad for n, p in model.named_parameters()}
+    assert sum(map(len, base_info(small).get("merged_adapters", {}).values())) == merged
+    assert Architecture.of(small) == plan.architecture
+    trained = {name: p for name, p in small.named_parameters() if p.requires_grad}
+    if trained:
+        total_loss(small).backward()
+        assert not [name for name, p in trained.items() if p.grad is None or not p.grad.isfinite().all()]
+    return small
+
+
+# ---------------------------------------------------------------------- sliced
+SOME_PLANS = ("everything", "narrow inputs", "padded values", "scaled", "layers")
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan_name"), [(k, p) for k in SLICED for p in PLANS if k in ("lora", "dora") or p in SOME_PLANS]
+)
+def test_sliced(kind: str, plan_name: str) -> None:
+    model = make(VIT)
+    plan = plan_named(plan_name, model)
+    assert plan is not None
+    model = adapted(model, kind)
+    # a row of zeros has no direction, so DoRA's v layers are merged where heads are padded
+    small = check(model, plan, merged=3 if (kind, plan_name) == ("dora", "padded values") else 0)
+    assert relative_error(run(small)["logits"], run(prune(make(VIT), plan))["logits"]) > 1e-2  # the adapter acts
+    for layer in tuner_layers(small.get_base_model()).values():
+        assert getattr(layer, "r", {"default": 3})["default"] == 3
+        if kind in ("lora", "rslora", "dora", "vera") and hasattr(layer, "lora_A"):
+            assert layer.lora_A["default"].weight.shape[0] == layer.lora_B["default"].weight.shape[1] == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan_name"),
+    [("lora", "everything"), ("lora", "layers"), ("lora", "narrow inputs"), ("dora", "everything"), ("ia3", "scaled")],
+)
+@pytest.mark.parametrize("case", [c for c in CLASSIFIERS if c != VIT])
+def test_families(case: str, kind: str, plan_name: str) -> None:
+    model = make(case)
+    plan = plan_named(plan_name, model)
+    assert plan is not None
+    check(adapted(model, kind), plan)
+
+
+@pytest.mark.parametrize("kind", SLICED)
+@settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+@given(data=st.data())
+def test_random_plans(kind: str, data: st.DataObject) -> None:
+    model = make(VIT)
+    plan = data.draw(pruning_plans(Architecture.of(model)))
+    model = adapted(model, kind)
+    expected = run(mask(model, plan))["logits"]
+    small = prune(model, plan, allow_unchanged=True)
+    assert (run(small)["logits"] - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", SLICED)
+def test_merging_the_sliced_adapter(kind: str) -> None:
+    model = adapted(make(VIT), kind)
+    small = prune(model, PruningPlan.random(model, 0.4))
+    expected = run(small)["logits"]
+    assert relative_error(run(small.merge_and_unload())["logits"], expected) < 1e-5
+
+
+def test_vera_becomes_lora_only_where_it_must() -> None:
+    model = adapted(make(VIT), "vera")
+    assert prune(model, PruningPlan.random(model, 0.4, ["layers"])).peft_type == "VITPRUNE_VERA"
+    assert prune(model, PruningPlan.random(model, 0.4, ["mlp"])).peft_type == "VITPRUNE_LORA"
+
+
+def test_backward_equals_the_full_model() -> None:
+    """Gradients of the sliced tensors are the slices of the full model's where the removed neurons are zero."""
+    model = adapted(make(VIT), LoraConfig(r=3, target_modules=["fc1", "fc2"]))
+    plan = PruningPlan.random(model, 0.5, ["mlp"])
+    small = prune(model, plan)
+    for layer, entry in zip(model.get_base_model().vit.layers, plan.layers, strict=True):
+        gone = [i for i in range(48) if i not in entry.mlp]
+        with torch.no_grad():  # a neuron with no outgoing weight, in base and adapter, is removed
+            layer.mlp.fc2.base_layer.weight[:, gone] = 0
+            layer.mlp.fc2.lora_A["default"].weight[:, gone] = 0
+    total_loss(model).backward()
+    total_loss(small).backward()
+    for full, pruned, entry in zip(
+        model.get_base_model().vit.layers, small.get_base_model().vit.layers, plan.layers, strict=True
+    ):
+        for part, tensor, axis in (("fc1", "lora_A", None), ("fc1", "lora_B", 0), ("fc2", "lora_A", 1)):
+            expected = getattr(getattr(full.mlp, part), tensor)["default"].weight.grad
+            if axis is not None:
+                expected = expected.index_select(axis, torch.tensor(entry.mlp))
+            actual = getattr(getattr(pruned.mlp, part), tensor)["default"].weight.grad
+            assert relative_error(actual, expected) < 1e-4
+
+
+# ---------------------------------------------------------------------- merged
+@pytest.mark.parametrize("kind", [k for k in CONFIGS if k not in SLICED])
+def test_what_cannot_be_sliced_is_merged(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted(make(VIT), kind)
+    plan = PruningPlan.random(model, 0.4, ["qk"])
+    with caplog.at_level(logging.WARNING):
+        small = prune(model, plan)
+    assert relative_error(run(small)["logits"], run(mask(model, plan))["logits"]) < 1e-5
+    names = base_info(small).get("merged_adapters", {"default": []})["default"]
+    if kind in ("oft", "hra"):  # they rotate the inputs, which all stay
+        assert not names
+    else:
+        assert len(names) in (6, 18) and "are merged" in caplog.text and "q_proj" in caplog.text
+    check(model, PruningPlan.random(model, 0.4, ["layers"]))
+    assert type(prune(model, PruningPlan.random(model, 0.4))).__name__ == "PrunedViTForImageClassification"
+    assert "nothing is left" in caplog.text
+
+
+def test_a_classifier_outlives_its_merged_adapter() -> None:
+    model = make(VIT)
+    model = adapted(model, peft.LoKrConfig(r=3, target_modules=targets(model), modules_to_save=["classifier"]))
+    small = check(model, PruningPlan.random(model, 0.4), merged=18)
+    assert {n for n, p in small.named_parameters() if p.requires_grad} == {
+        f"base_model.model.classifier.modules_to_save.default.{n}" for n in ("weight", "bias")
+    }
+
+
+def test_new_weights_of_the_plan_replace_adapted_layers() -> None:
+    model = adapted(make(VIT), "lora")
+    plan = PruningPlan.random(model, 0.4, ["mlp"])
+    weights = {
+        "vit.layers.0.mlp.fc2.weight": torch.randn(32, 29),
+        "vit.layers.1.mlp.fc2.bias": torch.randn(32),
+        "classifier.weight": torch.randn(5, 32),
+    }
+    check(model, replace(plan, weights=weights), merged=2)
+
+
+def test_two_adapters_cannot_be_merged() -> None:
+    model = make(VIT)
+    model = adapted(model, "lokr")
+    model.add_adapter("other", peft.LoKrConfig(r=3, target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match="keep one adapter"):
+        prune(model, PruningPlan.random(model, 0.4))
+    check(model, PruningPlan.random(model, 0.4, ["layers"]))
+
+
+# ---------------------------------------------------------------------- targets, modules, flags
+TARGETS: dict[str, dict[str, Any]] = {
+    "suffixes": {"target_modules": ["q_proj", "v_proj"]},
+    "regex": {"target_modules": r".*layers\.[02]\..*(q_proj|fc2)"},
+    "everything linear": {"target_modules": "all-linear"},
+    "some layers": {"target_modules": ["q_proj", "fc1"], "layers_to_transform": [1, 2]},
+    "excluded": {"target_modules": ["q_proj", "fc1"], "exclude_modules": r".*layers\.1\..*"},
+    "ranks": {
+        "target_modules": ["q_proj", "fc1"],
+        "rank_pattern": {"layers.1.attention.q_proj": 5, r".*\.fc1": 2},
+        "alpha_pattern": {"layers.2.attention.q_proj": 20},
+    },
+    "biases": {"target_modules": ["q_proj", "fc2"], "bias": "all"},
+    "some biases": {"target_modules": ["q_proj", "fc2"], "bias": "lora_only"},
+    "classifier": {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]},
+    "norms": {"target_modules": ["fc1"], "modules_to_save": ["layernorm_after", "vit.layernorm"]},
+    "a whole MLP": {"target_modules": ["q_proj"], "modules_to_save": ["layers.2.mlp", "layers.0.attention"]},
+    "patches": {"target_modules": ["projection", "q_proj"]},
+    "DoRA of patches": {"target_modules": ["projection", "classifier"], "use_dora": True},
+    "PiSSA": {"target_modules": ["q_proj", "fc1"], "init_lora_weights": "pissa"},
+}
+CUTS: dict[str, Callable[[PruningPlan], PruningPlan]] = {
+    **{name: PLANS[name] for name in ("everything", "removed branches")},
+    "last layers": lambda plan: plan.keep_layers([1, 2]),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets(name: str, cut: str) -> None:
+    model = adapted(make(VIT), LoraConfig(r=3, **TARGETS[name]))
+    small = check(model, CUTS[cut](PruningPlan.dense(model)))
+    kept = {"last layers": {0: 1, 1: 2}}.get(cut, {0: 0, 1: 1, 2: 2})
+    for new, layer in tuner_layers(small.get_base_model()).items():
+        old = new
+        for position, index in kept.items():
+            old = old if f"layers.{position}." not in new else new.replace(f".{position}.", f".{index}.")
+        original = tuner_layers(model.get_base_model())[old]
+        assert layer.r == original.r and layer.scaling == original.scaling  # type: ignore[attr-defined]
+
+
+def test_dinov2_classifier_reads_two_vectors() -> None:
+    model = make("Dinov2ForImageClassification")
+    model = adapted(model, LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["classifier"]))
+    plan = PruningPlan.random(model, 0.4, ["embedding"])
+    small = check(model, plan)
+    assert small.get_base_model().classifier.modules_to_save["default"].weight.shape == (5, 2 * 19)
+
+
+def test_all_layers_of_an_adapter_removed() -> None:
+    model = adapted(make(VIT), LoraConfig(r=3, target_modules=["q_proj"], layers_to_transform=[2]))
+    small = truncate(model, 2)
+    assert type(small).__name__ == "PrunedViTForImageClassification"
+    assert_same(run(small), run(truncate(make(VIT), 2)))
+
+
+def test_several_adapters() -> None:
+    model = adapted(make(VIT), LoraConfig(r=3, target_modules=["q_proj", "fc1"]))
+    model.add_adapter("second", LoraConfig(r=5, target_modules=["v_proj", "fc1"], modules_to_save=["classifier"]))
+    model.add_adapter("top", LoraConfig(r=2, target_modules=["fc2"], layers_to_transform=[2]))
+    for name in ("second", "top", "default"):
+        model.set_adapter(name)
+        randomize(model, seed=len(name))
+    plan = PruningPlan.random(model, 0.4).keep_layers([0, 1])
+    small = prune(model, plan)
+    assert list(small.peft_config) == ["default", "second"] and small.active_adapter == "default"
+    for name in ("second", "default"):
+        for each in (model, small):
+            each.set_adapter(name)
+        check(model, plan)
+        assert_same(run(small), run(prune(model, plan)))
+    model.base_model.set_adapter(["default", "second"])
+    assert check(model, plan).base_model.active_adapters == ["default", "second"]
+
+
+def test_trained_tensors_stay_those() -> None:
+    model = adapted(make(VIT), LoraConfig(r=3, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name or "layernorm_before" in name or "to_save.default.bias" in name)
+    small = prune(model.train(), PruningPlan.random(model, 0.4))
+    assert {n for n, p in small.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    assert small.training and small.get_base_model().vit.training
+    frozen = truncate(adapted(make(VIT), replace(LoraConfig(r=3, target_modules=["fc1"]), inference_mode=True)), 2)
+    assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.training
+
+
+def test_low_precision() -> None:
+    model = make(VIT).to(torch.bfloat16)
+    model = randomize(get_peft_model(model, LoraConfig(r=3, target_modules=targets(model)))).eval()
+    plan = PruningPlan.random(model, 0.4)
+    small = prune(model, plan)
+    assert {n: p.dtype for n, p in small.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
+    pixels = images().to(torch.bfloat16)
+    assert relative_error(run(small, pixels)["logits"], run(mask(model, plan), pixels)["logits"]) < 5e-2
+
+
+def test_pruning_twice() -> None:
+    model = adapted(make(VIT), "dora")
+    first = prune(model, PruningPlan.random(model, 0.3))
+    second = check(first, PruningPlan.random(first, 0.3, ["mlp", "heads", "layers"]))
+    assert second.peft_type == first.peft_type == "VITPRUNE_LORA"
+
+
+def test_gates_of_a_running_method_are_not_sliced_with_it() -> None:
+    model = adapted(make(VIT), "lora")
+    plan = PruningPlan.random(model, 0.4)
+    expected = run(prune(model, plan))
+    hooks = [m.register_forward_pre_hook(lambda _, args: (args[0] * 2,)) for m in tuner_layers(model).values()]
+    assert_same(run(prune(model, plan)), expected)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_magnitude_counts_the_adapter() -> None:
+    model = adapted(make(VIT), "lora")
+    merged = adapted(make(VIT), "lora").merge_and_unload()
+    assert PruningPlan.magnitude(model, 0.4) == PruningPlan.magnitude(merged, 0.4)
+    assert PruningPlan.magnitude(model, 0.4) != PruningPlan.magnitude(make(VIT), 0.4)
+
+
+# ---------------------------------------------------------------------- refused
+def test_refused() -> None:
+    model = adapted(make(VIT), "lora")
+    plan = PruningPlan.random(model, 0.4)
+    with pytest.raises(InvalidPlanError):
+        prune(model, PruningPlan.dense(model))
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match="unmerge_adapter"):
+        prune(model, plan)
+    model.unmerge_adapter()
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(AdapterError, match="disabled"):
+        prune(model, plan)
+    model.base_model.enable_adapter_layers()
+    plain = make(VIT)
+    plain.add_adapter(LoraConfig(r=3, target_modules=["q_proj"]))
+    for call in (prune, mask):
+        with pytest.raises(AdapterError, match="from_pretrained"):
+            call(plain, plan)
+    with pytest.raises(AdapterError, match="bare parameters"):
+        prune(adapted(make(VIT), LoraConfig(target_parameters=["layers.0.mlp.fc1.weight"])), plan)
+    mixed = get_peft_model(make(VIT), LoraConfig(target_modules=["q_proj"]), mixed=True)
+    with pytest.raises((AdapterError, UnsupportedModelError)):
+        prune(mixed, plan)
+
+
+def test_a_wrong_slice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_vitprune.adapters import slicing
+
+    monkeypatch.setitem(slicing.SIDES["LORA"], "lora_B", "none")
+    model = adapted(make(VIT), "lora")
+    with pytest.raises(AdapterError, match="not"):
+        prune(model, PruningPlan.random(model, 0.4, ["mlp"]))
+    monkeypatch.undo()
+    monkeypatch.setitem(slicing.SCALED, "LORA", "nothing")
+    plan = plan_named("scaled", Architecture.of(model))
+    with pytest.raises(AdapterError, match="differs"):
+        prune(model, plan)

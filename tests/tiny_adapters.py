@@ -1,0 +1,67 @@
+"""PEFT models over the tiny ones, one config a kind of adapter, with random adapter weights (PEFT starts at zero)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj")
+INWARD = ("fc2", "down_proj", "o_proj")
+
+
+def targets(model: nn.Module) -> list[str]:
+    """Every Linear of the layers."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in LINEARS and ".head." not in name
+    ]
+
+
+#: kind -> config for a model; the first eight are sliced
+CONFIGS: dict[str, Callable[[nn.Module], peft.PeftConfig]] = {
+    "lora": lambda m: peft.LoraConfig(r=3, target_modules=targets(m), modules_to_save=["classifier"]),
+    "rslora": lambda m: peft.LoraConfig(r=3, target_modules=targets(m), use_rslora=True, lora_bias=True),
+    "dora": lambda m: peft.LoraConfig(r=3, target_modules=targets(m), use_dora=True),
+    "adalora": lambda m: peft.AdaLoraConfig(
+        init_r=3, target_r=2, total_step=10, tinit=1, tfinal=1, target_modules=targets(m)
+    ),
+    "ia3": lambda m: peft.IA3Config(
+        target_modules=targets(m), feedforward_modules=[n for n in targets(m) if n.endswith(INWARD)]
+    ),
+    "loha": lambda m: peft.LoHaConfig(r=3, target_modules=targets(m)),
+    "hira": lambda m: peft.HiraConfig(r=3, target_modules=targets(m)),
+    "vera": lambda m: peft.VeraConfig(r=3, target_modules=targets(m)),
+    "lokr": lambda m: peft.LoKrConfig(r=3, target_modules=targets(m)),
+    "oft": lambda m: peft.OFTConfig(oft_block_size=4, target_modules=targets(m)),
+    "boft": lambda m: peft.BOFTConfig(boft_block_size=4, target_modules=targets(m)),
+    "hra": lambda m: peft.HRAConfig(r=4, target_modules=targets(m)),
+    "fourierft": lambda m: peft.FourierFTConfig(n_frequency=20, scaling=50.0, target_modules=targets(m)),
+    "c3a": lambda m: peft.C3AConfig(block_size=8, target_modules=targets(m)),
+    "randlora": lambda m: peft.RandLoraConfig(r=3, target_modules=targets(m)),
+    "shira": lambda m: peft.ShiraConfig(r=3, target_modules=targets(m)),
+    "vblora": lambda m: peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=8, topk=2, target_modules=targets(m)),
+}
+SLICED = list(CONFIGS)[:8]
+
+
+def randomize(model: nn.Module, seed: int = 3) -> Any:
+    """Random values for everything that is trained."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            factor = any(part in name for part in ("magnitude", "ia3", "boft_s"))
+            parameter.data = parameter.data * (1 + noise) if factor else noise
+    return model
+
+
+def adapted(model: PreTrainedModel, kind: str | peft.PeftConfig, seed: int = 3) -> Any:
+    """A PeftModel in eval mode."""
+    config = CONFIGS[kind](model) if isinstance(kind, str) else kind
+    return randomize(peft.get_peft_model(model, config), seed).eval()
