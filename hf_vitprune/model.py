@@ -103,10 +103,25 @@ class PruningModel(nn.Module):
         return unwrap(self.model)
 
     # ------------------------------------------------------------------ checkpoints
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """As any module's, but every tensor once: safetensors refuses shared ones (VeRA's adapters have some)."""
+        state = super().state_dict(*args, **kwargs)
+        for name in self._shared():
+            state.pop(kwargs.get("prefix", "") + name)
+        return state
+
+    def _shared(self) -> dict[str, str]:
+        """Name of every tensor that was there before -> the name it was first under."""
+        first: dict[int, str] = {}
+        tensors = super().state_dict(keep_vars=True)
+        return {name: old for name, t in tensors.items() if (old := first.setdefault(id(t), name)) != name}
+
     def get_extra_state(self) -> torch.Tensor:
         """What the checkpoint is of, as JSON in bytes (a tensor: safetensors holds nothing else)."""
-        architecture = json.dumps(self.method.architecture.to_dict(), sort_keys=True)
-        settings = {"architecture": hashlib.sha256(architecture.encode()).hexdigest()[:16]}
+        architecture = self.method.architecture
+        record = {k: v for k, v in architecture.to_dict().items() if k != "config"}  # training may set things there
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
+        settings = {"model": f"{architecture.model_type} of {len(architecture.layers)} layers ({digest})"}
         settings |= {key: str(value) for key, value in self.pruning_config.to_dict().items()}
         return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
 
@@ -134,6 +149,8 @@ class PruningModel(nn.Module):
                 f"this is no checkpoint of the {type(self).__name__}: {_some(own - given)} missing, "
                 f"{_some(given - own)} left over. Wrap the same model in the same way as for the run that wrote it"
             )
+        for name, first in self._shared().items():
+            state_dict[prefix + name] = state_dict[prefix + first]
 
     # ------------------------------------------------------------------ results
     @property

@@ -49,6 +49,7 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         method = _pruning_model(model).method
         _check_setup(args)
+        _check_checkpointing(args, model)
         _check_optimizer(kwargs.get("optimizer"), method)
         if method.decided:
             logger.warning("what to prune is decided already: this training tunes what stays and changes no choice")
@@ -140,6 +141,13 @@ class PruningTrainer(Trainer):
         callbacks = self.callback_handler.callbacks
         ours = next((c for c in callbacks if isinstance(c, PruningCallback)), None) or PruningCallback()
         callbacks[:] = [ours, *(c for c in callbacks if c is not ours)]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent's, which takes one step too many when it resumes after the last one of ``max_steps``."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     # ------------------------------------------------------------------ optimizer
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -257,6 +265,21 @@ def _check_setup(args: TrainingArguments) -> None:
         raise InvalidConfigError(
             "pruning does not work in one process with several GPUs (DataParallel): start one process for each with "
             "torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
+def _check_checkpointing(args: TrainingArguments, model: PruningModel) -> None:
+    """The reentrant kind gives no gradient to gates in layers whose input needs none.
+
+    Raises:
+        InvalidConfigError: it is asked for, over frozen weights.
+    """
+    settings = args.activation_checkpointing_kwargs
+    reentrant = bool(args.activation_checkpointing and isinstance(settings, dict) and settings.get("use_reentrant"))
+    if reentrant and not all(p.requires_grad for p in model.model.parameters()):
+        raise InvalidConfigError(
+            "reentrant activation checkpointing starves the gates when weights are frozen (as under LoRA): leave "
+            "use_reentrant out, or set it to False"
         )
 
 

@@ -1,0 +1,56 @@
+"""Runs that must end alike in one process and in two; started by test_trainer.py with torch.distributed.run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import Trainer
+
+from hf_vitprune import DistillationConfig, PruningCallback, PruningModel
+from pruning_runs import Images, gated, scatter_scores, state_of, trainer
+
+Run = tuple[PruningModel, dict[str, Any], dict[str, Any]]
+
+
+def runs() -> dict[str, Run]:
+    """Name -> model, settings of the Trainer, and what divides the global batch of 8 over two processes."""
+    common = {"train_dataset": Images(dtype=torch.float64), "max_steps": 2}
+    soft = DistillationConfig("soft", weight=0.5, temperature=2.0)
+
+    def model(**settings: Any) -> PruningModel:
+        return scatter_scores(gated(sparsity_weight=0.05, **settings)).double()
+
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    plain = {"kind": Trainer, "callbacks": [PruningCallback()]}
+    checkpointed = {"distillation": soft, "activation_checkpointing": True, "max_grad_norm": 0.5}
+    return {
+        "accumulated": (model(gate_learning_rate=0.3), common, halves),
+        "distilled, checkpointed, clipped": (model(target=0.6), {**common, **checkpointed}, {}),
+        "plain Trainer": (model(binarize=True), {**common, **plain}, halves),
+    }
+
+
+def train(run: Run, folder: Path, processes: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """State and plan at the end; the batch of an update is 8 images in both cases."""
+    model, settings, halved = run
+    batch = {"per_device_train_batch_size": 8 // processes, **(halved if processes == 2 else {})}
+    trainer(model, folder, **settings, **batch).train()
+    return state_of(model), model.plan().to_dict()
+
+
+if __name__ == "__main__":
+    out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    plans = {}
+    for name, run in runs().items():
+        state, plans[name] = train(run, out / name, processes=2)
+        save_file(state, out / f"{name}.{rank}.safetensors")
+    apart = scatter_scores(gated(), seed=rank)  # a decision is the first process', whatever the others think
+    apart.decide()
+    plans["apart"] = apart.plan().to_dict()
+    (out / f"plans.{rank}.json").write_text(json.dumps(plans))
