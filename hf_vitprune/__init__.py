@@ -1,5 +1,6 @@
 """Structured pruning of Hugging Face vision transformers: smaller, faster, and still loaded by `from_pretrained`."""
 
+from .adapters import register_peft_types
 from .architecture import Architecture
 from .card import model_card
 from .cost import Cost, count
@@ -15,6 +16,8 @@ from .surgery import mask, prune, truncate
 from .trainer import PruningCallback, PruningTrainer
 
 __version__ = "0.1.0"
+
+register_peft_types()  # adapters of pruned models load once this package is imported, and only then
 
 __all__ = [
     "Architecture",

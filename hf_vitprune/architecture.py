@@ -12,30 +12,19 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .errors import InvalidArchitectureError, UnsupportedModelError
-from .families import PRUNED_PREFIX, Family, LayerSizes, base_model_type, family_of
+from .families import PRUNED_PREFIX, Family, base_model_type, family_of
+from .layer_shape import (
+    LayerShape,
+    check_shape,
+    check_size,
+    dense_shape,
+    shape_from_row,
+    shape_from_words,
+    shape_to_words,
+)
 
 #: version of the ``pruning_config`` written to config.json
 FORMAT_VERSION = 1
-#: what may mix the tokens of a layer
-MIXERS = ("attention", "none")
-#: no redistribution needs a part this many times its dense size; larger numbers are taken for corruption
-MAX_GROWTH = 16
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Sizes of one layer. ``qk_dim`` and ``v_dim`` are channels a head; ``mlp`` 0 means no MLP."""
-
-    mixer: str = "attention"
-    heads: int = 0
-    qk_dim: int = 0
-    v_dim: int = 0
-    mlp: int = 0
-    #: channels that q/k/v (fc1) read after the norm; None: all
-    attention_in: int | None = None
-    mlp_in: int | None = None
-    #: Swin: windows of this layer are shifted
-    shifted: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +107,7 @@ class Architecture:
             rows = list(enumerate(layers))
         if not rows or len(rows) > len(dense.layers):
             raise InvalidArchitectureError(f"{base_config.model_type} has {len(dense.layers)} layers, got {len(rows)}")
-        shapes = tuple(_shape_from(row, dense.layers[i], f"layer {i}") for i, row in rows)
+        shapes = tuple(shape_from_row(row, dense.layers[i], f"layer {i}") for i, row in rows)
         return cls(
             dense.config, shapes, dense.hidden_size if hidden_size is None else hidden_size, depths, dense.task
         ).validated()
@@ -181,28 +170,7 @@ class Architecture:
         ``skip`` names removed branches; sizes that schema has no word for are ``qk_head_dim``, ``v_head_dim``,
         ``attention_input_size``, ``mlp_input_size`` and ``shifted``.
         """
-        overrides: dict[int, dict[str, Any]] = {}
-        for i, shape in enumerate(self.layers):
-            row: dict[str, Any] = {}
-            skip = [name for name, gone in (("attention", shape.mixer == "none"), ("mlp", shape.mlp == 0)) if gone]
-            if skip:
-                row["skip"] = skip
-            if shape.mixer == "attention":
-                row["num_attention_heads"] = shape.heads
-                if shape.qk_dim == shape.v_dim:
-                    row["head_dim"] = shape.qk_dim
-                else:
-                    row["qk_head_dim"], row["v_head_dim"] = shape.qk_dim, shape.v_dim
-                if shape.attention_in is not None:
-                    row["attention_input_size"] = shape.attention_in
-            if shape.mlp:
-                row["intermediate_size"] = shape.mlp
-                if shape.mlp_in is not None:
-                    row["mlp_input_size"] = shape.mlp_in
-            if shape.shifted is not None:
-                row["shifted"] = shape.shifted
-            overrides[i] = row
-        return overrides
+        return {i: shape_to_words(shape) for i, shape in enumerate(self.layers)}
 
     # ------------------------------------------------------------------ checks
     def validated(self) -> Architecture:
@@ -212,7 +180,7 @@ class Architecture:
             InvalidArchitectureError: naming the layer and the size.
         """
         dense = Architecture.dense(self.config, self.task)
-        _check_size("hidden_size", self.hidden_size, dense.hidden_size)
+        check_size("hidden_size", self.hidden_size, dense.hidden_size)
         if "embedding" not in self.family.units and self.hidden_size != dense.hidden_size:
             raise InvalidArchitectureError(f"the residual width of {self.model_type} cannot be changed")
         if not 0 < len(self.layers) <= len(dense.layers):
@@ -226,19 +194,7 @@ class Architecture:
         largest = {name: max(getattr(s, name) for s in dense.layers) for name in ("heads", "qk_dim", "v_dim", "mlp")}
         for i, shape in enumerate(self.layers):
             where = f"layer {i}"
-            if shape.mixer not in MIXERS:
-                raise InvalidArchitectureError(f"{where}: unknown mixer {shape.mixer!r}; one of {', '.join(MIXERS)}")
-            if shape.mixer == "attention":
-                for name in ("heads", "qk_dim", "v_dim"):
-                    _check_size(f"{where}: {name}", getattr(shape, name), largest[name])
-            if shape.mlp != 0 or isinstance(shape.mlp, bool):
-                _check_size(f"{where}: mlp", shape.mlp, largest["mlp"])
-            for name in ("attention_in", "mlp_in"):
-                size = getattr(shape, name)
-                if size is not None:
-                    _check_size(f"{where}: {name}", size, self.width(i))
-                    if size > self.width(i):
-                        raise InvalidArchitectureError(f"{where}: {name} {size} is over the width {self.width(i)}")
+            check_shape(shape, largest, self.width(i), where)
             if (shape.shifted is None) != (self.depths is None) or not isinstance(shape.shifted, (bool, type(None))):
                 raise InvalidArchitectureError(
                     f"{where}: shifted is for layers of windows only, got {shape.shifted!r}"
@@ -336,7 +292,7 @@ def read_record(config: PreTrainedConfig, record: Any, task: str) -> Architectur
     except (TypeError, ValueError) as error:
         raise InvalidArchitectureError(f"pruning_config is not JSON: {error}") from error
     depths = _checked_depths(record.get("depths"))
-    shapes = tuple(_shape_from_words(rows[str(i)], f"pruning_config: layer {i}") for i in range(len(rows)))
+    shapes = tuple(shape_from_words(rows[str(i)], f"pruning_config: layer {i}") for i in range(len(rows)))
     base = stock_config(config)
     architecture = Architecture(base, shapes, record["hidden_size"], depths, task).validated()
     if seal != record["fingerprint"]:
@@ -448,55 +404,7 @@ def strip_family(model_class: str, config_class: str) -> str:
     return next((model_class.removeprefix(p) for p in prefixes if model_class.startswith(p)), model_class)
 
 
-def dense_shape(sizes: LayerSizes, shifted: bool | None) -> LayerShape:
-    return LayerShape("attention", sizes.heads, sizes.head_dim, sizes.head_dim, sizes.mlp, shifted=shifted)
-
-
 def _shifts(depths: tuple[int, ...] | None, layers: int) -> list[bool | None]:
     if depths is None:
         return [None] * layers
     return [bool(b % 2) for depth in depths for b in range(depth)]
-
-
-def _check_size(what: str, size: Any, dense: int) -> None:
-    if type(size) is not int or size < 1:
-        raise InvalidArchitectureError(f"{what} is {size!r}, expected a whole number of at least 1")
-    if size > dense * MAX_GROWTH:
-        raise InvalidArchitectureError(f"{what} is {size}, over {MAX_GROWTH} times the dense size {dense}")
-
-
-def _shape_from(row: Any, dense: LayerShape, where: str) -> LayerShape:
-    known = set(LayerShape.__dataclass_fields__) - {"shifted"}
-    if not isinstance(row, dict) or set(row) - known:
-        raise InvalidArchitectureError(f"{where}: expected a dict with any of {', '.join(sorted(known))}, got {row!r}")
-    shape = replace(dense, **row)
-    return replace(shape, heads=0, qk_dim=0, v_dim=0, attention_in=None) if shape.mixer == "none" else shape
-
-
-_WORDS = {
-    "num_attention_heads": "heads",
-    "qk_head_dim": "qk_dim",
-    "v_head_dim": "v_dim",
-    "intermediate_size": "mlp",
-    "attention_input_size": "attention_in",
-    "mlp_input_size": "mlp_in",
-    "shifted": "shifted",
-}
-
-
-def _shape_from_words(row: Any, where: str) -> LayerShape:
-    if not isinstance(row, dict) or set(row) - {*_WORDS, "skip", "head_dim"}:
-        raise InvalidArchitectureError(f"{where}: unknown words in {row!r}")
-    skip = row.get("skip", [])
-    if not isinstance(skip, list) or set(map(str, skip)) - {"attention", "mlp"}:
-        raise InvalidArchitectureError(f"{where}: skip is a list of attention and mlp, got {skip!r}")
-    shape = {short: row[word] for word, short in _WORDS.items() if word in row}
-    if "head_dim" in row:
-        shape["qk_dim"] = shape["v_dim"] = row["head_dim"]
-    if "attention" in skip:
-        if {"heads", "qk_dim", "v_dim", "attention_in"} & shape.keys():
-            raise InvalidArchitectureError(f"{where}: a skipped attention has no sizes")
-        shape["mixer"] = "none"
-    if ("mlp" in skip) == ("mlp" in shape):
-        raise InvalidArchitectureError(f"{where}: give intermediate_size, or skip the mlp")
-    return LayerShape(**shape)

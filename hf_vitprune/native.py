@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .architecture import Architecture, LayerShape, stock_config
+from .architecture import Architecture, stock_config
 from .errors import NativeExportError
 from .families import PRUNED_PREFIX, Family
+from .layer_shape import LayerShape
 from .modeling import stock_model_class
 from .modeling.structure import layer_paths
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from .architecture import Architecture, LayerShape
+from .architecture import Architecture
 from .errors import InvalidPlanError, UnsupportedUnitError, VitPruneError
+from .layer_shape import LayerShape
 
 PLAN_VERSION = 1
 #: in a v or qk list: a channel of zeros, so that heads with fewer channels fit a dense kernel

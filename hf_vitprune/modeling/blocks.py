@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..architecture import LayerShape
 from ..families import Family
+from ..layer_shape import LayerShape
 from ..mixing import InPlaceMixin
 
 

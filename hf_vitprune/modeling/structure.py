@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architecture import Architecture, LayerShape
+from ..architecture import Architecture
 from ..families import Family, LayerPaths
+from ..layer_shape import LayerShape
 from ..mixing import mix_into
 from .blocks import PrunedAttentionMixin, PrunedMlpMixin, RemovedAttention, RemovedMlp
 
