@@ -56,6 +56,24 @@ def test_gated_equals_exported_equals_masked(case: str, method: str) -> None:
     assert restored == plan and restored.info == json.loads(json.dumps(plan.info))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "method"), [(case, method) for case in CLASSIFIERS for method in METHODS])
+@pytest.mark.parametrize("seed", range(10))
+def test_gated_equals_exported_for_any_scores(case: str, method: str, seed: int) -> None:
+    """Scores of any size, many of them zero or tiny: whole sets and heads fall under the threshold."""
+    model = wrapped(case, method)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for score in model.method.gate_parameters():
+            spread = 10 ** (-4 * torch.rand((), generator=generator))
+            kept = torch.rand(score.shape, generator=generator) < torch.rand((), generator=generator)
+            score.copy_(torch.randn(score.shape, generator=generator) * spread * kept)
+    small = model.double().export()
+    pixels = images().double()
+    assert errors(run(model, pixels), run(small, pixels)) < 1e-10
+    assert errors(run(mask(model.model, model.plan()), pixels), run(small, pixels)) < 1e-10
+
+
 @pytest.mark.parametrize(("case", "method"), SOME)
 def test_a_decision_is_final(case: str, method: str) -> None:
     """Fine-tuning with masks changes weights and scores, not the choice; the export follows."""

@@ -18,18 +18,18 @@ from pruning_runs import VIT, gated, lora_model, scatter_scores, state_of, train
 from tiny import assert_same, make, run, run_python
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checkpoints of runs that died in another process."""
-    folder = tmp_path_factory.mktemp("killed")
-    ends = run_python("import runpy; runpy.run_module('killed_run', run_name='__main__')", str(folder))
+def test_killed_and_resumed_is_never_killed(tmp_path: Path) -> None:
+    """Bit for bit: weights, gates, masks, and the plan; with dropout, accumulation, schedules, a teacher, and LoRA.
+
+    One test, since the runs die in one other process: starting it is slow.
+    """
+    ends = run_python("import runpy; runpy.run_module('killed_run', run_name='__main__')", str(tmp_path))
     assert [line for line in ends.splitlines() if line.endswith(" 9")] == [f"{name} 9" for name in killed_run.KILLED]
-    return folder
+    for name in killed_run.KILLED:
+        check_resumed(name, tmp_path, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", killed_run.KILLED)
-def test_killed_and_resumed_is_never_killed(name: str, killed: Path, tmp_path: Path) -> None:
-    """Bit for bit: weights, gates, masks, and the plan; with dropout, accumulation, schedules and a teacher."""
+def check_resumed(name: str, killed: Path, tmp_path: Path) -> None:
     _, step, _ = killed_run.KILLED[name]
     whole = killed_run.training(name, tmp_path, save_strategy="no")
     start = state_of(whole.model)

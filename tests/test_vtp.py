@@ -214,6 +214,8 @@ def test_all_scores_of_a_set_at_zero() -> None:
     model = scatter_scores(gated(pruning_ratio=0.4, round_to=4))
     for point in POINTS:
         set_scores(model, 1, point, torch.zeros(SIZES[point]))
+    set_scores(model, 1, "attention_out", head_scores({2: 1}) / 1e4)
+    assert model.plan().layers[1].heads == (2,)  # the strongest of the weak
     layer = model.plan().architecture.layers[1]
     assert (layer.attention_in, layer.mlp_in, layer.mlp, layer.heads, layer.v_dim) == (4, 4, 4, 1, 4)
     assert relative_error(run(model.export())["logits"], run(model.eval())["logits"]) < 1e-5
