@@ -11,16 +11,23 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .architecture import Architecture, unwrap
+from .architecture import Architecture, task_of, unwrap
 from .cost import Timing, count
-from .errors import InvalidConfigError, UnsupportedModelError
+from .errors import InvalidConfigError
 from .families import PRUNED_PREFIX
 from .families.base import pair
 from .lineage import lineage_of
-from .modeling import pruned_model_class
 from .report import comparison_markdown, human, layer_markdown
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+#: task suffix of a class -> Auto class that loads it
+AUTO_CLASSES = {
+    "Model": "AutoModel",
+    "ForImageClassification": "AutoModelForImageClassification",
+    "ForImageClassificationWithTeacher": "AutoModelForImageClassification",
+    "ForMaskedImageModeling": "AutoModelForMaskedImageModeling",
+    "Backbone": "AutoBackbone",
+}
 #: task suffix of a class -> task of the Hub
 PIPELINE_TAGS = {
     "ForImageClassification": "image-classification",
@@ -208,7 +215,7 @@ def _install(model: Any) -> str:
 
 def _snippet(model: Any, repo_id: str | None) -> str:
     is_pruned = model.config.model_type.startswith(PRUNED_PREFIX)
-    name = _auto_class(model)
+    name = AUTO_CLASSES.get(task_of(model))
     module = "transformers"
     if name is None:
         name = type(model).__name__
@@ -217,15 +224,6 @@ def _snippet(model: Any, repo_id: str | None) -> str:
     return "\n".join(
         [*lines, f"from {module} import {name}", "", f'model = {name}.from_pretrained("{repo_id or "path/to/model"}")']
     )
-
-
-def _auto_class(model: Any) -> str | None:
-    """The Auto class that loads the model, the one for its task rather than ``AutoModel``."""
-    try:
-        names = pruned_model_class(type(model)).auto_classes  # type: ignore[attr-defined]
-    except UnsupportedModelError:
-        return None
-    return max(names, key=len, default=None)
 
 
 def _image_size(architecture: Architecture) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .plan import LayerPlan, PruningPlan
+from .layer_plan import LayerPlan
+from .plan import PruningPlan
 
 #: key of ``PruningPlan.info``: digest of weights that differ from those of the source checkpoint (merged adapters)
 ALTERED_WEIGHTS = "altered_weights"

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapters.configs import check_config
 from .architecture import Architecture, task_of, unwrap
 from .errors import InvalidConfigError, MissingLabelsError, ResumeError, UnsupportedModelError
 from .methods import PruningConfig, method_for
+from .peft_twin import check_peft_model, is_peft
 from .plan import PruningPlan
-from .surgery import is_peft, prune
+from .surgery import prune
 
 
 def get_pruning_model(model: Any, config: PruningConfig) -> PruningModel:
@@ -244,9 +246,6 @@ def task_loss(
 
 
 def _check_adapters(model: Any) -> None:
-    from .adapters.configs import check_config
-    from .adapters.twin import check_peft_model
-
     check_peft_model(model)
     for config in model.peft_config.values():
         check_config(config)

@@ -14,72 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from .architecture import Architecture
 from .errors import InvalidPlanError, UnsupportedUnitError, VitPruneError
+from .layer_plan import PAD, Indices, LayerPlan, check_indices, layer_from_dict, optional_whole_numbers
 from .layer_shape import LayerShape
+from .select import Scores, check_units, cut_every_set, l2_scores
 
 PLAN_VERSION = 1
-#: in a v or qk list: a channel of zeros, so that heads with fewer channels fit a dense kernel
-PAD = -1
-
-Indices = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What stays of one layer. Indices count in the model that the plan is for.
-
-    ``qk`` and ``v`` hold one list a kept head, all of one length (:data:`PAD` marks a channel of zeros); they are
-    empty where ``mixer`` is ``none``. An empty ``mlp`` removes the MLP. ``attention_in`` and ``mlp_in`` are positions
-    among the channels those parts read (None: all). ``scales`` holds factors for the kept units of ``attention_in``,
-    ``v`` (heads concatenated), ``mlp_in`` or ``mlp``, which surgery multiplies into the weights that read them.
-    """
-
-    index: int
-    mixer: str
-    heads: Indices
-    qk: tuple[Indices, ...]
-    v: tuple[Indices, ...]
-    mlp: Indices
-    attention_in: Indices | None = None
-    mlp_in: Indices | None = None
-    scales: dict[str, tuple[float, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def dense(cls, index: int, shape: LayerShape) -> LayerPlan:
-        has_attention = shape.mixer == "attention"
-        heads = tuple(range(shape.heads)) if has_attention else ()
-        return cls(
-            index=index,
-            mixer=shape.mixer,
-            heads=heads,
-            qk=tuple(tuple(range(shape.qk_dim)) for _ in heads),
-            v=tuple(tuple(range(shape.v_dim)) for _ in heads),
-            mlp=tuple(range(shape.mlp)),
-        )
-
-    def keep_heads(self, heads: Iterable[int]) -> LayerPlan:
-        """Keep only these heads (positions in the source layer)."""
-        chosen = tuple(sorted(heads))
-        rows = [self.heads.index(h) for h in chosen]
-        return replace(self, heads=chosen, qk=tuple(self.qk[r] for r in rows), v=tuple(self.v[r] for r in rows))
-
-    def keep_channels(self, which: str, channels: Iterable[int]) -> LayerPlan:
-        """Keep the same q/k (``which="qk"``) or v channels in every head."""
-        chosen = tuple(sorted(channels))
-        rows = tuple(chosen for _ in self.heads)
-        return replace(self, qk=rows) if which == "qk" else replace(self, v=rows)
-
-    def shape(self, source: LayerShape) -> LayerShape:
-        attention = self.mixer == "attention"
-        return LayerShape(
-            mixer=self.mixer,
-            heads=len(self.heads),
-            qk_dim=len(self.qk[0]) if attention and self.qk else 0,
-            v_dim=len(self.v[0]) if attention and self.v else 0,
-            mlp=len(self.mlp),
-            attention_in=_inputs(self.attention_in, source.attention_in) if attention else None,
-            mlp_in=_inputs(self.mlp_in, source.mlp_in) if self.mlp else None,
-            shifted=source.shifted,
-        )
 
 
 @dataclass(frozen=True)
@@ -131,17 +70,24 @@ class PruningPlan:
             InvalidPlanError: a ratio outside (0, 1), that empties a set, or that removes nothing.
             UnsupportedUnitError: the family has not got one of the units.
         """
-        from .select import cut_every_set
-
         generator = torch.Generator().manual_seed(seed)
-        return cut_every_set(model, ratio, units, round_to, lambda name, count: torch.rand(count, generator=generator))
+        return cls._cut(model, ratio, units, round_to, lambda name, count: torch.rand(count, generator=generator))
 
     @classmethod
     def magnitude(cls, model: Any, ratio: float, units: Sequence[str] | None = None, round_to: int = 1) -> PruningPlan:
         """Remove the ``ratio`` of units with the smallest weights (L2 norm) from every set; see :meth:`random`."""
-        from .select import cut_every_set, l2_scores
+        return cls._cut(model, ratio, units, round_to, l2_scores(model))
 
-        return cut_every_set(model, ratio, units, round_to, l2_scores(model))
+    @classmethod
+    def _cut(cls, model: Any, ratio: float, units: Sequence[str] | None, round_to: int, scores: Scores) -> PruningPlan:
+        source = model if isinstance(model, Architecture) else Architecture.of(model)
+        plan = cls(source, *cut_every_set(source, ratio, units, round_to, scores)).validated()
+        if plan.removes_nothing:
+            raise InvalidPlanError(
+                f"a ratio of {ratio} removes no unit of {', '.join(check_units(source, units))} "
+                f"(round_to={round_to}): raise the ratio or lower round_to"
+            )
+        return plan
 
     # ------------------------------------------------------------------ what follows from it
     @property
@@ -185,7 +131,7 @@ class PruningPlan:
         if self.embedding is not None:
             if "embedding" not in self.source.family.units:
                 raise UnsupportedUnitError(f"{self.source.model_type} has no prunable embedding")
-            _check_indices("embedding", self.embedding, self.source.hidden_size)
+            check_indices("embedding", self.embedding, self.source.hidden_size)
             if list(self.embedding) != sorted(self.embedding):
                 raise InvalidPlanError("embedding: kept residual channels are given in ascending order")
         for entry in self.layers:
@@ -198,21 +144,21 @@ class PruningPlan:
         if entry.mixer not in ("none", source.mixer):
             raise InvalidPlanError(f"{where}: mixer {entry.mixer!r} cannot be made from {source.mixer!r}")
         if entry.mixer == "attention":
-            _check_indices(f"{where}: heads", entry.heads, source.heads)
+            check_indices(f"{where}: heads", entry.heads, source.heads)
             for name, rows, size in (("qk", entry.qk, source.qk_dim), ("v", entry.v, source.v_dim)):
                 if len(rows) != len(entry.heads) or len({len(row) for row in rows}) != 1:
                     raise InvalidPlanError(f"{where}: {name} needs one list of one length for each kept head")
                 for row in rows:
-                    _check_indices(
+                    check_indices(
                         f"{where}: {name}", tuple(c for c in row if c != PAD), size, may_be_empty=len(row) > 0
                     )
         if entry.mlp:
-            _check_indices(f"{where}: mlp", entry.mlp, source.mlp)
+            check_indices(f"{where}: mlp", entry.mlp, source.mlp)
         width = self.source.width(entry.index)
         for name in ("attention_in", "mlp_in"):
             kept = getattr(entry, name)
             if kept is not None:
-                _check_indices(f"{where}: {name}", kept, getattr(source, name) or width)
+                check_indices(f"{where}: {name}", kept, getattr(source, name) or width)
         if self.embedding is not None and (
             entry.attention_in is not None or entry.mlp_in is not None or source.attention_in or source.mlp_in
         ):
@@ -309,7 +255,7 @@ class PruningPlan:
             for row in record["layers"]:
                 if set(row) - known:
                     raise InvalidPlanError(f"unknown fields {sorted(set(row) - known)} in a layer of the plan")
-                layers.append(_layer_from(row))
+                layers.append(layer_from_dict(row))
             weights = {
                 name: torch.tensor(t["data"], dtype=getattr(torch, t["dtype"])).reshape(t["shape"])
                 for name, t in record.get("weights", {}).items()
@@ -318,7 +264,7 @@ class PruningPlan:
             plan = cls(
                 Architecture.from_dict(record["source"]),
                 tuple(layers),
-                _optional_ints(embedding),
+                optional_whole_numbers(embedding),
                 weights,
                 dict(record.get("info", {})),
             )
@@ -353,48 +299,3 @@ class PruningPlan:
         if "weights_file" in record:
             plan = replace(plan, weights=load_file(path.with_name(record["weights_file"])))
         return plan
-
-
-def _inputs(kept: Indices | None, source: int | None) -> int | None:
-    return len(kept) if kept is not None else source
-
-
-def _optional_ints(values: Any) -> Indices | None:
-    return None if values is None else _ints(values)
-
-
-def _ints(values: Any) -> Indices:
-    if not isinstance(values, (list, tuple)) or any(type(v) is not int for v in values):
-        raise InvalidPlanError(f"expected a list of whole numbers, got {values!r}")
-    return tuple(values)
-
-
-def _layer_from(row: dict[str, Any]) -> LayerPlan:
-    heads = _ints(row["heads"])
-    lists = {}
-    for name in ("qk", "v"):
-        value = row[name]
-        rows = value if value and isinstance(value[0], (list, tuple)) else [value] * len(heads)
-        lists[name] = tuple(_ints(r) for r in rows)
-    return LayerPlan(
-        index=row["index"],
-        mixer=row["mixer"],
-        heads=heads,
-        qk=lists["qk"],
-        v=lists["v"],
-        mlp=_ints(row["mlp"]),
-        attention_in=_optional_ints(row.get("attention_in")),
-        mlp_in=_optional_ints(row.get("mlp_in")),
-        scales={k: tuple(v) for k, v in row.get("scales", {}).items()},
-    )
-
-
-def _check_indices(what: str, kept: Indices, size: int, may_be_empty: bool = False) -> None:
-    if not kept and not may_be_empty:
-        raise InvalidPlanError(f"{what}: the plan empties this set; keep at least one of {size}")
-    if any(type(i) is not int for i in kept):
-        raise InvalidPlanError(f"{what}: indices are whole numbers")
-    if kept and (min(kept) < 0 or max(kept) >= size):
-        raise InvalidPlanError(f"{what}: indices {min(kept)}..{max(kept)} are not in 0..{size - 1}")
-    if len(set(kept)) != len(kept):
-        raise InvalidPlanError(f"{what}: an index is repeated")

@@ -12,7 +12,8 @@ import torch
 
 from .architecture import Architecture, unwrap
 from .errors import InvalidPlanError, UnsupportedUnitError
-from .plan import LayerPlan, PruningPlan
+from .layer_plan import Indices, LayerPlan
+from .peft_twin import is_peft, merged_twin
 
 #: (name of the set, number of units) -> score of every unit; the lowest go
 Scores = Callable[[str, int], torch.Tensor]
@@ -74,30 +75,25 @@ def best(scores: torch.Tensor, count: int) -> tuple[int, ...]:
     return tuple(sorted(order[:count].tolist()))
 
 
-def cut_every_set(model: Any, ratio: float, units: Sequence[str] | None, round_to: int, scores: Scores) -> PruningPlan:
-    """Remove the ``ratio`` lowest-scored units of every set; see :meth:`PruningPlan.random` for the arguments."""
-    source = model if isinstance(model, Architecture) else Architecture.of(model)
+def cut_every_set(
+    source: Architecture, ratio: float, units: Sequence[str] | None, round_to: int, scores: Scores
+) -> tuple[tuple[LayerPlan, ...], Indices | None]:
+    """Keep all but the ``ratio`` lowest-scored units of every set; see :meth:`PruningPlan.random` for the arguments.
+
+    Returns:
+        Kept layers, and kept residual channels (None: all).
+    """
     ratio = check_ratio(ratio)
     chosen = check_units(source, units)
     if type(round_to) is not int or round_to < 1:
         raise InvalidPlanError(f"round_to is a whole number of at least 1, got {round_to!r}")
-    plan = PruningPlan.dense(source)
 
-    def cut(name: str, size: int, rounding: int) -> tuple[int, ...]:
+    def cut(name: str, size: int, rounding: int) -> Indices:
         return best(scores(name, size), keep_count(size, ratio, rounding, name))
 
-    if "layers" in chosen:
-        plan = plan.keep_layers(_cut_layers(source, ratio, scores))
-    plan = plan.with_layers(_cut_layer(entry, source, chosen, round_to, cut) for entry in plan.layers)
-    if "embedding" in chosen:
-        plan = replace(plan, embedding=cut("embedding", source.hidden_size, round_to))
-    plan = plan.validated()
-    if plan.removes_nothing:
-        raise InvalidPlanError(
-            f"a ratio of {ratio} removes no unit of {', '.join(chosen)} (round_to={round_to}): "
-            "raise the ratio or lower round_to"
-        )
-    return plan
+    kept = _cut_layers(source, ratio, scores) if "layers" in chosen else range(len(source.layers))
+    layers = tuple(_cut_layer(LayerPlan.dense(i, source.layers[i]), source, chosen, round_to, cut) for i in kept)
+    return layers, cut("embedding", source.hidden_size, round_to) if "embedding" in chosen else None
 
 
 def _cut_layers(source: Architecture, ratio: float, scores: Scores) -> list[int]:
@@ -135,13 +131,7 @@ def l2_scores(model: Any) -> Scores:
 
     Weights of a PeftModel are those with its active adapters merged.
     """
-    from .surgery import is_peft
-
-    if is_peft(model):
-        from .adapters import merged_twin
-
-        model = merged_twin(model)
-    base = unwrap(model)
+    base = merged_twin(model) if is_peft(model) else unwrap(model)
     architecture = Architecture.of(base)
     family = architecture.family
     prefix = family.encoder_path(base)

@@ -70,6 +70,13 @@ def scaled(plan: PruningPlan) -> PruningPlan:
     return each_layer(plan, change)
 
 
+def every_word(plan: PruningPlan) -> PruningPlan:
+    """For four layers or more: a shape whose record uses every word of the format."""
+    narrow, gone = narrow_inputs(plan), removed_branches(plan)
+    uneven = plan.layers[1].keep_channels("qk", range(3)).keep_channels("v", range(5)).keep_heads([0, 1])
+    return plan.with_layers([gone.layers[0], uneven, *narrow.layers[2:-1], gone.layers[-1]])
+
+
 def random_of(*units: str) -> Callable[[PruningPlan], PruningPlan]:
     return lambda plan: PruningPlan.random(plan.source, 0.4, units, seed=1)
 

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from hf_vitprune.adapters.twin import tuner_layers
 from hf_vitprune.architecture import Architecture
 from hf_vitprune.errors import AdapterError, InvalidPlanError, UnsupportedModelError
+from hf_vitprune.peft_twin import tuner_layers
 from hf_vitprune.plan import PruningPlan
 from hf_vitprune.surgery import mask, prune, truncate
 from plans import PLANS, plan_named, pruning_plans

@@ -18,7 +18,7 @@ from hf_vitprune.architecture import fingerprint
 from hf_vitprune.errors import VitPruneError
 from hf_vitprune.plan import PruningPlan
 from hf_vitprune.surgery import prune
-from plans import PLANS
+from plans import every_word
 from tiny import assert_same, make, run
 
 JUNK: tuple[Any, ...] = (None, -1, 0, 10**9, 2.5, math.nan, "8", True, False, [], {}, [[1]], {"a": {"b": [None]}})
@@ -47,18 +47,10 @@ class Saved(NamedTuple):
         return AutoModelForImageClassification.from_pretrained(self.folder)
 
 
-def plan_with_every_word(model: PreTrainedModel) -> PruningPlan:
-    """A shape whose record uses every word of the format."""
-    plan = PruningPlan.dense(model)
-    narrow, gone = PLANS["narrow inputs"](plan), PLANS["removed branches"](plan)
-    uneven = plan.layers[1].keep_channels("qk", range(3)).keep_channels("v", range(5)).keep_heads([0, 1])
-    return plan.with_layers([gone.layers[0], uneven, *narrow.layers[2:-1], gone.layers[-1]])
-
-
 @pytest.fixture(scope="module", params=["ViTForImageClassification", "SwinForImageClassification"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     model = make(request.param, num_hidden_layers=4) if request.param.startswith("ViT") else make(request.param)
-    plan = plan_with_every_word(model)
+    plan = every_word(PruningPlan.dense(model))
     small = prune(model, plan)
     small.config.pruning_config["info"] = {"method": "test", "ratio": 0.5, "notes": [1, 2]}
     folder = tmp_path_factory.mktemp("saved")

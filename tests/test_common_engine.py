@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_vitprune.architecture import Architecture
 from hf_vitprune.cost import count
+from hf_vitprune.cuts import find_cuts
 from hf_vitprune.errors import InvalidPlanError
 from hf_vitprune.modeling import pruned_model_class
 from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import find_cuts, mask, prune
+from hf_vitprune.surgery import mask, prune
 from plans import PLANS, aligned, compose, plan_named, pruning_plans, recorded_attentions
 from tiny import CASES, CLASSIFIERS, assert_same, images, make, relative_error, run, run_python, total_loss
 
@@ -28,7 +30,7 @@ from tiny import CASES, CLASSIFIERS, assert_same, images, make, relative_error, 
 FEW_PLANS = ("embedding", "layers", "everything", "removed branches")
 #: random plans a class; HYPOTHESIS_EXAMPLES=200 explores further
 random_plans = settings(
-    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", 6)),
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", 4)),
     deadline=None,
     derandomize="HYPOTHESIS_EXAMPLES" not in os.environ,
     database=None,
@@ -41,8 +43,7 @@ EVERYTHING = {"output_hidden_states": True, "output_attentions": True}
 def planned(case: str, plan: str, **changes: Any) -> tuple[PreTrainedModel, PruningPlan]:
     model = make(case, **changes)
     made = plan_named(plan, model)
-    if made is None:
-        pytest.skip("the family has not got this unit")
+    assert made is not None
     return model, made
 
 
@@ -52,7 +53,13 @@ def number_of(outputs: dict[str, torch.Tensor], key: str) -> int:
 
 # ---------------------------------------------------------------------- pruned == masked
 @pytest.mark.parametrize(
-    ("case", "plan_name"), [(case, plan) for case in CASES for plan in (PLANS if case in CLASSIFIERS else FEW_PLANS)]
+    ("case", "plan_name"),
+    [
+        (case, plan)
+        for case in CASES
+        for plan in (PLANS if case in CLASSIFIERS else FEW_PLANS)
+        if not (plan == "embedding" and case.startswith("Swin"))  # has no such unit
+    ],
 )
 def test_pruned_equals_masked(case: str, plan_name: str) -> None:
     model, plan = planned(case, plan_name)
@@ -185,7 +192,7 @@ def test_saved_equals_loaded(case: str, tmp_path: Path) -> None:
     assert loaded.config.pruning_config == small.config.pruning_config
 
 
-@pytest.mark.parametrize("plan_name", ["padded values", "removed branches", "narrow inputs", "embedding"])
+@pytest.mark.parametrize("plan_name", ["padded values", "removed branches", "narrow inputs"])
 @pytest.mark.parametrize("case", ["SwinForImageClassification", "SiglipVisionModel"])
 def test_saved_equals_loaded_for_odd_shapes(case: str, plan_name: str, tmp_path: Path) -> None:
     model, plan = planned(case, plan_name)
@@ -197,9 +204,11 @@ def test_saved_equals_loaded_for_odd_shapes(case: str, plan_name: str, tmp_path:
 
 
 FRESH = """
-import sys, torch, transformers
+import pickle, sys, torch, transformers
+from tiny import assert_same, run
+small, outputs = pickle.load(open(sys.argv.pop(1), "rb"))  # how models are sent to spawned processes
+assert_same(run(small), outputs)
 import hf_vitprune.modeling as modeling
-from tiny import run
 for name, folder in zip(sys.argv[1::2], sys.argv[2::2]):
     # AutoBackbone takes no local folders (it asks the Hub whether the folder is a repository)
     auto = getattr(modeling, f"Pruned{name}") if name.endswith("Backbone") else transformers.AutoModel
@@ -208,14 +217,17 @@ for name, folder in zip(sys.argv[1::2], sys.argv[2::2]):
     model = auto.from_pretrained(folder)
     assert type(model).__name__ == f"Pruned{name}", type(model)
     expected = torch.load(f"{folder}/outputs.pt", weights_only=True)
-    outputs = run(model)
-    assert outputs.keys() == expected.keys() and all(torch.equal(outputs[k], v) for k, v in expected.items()), name
+    assert_same(run(model), expected)
 print("exact")
 """
 
 
 def test_a_fresh_process_loads_the_same_models(tmp_path: Path) -> None:
-    arguments = []
+    model, plan = planned("SiglipVisionModel", "narrow inputs")
+    small = prune(model, plan)
+    small = prune(small, PruningPlan.random(small, 0.5, units=["mlp"]))
+    (tmp_path / "sent").write_bytes(pickle.dumps((small, run(small))))
+    arguments = [str(tmp_path / "sent")]
     for case in (*(c for c in CLASSIFIERS if "-" not in c), "SwinBackbone", "ViTForMaskedImageModeling", "ViTModel"):
         model, plan = planned(case, "everything")
         small = prune(model, plan)

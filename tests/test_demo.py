@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from rich.console import Console
-from test_data import image_folder
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 from typer.testing import CliRunner
 
@@ -13,6 +12,7 @@ import hf_vitprune
 from hf_vitprune import PruningPlan, count, demo
 from hf_vitprune.cli import app
 from hf_vitprune.workflow import Schedule
+from test_data import image_folder
 
 
 @pytest.fixture(scope="module")

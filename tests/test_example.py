@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_standin import HubStandIn, hub_environment
 from safetensors.torch import load_file
+
+from hub_standin import HubStandIn, hub_environment
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "run_image_classification_pruning.py"
 ARGUMENTS = [

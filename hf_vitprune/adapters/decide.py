@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from ..cuts import Cut
 from ..errors import AdapterError
 from ..lineage import ALTERED_WEIGHTS, digest, digest_tensor
+from ..peft_twin import tuner_layers
 from ..plan import PruningPlan
-from ..surgery import Cut
 from .configs import changes_base
 from .slicing import LayerCut, Tensors, adapter_tensors, slice_layer, vera_as_lora
-from .twin import tuner_layers
 from .types import kind_of
 
 logger = logging.getLogger(__name__)

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 
+from ..cuts import Cut, find_cuts
 from ..errors import AdapterError
+from ..peft_twin import check_peft_model, peft_model_in, plain_twin, saved_modules, tuner_layers
 from ..plan import PruningPlan
-from ..surgery import Cut, check_plan, empty_like, find_cuts, prune
+from ..transplant import check_plan, empty_like, prune_plain
 from .configs import check_config, lora_config_for_vera, pruned_config
 from .decide import Decision, altered_weights, decide, shared_tensors
 from .record import pruning_record
 from .slicing import adapter_tensors
-from .twin import check_peft_model, peft_model_in, plain_twin, saved_modules, tuner_layers
 from .types import kind_of
 from .verify import verify_layer
 
@@ -50,7 +51,7 @@ def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False) 
     decision = decide(model, stock, plan, cuts)
     altered = altered_weights(base, stock, configs, decision)
     info = {**plan.info, **altered}
-    small = prune(plain_twin(base, decision.merged), replace(plan, info=info), allow_unchanged=allow_unchanged)
+    small = prune_plain(plain_twin(base, decision.merged), replace(plan, info=info), allow_unchanged=allow_unchanged)
     flags = [(parameter, parameter.requires_grad) for parameter in small.parameters()]
 
     if decision.kind == "LORA" and kind_of(next(iter(configs.values()))) == "VERA":

@@ -11,7 +11,7 @@ from ..architecture import Architecture, write_record
 from ..errors import AdapterError
 from ..lineage import lineage_of
 from ..plan import PruningPlan
-from ..surgery import empty_like
+from ..transplant import empty_like
 
 #: version of the ``pruning`` record in adapter_config.json
 RECORD_VERSION = 1

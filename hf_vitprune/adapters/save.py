@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError
-from .twin import plain_twin
+from ..peft_twin import plain_twin
 
 BASE_FOLDER = "base"
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..plan import PAD
-from ..surgery import Cut
+from ..cuts import Cut
+from ..layer_plan import PAD
 
 Side = Literal["in", "out", "none"]
 #: name of a tensor within its layer -> the new tensor, and whether it is trained

@@ -10,9 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import AdapterError
-from ..plan import PAD
+from ..layer_plan import PAD
+from ..peft_twin import whole_shadow
 from .slicing import LayerCut
-from .twin import whole_shadow
 
 PROBES = 16
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

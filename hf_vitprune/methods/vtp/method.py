@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from ...errors import InvalidConfigError, InvalidPlanError
 from ...gates import Gate, attach_gates, gate_name, gate_sizes
+from ...layer_plan import PAD, LayerPlan
 from ...modeling.structure import layer_paths
-from ...plan import PAD, LayerPlan, PruningPlan
+from ...plan import PruningPlan
 from ...select import best
 from ...targets import cost_ratio, reach_target
 from ..base import PruningMethod

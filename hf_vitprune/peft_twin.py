@@ -11,7 +11,22 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from ..errors import AdapterError
+from .errors import AdapterError
+
+
+def is_peft(model: Any) -> bool:
+    """True for a PeftModel.
+
+    Raises:
+        AdapterError: adapters sit in the layers of a plain transformers model (``model.load_adapter``).
+    """
+    wrapped = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    if not wrapped and getattr(model, "_hf_peft_config_loaded", False):
+        raise AdapterError(
+            "the model holds adapters from add_adapter or load_adapter; load them with "
+            "peft.PeftModel.from_pretrained(base, adapter) instead, which can be pruned"
+        )
+    return wrapped
 
 
 def check_peft_model(model: Any) -> None:
