@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from hf_vitprune.architecture import fingerprint
@@ -19,7 +18,7 @@ from hf_vitprune.errors import VitPruneError
 from hf_vitprune.plan import PruningPlan
 from hf_vitprune.surgery import prune
 from plans import every_word
-from tiny import assert_same, make, run
+from tiny import LargestTensor, assert_same, make, run
 
 JUNK: tuple[Any, ...] = (None, -1, 0, 10**9, 2.5, math.nan, "8", True, False, [], {}, [[1]], {"a": {"b": [None]}})
 DELETED = object()
@@ -49,7 +48,8 @@ class Saved(NamedTuple):
 
 @pytest.fixture(scope="module", params=["ViTForImageClassification", "SwinForImageClassification"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    model = make(request.param, num_hidden_layers=4) if request.param.startswith("ViT") else make(request.param)
+    depth = {"num_hidden_layers": 4} if request.param.startswith("ViT") else {"depths": [2, 2]}
+    model = make(request.param, **depth)
     plan = every_word(PruningPlan.dense(model))
     small = prune(model, plan)
     small.config.pruning_config["info"] = {"method": "test", "ratio": 0.5, "notes": [1, 2]}
@@ -127,18 +127,6 @@ def consistent_swaps(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"layer {index}: other shift", changed(record, path, not row["shifted"])
     if "num_attention_heads" in record["dense"]:
         yield "another attention scale", changed(record, ("dense", "num_attention_heads"), 8)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor made, on any device, meta included."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.size = max(self.size, out.numel())
-        return out
 
 
 def outcome(saved: Saved, name: str, record: Any, **changes: Any) -> str:

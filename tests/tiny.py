@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
@@ -174,6 +175,19 @@ def total_loss(model: Any, pixels: torch.Tensor | None = None) -> torch.Tensor:
     output = model(pixel_values=images() if pixels is None else pixels)
     # sine: removed channels, which a masked model gives as zeros, add nothing
     return torch.stack([t.sin().sum() for _, t in tensors(output) if t.requires_grad]).sum()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor made: ``size`` on any device, meta included, ``real`` in memory."""
+
+    size = real = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.size = max(self.size, out.numel())
+            self.real = max(self.real, 0 if out.device.type == "meta" else out.numel())
+        return out
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> str:
