@@ -47,19 +47,17 @@ def dense_config(name: str) -> ViTConfig:
 
 
 def half_the_macs(config: ViTConfig) -> Architecture:
-    """Heads, channels and neurons cut alike, in multiples of 8, until half the MACs are left."""
+    """Half the MACs by an even number of heads and a multiple of 64 neurons; the most balanced such shape."""
     dense = Architecture.dense(config)
     head_dim = dense.layers[0].qk_dim
-    best: Architecture | None = None
-    nearest = 0.02
-    for heads in range(dense.layers[0].heads, 0, -1):
-        for mlp in range(config.intermediate_size, 0, -64):
+    best, imbalance = None, 1.0
+    for heads in range(2, dense.layers[0].heads, 2):
+        for mlp in range(64, config.intermediate_size, 64):
             shape = {"heads": heads, "qk_dim": head_dim, "v_dim": head_dim, "mlp": mlp}
             architecture = Architecture.from_layers(config, [shape] * len(dense.layers))
-            ratio = cost_ratio(architecture, dense, "macs")
-            balanced = abs(heads / dense.layers[0].heads - mlp / config.intermediate_size)
-            if abs(ratio - 0.5) < nearest and balanced < 0.12:
-                best, nearest = architecture, abs(ratio - 0.5)
+            skew = abs(heads / dense.layers[0].heads - mlp / config.intermediate_size)
+            if abs(cost_ratio(architecture, dense, "macs") - 0.5) < 0.02 and skew < imbalance:
+                best, imbalance = architecture, skew
     assert best is not None
     return best
 

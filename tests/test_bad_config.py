@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from hf_vitprune.architecture import fingerprint
-from hf_vitprune.errors import VitPruneError
+from hf_vitprune.errors import InvalidArchitectureError, VitPruneError
 from hf_vitprune.plan import PruningPlan
 from hf_vitprune.surgery import prune
 from plans import every_word
@@ -172,6 +172,18 @@ def test_damage_with_a_valid_fingerprint(saved: Saved) -> None:
 @pytest.mark.parametrize("junk", [DELETED, *JUNK], ids=lambda junk: "deleted" if junk is DELETED else repr(junk))
 def test_records_that_are_none(saved: Saved, junk: Any) -> None:
     assert outcome(saved, repr(junk), junk) == "refused"
+
+
+def test_missing_record_of_a_model_that_looks_dense(tmp_path: Path) -> None:
+    """Half the width and half the heads: every tensor fits the rest of the config, as 4 heads of 4 instead of 2 of 8."""
+    model = make("ViTForImageClassification")
+    plan = PruningPlan.random(model, 0.5, units=["heads", "embedding"])
+    prune(model, plan).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["pruning_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidArchitectureError, match="no pruning_config"):
+        AutoModelForImageClassification.from_pretrained(tmp_path)
 
 
 def test_record_of_another_shape_than_the_rest_of_the_config(saved: Saved) -> None:
