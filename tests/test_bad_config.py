@@ -175,7 +175,7 @@ def test_records_that_are_none(saved: Saved, junk: Any) -> None:
 
 
 def test_missing_record_of_a_model_that_looks_dense(tmp_path: Path) -> None:
-    """Half the width and half the heads: every tensor fits the rest of the config, as 4 heads of 4 instead of 2 of 8."""
+    """Half the width and half the heads: every tensor fits the rest of the config, as 4 heads of 4, not 2 of 8."""
     model = make("ViTForImageClassification")
     plan = PruningPlan.random(model, 0.5, units=["heads", "embedding"])
     prune(model, plan).save_pretrained(tmp_path)
