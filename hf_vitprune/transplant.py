@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def empty_like(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """The small model on the meta device, without weights."""
     info = dict(plan.info)
     base = getattr(model.config, "_name_or_path", "")
-    if base:
+    if base and not Path(base).exists():  # a Hub id; a folder of this machine is nobody else's business
         info.setdefault("base_model", base)
     info.update(lineage(model.config, plan))
     config = config_for(plan.architecture, model.config, info)

@@ -274,3 +274,8 @@ def test_pushed_models_come_back_bit_exact_elsewhere(tmp_path: Path) -> None:
         assert all(set(hub.files(repo)) >= MODEL_FILES for repo in hub.repos)
         weights = hub.files("tester/ViTForImageClassification")["model.safetensors"]
         assert hashlib.sha256(weights).hexdigest() in hub.blobs
+
+
+def test_the_config_names_a_hub_id_but_no_local_folder(tmp_path: Path) -> None:
+    assert small_vit("google/vit-base").config.pruning_config["info"]["base_model"] == "google/vit-base"
+    assert "base_model" not in small_vit(str(tmp_path)).config.pruning_config["info"]
