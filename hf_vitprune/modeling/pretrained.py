@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from ..architecture import Architecture, write_record
 from ..errors import CheckpointMismatchError, InvalidArchitectureError
@@ -71,7 +72,9 @@ class PrunedModelMixin:
             config.pruning_config = write_record(architecture)
         family = architecture.family
         ambient = torch.empty(0).device
-        with torch.device("meta"), _overridden(family.sizes_config(config), family.skeleton_heads(config)):
+        # nothing to initialise on the meta device, and going through the motions takes longer than the rest of it
+        overridden = _overridden(family.sizes_config(config), family.skeleton_heads(config))
+        with torch.device("meta"), no_init_weights(), overridden:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         model: Any = self
         dense_width = Architecture.dense(architecture.config).hidden_size
