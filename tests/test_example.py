@@ -1,6 +1,7 @@
 """The example script as users run it: killed and resumed, on two processes, pushed to a Hub."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ ARGUMENTS = [
     *("--per_device_train_batch_size", "16", "--save_steps", "3", "--use_cpu", "True", "--report_to", "none"),
     *("--disable_tqdm", "True"),
 ]
-#: dies without a word at step 5 of the stage named by argv[1]
+#: dies without a word in the stage named by argv[1], at the step that argv[2] says
 KILLED = f"""
 import os, runpy, sys
 from transformers import TrainerCallback
@@ -24,10 +25,10 @@ from hf_vitprune import PruningTrainer
 
 class Die(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        if args.output_dir.endswith(sys.argv_stage) and state.global_step == 5:
+        if args.output_dir.endswith(sys.argv_stage) and state.global_step == sys.argv_step:
             os._exit(9)
 
-sys.argv_stage = sys.argv.pop(1)
+sys.argv_stage, sys.argv_step = sys.argv.pop(1), int(sys.argv.pop(1))
 plain = PruningTrainer.__init__
 def init(self, *args, **kwargs):
     plain(self, *args, **kwargs)
@@ -63,7 +64,11 @@ def test_the_summary_is_of_a_model_at_the_target(undisturbed):
 
 @pytest.mark.parametrize("stage", [pytest.param("learn", marks=pytest.mark.slow), "tune"])
 def test_a_killed_run_resumes_to_the_same_model(undisturbed, tmp_path, stage):
-    run("-c", KILLED, stage, *ARGUMENTS, "--output_dir", tmp_path, expected=9)
+    step = random.randint(
+        3, 7
+    )  # of 8; the first checkpoint is at 3. Any step must do, so another one is drawn each time
+    print(f"killed at step {step} of {stage}")
+    run("-c", KILLED, stage, step, *ARGUMENTS, "--output_dir", tmp_path, expected=9)
     assert not (tmp_path / "model.safetensors").exists()
     output = run(SCRIPT, *ARGUMENTS, "--output_dir", tmp_path, "--resume_from_checkpoint", "True")
     folder, summary = undisturbed
