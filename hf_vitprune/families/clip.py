@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
@@ -46,15 +46,4 @@ CLIP_VISION = ClipFamily(
     norms=("pre_layrnorm", "post_layernorm"),
 )
 #: the same tower under ``CLIPConfig``, as AutoModelForImageClassification maps it
-CLIP = ClipFamily(
-    model_type="clip",
-    root="vision_model",
-    layers="encoder.layers",
-    norm1="layer_norm1",
-    norm2="layer_norm2",
-    attention="self_attn",
-    o="out_proj",
-    norms=("pre_layrnorm", "post_layernorm"),
-    sub_config="vision_config",
-    refused_classes=("CLIPModel",),
-)
+CLIP = replace(CLIP_VISION, model_type="clip", sub_config="vision_config", refused_classes=("CLIPModel",))

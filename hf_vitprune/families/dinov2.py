@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -75,13 +75,4 @@ DINOV2 = Dinov2Family(
     scale2="layer_scale2",
     config_head_dim=True,
 )
-DINOV2_WITH_REGISTERS = Dinov2Family(
-    model_type="dinov2_with_registers",
-    root="dinov2_with_registers",
-    layers="encoder.layer",
-    norm1="norm1",
-    norm2="norm2",
-    scale1="layer_scale1",
-    scale2="layer_scale2",
-    config_head_dim=True,
-)
+DINOV2_WITH_REGISTERS = replace(DINOV2, model_type="dinov2_with_registers", root="dinov2_with_registers")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,16 +98,4 @@ SIGLIP_VISION = SiglipFamily(
     extra_tokens=0,
 )
 #: the same tower under ``SiglipConfig``, as AutoModelForImageClassification maps it
-SIGLIP = SiglipFamily(
-    model_type="siglip",
-    root="vision_model",
-    layers="encoder.layers",
-    norm1="layer_norm1",
-    norm2="layer_norm2",
-    attention="self_attn",
-    o="out_proj",
-    norms=("post_layernorm",),
-    extra_tokens=0,
-    sub_config="vision_config",
-    refused_classes=("SiglipModel",),
-)
+SIGLIP = replace(SIGLIP_VISION, model_type="siglip", sub_config="vision_config", refused_classes=("SiglipModel",))
