@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from .adapters.configs import check_config
 from .architecture import Architecture, task_of, unwrap
-from .errors import InvalidConfigError, MissingLabelsError, ResumeError, UnsupportedModelError
+from .batches import ImageBatches
+from .errors import InvalidConfigError, InvalidDataError, MissingLabelsError, ResumeError, UnsupportedModelError
 from .methods import PruningConfig, method_for
 from .peft_twin import check_peft_model, is_peft
 from .plan import PruningPlan
@@ -48,6 +49,7 @@ class PruningModel(nn.Module):
     Attributes:
         model: the wrapped model.
         method: scores, penalty and decision.
+        training_images: of the last training, in the order of its data set; None before.
     """
 
     #: tells the Trainer that the loss below is normalised by num_items_in_batch
@@ -63,6 +65,7 @@ class PruningModel(nn.Module):
             _check_adapters(model)
         self.model = model
         self.method = method_for(config)(config, base)
+        self.training_images: ImageBatches | None = None
         self._handles = self.method.attach(base)
         self._takes_labels = "labels" in inspect.signature(base.forward).parameters
         self._classifies = is_classifier(base)
@@ -159,12 +162,25 @@ class PruningModel(nn.Module):
     def pruning_config(self) -> PruningConfig:
         return self.method.config
 
-    def decide(self) -> None:
+    def decide(self, images: Any = None) -> None:
         """Fix which units stay; from here on the gated model computes what the exported one will.
 
         With several processes, all take the decision of the first.
+
+        Args:
+            images: what the decision may look at (anything that ``ImageBatches`` takes); by default the images of
+                the training, where one of ``PruningTrainer`` or ``PruningCallback`` has run.
+
+        Raises:
+            InvalidDataError: the method decides by images, and there are none.
         """
-        self.method.decide()
+        batches = self.training_images if images is None else ImageBatches(images)
+        if batches is None and self.method.needs_images:
+            raise InvalidDataError(
+                f"{self.pruning_config.method_name} decides by images: pass decide(images=<training set>), or train "
+                "with PruningTrainer first"
+            )
+        self.method.decide(self.model, batches)
         _broadcast(self.method)
 
     def plan(self) -> PruningPlan:

@@ -3,92 +3,21 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .architecture import unwrap
+from .callback import PruningCallback, check_setup, pruning_model_of
 from .distillation import DistillationConfig, Teacher, distillation_loss
 from .errors import InvalidConfigError, MissingLabelsError
 from .gates import strip_gates
 from .hub import push_to_hub
-from .methods import PruningMethod
 from .model import PruningModel, is_classifier, task_loss
 from .resume import enable_exact_resume
-
-logger = logging.get_logger(__name__)
-
-
-class PruningCallback(TrainerCallback):
-    """Trains the gates of a :class:`PruningModel` and decides at the end; works in any ``Trainer``.
-
-    The penalty's gradient is added right before the optimizer steps, so it counts once whatever the gradient
-    accumulation, number of processes or mixed precision; it is neither clipped nor part of the logged ``loss``, and
-    appears in the logs as ``penalty``.
-
-    With a plain ``Trainer`` the gates learn at the Trainer's learning rate, without weight decay. What only
-    ``PruningTrainer`` gives: a learning rate of their own for the gates, distillation, exact resume of stock models,
-    losses that are exact under gradient accumulation for every head, and an error for missing labels before training
-    starts.
-
-    Raises:
-        InvalidConfigError: when training begins: the model is no PruningModel, its gates are not in the optimizer or
-            not at the rate that the config asks for, or the gradients are not whole on every process.
-    """
-
-    def __init__(self) -> None:
-        self._penalty = 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        method = _pruning_model(model).method
-        _check_setup(args)
-        _check_checkpointing(args, model)
-        _check_optimizer(kwargs.get("optimizer"), method)
-        if method.decided:
-            logger.warning("what to prune is decided already: this training tunes what stays and changes no choice")
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        method = _pruning_model(model).method
-        penalty = method.penalty(state.global_step / max(state.max_steps, 1))
-        if penalty is None:
-            self._penalty = 0.0
-            return
-        parameters = method.gate_parameters()
-        for parameter, grad in zip(parameters, torch.autograd.grad(penalty, parameters), strict=True):
-            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-        self._penalty = penalty.item()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        extra = {"penalty": self._penalty, **_pruning_model(model).method.logs()}
-        logs.update(extra)
-        state.log_history[-1].update(extra)  # log() has stored a copy already
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        pruning_model = _pruning_model(model)
-        pruning_model.decide()
-        summary = {unit: round(share, 3) for unit, share in pruning_model.plan().summary().items() if share < 1}
-        logger.info(f"pruning decided; share of units kept: {summary}")
 
 
 class PruningTrainer(Trainer):
@@ -122,7 +51,7 @@ class PruningTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self._gated = isinstance(self.model, PruningModel)
         if self._gated:
-            _check_setup(self.args)
+            check_setup(self.args)
             self._put_callback_first()
         if is_classifier(self.model) and not self.label_names:
             self.label_names = ["labels"]  # DeiT's two-headed classifier takes none by itself
@@ -133,14 +62,24 @@ class PruningTrainer(Trainer):
         if self.distillation is not None:
             if teacher is None and not self._gated:
                 raise InvalidConfigError("distillation needs a teacher: pass teacher=<the unpruned model>")
-            source = teacher if teacher is not None else _ungated_copy(_pruning_model(self.model))
+            source = teacher if teacher is not None else _ungated_copy(pruning_model_of(self.model))
             self.teacher = Teacher(source, student=self.model)
 
     def _put_callback_first(self) -> None:
         """In front of those that report: they then see what it adds to the logs."""
         callbacks = self.callback_handler.callbacks
         ours = next((c for c in callbacks if isinstance(c, PruningCallback)), None) or PruningCallback()
+        ours.gradient_scale = 1.0
         callbacks[:] = [ours, *(c for c in callbacks if c is not ours)]
+        self._pruning_callback = ours
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """As the parent's; methods that score by gradients learn what the clipping has multiplied them by."""
+        norm = super()._clip_grad_norm(model)
+        if self._gated and pruning_model_of(self.model).method.needs_gradients:
+            factor = self.args.max_grad_norm / (float(norm) + 1e-6)  # as torch.nn.utils.clip_grad_norm_
+            self._pruning_callback.gradient_scale = 1 / factor if 0 < factor < 1 else 1.0
+        return norm
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As the parent's, which takes one step too many when it resumes after the last one of ``max_steps``."""
@@ -154,7 +93,7 @@ class PruningTrainer(Trainer):
         """As the parent's, with the gates in a group of their own: own learning rate, no weight decay."""
         if self.optimizer is not None or not self._gated:
             return super().create_optimizer(model)
-        method = _pruning_model(self.model).method
+        method = pruning_model_of(self.model).method
         gates = [p for p in method.gate_parameters() if p.requires_grad]
         for parameter in gates:
             parameter.requires_grad_(False)
@@ -239,73 +178,6 @@ class PruningTrainer(Trainer):
             raise MissingLabelsError(
                 f"training needs labels; a batch has only {', '.join(map(str, batch))}. Name the column labels"
             )
-
-
-def _pruning_model(model: Any) -> PruningModel:
-    if not isinstance(model, PruningModel):
-        raise InvalidConfigError(
-            f"PruningCallback works on get_pruning_model(model, config), not on the Trainer's {type(model).__name__}"
-        )
-    return model
-
-
-def _check_setup(args: TrainingArguments) -> None:
-    """Gates need whole gradients on every process, and one model for each.
-
-    Raises:
-        InvalidConfigError: naming what to use instead.
-    """
-    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
-    if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None or args.fsdp or by_launcher:
-        raise InvalidConfigError(
-            "pruning needs whole gradients on every process: DeepSpeed and FSDP are not supported, DDP is (torchrun "
-            "or accelerate launch without deepspeed and fsdp)"
-        )
-    if args.n_gpu > 1:
-        raise InvalidConfigError(
-            "pruning does not work in one process with several GPUs (DataParallel): start one process for each with "
-            "torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
-        )
-
-
-def _check_checkpointing(args: TrainingArguments, model: PruningModel) -> None:
-    """The reentrant kind gives no gradient to gates in layers whose input needs none.
-
-    Raises:
-        InvalidConfigError: it is asked for, over frozen weights.
-    """
-    settings = args.activation_checkpointing_kwargs
-    reentrant = bool(args.activation_checkpointing and isinstance(settings, dict) and settings.get("use_reentrant"))
-    if reentrant and not all(p.requires_grad for p in model.model.parameters()):
-        raise InvalidConfigError(
-            "reentrant activation checkpointing starves the gates when weights are frozen (as under LoRA): leave "
-            "use_reentrant out, or set it to False"
-        )
-
-
-def _check_optimizer(optimizer: Any, method: PruningMethod) -> None:
-    """The optimizer steps every gate that learns, at the rate that was asked for.
-
-    Raises:
-        InvalidConfigError: it does not.
-    """
-    if optimizer is None:
-        return
-    rates = {id(p): g.get("initial_lr", g["lr"]) for g in optimizer.param_groups for p in g["params"]}
-    gates = [p for p in method.gate_parameters() if p.requires_grad]
-    missing = sum(id(p) not in rates for p in gates)
-    if missing:
-        raise InvalidConfigError(
-            f"{missing} gates are not in the optimizer: it was made before the PruningModel; give the Trainer the "
-            "PruningModel and let it make the optimizer"
-        )
-    wanted = method.config.gate_learning_rate
-    given = {rates[id(p)] for p in gates}
-    if wanted is not None and given - {wanted}:
-        raise InvalidConfigError(
-            f"gate_learning_rate is {wanted}, but the optimizer has {sorted(given)} for the gates: use "
-            "PruningTrainer, which makes a group for them, or leave gate_learning_rate out"
-        )
 
 
 def _ungated_copy(model: PruningModel) -> Any:

@@ -361,7 +361,7 @@ def test_training_goes_on_after_the_decision(tmp_path: Path, monkeypatch: pytest
     scores = [score.detach().clone() for score in model.method.gate_parameters()]
     run_ = trainer(model, tmp_path, logging_strategy="steps")
     warnings: list[str] = []
-    monkeypatch.setattr("hf_vitprune.trainer.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_vitprune.callback.logger.warning", warnings.append)
     run_.train()
     assert len(warnings) == 1 and "decided already" in warnings[0]
     assert [row["penalty"] for row in run_.state.log_history[:2]] == [0.0, 0.0]
@@ -484,3 +484,40 @@ def test_fine_tuning_resumes_exactly(pruned: bool, tmp_path: Path) -> None:
     trainer(again, tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same(again.state_dict(), state_of(whole))
     assert any(not torch.equal(tensor, again.state_dict()[name]) for name, tensor in model().state_dict().items())
+
+
+# ---------------------------------------------------------------------- methods that score by gradients
+class _Watching:
+    """Gives a model's method gradients to look at, and keeps what it is shown."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.gradients, self.steps = model, [], []  # type: ignore[var-annotated]
+        model.method.needs_gradients = True
+        model.method.observe = self.observe
+        model.method.after_step = lambda model, step, max_steps: self.steps.append((step, max_steps))
+
+    def observe(self, model: Any, gradient_scale: float) -> None:
+        assert model is self.model.model
+        self.gradients.append({n: p.grad * gradient_scale for n, p in model.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_observed_gradients_are_whole_and_unclipped(split: dict[str, int], tmp_path: Path) -> None:
+    runs = []
+    for folder, changes in (
+        ("plain", {"max_grad_norm": 0.0, **SPLITS[0]}),
+        ("clipped", {"max_grad_norm": 0.01, **split}),
+    ):
+        watching = _Watching(scatter_scores(gated(sparsity_weight=0.0).double()))
+        settings = {"train_dataset": Images(14, DOUBLE), "max_steps": 1, **changes}
+        trainer(watching.model, tmp_path / folder, **settings).train()
+        assert watching.steps == [(1, 1)] and watching.model.training_images.images == 14
+        runs.append(watching.gradients[0])
+    assert_close(runs[1], runs[0])
+
+
+def test_a_plain_trainer_that_clips_is_refused(tmp_path: Path) -> None:
+    plain = {"kind": Trainer, "callbacks": [PruningCallback()]}
+    with pytest.raises(InvalidConfigError, match="max_grad_norm=0"):
+        trainer(_Watching(gated()).model, tmp_path, max_grad_norm=1.0, **plain).train()
+    trainer(_Watching(gated()).model, tmp_path, max_grad_norm=0.0, **plain).train()

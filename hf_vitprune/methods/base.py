@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..architecture import Architecture
+from ..batches import ImageBatches
 from ..errors import InvalidConfigError
 from ..gates import Gate
 from ..plan import PruningPlan
@@ -78,8 +79,17 @@ class PruningMethod(nn.Module):
     """Scores the units of one model while it trains, then decides once.
 
     Everything that a decision depends on is a parameter or buffer, so that an ordinary checkpoint restores it.
-    Subclasses fill ``self.gates`` and implement :meth:`penalty` and :meth:`choose`.
+    Subclasses implement :meth:`attach`, :meth:`choose` and :meth:`decide`, and those of the other calls that they
+    need. In every step of a training: :meth:`penalty`, :meth:`observe` (``needs_gradients``), the optimizer's step,
+    :meth:`after_step`; at its end :meth:`decide`.
+
+    Attributes:
+        needs_gradients: :meth:`observe` wants the gradients of the task loss.
+        needs_images: :meth:`decide` wants the training images.
     """
+
+    needs_gradients = False
+    needs_images = False
 
     def __init__(self, config: PruningConfig, model: PreTrainedModel) -> None:
         super().__init__()
@@ -104,12 +114,35 @@ class PruningMethod(nn.Module):
         """Regulariser added to the training loss, at a share of the training in [0, 1]; None for nothing."""
         return None
 
+    def observe(self, model: Any, gradient_scale: float) -> None:
+        """Look at the gradients in ``parameter.grad``, once an update, before the optimizer's step.
+
+        They are whole: summed over micro-batches, averaged over processes, unscaled.
+
+        Args:
+            model: the wrapped model (stock or PeftModel).
+            gradient_scale: factor that undoes the clipping.
+        """
+
+    def after_step(self, model: Any, step: int, max_steps: int) -> None:
+        """Called after the optimizer's step.
+
+        Args:
+            model: the wrapped model.
+            step: updates made so far, of ``max_steps``.
+        """
+
     def choose(self) -> PruningPlan:
         """The plan that the current scores give."""
         raise NotImplementedError
 
-    def decide(self) -> None:
-        """Set the gates' masks to what :meth:`choose` says; on every process alike."""
+    def decide(self, model: Any, images: ImageBatches | None = None) -> None:
+        """Fix what :meth:`choose` says; the first process's decision is then broadcast.
+
+        Args:
+            model: the wrapped model.
+            images: training images with labels, in a fixed order; given if there are any.
+        """
         raise NotImplementedError
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from ...batches import ImageBatches
 from ...errors import InvalidConfigError, InvalidPlanError
 from ...gates import Gate, attach_gates, gate_name, gate_sizes
 from ...layer_plan import PAD, LayerPlan
@@ -82,7 +83,7 @@ class VTP(PruningMethod):
             plan = self._plan_for_goal(scores)
         return replace(plan, info={**self.config.to_dict(), **plan.info})
 
-    def decide(self) -> None:
+    def decide(self, model: Any, images: ImageBatches | None = None) -> None:
         """Set the masks to what :meth:`choose` says.
 
         Raises:
