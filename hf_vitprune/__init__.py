@@ -11,6 +11,7 @@ from .methods import VTPConfig
 from .model import PruningModel, get_pruning_model
 from .modeling import build
 from .native import to_native
+from .peft_methods import ConvpassConfig, RepAdapterConfig
 from .plan import PruningPlan
 from .surgery import mask, prune, truncate
 from .trainer import PruningCallback, PruningTrainer
@@ -21,12 +22,14 @@ register_peft_types()  # adapters of pruned models load once this package is imp
 
 __all__ = [
     "Architecture",
+    "ConvpassConfig",
     "Cost",
     "DistillationConfig",
     "PruningCallback",
     "PruningModel",
     "PruningPlan",
     "PruningTrainer",
+    "RepAdapterConfig",
     "VTPConfig",
     "VitPruneError",
     "build",

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .architecture import Architecture
-from .modeling.structure import layer_paths
+from .modeling.structure import get_wrapped, layer_paths
 
 #: places of a layer where features can be multiplied by a gate, bottom to top
 POINTS = ("attention_in", "attention_out", "mlp_in", "mlp_hidden")
@@ -125,12 +125,20 @@ def attach_gates(model: PreTrainedModel, architecture: Architecture, gates: nn.M
             name = gate_name(i, point)
             if name not in gates:
                 continue
-            module = model.get_submodule(path)
+            module = get_wrapped(model, path)
             if reader is None:
                 handles.append(module.register_forward_pre_hook(_Before(gates[name])))
             else:
-                handles.append(module.register_forward_hook(_After(gates[name], model.get_submodule(reader))))
+                after = _After(gates[name], _unwrapped(get_wrapped(model, reader)))
+                handles.append(module.register_forward_hook(after))
     return handles
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module under PEFT's wrappers."""
+    while "base_layer" in module._modules:
+        module = module.get_submodule("base_layer")
+    return module
 
 
 def strip_gates(model: nn.Module) -> None:

@@ -15,9 +15,17 @@ from transformers import PreTrainedModel
 from .adapters.configs import check_config
 from .architecture import Architecture, task_of, unwrap
 from .batches import ImageBatches
-from .errors import InvalidConfigError, InvalidDataError, MissingLabelsError, ResumeError, UnsupportedModelError
+from .errors import (
+    AdapterError,
+    InvalidConfigError,
+    InvalidDataError,
+    MissingLabelsError,
+    ResumeError,
+    UnsupportedModelError,
+)
 from .methods import PruningConfig, method_for
-from .peft_twin import check_peft_model, is_peft
+from .peft_methods.convpass import ConvpassLayer
+from .peft_twin import check_peft_model, is_peft, tuner_layers
 from .plan import PruningPlan
 from .surgery import prune
 
@@ -66,6 +74,8 @@ class PruningModel(nn.Module):
         self.model = model
         self.method = method_for(config)(config, base)
         self.training_images: ImageBatches | None = None
+        if is_peft(model) and not self.method.removes_layers_only:
+            _check_sliceable(model, self.pruning_config.method_name)
         self._handles = self.method.attach(base)
         self._takes_labels = "labels" in inspect.signature(base.forward).parameters
         self._classifies = is_classifier(base)
@@ -265,6 +275,15 @@ def _check_adapters(model: Any) -> None:
     check_peft_model(model)
     for config in model.peft_config.values():
         check_config(config)
+
+
+def _check_sliceable(model: Any, method: str) -> None:
+    for name, layer in tuner_layers(unwrap(model)).items():
+        if isinstance(layer, ConvpassLayer):
+            raise AdapterError(
+                f"{method} narrows layers, and the Convpass adapter of {name} can neither be sliced nor merged; "
+                "remove whole layers (truncate), or use another adapter"
+            )
 
 
 def _some(names: Iterable[str]) -> str:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_vitprune import ConvpassConfig, RepAdapterConfig
+
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj")
 INWARD = ("fc2", "down_proj", "o_proj")
 
@@ -46,6 +48,8 @@ CONFIGS: dict[str, Callable[[nn.Module], peft.PeftConfig]] = {
     "randlora": lambda m: peft.RandLoraConfig(r=3, target_modules=targets(m)),
     "shira": lambda m: peft.ShiraConfig(r=3, target_modules=targets(m)),
     "vblora": lambda m: peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=8, topk=2, target_modules=targets(m)),
+    "repadapter": lambda m: RepAdapterConfig(r=4),
+    "convpass": lambda m: ConvpassConfig(r=4),
 }
 SLICED = list(CONFIGS)[:8]
 

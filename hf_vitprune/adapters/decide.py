@@ -13,6 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..cuts import Cut
 from ..errors import AdapterError
 from ..lineage import ALTERED_WEIGHTS, digest, digest_tensor
+from ..modeling.structure import layer_paths
+from ..peft_methods.branch import BranchLayer
+from ..peft_methods.convpass import ConvpassLayer
 from ..peft_twin import tuner_layers
 from ..plan import PruningPlan
 from .configs import changes_base
@@ -56,15 +59,20 @@ def decide(model: Any, stock: Any, plan: PruningPlan, cuts: dict[str, Cut]) -> D
     """
     layers = tuner_layers(model.get_base_model())
     kind = kind_of(next(iter(model.peft_config.values())))
-    found = {cut.source.rpartition(".")[0]: name.rpartition(".")[0] for name, cut in cuts.items()}
+    found = _new_names(cuts)
     shapes = {name: tensor.shape for name, tensor in stock.state_dict().items()}
     parts = []
     for old, layer in layers.items():
         if old in found:
-            weight = cuts.get(f"{found[old]}.weight", Cut(""))
-            cut = LayerCut.of(weight, shapes.get(f"{old}.weight", torch.Size()))
-            replaced = any(f"{found[old]}.{name}" in plan.weights for name in ("weight", "bias"))
-            parts.append((old, found[old], layer, cut, replaced))
+            new = found[old]
+            cut = _cut_of(layer, old, new, cuts, shapes)
+            replaced = any(name.startswith(f"{new}.") for name in plan.weights)
+            parts.append((old, new, layer, cut, replaced))
+        elif isinstance(layer, ConvpassLayer) and old.startswith(_kept_layers(stock, plan)):
+            raise AdapterError(
+                f"the plan removes {old} and keeps its layer; the Convpass bypass beside it would be lost. Remove "
+                "whole layers only"
+            )
     decision = Decision(kind)
     cut_somewhere = any(not cut.is_whole for _, _, _, cut, _ in parts)
     if kind == "VERA" and (cut_somewhere or _vera_shrinks(model, [layer for _, _, layer, _, _ in parts])):
@@ -83,6 +91,38 @@ def decide(model: Any, stock: Any, plan: PruningPlan, cuts: dict[str, Cut]) -> D
     return decision
 
 
+def _new_names(cuts: dict[str, Cut]) -> dict[str, str]:
+    """Old name -> new name of every module that has tensors, itself or further down."""
+    found = {}
+    for name, cut in cuts.items():
+        old, new = cut.source.split("."), name.split(".")
+        while old and new and old[-1] == new[-1]:
+            old, new = old[:-1], new[:-1]
+            found[".".join(old)] = ".".join(new)
+    return found
+
+
+def _cut_of(
+    layer: BaseTunerLayer, old: str, new: str, cuts: dict[str, Cut], shapes: dict[str, torch.Size]
+) -> LayerCut:
+    """What a layer with adapters loses; of a whole branch: inputs of what reads in it, outputs of what writes."""
+
+    def cut(part: str = "") -> LayerCut:
+        return LayerCut.of(cuts.get(f"{new}{part}.weight", Cut("")), shapes.get(f"{old}{part}.weight", torch.Size()))
+
+    if not isinstance(layer, BranchLayer):
+        return cut()
+    readers = [cut(f".{name}") for name in layer.branch.readers]
+    reader = next((c for c in readers if c.columns is not None or c.scale is not None), readers[0])
+    return LayerCut(cut(f".{layer.branch.writer}").rows, reader.columns, reader.scale)
+
+
+def _kept_layers(stock: Any, plan: PruningPlan) -> tuple[str, ...]:
+    """Prefixes of what is in the layers that stay."""
+    paths = layer_paths(stock, plan.source)
+    return tuple(f"{paths[entry.index].layer}." for entry in plan.layers)
+
+
 def _vera_shrinks(model: Any, layers: Iterable[Any]) -> bool:
     """PEFT sizes VeRA's shared matrices by the largest layer it finds."""
     inputs = max((layer.in_features for layer in layers), default=0)
@@ -97,6 +137,11 @@ def _vera_shrinks(model: Any, layers: Iterable[Any]) -> bool:
 def _check_merges(model: Any, decision: Decision) -> None:
     if not decision.merged:
         return
+    if decision.kind == "CONVPASS":
+        raise AdapterError(
+            f"the plan narrows what the Convpass bypass of {decision.merged[0]} reads or writes: it cannot be sliced, "
+            "and being no linear map it cannot be merged. Remove whole layers, or heads and neurons inside branches"
+        )
     names = list(model.peft_config)
     what = f"{decision.kind} adapters of {len(decision.merged)} layers ({', '.join(decision.merged[:3])}, ...)"
     if len(names) > 1 or any(

@@ -26,8 +26,8 @@ SIDES: dict[str, dict[str, Side]] = {
 #: the tensor that takes the factors which a plan folds into the columns of the weight. Adapters that multiply the
 #: weight elementwise (HiRA, IA3) get them from the weight
 SCALED = {"LORA": "lora_A", "ADALORA": "lora_A", "LOHA": "hada_w1_b"}
-#: kinds that rotate the input of a layer: nothing to slice while all inputs stay
-INPUT_ROTATIONS = ("OFT", "HRA")
+#: kinds that change the input of a layer: nothing to slice while all inputs stay
+INPUT_CHANGES = ("OFT", "HRA", "REPADAPTER")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class LayerCut:
 def slice_layer(kind: str, layer: Any, cut: LayerCut) -> Tensors | None:
     """New tensors of a layer's adapters of one kind (``"LORA"``, ...); None: this kind cannot be sliced like that."""
     tensors = adapter_tensors(layer)
-    if cut.is_whole or (kind in INPUT_ROTATIONS and cut.columns is None and cut.scale is None):
+    if cut.is_whole or (kind in INPUT_CHANGES and cut.columns is None and cut.scale is None):
         return {name: (tensor.detach().clone(), tensor.requires_grad) for name, tensor in tensors.items()}
     sides = SIDES.get(kind)
     base: Any = layer.get_base_layer()

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
 from ..errors import AdapterError
+from ..peft_methods.registry import add_member
 from .record import fit_base
 
 PREFIX = "VITPRUNE_"
@@ -96,7 +97,7 @@ def pruned_config_class(kind: str) -> Any:
 
 def _register(kind: str, config_class: Any, tuner: Any, prefix: str) -> None:
     name = PREFIX + kind
-    _add_member(name)
+    add_member(name)
     config = dataclasses.make_dataclass(
         f"Pruned{config_class.__name__}",
         [("pruning", dict, dataclasses.field(default_factory=dict))],
@@ -106,15 +107,3 @@ def _register(kind: str, config_class: Any, tuner: Any, prefix: str) -> None:
     model = type(f"Pruned{tuner.__name__}", (PrunedTunerMixin, tuner), {"__module__": __name__})
     globals()[config.__name__], globals()[model.__name__] = config, model  # importable by name
     register_peft_method(name=name.lower(), config_cls=config, model_cls=model, prefix=prefix)
-
-
-def _add_member(value: str) -> None:
-    """PEFT's registry is open to new methods, but the enumeration of their names is closed: extend it."""
-    member: Any = str.__new__(PeftType, value)
-    member._name_ = member._value_ = value
-    member._sort_order_ = len(PeftType._member_names_)
-    member.__objclass__ = PeftType
-    PeftType._member_map_[value] = member
-    PeftType._member_names_.append(value)
-    PeftType._value2member_map_[value] = member
-    type.__setattr__(PeftType, value, member)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import AdapterError
 from ..layer_plan import PAD
+from ..peft_methods.branch import BranchLayer
 from ..peft_twin import whole_shadow
 from .slicing import LayerCut
 
@@ -28,7 +29,7 @@ def verify_layer(
     """
     base: Any = old.get_base_layer()
     if not isinstance(base, (nn.Linear, nn.Conv2d)):
-        if cut.is_whole:  # the same tensors in the same module
+        if cut.is_whole or isinstance(old, BranchLayer):  # the same tensors on the same inputs
             return {}
         raise AdapterError(f"an adapter on {name}, a {type(base).__name__}, cannot be sliced")
     small, full = _probes(base, new.get_base_layer(), cut)

@@ -86,10 +86,12 @@ class PruningMethod(nn.Module):
     Attributes:
         needs_gradients: :meth:`observe` wants the gradients of the task loss.
         needs_images: :meth:`decide` wants the training images.
+        removes_layers_only: the plan cuts nothing inside of a layer, so that adapters of every kind can stay.
     """
 
     needs_gradients = False
     needs_images = False
+    removes_layers_only = False
 
     def __init__(self, config: PruningConfig, model: PreTrainedModel) -> None:
         super().__init__()

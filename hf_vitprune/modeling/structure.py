@@ -17,6 +17,16 @@ def get(model: nn.Module, path: str) -> nn.Module:
     return model.get_submodule(path)
 
 
+def get_wrapped(model: nn.Module, path: str) -> nn.Module:
+    """The module of that name before PEFT wrapped the parts it is in; itself with its wrapper, if it has one."""
+    module = model
+    for name in path.split("."):
+        while name not in module._modules and "base_layer" in module._modules:
+            module = get(module, "base_layer")
+        module = get(module, name)
+    return module
+
+
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
