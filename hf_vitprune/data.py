@@ -13,8 +13,8 @@ from .errors import InvalidDataError
 
 #: name of the data that needs no download: 1797 real handwritten digits that ship with scikit-learn
 DIGITS = "digits"
-_IMAGE_COLUMNS = ("image", "img", "pixel_values")
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+IMAGE_COLUMNS = ("image", "img", "pixel_values")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 
 
 @dataclass
@@ -107,8 +107,8 @@ def load_images(
     if train_split not in parts:
         raise InvalidDataError(f"{source} has no split {train_split!r}; it has {', '.join(parts)}")
     train = parts[train_split]
-    image_column = _column(train, _IMAGE_COLUMNS, "image", source)
-    label_column = _column(train, _LABEL_COLUMNS, "label", source)
+    image_column = find_column(train, IMAGE_COLUMNS, "image", source)
+    label_column = find_column(train, LABEL_COLUMNS, "label", source)
     if eval_split is None:
         eval_split = next((name for name in ("validation", "val", "test") if name in parts), None)
     elif eval_split not in parts:
@@ -156,7 +156,12 @@ def _loaded(source: str) -> Any:
         raise InvalidDataError(f"{source} is neither a folder here nor a dataset on the Hub: {error}") from error
 
 
-def _column(dataset: Any, known: tuple[str, ...], kind: str, source: str) -> str:
+def find_column(dataset: Any, known: tuple[str, ...], kind: str, source: str) -> str:
+    """The first of the known names that the dataset has.
+
+    Raises:
+        InvalidDataError: it has none of them.
+    """
     for name in known:
         if name in dataset.column_names:
             return name
