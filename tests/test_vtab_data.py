@@ -160,7 +160,7 @@ def test_a_list_of_its_own_for_all_training_images(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("images/test/000009.jpg 1", "test.txt, line 4: there is no image .*images/test/000009.jpg"),
-        ("images/test/000001.jpg 4", "test.txt, line 4: class 4 is out of range, there are 4 classes from 0"),
+        ("images/test/000001.jpg 4", "test.txt, line 4: class 4 is out of range, classes are 0 to 3"),
         ("images/test/000001.jpg -1", "line 4: class -1 is out of range"),
         ("images/test/000001.jpg", "line 4: a path and a class number are expected"),
         ("images/test/000001.jpg cat", "line 4: 'cat' is no class number"),

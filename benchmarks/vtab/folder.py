@@ -85,7 +85,7 @@ def _label(text: str, classes: int, where: str) -> int:
     except ValueError:
         raise InvalidDataError(f"{where}: {text!r} is no class number; a line is '<path> <number>'") from None
     if not 0 <= label < classes:
-        raise InvalidDataError(f"{where}: class {label} is out of range, there are {classes} classes from 0")
+        raise InvalidDataError(f"{where}: class {label} is out of range, classes are 0 to {classes - 1}")
     return label
 
 
