@@ -1,0 +1,138 @@
+"""The baseline of width pruning: DepGraph (Torch-Pruning) on an adapted model, as a plan of this library.
+
+Torch-Pruning decides (group Taylor importance, one step, the same ratio everywhere, heads kept and made narrower); the
+plan is cut by the same surgery as every other one, adapters included. The package is optional: ``pip install
+torch-pruning``.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_vitprune import PruningPlan
+from hf_vitprune.architecture import unwrap
+from hf_vitprune.batches import ImageBatches
+from hf_vitprune.errors import MissingExtraError, UnsupportedModelError
+from hf_vitprune.layer_plan import LayerPlan
+from hf_vitprune.modeling.structure import layer_paths
+from hf_vitprune.peft_twin import is_peft
+from hf_vitprune.select import check_ratio
+
+BATCHES, BATCH_SIZE = 10, 32
+ROUND_TO = 2
+
+
+def torch_pruning() -> Any:
+    """The package.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise MissingExtraError(
+            "the DepGraph baseline needs Torch-Pruning: pip install torch-pruning (it is no dependency of hf_vitprune)"
+        ) from error
+    return torch_pruning
+
+
+def depgraph_plan(model: Any, examples: Any, ratio: float, *, round_to: int = ROUND_TO) -> PruningPlan:
+    """What Torch-Pruning keeps of the heads' channels and of the MLP neurons.
+
+    The embedding keeps its width: adapters and head share it. Gradients come from the adapted model; what is scored
+    and traced is the backbone, so that adapters are ignored, as in the comparison of the SLS paper.
+
+    Args:
+        model: a transformers classifier, or a PeftModel over one.
+        examples: training examples; 10 batches of 32 of them, evenly spaced, give the gradients.
+        ratio: share of the channels that goes, in (0, 1).
+        round_to: kept channels of a head, and kept neurons, are a multiple of this.
+
+    Raises:
+        MissingExtraError: Torch-Pruning is not installed.
+        UnsupportedModelError: it finds nothing to prune in some layer.
+        InvalidPlanError: the ratio is impossible.
+    """
+    tp = torch_pruning()
+    check_ratio(ratio)
+    plan = PruningPlan.dense(model)
+    subject = _subject(model)
+    batches = ImageBatches(examples, BATCH_SIZE, limit=BATCHES * BATCH_SIZE)
+    device = next(subject.parameters()).device
+    pixels = _add_gradients(subject, batches, device)
+    named = {name.replace(".base_layer", ""): module for name, module in unwrap(subject).named_modules()}
+    paths = layer_paths(unwrap(subject), plan.source)
+    heads = {
+        named[name]: shape.heads
+        for path, shape in zip(paths, plan.source.layers, strict=True)
+        for name in (path.q, path.k, path.v)
+    }
+    prunable = {named[name] for path in paths for name in (path.q, path.k, path.v, *path.fc1)}
+    with warnings.catch_warnings(), subject.disable_adapter() if is_peft(subject) else nullcontext():
+        warnings.simplefilter("ignore")  # on tokens and positions, which keep their width
+        pruner = tp.pruner.BasePruner(
+            subject,
+            {"pixel_values": pixels},
+            importance=tp.importance.GroupTaylorImportance(),
+            pruning_ratio=ratio,
+            round_to=round_to,
+            num_heads=heads,
+            prune_num_heads=False,
+            prune_head_dims=True,
+            ignored_layers=[m for m in subject.modules() if not list(m.children()) and m not in prunable],
+            output_transform=lambda outputs: outputs.logits.sum(),
+        )
+        removed = _removed(pruner, named)
+    layers = []
+    for entry, path, shape in zip(plan.layers, paths, plan.source.layers, strict=True):
+        if path.o not in removed or path.fc2 not in removed:
+            raise UnsupportedModelError(f"Torch-Pruning finds nothing to prune at {path.layer} of this model")
+        layers.append(_cut(entry, shape, removed[path.o], removed[path.fc2]))
+    info = {"method": "DepGraph", "ratio": ratio, "round_to": round_to, "torch_pruning": tp.__version__}
+    return replace(plan, layers=tuple(layers), info=info).validated()
+
+
+def _subject(model: Any) -> Any:
+    """A copy for Torch-Pruning to trace: attention as plain matrix products, every weight with a gradient."""
+    subject = copy.deepcopy(model)
+    unwrap(subject).set_attn_implementation("eager")
+    return subject.eval().requires_grad_(True)
+
+
+def _add_gradients(subject: Any, batches: ImageBatches, device: torch.device) -> torch.Tensor:
+    """Sum the gradients of all batches; gives one image back."""
+    for batch in batches:
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        logits = subject(pixel_values=inputs["pixel_values"]).logits
+        nn.functional.cross_entropy(logits, inputs["labels"]).backward()
+    return inputs["pixel_values"][:1]
+
+
+def _removed(pruner: Any, named: dict[str, nn.Module]) -> dict[str, set[int]]:
+    """Name of a Linear -> inputs that go. The groups are only looked at, not pruned."""
+    names = {module: name for name, module in named.items()}
+    removed: dict[str, set[int]] = {}
+    for group in pruner.step(interactive=True):
+        for dependency, indices in group:
+            module = dependency.target.module
+            if isinstance(module, nn.Linear) and pruner.DG.is_in_channel_pruning_fn(dependency.handler):
+                removed.setdefault(names[module], set()).update(indices)
+    return removed
+
+
+def _cut(entry: LayerPlan, shape: Any, channels: set[int], neurons: set[int]) -> LayerPlan:
+    """The layer without these inputs of its output projection (all heads lose the same) and of its second Linear."""
+    lost = {channel % shape.v_dim for channel in channels}
+    if channels != {head * shape.v_dim + channel for head in range(shape.heads) for channel in lost}:
+        raise UnsupportedModelError(f"Torch-Pruning cut the heads of layer {entry.index} differently")
+    kept = [channel for channel in range(shape.v_dim) if channel not in lost]
+    entry = entry.keep_channels("qk", kept).keep_channels("v", kept)
+    return replace(entry, mlp=tuple(n for n in range(shape.mlp) if n not in neurons))
