@@ -29,8 +29,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_vitprune import Architecture, PruningPlan, VTPConfig, build, count, get_pruning_model, prune
 from hf_vitprune.cost.latency import device_name, measure_speed
+from hf_vitprune.cost.meter import ClosedFormMeter
 from hf_vitprune.native import to_native
-from hf_vitprune.targets import cost_ratio
 
 SHAPES = {"vit-small": (384, 6), "vit-base": (768, 12)}
 
@@ -49,6 +49,7 @@ def dense_config(name: str) -> ViTConfig:
 def half_the_macs(config: ViTConfig) -> Architecture:
     """Half the MACs by an even number of heads and a multiple of 64 neurons; the most balanced such shape."""
     dense = Architecture.dense(config)
+    meter = ClosedFormMeter("macs", dense)
     head_dim = dense.layers[0].qk_dim
     best, imbalance = None, 1.0
     for heads in range(2, dense.layers[0].heads, 2):
@@ -56,7 +57,7 @@ def half_the_macs(config: ViTConfig) -> Architecture:
             shape = {"heads": heads, "qk_dim": head_dim, "v_dim": head_dim, "mlp": mlp}
             architecture = Architecture.from_layers(config, [shape] * len(dense.layers))
             skew = abs(heads / dense.layers[0].heads - mlp / config.intermediate_size)
-            if abs(cost_ratio(architecture, dense, "macs") - 0.5) < 0.02 and skew < imbalance:
+            if abs(meter.ratio(architecture) - 0.5) < 0.02 and skew < imbalance:
                 best, imbalance = architecture, skew
     assert best is not None
     return best

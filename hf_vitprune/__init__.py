@@ -3,7 +3,7 @@
 from .adapters import register_peft_types
 from .architecture import Architecture
 from .card import model_card
-from .cost import Cost, count
+from .cost import Cost, LatencyTable, count
 from .distillation import DistillationConfig
 from .errors import VitPruneError
 from .hub import push_to_hub
@@ -25,6 +25,7 @@ __all__ = [
     "ConvpassConfig",
     "Cost",
     "DistillationConfig",
+    "LatencyTable",
     "PruningCallback",
     "PruningModel",
     "PruningPlan",

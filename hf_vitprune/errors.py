@@ -59,3 +59,7 @@ class HubUploadError(VitPruneError, ConnectionError):
 
 class MissingExtraError(VitPruneError, ImportError):
     """A feature needs a package that is only installed with one of the extras."""
+
+
+class LatencyTableError(VitPruneError, ValueError):
+    """A latency table is damaged, is of another model, device or input, or does not cover the sizes asked for."""

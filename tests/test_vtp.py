@@ -10,6 +10,7 @@ import torch
 from transformers import DeiTConfig, DeiTForImageClassification
 
 from hf_vitprune import Architecture, PruningModel, PruningPlan, VTPConfig, count, get_pruning_model
+from hf_vitprune.cost.meter import ClosedFormMeter
 from hf_vitprune.errors import (
     AdapterError,
     InvalidConfigError,
@@ -19,7 +20,6 @@ from hf_vitprune.errors import (
 )
 from hf_vitprune.gates import POINTS, Gate, _GatedFeatures
 from hf_vitprune.plan import PAD
-from hf_vitprune.targets import cost_ratio
 from pruning_runs import VIT, gated, lora_model, scatter_scores, state_of, trainer
 from tiny import assert_same, images, make, relative_error, run, total_loss
 
@@ -276,7 +276,8 @@ def test_target_is_met_by_the_weakest_threshold(round_to: int) -> None:
     for k, plan in enumerate(plans):
         places.setdefault(str(plan.layers), k)
     for metric in ("macs", "params"):
-        ratios = [cost_ratio(p.architecture, p.source, metric) for p in plans]
+        meter = ClosedFormMeter(metric, plans[0].source)
+        ratios = [meter.ratio(p.architecture) for p in plans]
         for target in (0.4, 0.5, 0.61, 0.8):
             k = places[str(plan_of(target=target, target_metric=metric).layers)]
             assert target - 0.06 < ratios[k] <= target < ratios[k - 1]  # a step of a head is worth 0.05
@@ -364,7 +365,7 @@ def refused(name: str, message: str, *values: Any) -> list[tuple[dict[str, Any],
         ({"pruning_ratio": 0.4, "target": 0.5}, "pruning_ratio.*or target.*both"),
         *refused("pruning_ratio", "must lie strictly between 0 and 1", 0, 1, -1, "0.4", True, math.nan),
         *refused("target", "must lie strictly between 0 and 1", 0.0, 1.0, 40, "half"),
-        ({"target": 0.5, "target_metric": "flops"}, "target_metric is one of macs, params, not 'flops'"),
+        ({"target": 0.5, "target_metric": "flops"}, "target_metric is one of macs, params, latency, not 'flops'"),
         *refused("sparsity_weight", "is a number, not negative", -1e-4, math.nan, math.inf, None, "1"),
         *refused("sparsity_warmup", "is a number, between 0 and 1", -0.1, 100, None),
         *refused("points", "is a non-empty choice of attention_in", [], "mlp_in", ["mlp"], None, [1], ["mlp_in"] * 2),

@@ -43,15 +43,31 @@ def count(model: Any, image_size: int | tuple[int, int] | None = None) -> Cost:
 def cost_parts(model: Any, image_size: int | tuple[int, int] | None = None) -> list[Part]:
     """The cost part by part: ``layer i attention``, ``layer i mlp`` and what lies outside the layers."""
     architecture = model if isinstance(model, Architecture) else Architecture.of(model)
-    family, config = architecture.family, architecture.config
-    grid = family.grid(config, image_size)
+    grid = architecture.family.grid(architecture.config, image_size)
     parts = []
     for i, (shape, stage) in enumerate(zip(architecture.layers, architecture.stages, strict=True)):
-        tokens, projected, squares = family.attention_tokens(config, grid, stage)
-        width = architecture.width(i)
-        parts.append(_attention(architecture, shape, width, f"layer {i} attention", projected, squares))
-        parts.append(_mlp(architecture, shape, width, f"layer {i} mlp", tokens))
-    return parts + family.outer_parts(config, architecture.hidden_size, architecture.task, grid)
+        parts += layer_parts(architecture, shape, architecture.width(i), stage, grid, f"layer {i}")
+    return parts + outer_parts(architecture, architecture.hidden_size, grid)
+
+
+def layer_parts(
+    architecture: Architecture, shape: LayerShape, width: int, stage: int, grid: tuple[int, int], name: str = "layer"
+) -> list[Part]:
+    """Attention and MLP of one layer of any shape, residual width and stage, in models like ``architecture``.
+
+    Args:
+        grid: patches down and across, ``family.grid(config, image_size)``.
+    """
+    tokens, projected, squares = architecture.family.attention_tokens(architecture.config, grid, stage)
+    return [
+        _attention(architecture, shape, width, f"{name} attention", projected, squares),
+        _mlp(architecture, shape, width, f"{name} mlp", tokens),
+    ]
+
+
+def outer_parts(architecture: Architecture, hidden_size: int, grid: tuple[int, int]) -> list[Part]:
+    """What lies outside the layers, at any residual width."""
+    return architecture.family.outer_parts(architecture.config, hidden_size, architecture.task, grid)
 
 
 def _attention(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from transformers import PreTrainedModel
 
 from ..architecture import Architecture
 from ..batches import ImageBatches
+from ..cost.latency_table import LatencyTable
+from ..cost.meter import METRICS, ClosedFormMeter, CostMeter, LatencyMeter
 from ..errors import InvalidConfigError
+from ..families.base import pair
 from ..gates import Gate
 from ..plan import PruningPlan
-
-METRICS = ("macs", "params")
 
 
 @dataclass
@@ -26,8 +28,13 @@ class PruningConfig:
 
     Attributes:
         target: fraction of the dense model's cost that may remain, in (0, 1); None where the method has its own goal.
-        target_metric: what ``target`` counts: ``macs`` or ``params``.
-        image_size: side (or height and width) in pixels at which MACs are counted; the model's own by default.
+        target_metric: what ``target`` counts: ``macs``, ``params`` or ``latency``.
+        image_size: side (or height and width) in pixels at which MACs are counted and latency was measured; the
+            model's own by default.
+        latency_table: for the metric ``latency``: a LatencyTable, or the file of one.
+        latency_batch_size: images a forward pass that the pruned model is for; a table of another batch is refused.
+            None: whatever the table has.
+        allow_other_device: the table was measured on another device than this machine's, where the model is to run.
         gate_learning_rate: learning rate of gates; None uses the optimizer's.
     """
 
@@ -35,6 +42,9 @@ class PruningConfig:
     target_metric: str = "macs"
     image_size: int | tuple[int, int] | None = None
     gate_learning_rate: float | None = None
+    latency_table: str | Path | LatencyTable | None = None
+    latency_batch_size: int | None = None
+    allow_other_device: bool = False
 
     def __post_init__(self) -> None:
         if self.target is not None:
@@ -48,13 +58,53 @@ class PruningConfig:
         sides = self.image_size if isinstance(self.image_size, (tuple, list)) else (self.image_size,) * 2
         if self.image_size is not None and (len(sides) != 2 or any(type(s) is not int or s < 1 for s in sides)):
             raise InvalidConfigError(f"image_size is a number of pixels or (height, width), not {self.image_size!r}")
+        self._check_latency()
+
+    def _check_latency(self) -> None:
+        if (self.target_metric == "latency") != (self.latency_table is not None):
+            raise InvalidConfigError(
+                "target_metric='latency' and latency_table go together: make a table with LatencyTable.measure or "
+                f"hf-vitprune latency; got {self.target_metric!r} and {self.latency_table!r}"
+            )
+        batch = self.latency_batch_size
+        if batch is not None and (type(batch) is not int or batch < 1):
+            raise InvalidConfigError(f"latency_batch_size is a whole number of at least 1, not {batch!r}")
+        if not isinstance(self.allow_other_device, bool):
+            raise InvalidConfigError(f"allow_other_device is True or False, not {self.allow_other_device!r}")
+        self._table: LatencyTable | None = None
+        if self.latency_table is not None:
+            known = isinstance(self.latency_table, (str, Path, LatencyTable))
+            if not known or (isinstance(self.latency_table, (str, Path)) and not Path(self.latency_table).is_file()):
+                raise InvalidConfigError(f"latency_table is a LatencyTable or a file, not {self.latency_table!r}")
+            table = self.latency_table
+            self._table = table if isinstance(table, LatencyTable) else LatencyTable.load(table)
+
+    def meter(self, reference: Architecture) -> CostMeter:
+        """What ``target`` counts, for models pruned from ``reference``.
+
+        Raises:
+            LatencyTableError: the table is of another model, input, batch or device, or its grid does not cover the
+                reference.
+        """
+        if self._table is None:
+            return ClosedFormMeter(self.target_metric, reference, self.image_size)
+        sizes = reference.family.sizes_config(reference.config)
+        image_size = pair(sizes.image_size if self.image_size is None else self.image_size)
+        self._table.check(reference, image_size, self.latency_batch_size)
+        if not self.allow_other_device:
+            self._table.check_device()
+        meter = LatencyMeter(self._table, reference)
+        meter.ratio(reference)
+        return meter
 
     @property
     def method_name(self) -> str:
         return type(self).__name__.removesuffix("Config")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"method": self.method_name, **asdict(self)}
+        """JSON-ready form; of a latency table, where and when it was made, and a digest."""
+        table = {} if self._table is None else {"latency_table": self._table.summary()}
+        return {"method": self.method_name, **asdict(self), **table}
 
 
 def check_open_interval(name: str, value: Any) -> None:

@@ -10,13 +10,14 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ...batches import ImageBatches
+from ...cost.meter import ClosedFormMeter, CostMeter
 from ...errors import InvalidConfigError, InvalidPlanError
 from ...gates import Gate, attach_gates, gate_name, gate_sizes
 from ...layer_plan import PAD, LayerPlan
 from ...modeling.structure import layer_paths
 from ...plan import PruningPlan
 from ...select import best
-from ...targets import cost_ratio, reach_target
+from ...targets import reach_target
 from ..base import PruningMethod
 from .config import VTPConfig
 
@@ -58,7 +59,11 @@ class VTP(PruningMethod):
     def logs(self) -> dict[str, float]:
         scores = torch.cat([gate.factors().detach().abs() for gate in self._gates().values()])
         plan = self.choose()
-        ratios = {m: cost_ratio(plan.architecture, plan.source, m, self.config.image_size) for m in ("macs", "params")}
+        meters: dict[str, CostMeter] = {
+            m: ClosedFormMeter(m, plan.source, self.config.image_size) for m in ("macs", "params")
+        }
+        meters.setdefault(self.config.target_metric, self.config.meter(plan.source))
+        ratios = {metric: meter.ratio(plan.architecture) for metric, meter in meters.items()}
         return {
             "gates_mean": scores.mean().item(),
             "gates_min": scores.min().item(),
@@ -109,8 +114,7 @@ class VTP(PruningMethod):
             lambda dropped: self._plan_at(dropped, scores, ranked),
             len(ranked),
             config.target,
-            config.target_metric,
-            config.image_size,
+            config.meter(self.architecture),
         )
 
     def _plan_at(self, dropped: int, scores: _Sets, ranked: torch.Tensor) -> PruningPlan:

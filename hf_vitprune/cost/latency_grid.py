@@ -1,0 +1,74 @@
+"""Which sizes a latency table is measured at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..architecture import Architecture
+from ..errors import InvalidConfigError
+
+#: sizes along an axis -> how many points, for grids of minutes and of an hour
+COARSE = {"embedding": 4, "heads": 3, "qk": 4, "v": 4, "mlp": 6, "inputs": 3}
+FINE = {"embedding": 8, "heads": 6, "qk": 8, "v": 8, "mlp": 12, "inputs": 5}
+NAMED = {"coarse": COARSE, "fine": FINE}
+#: whole numbers of these are fast on most devices, and the smallest a search leaves by default
+STEPS = {"embedding": 8, "heads": 1, "qk": 8, "v": 8, "mlp": 8, "inputs": 8}
+#: a size of fewer steps than this is measured from 1 on
+FEWEST_STEPS = 4
+
+StageAxes = dict[str, tuple[int, ...]]
+
+
+def stage_axes(architecture: Architecture, grid: str | Mapping[str, Sequence[int]] = "coarse") -> list[StageAxes]:
+    """Axes of every stage: from the smallest size that a search may ask for up to the dense one.
+
+    Args:
+        architecture: of the model; its dense form gives the largest sizes.
+        grid: ``"coarse"``, ``"fine"``, or sizes by axis (``embedding``, ``heads``, ``qk``, ``v``, ``mlp``,
+            ``inputs``) for what is to differ from the coarse grid; sizes over the dense one of a stage are left out
+            there, and the dense one is always added.
+
+    Raises:
+        InvalidConfigError: an unknown name or axis, or sizes that are no positive whole numbers.
+    """
+    given: dict[str, tuple[int, ...]] = {}
+    if isinstance(grid, Mapping):
+        given, grid = {axis: _checked(axis, sizes) for axis, sizes in grid.items()}, "coarse"
+    if grid not in NAMED:
+        raise InvalidConfigError(f"grid is one of {', '.join(NAMED)}, or sizes by axis; not {grid!r}")
+    dense = Architecture.dense(architecture.config, architecture.task)
+    stages = []
+    for stage in sorted(set(dense.stages)):
+        layer = dense.stages.index(stage)
+        shape, width = dense.layers[layer], dense.width(layer)
+        full = {"embedding": width, "heads": shape.heads, "qk": shape.qk_dim, "v": shape.v_dim}
+        full |= {"mlp": shape.mlp, "inputs": width}
+        axes = {
+            axis: tuple(sorted({*(s for s in given[axis] if s < size), size}))
+            if axis in given
+            else spread(size, STEPS[axis], NAMED[grid][axis])
+            for axis, size in full.items()
+        }
+        if "embedding" not in dense.family.units:
+            axes["embedding"] = (width,)
+        stages.append(axes)
+    return stages
+
+
+def _checked(axis: Any, sizes: Any) -> tuple[int, ...]:
+    if axis not in STEPS:
+        raise InvalidConfigError(f"grid: {axis!r} is no axis; axes are {', '.join(STEPS)}")
+    whole = isinstance(sizes, Sequence) and not isinstance(sizes, str) and all(type(s) is int and s > 0 for s in sizes)
+    if not whole or not sizes:
+        raise InvalidConfigError(f"grid: {axis} is a list of positive whole numbers, not {sizes!r}")
+    return tuple(sizes)
+
+
+def spread(largest: int, step: int, points: int) -> tuple[int, ...]:
+    """About ``points`` ascending sizes, multiples of ``step`` up to ``largest``, both ends included."""
+    if largest < step * FEWEST_STEPS:
+        step = 1
+    steps = largest // step
+    chosen = {step * round(1 + (steps - 1) * i / (points - 1)) for i in range(points - 1)}
+    return tuple(sorted({*chosen, largest}))

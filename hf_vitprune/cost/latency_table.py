@@ -1,0 +1,254 @@
+"""Predicted seconds of any shape of one model, from times measured once on a device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..architecture import Architecture
+from ..errors import LatencyTableError
+from ..families.base import pair
+from ..layer_shape import LayerShape
+from .latency import device_name
+from .sampled_grid import SampledGrid
+
+FORMAT_VERSION = 1
+#: what the provenance of a table must say
+PROVENANCE = ("device", "device_type", "dtype", "batch_size", "image_size", "torch", "transformers", "date")
+#: grids that every stage has; other mixers than attention have one of their own name
+STAGE_GRIDS = ("none", "attention", "mlp")
+
+
+class LatencyTable:
+    """How long a forward pass of a batch takes, block by block, for every shape that a grid spans.
+
+    A block is its attention, its MLP and a remainder (norms apart, what is left of a block when both are removed).
+    The parts are timed as ``none`` (the remainder), ``attention`` (a block without MLP) and ``mlp`` (a block without
+    attention); a block with both takes ``attention + mlp - none``. A model is its blocks, and ``model``: one with
+    nothing in its blocks, which is the time of patch embedding, final norm and head.
+
+    Attributes:
+        provenance: device, threads, dtype, batch and image size, versions, date; JSON-ready.
+        covers: the dense model that the times are of, as :func:`covered_model` describes it.
+        model: seconds of the model with one empty block a stage, by ``embedding``.
+        stages: for every stage, the grids by name. Axes: ``embedding``, ``heads``, ``qk``, ``v``, ``mlp``;
+            ``inputs`` in ``attention_reading`` and ``mlp_reading`` (parts that read only some residual channels);
+            ``shifted`` (0, 1) for windows.
+        monotone: times are read from a fit that never falls when a size grows; the measured ones are kept.
+    """
+
+    def __init__(
+        self,
+        provenance: Mapping[str, Any],
+        covers: Mapping[str, Any],
+        model: SampledGrid,
+        stages: list[dict[str, SampledGrid]],
+        monotone: bool = False,
+    ) -> None:
+        missing = [name for name in PROVENANCE if name not in provenance]
+        if missing:
+            raise LatencyTableError(f"the table's provenance lacks {', '.join(missing)}")
+        for i, grids in enumerate(stages):
+            absent = [name for name in STAGE_GRIDS if name not in grids]
+            if absent:
+                raise LatencyTableError(f"stage {i} of the table lacks {', '.join(absent)}")
+        self.provenance, self.covers = dict(provenance), dict(covers)
+        self.model, self.stages, self.monotone = model, stages, monotone
+        self._model = model.monotone() if monotone else model
+        self._stages = [{k: g.monotone() for k, g in row.items()} if monotone else row for row in stages]
+
+    # ------------------------------------------------------------------ predicting
+    def predict(self, architecture: Architecture) -> float:
+        """Seconds of one forward pass of the table's batch, embedding and head included.
+
+        Raises:
+            LatencyTableError: the architecture is of another model, or a size lies outside the grid.
+        """
+        self.check(architecture)
+        layers = (
+            self.layer_seconds(shape, architecture.width(i), stage)
+            for i, (shape, stage) in enumerate(zip(architecture.layers, architecture.stages, strict=True))
+        )
+        return sum(layers) + self.outer_seconds(architecture.hidden_size)
+
+    def layer_seconds(self, shape: LayerShape, width: int, stage: int = 0) -> float:
+        """Seconds of one block of a stage at a residual width.
+
+        Raises:
+            LatencyTableError: a size lies outside the grid, or the block's mixer was not timed.
+        """
+        grids = self._stages[stage]
+        shifted = int(bool(shape.shifted))
+        place = {"embedding": width, "shifted": shifted}
+        if shape.mixer == "attention":
+            sizes = {**place, "heads": shape.heads, "qk": shape.qk_dim, "v": shape.v_dim}
+            seconds = self._read(stage, "attention", shape.attention_in, sizes)
+        elif shape.mixer in grids:
+            seconds = grids[shape.mixer].at(**place)
+        else:
+            raise LatencyTableError(f"the table has no times of the mixer {shape.mixer!r}; measure it again")
+        if shape.mlp:
+            place["shifted"] = 0
+            seconds += self._read(stage, "mlp", shape.mlp_in, {**place, "mlp": shape.mlp}) - grids["none"].at(**place)
+        return seconds
+
+    def _read(self, stage: int, name: str, inputs: int | None, sizes: dict[str, int]) -> float:
+        grids = self._stages[stage]
+        if inputs is None:
+            return grids[name].at(**sizes)
+        if f"{name}_reading" not in grids:
+            raise LatencyTableError(
+                f"the table has no times of blocks that read only some of their inputs ({name}_in {inputs}); measure "
+                "one with inputs in its grid"
+            )
+        return grids[f"{name}_reading"].at(**sizes, inputs=inputs)
+
+    def outer_seconds(self, hidden_size: int) -> float:
+        """Seconds of everything outside the blocks at a residual width.
+
+        Raises:
+            LatencyTableError: the width lies outside the grid.
+        """
+        factors = self.covers["width_factors"]
+        empty = (
+            g["none"].at(embedding=hidden_size * f, shifted=0) for g, f in zip(self._stages, factors, strict=True)
+        )
+        return self._model.at(embedding=hidden_size) - sum(empty)
+
+    # ------------------------------------------------------------------ what it may be used for
+    def check(
+        self,
+        architecture: Architecture,
+        image_size: int | tuple[int, int] | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        """Refuse an architecture of another model, or another input than the table's.
+
+        Args:
+            architecture: its dense model must be the table's.
+            image_size: side, or (height, width), of the images meant; None: not stated.
+            batch_size: images a forward pass; None: not stated.
+
+        Raises:
+            LatencyTableError: what differs, and what the table has.
+        """
+        theirs = covered_model(architecture, tuple(self.provenance["image_size"]))
+        differing = [f"{k} {theirs.get(k)!r}, the table {v!r}" for k, v in self.covers.items() if theirs.get(k) != v]
+        if image_size is not None and list(pair(image_size)) != list(self.provenance["image_size"]):
+            differing.append(f"images of {pair(image_size)}, the table {tuple(self.provenance['image_size'])}")
+        if batch_size is not None and batch_size != self.provenance["batch_size"]:
+            differing.append(f"batches of {batch_size}, the table {self.provenance['batch_size']}")
+        if differing:
+            raise LatencyTableError(
+                f"the latency table is of another model or input: the model has {'; '.join(differing)}. Measure a "
+                "table for this one (hf-vitprune latency)"
+            )
+
+    def check_device(self) -> None:
+        """Refuse a table that was not measured on this machine's processor or accelerator.
+
+        Raises:
+            LatencyTableError: names both.
+        """
+        made_on = self.provenance["device"]
+        here = {device_name("cpu")}
+        if torch.cuda.is_available():
+            here |= {device_name(f"cuda:{i}") for i in range(torch.cuda.device_count())}
+        elif torch.accelerator.is_available():
+            here.add(device_name(torch.accelerator.current_accelerator() or "cpu"))
+        if made_on not in here:
+            raise LatencyTableError(
+                f"the latency table was measured on {made_on}, this machine has {', '.join(sorted(here))}. If the "
+                "model is to run there, say so with allow_other_device; otherwise measure a table here"
+            )
+
+    # ------------------------------------------------------------------ files
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        stages = [{name: grid.to_dict() for name, grid in row.items()} for row in self.stages]
+        record = {"version": FORMAT_VERSION, "provenance": self.provenance, "covers": self.covers}
+        return {**record, "monotone": self.monotone, "model": self.model.to_dict(), "stages": stages}
+
+    @classmethod
+    def from_dict(cls, record: Any) -> LatencyTable:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            LatencyTableError: something is missing or impossible.
+        """
+        needed = {"version", "provenance", "covers", "monotone", "model", "stages"}
+        if not isinstance(record, dict) or not needed <= record.keys():
+            raise LatencyTableError(f"a latency table has {', '.join(sorted(needed))}")
+        if record["version"] != FORMAT_VERSION:
+            raise LatencyTableError(f"format version {record['version']!r}, this library reads {FORMAT_VERSION}")
+        kinds = {"provenance": dict, "covers": dict, "monotone": bool, "stages": list}
+        wrong = [name for name, kind in kinds.items() if not isinstance(record[name], kind)]
+        if wrong or not all(isinstance(row, dict) for row in record["stages"]):
+            raise LatencyTableError(f"malformed: {', '.join(wrong) or 'stages'}")
+        stages = [
+            {name: SampledGrid.from_dict(f"stage {i} {name}", grid) for name, grid in row.items()}
+            for i, row in enumerate(record["stages"])
+        ]
+        model = SampledGrid.from_dict("model", record["model"])
+        return cls(record["provenance"], record["covers"], model, stages, record["monotone"])
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table as JSON.
+
+        Returns:
+            The path.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """Read a table.
+
+        Raises:
+            LatencyTableError: the file is damaged.
+            OSError: there is no such file.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (json.JSONDecodeError, UnicodeDecodeError, LatencyTableError) as error:
+            raise LatencyTableError(f"{path} is no usable latency table: {error}") from error
+
+    def summary(self) -> dict[str, Any]:
+        """What to note of a table in the settings of a run: where and when it was made, and a digest of it."""
+        digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        names = ("device", "dtype", "batch_size", "image_size", "date")
+        return {**{name: self.provenance[name] for name in names}, "digest": digest}
+
+    def __repr__(self) -> str:
+        p = self.provenance
+        return f"LatencyTable({self.covers['model_type']} on {p['device']}, batch {p['batch_size']}, {p['dtype']})"
+
+
+def covered_model(architecture: Architecture, image_size: int | tuple[int, int]) -> dict[str, Any]:
+    """The dense model behind an architecture and the input it is timed on, as far as times depend on them."""
+    dense = Architecture.dense(architecture.config, architecture.task)
+    family, config = dense.family, dense.config
+    stages = sorted(set(dense.stages))
+    first = [dense.stages.index(stage) for stage in stages]
+    grid = family.grid(config, image_size)
+    return {
+        "model_type": dense.model_type,
+        "task": dense.task,
+        "hidden_size": dense.hidden_size,
+        "depths": [dense.stages.count(stage) for stage in stages],
+        "width_factors": [family.width_factor(stage) for stage in stages],
+        "heads": [dense.layers[i].heads for i in first],
+        "head_dim": [dense.layers[i].qk_dim for i in first],
+        "mlp": [dense.layers[i].mlp for i in first],
+        "fc1": len(family.fc1_names(config)),
+        "tokens": [list(family.attention_tokens(config, grid, stage)) for stage in stages],
+        "patch_size": list(pair(family.sizes_config(config).patch_size)),
+    }

@@ -1,0 +1,114 @@
+"""One interface for every kind of cost that a target can count: of a model, of one layer, and as a fraction."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from ..architecture import Architecture
+from ..families import Part
+from ..layer_shape import LayerShape
+from .closed_form import layer_parts, outer_parts
+from .latency_table import LatencyTable
+
+ImageSize = int | tuple[int, int] | None
+
+#: what a target can count
+METRICS = ("macs", "params", "latency")
+
+
+class CostMeter(ABC):
+    """Cost of architectures like a reference one: the sum over its layers, and of what lies outside them.
+
+    Made for searches: the cost of a layer depends on its own sizes, the residual width and its stage only, and is
+    remembered, so that asking again for a model that differs in one layer costs a few look-ups.
+
+    Attributes:
+        metric: ``macs``, ``params`` or ``latency``.
+        reference: what ratios are taken of: the architecture that pruning starts from.
+    """
+
+    metric: str
+
+    def __init__(self, reference: Architecture) -> None:
+        self.reference = reference
+        self._layers: dict[tuple[LayerShape, int, int], float] = {}
+        self._outer: dict[int, float] = {}
+        self._reference_cost: float | None = None
+
+    # ------------------------------------------------------------------ parts
+    def layer(self, shape: LayerShape, width: int, stage: int = 0) -> float:
+        """Cost of one layer, in the metric's unit (multiply-adds an image, parameters, seconds a batch).
+
+        Args:
+            shape: sizes of the layer.
+            width: residual width at it (``architecture.width(i)``).
+            stage: its stage (``architecture.stages[i]``); 0 for models without stages.
+
+        Raises:
+            LatencyTableError: a latency table does not cover the sizes.
+        """
+        key = (shape, width, stage)
+        if key not in self._layers:
+            self._layers[key] = self._layer_cost(shape, width, stage)
+        return self._layers[key]
+
+    def outer(self, hidden_size: int) -> float:
+        """Cost of everything outside the layers (embedding, norms, head) at a residual width, in the same unit."""
+        if hidden_size not in self._outer:
+            self._outer[hidden_size] = self._outer_cost(hidden_size)
+        return self._outer[hidden_size]
+
+    @abstractmethod
+    def _layer_cost(self, shape: LayerShape, width: int, stage: int) -> float: ...
+
+    @abstractmethod
+    def _outer_cost(self, hidden_size: int) -> float: ...
+
+    # ------------------------------------------------------------------ whole models
+    def total(self, architecture: Architecture) -> float:
+        """Cost of a model of the reference's kind, in the metric's unit."""
+        layers = (
+            self.layer(shape, architecture.width(i), stage)
+            for i, (shape, stage) in enumerate(zip(architecture.layers, architecture.stages, strict=True))
+        )
+        return sum(layers) + self.outer(architecture.hidden_size)
+
+    def ratio(self, architecture: Architecture) -> float:
+        """Cost as a fraction of the reference's."""
+        if self._reference_cost is None:
+            self._reference_cost = self.total(self.reference)
+        return self.total(architecture) / self._reference_cost
+
+
+class ClosedFormMeter(CostMeter):
+    """Multiply-adds or parameters."""
+
+    def __init__(self, metric: str, reference: Architecture, image_size: ImageSize = None) -> None:
+        super().__init__(reference)
+        self.metric = metric
+        self._grid = reference.family.grid(reference.config, image_size)
+
+    def _layer_cost(self, shape: LayerShape, width: int, stage: int) -> float:
+        return sum(map(self._amount, layer_parts(self.reference, shape, width, stage, self._grid)))
+
+    def _outer_cost(self, hidden_size: int) -> float:
+        return sum(map(self._amount, outer_parts(self.reference, hidden_size, self._grid)))
+
+    def _amount(self, part: Part) -> int:
+        return part.macs if self.metric == "macs" else part.weights + part.others
+
+
+class LatencyMeter(CostMeter):
+    """Seconds a batch, from a table that was measured on the device the model is for."""
+
+    metric = "latency"
+
+    def __init__(self, table: LatencyTable, reference: Architecture) -> None:
+        super().__init__(reference)
+        self.table = table
+
+    def _layer_cost(self, shape: LayerShape, width: int, stage: int) -> float:
+        return self.table.layer_seconds(shape, width, stage)
+
+    def _outer_cost(self, hidden_size: int) -> float:
+        return self.table.outer_seconds(hidden_size)

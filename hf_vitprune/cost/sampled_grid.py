@@ -1,0 +1,94 @@
+"""Seconds on a rectangular grid of sizes: read between its points by multilinear interpolation, never beyond it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from ..errors import LatencyTableError
+
+
+@dataclass(frozen=True, eq=False)
+class SampledGrid:
+    """Times at every combination of a few sizes.
+
+    Multiply-adds of a transformer block are linear in each of its sizes, so that interpolation along one axis at a
+    time loses nothing of them; what it approximates is only how efficient the device is at a size.
+
+    Attributes:
+        name: what was timed, for error messages.
+        axes: name of a size -> its ascending values.
+        seconds: times, one dimension an axis.
+    """
+
+    name: str
+    axes: Mapping[str, tuple[int, ...]]
+    seconds: np.ndarray
+
+    def __post_init__(self) -> None:
+        for axis, values in self.axes.items():
+            whole = all(type(v) is int and v >= 0 for v in values)
+            if not values or not whole or any(a >= b for a, b in pairwise(values)):
+                raise LatencyTableError(f"{self.name}: the {axis} axis {list(values)!r} is no ascending list of sizes")
+        shape = tuple(len(values) for values in self.axes.values())
+        if self.seconds.shape != shape:
+            raise LatencyTableError(f"{self.name}: times of shape {self.seconds.shape} on a grid of {shape}")
+        if not (np.isfinite(self.seconds).all() and (self.seconds > 0).all()):
+            raise LatencyTableError(f"{self.name}: every time is a positive, finite number of seconds; some are not")
+
+    def at(self, **sizes: int) -> float:
+        """Seconds at one combination of sizes; sizes that are no axis of the grid play no part.
+
+        Raises:
+            LatencyTableError: a size lies outside the grid; names it and what is covered.
+        """
+        cube = self.seconds
+        for axis, values in self.axes.items():
+            size = sizes[axis]
+            if not values[0] <= size <= values[-1]:
+                raise LatencyTableError(
+                    f"{self.name}: {axis} {size} is not covered, the table spans {values[0]} to {values[-1]}; times "
+                    "are not extrapolated, so measure a table whose grid has this size"
+                )
+            i = bisect_right(values, size) - 1
+            if values[i] == size:
+                cube = cube[i]
+            else:
+                share = (size - values[i]) / (values[i + 1] - values[i])
+                cube = cube[i] * (1 - share) + cube[i + 1] * share
+        return float(cube)
+
+    def monotone(self) -> SampledGrid:
+        """The grid with times that never fall when a size grows: halfway between the closest fits from either side.
+
+        The running maximum along every axis is the lowest non-falling grid above the times, the running minimum from
+        the other end the highest one below; times that are in order already stay as they are.
+        """
+        above, below = self.seconds, self.seconds
+        for i in range(self.seconds.ndim):
+            above = np.maximum.accumulate(above, axis=i)
+            below = np.flip(np.minimum.accumulate(np.flip(below, i), axis=i), i)
+        return SampledGrid(self.name, self.axes, (above + below) / 2)
+
+    # ------------------------------------------------------------------ JSON
+    def to_dict(self) -> dict[str, Any]:
+        return {"axes": {k: list(v) for k, v in self.axes.items()}, "seconds": self.seconds.tolist()}
+
+    @classmethod
+    def from_dict(cls, name: str, record: Any) -> SampledGrid:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            LatencyTableError: the record is malformed, or a time is impossible.
+        """
+        try:
+            axes = {str(axis): tuple(values) for axis, values in record["axes"].items()}
+            seconds = np.array(record["seconds"], dtype=float)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise LatencyTableError(f"{name}: not a grid of times ({error!r})") from error
+        return cls(name, axes, seconds)

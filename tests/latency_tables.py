@@ -1,0 +1,63 @@
+"""Latency tables without measuring: times by formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from hf_vitprune.architecture import Architecture
+from hf_vitprune.cost.latency import device_name
+from hf_vitprune.cost.latency_grid import StageAxes, stage_axes
+from hf_vitprune.cost.latency_table import LatencyTable, covered_model
+from hf_vitprune.cost.sampled_grid import SampledGrid
+
+Seconds = Callable[..., float]
+
+#: a time for every part, exact under multilinear interpolation
+LINEAR: dict[str, Seconds] = {
+    "none": lambda embedding, shifted=0: 1e-4 + 1e-6 * embedding + 1e-5 * shifted,
+    "attention": lambda embedding, heads, qk, v, inputs=None, shifted=0: (
+        2e-4 + 1e-6 * (inputs or embedding) * heads * (2 * qk + v) + 1e-6 * embedding * heads * v + 2e-5 * shifted
+    ),
+    "mlp": lambda embedding, mlp, inputs=None: 2e-4 + 1e-6 * mlp * (embedding + (inputs or embedding)),
+    "model": lambda embedding: 1e-3 + 1e-5 * embedding,
+}
+
+
+def provenance(**changes: Any) -> dict[str, Any]:
+    record = {"device": device_name(), "device_type": "cpu", "dtype": "float32", "batch_size": 8}
+    record |= {"image_size": [16, 16], "threads": 1, "torch": "0", "transformers": "0", "date": "2020-01-01"}
+    return {**record, **changes}
+
+
+def sampled(name: str, seconds: Seconds, axes: Mapping[str, tuple[int, ...]]) -> SampledGrid:
+    times = [seconds(**dict(zip(axes, point, strict=True))) for point in product(*axes.values())]
+    return SampledGrid(name, dict(axes), np.array(times).reshape([len(v) for v in axes.values()]))
+
+
+def made_table(
+    model: Any, grid: Any = "coarse", parts: Mapping[str, Seconds] = LINEAR, monotone: bool = False, **changes: Any
+) -> LatencyTable:
+    """The table of a model (or architecture) whose parts take what ``parts`` say; ``changes`` go to its provenance."""
+    architecture = model if isinstance(model, Architecture) else Architecture.of(model)
+    stages = [_stage(axes, parts, architecture.depths is not None) for axes in stage_axes(architecture, grid)]
+    record = provenance(**changes)
+    whole = sampled("model", parts["model"], {"embedding": stages[0]["none"].axes["embedding"]})
+    return LatencyTable(record, covered_model(architecture, tuple(record["image_size"])), whole, stages, monotone)
+
+
+def _stage(axes: StageAxes, parts: Mapping[str, Seconds], windows: bool) -> dict[str, SampledGrid]:
+    shifts = {"shifted": (0, 1)} if windows else {}
+    width, reading = {"embedding": axes["embedding"]}, {"embedding": axes["embedding"][-1:], "inputs": axes["inputs"]}
+    sizes = {name: axes[name] for name in ("heads", "qk", "v")}
+    mlp = {"mlp": axes["mlp"]}
+    return {
+        "none": sampled("none", parts["none"], {**width, **shifts}),
+        "attention": sampled("attention", parts["attention"], {**width, **sizes, **shifts}),
+        "attention_reading": sampled("attention_reading", parts["attention"], {**reading, **sizes, **shifts}),
+        "mlp": sampled("mlp", parts["mlp"], {**width, **mlp}),
+        "mlp_reading": sampled("mlp_reading", parts["mlp"], {**reading, **mlp}),
+    }
