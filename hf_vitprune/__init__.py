@@ -1,6 +1,6 @@
 """Structured pruning of Hugging Face vision transformers: smaller, faster, and still loaded by `from_pretrained`."""
 
-from .adapters import register_peft_types
+from .adapters import register_peft_types, share_backbone
 from .architecture import Architecture
 from .card import model_card
 from .cost import Cost, LatencyTable, count
@@ -40,6 +40,7 @@ __all__ = [
     "model_card",
     "prune",
     "push_to_hub",
+    "share_backbone",
     "to_native",
     "truncate",
 ]

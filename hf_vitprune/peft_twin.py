@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from peft import PeftModel
@@ -12,6 +12,20 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .errors import AdapterError
+
+
+class SwitchedLayers(nn.ModuleList):
+    """The layers of a shared backbone, of which a running model sees the first ``visible`` (None: all)."""
+
+    visible: int | None = None
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(list(self._modules.values())[: self.visible])
+
+
+def is_shared(model: nn.Module) -> bool:
+    """Whether ``share_backbone`` prepared this model for adapters of several depths."""
+    return any(isinstance(module, SwitchedLayers) for module in model.modules())
 
 
 def is_peft(model: Any) -> bool:
@@ -40,6 +54,11 @@ def check_peft_model(model: Any) -> None:
         raise AdapterError(
             f"{kind} adapters do not sit in the layers of the model, so they cannot be pruned with it; prune the base "
             "model and adapt the small one"
+        )
+    if is_shared(model.get_base_model()):
+        raise AdapterError(
+            "the layers of a shared backbone belong to the adapters of several tasks; load the adapter into a base "
+            "model of its own, and prune that"
         )
     for name, module in model.get_base_model().named_modules():
         if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):

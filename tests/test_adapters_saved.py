@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,32 +174,6 @@ def test_several_adapters(tmp_path: Path) -> None:
     full.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "stock")
     with pytest.raises(AdapterError, match="already has adapters"):
         full.load_adapter(str(tmp_path / "shallow"))
-
-
-# ---------------------------------------------------------------------- without this library
-SCRIPT = """
-import sys
-from peft import PeftModel
-from transformers import ViTForImageClassification
-base = ViTForImageClassification.from_pretrained(sys.argv[1])
-for load in (lambda: PeftModel.from_pretrained(base, sys.argv[2]), lambda: base.load_adapter(sys.argv[2])):
-    try:
-        load()
-        print("loaded")
-    except KeyError as error:
-        print("refused", error)
-assert "hf_vitprune" not in sys.modules
-"""
-
-
-def test_stock_peft_refuses_the_type(tmp_path: Path) -> None:
-    model = adapted(load(dense(tmp_path)), "lora")
-    truncate(model, 2).save_pretrained(tmp_path / "adapter")
-    arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "dense"), str(tmp_path / "adapter")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["refused 'VITPRUNE_LORA'"] * 2
 
 
 # ---------------------------------------------------------------------- configs

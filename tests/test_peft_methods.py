@@ -130,7 +130,7 @@ def test_more_than_one_adapter(kind: str) -> None:
     assert_same(run(model.unload()), run(make(VIT)))
 
 
-@pytest.mark.parametrize(("case", "kind"), FITTING)
+@pytest.mark.parametrize(("case", "kind"), [row for row in FITTING if row[0][:4] in ("ViTF", "Swin", "CLIP")])
 def test_on_disk(case: str, kind: str, tmp_path: Path) -> None:
     make(case).save_pretrained(tmp_path / "dense")
     dense = AutoModelForImageClassification.from_pretrained(tmp_path / "dense")

@@ -2,6 +2,7 @@
 
 from .prune import prune_peft
 from .save import save_pruned_peft
+from .shared import share_backbone
 from .types import register_peft_types
 
-__all__ = ["prune_peft", "register_peft_types", "save_pruned_peft"]
+__all__ = ["prune_peft", "register_peft_types", "save_pruned_peft", "share_backbone"]

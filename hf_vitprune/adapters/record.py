@@ -10,8 +10,11 @@ from torch import nn
 from ..architecture import Architecture, write_record
 from ..errors import AdapterError
 from ..lineage import lineage_of
+from ..peft_twin import is_shared
 from ..plan import PruningPlan
 from ..transplant import empty_like
+from .heads import check_heads, labels_of
+from .shared import check_first_layers
 
 #: version of the ``pruning`` record in adapter_config.json
 RECORD_VERSION = 1
@@ -36,6 +39,7 @@ def pruning_record(base: Any, altered: bool) -> dict[str, Any]:
         "kept_layers": None if altered else info.get("kept_layers"),
         "source": seal(Architecture.dense(architecture.config, architecture.task)),
         "architecture": write_record(architecture),
+        "labels": labels_of(base),
     }
 
 
@@ -52,6 +56,7 @@ def fit_base(model: Any, config: Any) -> None:
         AdapterError: the base is another one; says which is needed.
     """
     record = _checked(config.pruning)
+    check_heads(model, config)
     found = Architecture.of(model)
     same_shape = found.model_type == record["model_type"] and seal(found) == record["architecture"]["fingerprint"]
     if same_shape and lineage_of(model.config).get("plan") == record["plan"]:
@@ -65,10 +70,14 @@ def fit_base(model: Any, config: Any) -> None:
         and found.model_type == record["model_type"]
         and seal(Architecture.dense(found.config, found.task)) == record["source"]
     ):
+        if is_shared(model):
+            check_first_layers(kept)
+            return
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise AdapterError(
-                "this adapter belongs to a model of fewer layers, and the model already has adapters; load it into a "
-                "fresh base model"
+                f"this adapter belongs to a model of {len(kept)} layers, and the base model of {len(there)} already "
+                "has adapters; load it into a fresh base model, or all of them into one base prepared by "
+                "hf_vitprune.share_backbone"
             )
         truncate_in_place(model, [there.index(layer) for layer in kept])
         return

@@ -17,7 +17,10 @@ from peft.utils import register_peft_method
 
 from ..errors import AdapterError
 from ..peft_methods.registry import add_member
+from ..peft_twin import is_shared
+from .heads import fit_heads, recorded_labels, set_labels
 from .record import fit_base
+from .shared import target_visible_layers
 
 PREFIX = "VITPRUNE_"
 #: tuners that are made of others
@@ -52,8 +55,24 @@ class PrunedTunerMixin:
         super()._pre_injection_hook(model, config, adapter_name)  # type: ignore[misc]
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        fit_base(model, self.peft_config[adapter_name])  # type: ignore[attr-defined]  # a second adapter comes here only
+        config = self.peft_config[adapter_name]  # type: ignore[attr-defined]
+        fit_base(model, config)  # a second adapter comes here only
+        shared = is_shared(model)
+        if shared:
+            target_visible_layers(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        fit_heads(model, config, adapter_name)
+        labels = recorded_labels(config)
+        if labels and not shared and len(self.peft_config) == 1:  # type: ignore[attr-defined]
+            set_labels(model, labels)
+
+    def _check_merge_allowed(self) -> None:
+        if is_shared(self.model):  # type: ignore[attr-defined]
+            raise AdapterError(
+                "merging into a shared backbone would change it for every task and keep all of its layers; load the "
+                "adapter into a base of its own, and merge there"
+            )
+        super()._check_merge_allowed()  # type: ignore[misc]
 
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -157,6 +157,11 @@ def _overridden(config: PreTrainedConfig, values: dict[str, Any]) -> Iterator[No
             setattr(config, name, value)
 
 
+def _may_be_missing(key: str) -> bool:
+    """Mask tokens come with pretraining only; PEFT never saves AdaLoRA's ``ranknum``, which follows from the rank."""
+    return key.endswith("mask_token") or ".ranknum." in key
+
+
 def _check_layers_complete(model: Any, info: dict[str, Any]) -> None:
     """Missing heads are normal (a base checkpoint); missing or left-over encoder weights mean a wrong model."""
     architecture: Architecture = model._built_as
@@ -165,7 +170,7 @@ def _check_layers_complete(model: Any, info: dict[str, Any]) -> None:
     layers = [paths.layer + "." for paths in layer_paths(model, architecture)]
     parts = (*layers, f"{root}embeddings.", *(f"{root}{norm}." for norm in family.norms))
     folder = f"{family.layers}."
-    missing = [key for key in info["missing_keys"] if key.startswith(parts) and not key.endswith("mask_token")]
+    missing = [key for key in info["missing_keys"] if key.startswith(parts) and not _may_be_missing(key)]
     unexpected = [key for key in info["unexpected_keys"] if key.startswith(folder) or f".{folder}" in key]
     mismatched = [str(row[0]) for row in info["mismatched_keys"] if str(row[0]).startswith(tuple(layers))]
     for what, keys in (("lacks", missing), ("also holds", unexpected), ("has other sizes for", mismatched)):

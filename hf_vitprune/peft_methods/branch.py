@@ -104,8 +104,10 @@ class BranchLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def reader(self, name: str) -> nn.Linear:
-        """One of the Linears that read the branch's input."""
+        """One of the Linears that read the branch's input, without wrappers of other adapters."""
         linear = self.base_layer.get_submodule(name)
+        if isinstance(linear, BaseTunerLayer):
+            linear = linear.get_base_layer()
         if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
             raise AdapterError(f"{name} is a {type(linear).__name__}; these adapters need floating-point Linears")
         return linear

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..architecture import Architecture
@@ -113,6 +114,8 @@ class RepAdapterLayer(BranchLayer):
             return
         if getattr(self.base_layer, "input_index", None) is not None:
             raise AdapterError("the pruned branch reads only some channels, and the adapter in front of it reads all")
+        if any(isinstance(self.base_layer.get_submodule(r), BaseTunerLayer) for r in self.branch.readers):
+            raise AdapterError("there are other adapters behind this one, which would no longer see its output")
         folded = {}
         for reader in self.branch.readers:
             linear = self.reader(reader)
