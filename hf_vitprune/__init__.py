@@ -7,7 +7,7 @@ from .cost import Cost, LatencyTable, count
 from .distillation import DistillationConfig
 from .errors import VitPruneError
 from .hub import push_to_hub
-from .methods import VTPConfig
+from .methods import LayerSelection, SLSConfig, VTPConfig, select_layers
 from .model import PruningModel, get_pruning_model
 from .modeling import build
 from .native import to_native
@@ -26,11 +26,13 @@ __all__ = [
     "Cost",
     "DistillationConfig",
     "LatencyTable",
+    "LayerSelection",
     "PruningCallback",
     "PruningModel",
     "PruningPlan",
     "PruningTrainer",
     "RepAdapterConfig",
+    "SLSConfig",
     "VTPConfig",
     "VitPruneError",
     "build",
@@ -40,6 +42,7 @@ __all__ = [
     "model_card",
     "prune",
     "push_to_hub",
+    "select_layers",
     "share_backbone",
     "to_native",
     "truncate",

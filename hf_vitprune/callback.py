@@ -97,6 +97,9 @@ class PruningCallback(TrainerCallback):
         pruning_model = pruning_model_of(model)
         pruning_model.training_images = _images_of(kwargs.get("train_dataloader"))
         pruning_model.decide()
+        numbers = pruning_model.method.decision_logs()
+        if numbers:
+            state.log_history.append({**numbers, "step": state.global_step})
         summary = {unit: round(share, 3) for unit, share in pruning_model.plan().summary().items() if share < 1}
         logger.info(f"pruning decided; share of units kept: {summary}")
 

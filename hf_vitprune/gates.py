@@ -89,6 +89,37 @@ class Gate(nn.Module):
         self.decided, self.binary = map(bool, state.tolist())
 
 
+class DepthGate(nn.Module):
+    """How many of a model's layers take part: all until a decision is taken, then the first so many.
+
+    Attributes:
+        kept: (layers,) buffer of booleans.
+    """
+
+    kept: torch.Tensor
+
+    def __init__(self, layers: int, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.ones(layers, dtype=torch.bool, device=device))
+        self.decided = False
+
+    @property
+    def layers(self) -> int:
+        """Number of layers that take part."""
+        return int(self.kept.sum())
+
+    def decide(self, layers: int) -> None:
+        """Let only the first ``layers`` take part from here on."""
+        self.kept.copy_(torch.arange(len(self.kept)) < layers)
+        self.decided = True
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor([self.decided])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.decided = bool(state.item())
+
+
 def gate_name(layer: int, point: str) -> str:
     """Name of a gate in a ModuleDict (which allows no dots)."""
     return f"layer{layer}_{point}"
@@ -141,12 +172,23 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def attach_depth_gate(model: PreTrainedModel, architecture: Architecture, gate: DepthGate) -> list[RemovableHandle]:
+    """Make every layer that takes no part hand on its input.
+
+    Returns:
+        Handles; removing them all leaves the model as it was.
+    """
+    layers = [model.get_submodule(paths.layer) for paths in layer_paths(model, architecture)]
+    return [layer.register_forward_hook(_Skipped(gate, i), with_kwargs=True) for i, layer in enumerate(layers)]
+
+
 def strip_gates(model: nn.Module) -> None:
     """Remove the gate hooks that a copy of a gated model brought along."""
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(hook, (_Before, _After))]:
+            for key in [k for k, hook in hooks.items() if isinstance(hook, (_Before, _After, _Skipped))]:
                 del hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
 
 
 # Hooks are objects, not closures: a deep copy of a gated model then has copies of the gates, not the original's.
@@ -171,3 +213,19 @@ class _After:
         if index is None:
             return self.gate(output)
         return output.index_copy(-1, index, self.gate(output.index_select(-1, index)).to(output.dtype))
+
+
+class _Skipped:
+    """Replaces what comes out of a layer that takes no part by what went in; its parameters get gradients of zero."""
+
+    def __init__(self, gate: DepthGate, layer: int) -> None:
+        self.gate, self.layer = gate, layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.gate.decided:
+            return output
+        hidden = args[0] if args else kwargs["hidden_states"]
+        # chosen on the device: reading the flag here would make the host wait for it in every layer
+        if isinstance(output, tuple):
+            return (torch.where(self.gate.kept[self.layer], output[0], hidden), *output[1:])
+        return torch.where(self.gate.kept[self.layer], output, hidden)

@@ -185,7 +185,7 @@ class PruningModel(nn.Module):
             InvalidDataError: the method decides by images, and there are none.
         """
         batches = self.training_images if images is None else ImageBatches(images)
-        if batches is None and self.method.needs_images:
+        if batches is None and self.method.needs_images and not self.method.decided:
             raise InvalidDataError(
                 f"{self.pruning_config.method_name} decides by images: pass decide(images=<training set>), or train "
                 "with PruningTrainer first"
@@ -211,10 +211,10 @@ class PruningModel(nn.Module):
 
         Raises:
             NativeExportError: ``native`` and the shape does not allow it; the message says why.
-            InvalidPlanError: the decision removes nothing.
+            InvalidPlanError: the decision removes nothing, and the method is not one that may keep everything.
         """
         plan = self.plan()
-        small = prune(self.model, plan)
+        small = prune(self.model, plan, allow_unchanged=self.method.may_keep_everything)
         if native:
             from .native import to_native
 

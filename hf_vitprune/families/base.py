@@ -170,6 +170,10 @@ class Family:
         """Paths of all layers below the encoder."""
         return [f"{self.layers}.{i}" for i in range(num_layers)]
 
+    def output_names(self, num_layers: int, depths: tuple[int, ...] | None) -> list[str]:
+        """Paths below the encoder of the modules whose outputs are the features after each layer."""
+        return self.layer_names(num_layers, depths)
+
     def layer_paths(self, prefix: str, layer: str, config: PreTrainedConfig) -> LayerPaths:
         base = prefix + layer
 

@@ -57,6 +57,13 @@ class SwinFamily(Family):
         assert depths is not None
         return [f"{self.layers}.{s}.blocks.{b}" for s, depth in enumerate(depths) for b in range(depth)]
 
+    def output_names(self, num_layers: int, depths: tuple[int, ...] | None) -> list[str]:
+        assert depths is not None
+        names = self.layer_names(num_layers, depths)
+        for stage in range(len(depths) - 1):  # what the next stage reads: the merged patches
+            names[sum(depths[: stage + 1]) - 1] = f"{self.layers}.{stage}.downsample"
+        return names
+
     def configure_layer(self, layer: nn.Module, config: PreTrainedConfig, shifted: bool | None) -> None:
         # a layer keeps the shift it was trained with, wherever it ends up in its stage
         layer.shift_size = config.window_size // 2 if shifted else 0  # type: ignore[assignment]

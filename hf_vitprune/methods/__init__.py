@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import InvalidConfigError
 from .base import PruningConfig, PruningMethod
+from .sls import SLS, LayerSelection, SLSConfig, select_layers
 from .vtp import VTP, VTPConfig
 
 _METHODS: dict[type[PruningConfig], type[PruningMethod]] = {}
@@ -27,5 +28,17 @@ def method_for(config: PruningConfig) -> type[PruningMethod]:
 
 
 register_method(VTPConfig, VTP)
+register_method(SLSConfig, SLS)
 
-__all__ = ["VTP", "PruningConfig", "PruningMethod", "VTPConfig", "method_for", "register_method"]
+__all__ = [
+    "SLS",
+    "VTP",
+    "LayerSelection",
+    "PruningConfig",
+    "PruningMethod",
+    "SLSConfig",
+    "VTPConfig",
+    "method_for",
+    "register_method",
+    "select_layers",
+]

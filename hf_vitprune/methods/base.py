@@ -137,11 +137,13 @@ class PruningMethod(nn.Module):
         needs_gradients: :meth:`observe` wants the gradients of the task loss.
         needs_images: :meth:`decide` wants the training images.
         removes_layers_only: the plan cuts nothing inside of a layer, so that adapters of every kind can stay.
+        may_keep_everything: a decision that removes nothing is no mistake.
     """
 
     needs_gradients = False
     needs_images = False
     removes_layers_only = False
+    may_keep_everything = False
 
     def __init__(self, config: PruningConfig, model: PreTrainedModel) -> None:
         super().__init__()
@@ -203,4 +205,8 @@ class PruningMethod(nn.Module):
 
     def logs(self) -> dict[str, float]:
         """Numbers for the Trainer's log."""
+        return {}
+
+    def decision_logs(self) -> dict[str, float]:
+        """Numbers of the decision, for the end of the Trainer's log."""
         return {}

@@ -1,0 +1,85 @@
+"""What methods share that remove layers from the top: which depths a model can have, and how it runs at one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ..architecture import Architecture, unwrap
+from ..errors import InvalidConfigError, InvalidPlanError
+from ..gates import DepthGate, attach_depth_gate
+from ..plan import PruningPlan
+from .base import PruningConfig, PruningMethod
+
+
+def fewest_layers(model: Any) -> int:
+    """The smallest number of bottom layers that a model can be cut to.
+
+    Every stage of a hierarchical model (Swin) keeps a layer, so only its last stage gets shorter; a backbone keeps
+    every layer whose output it gives.
+
+    Args:
+        model: stock, pruned, PEFT or PruningModel.
+    """
+    base = unwrap(model)
+    architecture = Architecture.of(base)
+    total = len(architecture.layers)
+    if architecture.depths is not None:
+        return total - architecture.depths[-1] + 1
+    if architecture.task == "Backbone":
+        return max(1, *(index % (total + 1) for index in base.config.out_indices))
+    return 1
+
+
+class DepthMethod(PruningMethod):
+    """A method that decides how many of the bottom layers stay.
+
+    Subclasses implement ``decide``, which ends in :meth:`keep`.
+
+    Attributes:
+        floor: the fewest layers that may stay.
+    """
+
+    may_keep_everything = True
+    removes_layers_only = True
+
+    def __init__(self, config: PruningConfig, model: PreTrainedModel) -> None:
+        super().__init__(config, model)
+        self.floor = fewest_layers(model)
+        total = len(self.architecture.layers)
+        if self.floor >= total:
+            why = "it has only one" if total == 1 else "a stage has only one, or the last one's output is asked for"
+            raise InvalidConfigError(
+                f"{config.method_name} removes layers from the top, and of this {self.architecture.model_type} none "
+                f"can go: {why}"
+            )
+        self.depth = DepthGate(total, next(model.parameters()).device)
+
+    def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        return attach_depth_gate(model, self.architecture, self.depth)
+
+    @property
+    def decided(self) -> bool:
+        return self.depth.decided
+
+    def keep(self, layers: int) -> None:
+        """Switch all but the first ``layers`` off for good."""
+        self.depth.decide(layers)
+
+    def choose(self) -> PruningPlan:
+        """The plan that keeps the first layers.
+
+        Raises:
+            InvalidPlanError: nothing was decided yet.
+        """
+        if not self.decided:
+            raise InvalidPlanError(f"{self.config.method_name} has not decided yet: train first, or call decide()")
+        plan = PruningPlan.dense(self.architecture).keep_layers(range(self.depth.layers))
+        return replace(plan, info={**self.config.to_dict(), **self.report()})
+
+    def report(self) -> dict[str, Any]:
+        """What the decision came from, for the plan's info; JSON only."""
+        return {}

@@ -1,0 +1,103 @@
+"""Settings of SLS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ...errors import InvalidConfigError
+from ..base import PruningConfig, check_number, check_open_interval
+
+INITS = ("pca", "random")
+POOLINGS = ("auto", "cls", "mean")
+SILHOUETTE_METRICS = ("euclidean", "manhattan", "cosine")
+#: fewest steps that scikit-learn's t-SNE takes: the length of its early exaggeration
+MIN_ITERATIONS = 250
+#: settings of every method that say nothing here
+_UNUSED = tuple(field.name for field in fields(PruningConfig) if field.name != "image_size")
+
+
+@dataclass
+class SLSConfig(PruningConfig):
+    """Straightforward layer-wise pruning (arXiv 2407.14330): keep the bottom layers whose features suffice.
+
+    The depth follows from ``alpha`` and the data, so there is no ``target``: ``TruncationConfig(target=...)`` takes
+    one. The defaults of the t-SNE are scikit-learn's, and so are its results.
+
+    Attributes:
+        alpha: the threshold is this times the score of the last layer, in (0, 1); more keeps more layers.
+        perplexity: of t-SNE; never more than (images - 1) / 3.
+        iterations: of t-SNE, at least 250.
+        seed: of t-SNE.
+        init: how t-SNE starts: ``pca`` or ``random``.
+        pca_dims: project the features on so many principal components before t-SNE; None for none.
+        scale: stretch each axis of the map to [0, 1] before distances are taken.
+        silhouette_metric: distance between points of the map: ``euclidean``, ``manhattan`` or ``cosine``.
+        pooling: the feature of an image: ``cls`` (its class token), ``mean`` (mean over patch tokens), or ``auto``:
+            the class token where the model has one.
+        min_layers: never keep fewer layers.
+        max_samples: score with at most this many images, evenly spaced over the data; None: all.
+        batch_size: images a forward pass.
+        fast: look at the layers by a cheap t-SNE first, and take the full one for the last layer and for those that
+            the cheap one leaves in doubt.
+        margin: with ``fast``: a cheap score this near to the threshold, as a share of the last layer's score, is in
+            doubt.
+        threads: threads of t-SNE, which its last digits (and so the decision, when it is close) depend on. None:
+            what scikit-learn uses, but two at most, since with more the digits change from run to run.
+    """
+
+    alpha: float = 0.3
+    perplexity: float = 30.0
+    iterations: int = 1000
+    seed: int = 0
+    init: str = "pca"
+    pca_dims: int | None = None
+    scale: bool = True
+    silhouette_metric: str = "euclidean"
+    pooling: str = "auto"
+    min_layers: int = 1
+    max_samples: int | None = None
+    batch_size: int = 64
+    fast: bool = False
+    margin: float = 0.1
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target is not None:
+            raise InvalidConfigError(
+                "SLS takes no target: the number of layers follows from alpha and the data. Change alpha, or use "
+                "TruncationConfig(target=...), which keeps as many layers as fit"
+            )
+        for name in _UNUSED:
+            if getattr(self, name) != getattr(PruningConfig, name):
+                raise InvalidConfigError(f"SLS has no gates and no target: leave {name} out")
+        check_open_interval("alpha", self.alpha)
+        check_number("perplexity", self.perplexity)
+        if self.perplexity == 0:
+            raise InvalidConfigError("perplexity must be positive, not 0")
+        check_number("margin", self.margin)
+        for name, lowest in (
+            ("iterations", MIN_ITERATIONS),
+            ("seed", 0),
+            ("min_layers", 1),
+            ("batch_size", 1),
+            ("pca_dims", 2),
+            ("max_samples", 2),
+            ("threads", 1),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("pca_dims", "max_samples", "threads"):
+                continue
+            if type(value) is not int or value < lowest:
+                raise InvalidConfigError(f"{name} is a whole number of at least {lowest}, not {value!r}")
+        for name, choices in (("init", INITS), ("pooling", POOLINGS), ("silhouette_metric", SILHOUETTE_METRICS)):
+            if getattr(self, name) not in choices:
+                raise InvalidConfigError(f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for name in ("scale", "fast"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidConfigError(f"{name} is True or False, not {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without what every method has and this one refuses."""
+        return {name: value for name, value in super().to_dict().items() if name not in _UNUSED}

@@ -1,0 +1,84 @@
+"""SLS as a method: trains without touching anything, then scores the layers on the training images."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ...batches import ImageBatches
+from ...errors import InvalidDataError
+from ..depth import DepthMethod
+from .config import SLSConfig
+from .selection import LayerSelection, checked_floor, select_layers
+
+logger = logging.getLogger(__name__)
+
+
+class SLS(DepthMethod):
+    """The decision of SLS; scores are buffers, so that a checkpoint restores them and processes share them.
+
+    Attributes:
+        scores: (layers,) float64, NaN where a layer was not looked at.
+    """
+
+    needs_images = True
+    config: SLSConfig
+    score_bits: torch.Tensor
+    estimated: torch.Tensor
+
+    def __init__(self, config: SLSConfig, model: PreTrainedModel) -> None:
+        super().__init__(config, model)
+        total, device = len(self.architecture.layers), next(model.parameters()).device
+        self.floor = checked_floor(self.floor, total, config)
+        # as whole numbers: model.half() leaves those alone
+        nothing = torch.full((total,), torch.nan, dtype=torch.float64).view(torch.int64)
+        self.register_buffer("score_bits", nothing.to(device))
+        self.register_buffer("estimated", torch.zeros(total, dtype=torch.bool, device=device))
+
+    def decide(self, model: Any, images: ImageBatches | None = None) -> None:
+        """Score the layers of the model on the images, and keep what the scores say. Later calls change nothing.
+
+        Raises:
+            InvalidDataError: there are no images, or they cannot be scored; see ``select_layers``.
+        """
+        if self.decided:
+            return
+        if images is None:
+            raise InvalidDataError("SLS decides by labelled images, and there are none")
+        selection = select_layers(model, images, self.config)
+        scores = self.scores
+        for number, score in selection.scores.items():
+            scores[number - 1] = score
+        self.score_bits.copy_(scores.view(torch.int64))
+        for number in selection.estimated:
+            self.estimated[number - 1] = True
+        self.keep(selection.kept_layers)
+        logger.info("SLS: %s", selection.reason)
+
+    @property
+    def scores(self) -> torch.Tensor:
+        return self.score_bits.cpu().clone().view(torch.float64)
+
+    @property
+    def selection(self) -> LayerSelection | None:
+        """What was decided, and why; None before."""
+        if not self.decided:
+            return None
+        scores = {i + 1: s for i, s in reversed(list(enumerate(self.scores.tolist()))) if s == s}
+        estimated = (self.estimated.nonzero().squeeze(1) + 1).tolist()
+        return LayerSelection.of(scores, len(self.scores), self.config.alpha, self.floor, estimated)
+
+    def report(self) -> dict[str, Any]:
+        made = self.selection
+        return {} if made is None else {k: v for k, v in made.to_dict().items() if k != "layers"}
+
+    def decision_logs(self) -> dict[str, float]:
+        made = self.selection
+        if made is None:
+            return {}
+        scores = {f"score_layer_{number}": score for number, score in made.scores.items()}
+        threshold = {} if made.threshold is None else {"threshold": made.threshold}
+        return {"kept_layers": made.kept_layers, **threshold, **scores}

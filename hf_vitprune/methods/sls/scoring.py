@@ -1,0 +1,83 @@
+"""How well the classes lie apart in a layer's features: t-SNE to two dimensions, then the silhouette."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
+from threadpoolctl import ThreadpoolController, threadpool_limits
+
+from ...errors import InvalidDataError
+from .config import SLSConfig
+
+#: with three or more threads, t-SNE's sums depend on which thread ends first
+MOST_THREADS = 2
+
+
+def layer_score(features: np.ndarray, labels: np.ndarray, config: SLSConfig) -> float:
+    """Mean silhouette coefficient of the true classes in the t-SNE map of a layer's features, in [-1, 1].
+
+    Args:
+        features: (images, channels).
+        labels: (images,) class numbers.
+    """
+    return map_score(tsne_map(features, config), labels, config)
+
+
+def tsne_map(features: np.ndarray, config: SLSConfig) -> np.ndarray:
+    """(images, 2) coordinates by scikit-learn's t-SNE, not yet scaled.
+
+    Raises:
+        InvalidDataError: t-SNE gave coordinates that are not finite.
+    """
+    if not np.ptp(features, axis=0).any():
+        return np.zeros((len(features), 2), dtype=features.dtype)  # all alike: there is nothing to lay out
+    with _threads(config.threads):
+        if config.pca_dims is not None and config.pca_dims < min(features.shape):
+            features = PCA(config.pca_dims, random_state=config.seed).fit_transform(features)
+        tsne = TSNE(
+            n_components=2,
+            perplexity=effective_perplexity(len(features), config),
+            max_iter=config.iterations,
+            init=config.init,
+            random_state=config.seed,
+        )
+        coordinates = tsne.fit_transform(features)
+    if not np.isfinite(coordinates).all():
+        raise InvalidDataError("t-SNE gave coordinates that are not finite; the features may be too large for float32")
+    return coordinates
+
+
+def map_score(coordinates: np.ndarray, labels: np.ndarray, config: SLSConfig) -> float:
+    """Mean silhouette coefficient on a map; 0 for the only image of a class."""
+    if len(np.unique(labels)) == len(labels):
+        return 0.0  # every image is the only one of its class
+    points = unit_square(coordinates) if config.scale else coordinates
+    return float(silhouette_score(points, labels, metric=config.silhouette_metric))
+
+
+def unit_square(coordinates: np.ndarray) -> np.ndarray:
+    """Each axis stretched to [0, 1]; an axis without extent becomes 0."""
+    low, extent = coordinates.min(axis=0), np.ptp(coordinates, axis=0)
+    return (coordinates - low) / np.where(extent > 0, extent, 1)
+
+
+def effective_perplexity(images: int, config: SLSConfig) -> float:
+    """The config's, or (images - 1) / 3 where that is less."""
+    return min(config.perplexity, (images - 1) / 3)
+
+
+def _threads(count: int | None) -> contextlib.AbstractContextManager[Any]:
+    if count is not None:
+        return threadpool_limits(count)
+    pools = ThreadpoolController()
+    large = [
+        pool["filepath"]
+        for pool in pools.info()
+        if pool["user_api"] == "openmp" and pool["num_threads"] > MOST_THREADS
+    ]
+    return pools.select(filepath=large).limit(limits=MOST_THREADS) if large else contextlib.nullcontext()

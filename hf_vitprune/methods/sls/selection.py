@@ -1,0 +1,191 @@
+"""From scores to a number of layers: the walk from the top (arXiv 2407.14330, section 3.3)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...architecture import Architecture
+from ...errors import InvalidConfigError, InvalidDataError
+from ..depth import fewest_layers
+from .config import SLSConfig
+from .features import check_features, check_labels, extract_features
+from .scoring import layer_score
+
+logger = logging.getLogger(__name__)
+
+#: so many images make t-SNE take minutes a layer
+MANY_IMAGES = 10_000
+
+
+@dataclass(frozen=True)
+class LayerSelection:
+    """How many layers stay, and why.
+
+    Attributes:
+        kept_layers: the first so many layers stay.
+        scores: layer number from 1 -> silhouette coefficient, of the layers that were looked at, from the top.
+        threshold: alpha times the last layer's score; None where that is not positive.
+        reason: the decision in words.
+        layers: number of layers before.
+        estimated: with ``fast``, the layers whose score is only the cheap t-SNE's.
+    """
+
+    kept_layers: int
+    scores: dict[int, float]
+    threshold: float | None
+    reason: str
+    layers: int
+    estimated: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls, scores: dict[int, float], layers: int, alpha: float, floor: int = 1, estimated: Sequence[int] = ()
+    ) -> LayerSelection:
+        """What follows from the scores of the layers from the top down to the first that fails.
+
+        Args:
+            scores: layer number from 1 -> score; the last layer's among them.
+            layers: number of layers.
+            alpha: the threshold is this times the last layer's score.
+            floor: fewest layers that may stay.
+            estimated: layers whose score is only an estimate.
+        """
+        top = scores[layers]
+        if not top > 0:
+            reason = (
+                f"the last layer ({layers}) scores {top:.3f}, which is not positive: its features do not separate "
+                "the classes, so that no threshold follows from it, and all layers stay"
+            )
+            return cls(layers, scores, None, reason, layers, tuple(estimated))
+        threshold = alpha * top
+        limit = f"{alpha:g} x {top:.3f} = {threshold:.3f}"
+        failed = max((number for number, score in scores.items() if score < threshold), default=None)
+        if failed is not None:
+            kept = failed + 1
+            reason = f"layer {failed} scores {scores[failed]:.3f}, under the threshold {limit}: "
+        else:
+            kept = floor
+            reason = f"no layer down to {min(scores)} scores under the threshold {limit}: "
+        stay = "all layers stay" if kept == layers else f"layers 1 to {kept} of {layers} stay"
+        return cls(kept, scores, threshold, reason + stay, layers, tuple(estimated))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        scores = {str(number): score for number, score in self.scores.items()}
+        return {**asdict(self), "scores": scores, "estimated": list(self.estimated)}
+
+
+def select_layers(features_or_model: Any, labels_or_dataset: Any, config: SLSConfig | None = None) -> LayerSelection:
+    """Decide how many of the bottom layers to keep for a task (SLS, arXiv 2407.14330).
+
+    The score of a layer is the silhouette coefficient of the true classes in a t-SNE map of its features. From the
+    top down, the first layer that scores under ``alpha`` times the last layer's score ends the search, and the layer
+    above it becomes the last one. Layers below are not scored.
+
+    Args:
+        features_or_model: one (images, channels) tensor or array a layer, bottom to top; or a model that was trained
+            on the task (stock, PEFT, or a PruningModel).
+        labels_or_dataset: the images' class numbers; or for a model, images with labels in anything that
+            ``ImageBatches`` takes: all of them are used, in their order, by one pass in eval mode and float32.
+        config: ``SLSConfig()`` by default.
+
+    Raises:
+        InvalidDataError: fewer than two classes, labels that are no classes, features that are not finite or do not
+            match.
+        InvalidConfigError: ``min_layers`` is over the number of layers, or ``pooling`` does not fit the model.
+        UnsupportedModelError: no family is registered for the model.
+    """
+    config = config or SLSConfig()
+    if isinstance(features_or_model, nn.Module):
+        architecture = Architecture.of(features_or_model)
+        total = len(architecture.layers)
+        floor = checked_floor(fewest_layers(features_or_model), total, config)
+        wanted = range(floor, total + 1)
+        features, labels = extract_features(features_or_model, labels_or_dataset, config, wanted)
+    else:
+        features, labels = given_features(features_or_model, labels_or_dataset, config)
+        total = max(features)
+        floor = checked_floor(1, total, config)
+    arrays = checked_arrays(features, labels, range(floor, total + 1))
+    classes = labels.numpy()
+    return walk(lambda number: layer_score(arrays[number], classes, config), total, config, floor)
+
+
+def walk(score: Callable[[int], float], layers: int, config: SLSConfig, floor: int = 1) -> LayerSelection:
+    """Score layers from the top, and stop at the first that fails.
+
+    Args:
+        score: of a layer, by its number from 1.
+        layers: number of layers.
+        config: ``alpha`` is read.
+        floor: fewest layers that may stay; none below is scored.
+    """
+    scores: dict[int, float] = {}
+    for number in tqdm(range(layers, floor - 1, -1), desc="scoring layers", leave=False, disable=None):
+        scores[number] = score(number)
+        selection = LayerSelection.of(scores, layers, config.alpha, floor)
+        if selection.threshold is None or scores[number] < selection.threshold:
+            break
+    if selection.threshold is None:
+        logger.warning("SLS: %s", selection.reason)
+    return selection
+
+
+# ---------------------------------------------------------------------- what is given
+def given_features(features: Any, labels: Any, config: SLSConfig) -> tuple[dict[int, Any], torch.Tensor]:
+    """Layer number -> features, and labels; of evenly spaced images where ``max_samples`` says so.
+
+    Raises:
+        InvalidDataError: the features are no list of layers.
+    """
+    if isinstance(features, (str, dict)) or not hasattr(features, "__len__") or not len(features):
+        raise InvalidDataError(
+            f"give a model and a data set, or a list of (images, channels) tensors, one a layer from the bottom up, "
+            f"and their labels; not {type(features).__name__}"
+        )
+    labels = check_labels(labels)
+    images, limit = len(labels), config.max_samples
+    layers: dict[int, Any] = {
+        number: check_features(layer, number, images) for number, layer in enumerate(features, 1)
+    }
+    if limit is not None and limit < images:
+        chosen = [i * images // limit for i in range(limit)]
+        layers = {number: layer[chosen] for number, layer in layers.items()}
+        labels = labels[chosen]
+    return layers, labels
+
+
+def checked_floor(floor: int, layers: int, config: SLSConfig) -> int:
+    """Fewest layers that may stay: by the model and by the config.
+
+    Raises:
+        InvalidConfigError: ``min_layers`` is more than there are.
+    """
+    if config.min_layers > layers:
+        raise InvalidConfigError(f"min_layers is {config.min_layers}, and the model has {layers} layers")
+    return max(floor, config.min_layers)
+
+
+def checked_arrays(features: dict[int, Any], labels: torch.Tensor, layers: Iterable[int]) -> dict[int, np.ndarray]:
+    """The features as arrays.
+
+    Raises:
+        InvalidDataError: fewer than two classes, or features that cannot be scored.
+    """
+    classes = labels.unique()
+    if len(classes) < 2:
+        raise InvalidDataError(
+            f"layers are judged by how well classes separate, which takes at least 2 classes: all {len(labels)} "
+            f"images are of class {classes.tolist()}"
+        )
+    if len(labels) > MANY_IMAGES:
+        logger.warning("t-SNE of %d images takes minutes a layer; SLSConfig(max_samples=...) uses fewer", len(labels))
+    return {number: check_features(features[number], number, len(labels)) for number in layers}

@@ -1,0 +1,248 @@
+"""select_layers: equal to scikit-learn read off the page, lazy, and clear about what it cannot score."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
+
+from hf_vitprune import LayerSelection, SLSConfig, select_layers
+from hf_vitprune.errors import InvalidConfigError, InvalidDataError
+from hf_vitprune.methods.sls import scoring, selection
+
+#: quick maps for what does not depend on their quality
+QUICK: dict[str, Any] = {"iterations": 250}
+
+
+def blobs(
+    layers: int, images: int, classes: int, spread: list[float], seed: int = 0
+) -> tuple[list[Any], torch.Tensor]:
+    """Features whose classes lie ``spread`` apart, a value a layer; classes in turn."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(images) % classes
+    made = []
+    for width, apart in zip(range(20, 20 + layers), spread, strict=True):
+        centres = torch.randn(classes, width, generator=generator) * apart
+        made.append(centres[labels] + torch.randn(images, width, generator=generator))
+    return made, labels
+
+
+def by_hand(features: list[Any], labels: Any, alpha: float) -> tuple[int, dict[int, float]]:
+    """The method in plain scikit-learn: (kept layers, scores)."""
+    labels, scores = np.asarray(labels), {}
+    for number in range(len(features), 0, -1):
+        layer = np.asarray(features[number - 1], dtype=np.float32)
+        tsne = TSNE(n_components=2, init="pca", random_state=0, perplexity=min(30, (len(layer) - 1) / 3))
+        points = tsne.fit_transform(layer)
+        points = (points - points.min(0)) / (points.max(0) - points.min(0))
+        scores[number] = silhouette_score(points, labels)
+        if scores[len(features)] <= 0:
+            return len(features), scores
+        if scores[number] < alpha * scores[len(features)]:
+            return number + 1, scores
+    return 1, scores
+
+
+CASES: dict[str, tuple[list[Any], torch.Tensor]] = {
+    "falling": blobs(4, 95, 4, [0.0, 0.1, 1.0, 2.0]),
+    "none fails": blobs(3, 40, 3, [2.0, 2.0, 2.0]),
+    "noise": blobs(3, 60, 5, [0.0, 0.0, 0.0]),
+}
+
+
+@pytest.mark.parametrize(("case", "alpha"), [("falling", 0.3), ("falling", 0.9), ("none fails", 0.5), ("noise", 0.3)])
+def test_equal_to_scikit_learn(case: str, alpha: float) -> None:
+    features, labels = CASES[case]
+    kept, scores = by_hand(features, labels, alpha)
+    made = select_layers(features, labels, SLSConfig(alpha=alpha))
+    assert made.kept_layers == kept and list(made.scores) == list(scores)
+    assert made.scores == pytest.approx(scores, abs=1e-3)
+    if scores[len(features)] > 0:
+        assert made.threshold == pytest.approx(alpha * scores[len(features)], abs=1e-3)
+    else:
+        assert made.threshold is None and kept == len(features) and "not positive" in made.reason
+
+
+def test_equal_to_scikit_learn_on_digits() -> None:
+    """Real images: their pixels, drowned in noise until the digits cannot be told apart."""
+    images, labels = load_digits(return_X_y=True)
+    images, labels = images[:200].reshape(-1, 8, 8), labels[:200]
+    noise = np.random.default_rng(0).normal(size=images.shape) * 16
+    layers = [(images * clear + noise * (1 - clear)).reshape(-1, 64) for clear in (0.2, 0.9, 1.0)]
+    features = [torch.tensor(layer, dtype=torch.float32) for layer in layers]
+    kept, scores = by_hand(features, labels, 0.3)
+    assert kept == 2
+    made = select_layers(features, labels)
+    assert made.kept_layers == kept and made.scores == pytest.approx(scores, abs=1e-3)
+
+
+# ---------------------------------------------------------------------- the walk
+@pytest.mark.parametrize(
+    ("scores", "alpha", "floor", "kept", "looked_at"),
+    [
+        ([0.9, 0.1, 0.5, 0.6, 0.8], 0.3, 1, 3, 4),  # the first from the top that fails; the first layer is not seen
+        ([0.9, 0.1, 0.5, 0.6, 0.8], 0.1, 1, 1, 5),  # nothing fails
+        ([0.9, 0.1, 0.5, 0.6, 0.8], 0.9, 1, 5, 2),  # the very next fails: everything stays
+        ([0.1, 0.5, 0.5, 0.5, 0.8], 0.3, 1, 2, 5),
+        ([0.1, 0.5, 0.5, 0.5, 0.8], 0.3, 2, 2, 4),  # layers under the fewest that may stay are not looked at
+        ([0.1, 0.5, 0.5, 0.4, 0.8], 0.5, 1, 2, 5),  # on the threshold is not under it
+        ([0.9, 0.9, 0.9, 0.9, 0.0], 0.3, 1, 5, 1),
+        ([0.9, 0.9, 0.9, 0.9, -0.1], 0.3, 1, 5, 1),
+    ],
+)
+def test_the_walk(scores: list[float], alpha: float, floor: int, kept: int, looked_at: int) -> None:
+    seen: list[int] = []
+
+    def score(number: int) -> float:
+        seen.append(number)
+        return scores[number - 1]
+
+    made = selection.walk(score, 5, SLSConfig(alpha=alpha), floor)
+    assert made.kept_layers == kept
+    assert seen == list(made.scores) == list(range(5, 5 - looked_at, -1))
+    assert LayerSelection.of(made.scores, 5, alpha, floor) == made
+    assert json.loads(json.dumps(made.to_dict()))["kept_layers"] == kept
+
+
+def test_keeping_all_layers_for_want_of_a_score_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    features, labels = CASES["noise"]
+    made = select_layers(features, labels, SLSConfig(**QUICK))
+    assert made.kept_layers == 3 and made.threshold is None and list(made.scores) == [3]
+    assert "not positive" in made.reason and made.reason in caplog.text
+
+
+def test_layers_below_the_first_failure_are_never_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = CASES["falling"]
+    mapped = []
+    plain = scoring.tsne_map
+    monkeypatch.setattr(scoring, "tsne_map", lambda f, c: mapped.append(f.shape[1]) or plain(f, c))
+    made = select_layers(features, labels, SLSConfig(**QUICK))
+    assert mapped == [19 + number for number in made.scores] and len(mapped) < 4
+
+
+# ---------------------------------------------------------------------- maps and scores
+def test_axes_are_stretched_and_flat_ones_are_not() -> None:
+    points = np.array([[1.0, 5.0], [3.0, 5.0], [2.0, 5.0]])
+    assert scoring.unit_square(points).tolist() == [[0, 0], [1, 0], [0.5, 0]]
+    labels = np.array([0, 0, 1, 1])
+    tall = np.array([[0.0, 0.0], [0.0, 100.0], [1.0, 0.0], [1.0, 100.0]])
+    scaled, raw = (scoring.map_score(tall, labels, SLSConfig(scale=scale)) for scale in (True, False))
+    assert raw < -0.4 < 0.1 < scaled  # by hand: a = 1, b = (1 + sqrt 2) / 2 on the unit square
+    assert scaled == pytest.approx(1 - 2 / (1 + 2**0.5))
+
+
+def test_the_only_image_of_a_class_counts_zero() -> None:
+    points = np.array([[0.0, 0.0], [0.0, 0.1], [1.0, 1.0]])
+    config = SLSConfig()
+    pairs = [1 - 0.1 / np.hypot(1, 1), 1 - 0.1 / np.hypot(1, 0.9)]
+    assert scoring.map_score(points, np.array([7, 7, 3]), SLSConfig(scale=False)) == pytest.approx(sum(pairs) / 3)
+    assert scoring.map_score(points, np.array([0, 1, 2]), config) == 0.0
+
+
+@pytest.mark.parametrize(("images", "expected"), [(1000, 30), (91, 30), (61, 20), (4, 1)])
+def test_perplexity_is_at_most_a_third_of_the_others(images: int, expected: float) -> None:
+    assert scoring.effective_perplexity(images, SLSConfig()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("images", [2, 3, 4, 5, 7])
+def test_a_handful_of_images(images: int) -> None:
+    features, labels = blobs(2, images, 2, [1.0, 1.0])
+    assert -1 <= select_layers(features, labels, SLSConfig(**QUICK)).scores[2] <= 1
+
+
+def test_features_that_are_all_alike_score_zero() -> None:
+    features, labels = blobs(2, 30, 3, [1.0, 1.0])
+    assert select_layers([features[0], torch.ones(30, 8)], labels).scores == {2: 0.0}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"perplexity": 5.0}, {"iterations": 500}, {"seed": 1, "init": "random"}, {"init": "random"}, {"pca_dims": 3},
+        {"scale": False}, {"silhouette_metric": "manhattan"}, {"silhouette_metric": "cosine"}, {"max_samples": 40},
+    ],
+)  # fmt: skip
+def test_every_setting_matters_and_is_repeatable(settings: dict[str, Any]) -> None:
+    features, labels = blobs(2, 80, 4, [0.5, 0.8])
+    plain = select_layers(features, labels, SLSConfig(**QUICK))
+    ours = [select_layers(features, labels, SLSConfig(**{**QUICK, **settings})) for _ in range(2)]
+    assert ours[0] == ours[1] and ours[0].scores != plain.scores
+
+
+def test_min_layers() -> None:
+    features, labels = CASES["none fails"]
+    made = select_layers(features, labels, SLSConfig(min_layers=2, **QUICK))
+    assert made.kept_layers == 2 and list(made.scores) == [3, 2]
+    with pytest.raises(InvalidConfigError, match="min_layers is 5.*3 layers"):
+        select_layers(features, labels, SLSConfig(min_layers=5))
+
+
+def test_max_samples_spreads_over_sorted_data() -> None:
+    features, labels = blobs(1, 100, 4, [1.0])
+    order = labels.argsort(stable=True)
+    made, chosen = selection.given_features([features[0][order]], labels[order], SLSConfig(max_samples=20))
+    assert torch.bincount(chosen).tolist() == [5, 5, 5, 5] and made[1].shape == (20, 20)
+
+
+def test_half_precision_and_arrays_are_taken() -> None:
+    features, labels = blobs(1, 30, 3, [1.0])
+    halves = features[0].half()
+    scores = [
+        select_layers([given], given_labels, SLSConfig(**QUICK)).scores
+        for given, given_labels in (
+            (halves, labels),
+            (halves.numpy(), labels.tolist()),
+            (halves.float(), labels.int()),
+        )
+    ]
+    assert scores[0] == scores[1] == scores[2]
+
+
+# ---------------------------------------------------------------------- refusals
+GOOD, LABELS = blobs(2, 20, 2, [1.0, 1.0])
+BROKEN = GOOD[1].clone()
+BROKEN[3, 4] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "words"),
+    [
+        (GOOD, torch.zeros(20, dtype=torch.long), r"at least 2 classes: all 20 images are of class \[0\]"),
+        (GOOD, LABELS[:19], "layer 1 has features of 20 images, and there are 19 labels"),
+        (GOOD, torch.where(LABELS == 1, -100, 0), "10 of 20 images have a negative class"),
+        (GOOD, torch.eye(20)[:, :2], "one class number an image, not torch.float32 of shape"),
+        (GOOD, LABELS.float(), "one class number an image"),
+        ([GOOD[0], BROKEN], LABELS, "layer 2 are not finite for 1 of 20 images"),
+        ([GOOD[0], GOOD[1][:, :1]], LABELS, "layer 2 are .* at least 2 channels"),
+        ([GOOD[0][0]], LABELS, r"\(images, channels\)"),
+        ([], LABELS, "list of"),
+        ("model", LABELS, "give a model and a data set.*not str"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(features: Any, labels: Any, words: str) -> None:
+    with pytest.raises(InvalidDataError, match=words):
+        select_layers(features, labels)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"alpha": 0}, "alpha must lie strictly between 0 and 1"), ({"alpha": 1.0}, "alpha"),
+        ({"alpha": -0.3}, "alpha"),
+        ({"alpha": "0.3"}, "alpha"), ({"target": 0.5}, "TruncationConfig"), ({"gate_learning_rate": 0.1}, "no gates"),
+        ({"perplexity": 0}, "perplexity"), ({"iterations": 100}, "iterations is a whole number of at least 250"),
+        ({"seed": -1}, "seed"), ({"init": "spectral"}, "init is one of pca, random"), ({"pooling": "max"}, "pooling"),
+        ({"pca_dims": 1}, "pca_dims"), ({"silhouette_metric": "chess"}, "silhouette_metric"), ({"scale": 1}, "scale"),
+        ({"min_layers": 0}, "min_layers"), ({"max_samples": 1}, "max_samples"), ({"threads": 0}, "threads"),
+        ({"margin": -1}, "margin"), ({"fast": "yes"}, "fast"), ({"batch_size": 2.0}, "batch_size"),
+    ],
+)  # fmt: skip
+def test_settings_are_checked(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidConfigError, match=words):
+        SLSConfig(**settings)
