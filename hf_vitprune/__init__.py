@@ -1,6 +1,6 @@
 """Structured pruning of Hugging Face vision transformers: smaller, faster, and still loaded by `from_pretrained`."""
 
-from .adapters import register_peft_types, share_backbone
+from .adapters import load_old_adapter, register_peft_types, share_backbone, translate_peft_config
 from .architecture import Architecture
 from .card import model_card
 from .cost import Cost, LatencyTable, count
@@ -13,6 +13,7 @@ from .modeling import build
 from .native import to_native
 from .peft_methods import ConvpassConfig, RepAdapterConfig
 from .plan import PruningPlan
+from .storage import StorageReport, storage_report
 from .surgery import mask, prune, truncate
 from .trainer import PruningCallback, PruningTrainer
 
@@ -33,17 +34,21 @@ __all__ = [
     "PruningTrainer",
     "RepAdapterConfig",
     "SLSConfig",
+    "StorageReport",
     "VTPConfig",
     "VitPruneError",
     "build",
     "count",
     "get_pruning_model",
+    "load_old_adapter",
     "mask",
     "model_card",
     "prune",
     "push_to_hub",
     "select_layers",
     "share_backbone",
+    "storage_report",
     "to_native",
+    "translate_peft_config",
     "truncate",
 ]

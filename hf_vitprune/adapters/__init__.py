@@ -1,8 +1,16 @@
 """PEFT adapters on pruned models: sliced with the base, merged into it, or refused; never silently wrong."""
 
+from .old_names import load_old_adapter, translate_peft_config
 from .prune import prune_peft
 from .save import save_pruned_peft
 from .shared import share_backbone
 from .types import register_peft_types
 
-__all__ = ["prune_peft", "register_peft_types", "save_pruned_peft", "share_backbone"]
+__all__ = [
+    "load_old_adapter",
+    "prune_peft",
+    "register_peft_types",
+    "save_pruned_peft",
+    "share_backbone",
+    "translate_peft_config",
+]

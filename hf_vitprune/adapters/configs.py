@@ -79,8 +79,7 @@ def pruned_config(
         fields["init_lora_weights"] = True  # the weights are there; making them anew would change the base again
     for name in fields:
         if name.endswith("_pattern") and isinstance(fields[name], dict):
-            rename = _renamed_ranks if kind == "ADALORA" else _renamed_pattern
-            fields[name] = rename(fields[name], names)
+            fields[name] = renamed_pattern(fields[name], names, kind)
     return made(**fields)
 
 
@@ -95,7 +94,16 @@ def lora_config_for_vera(config: Any) -> Any:
     )
 
 
-def _renamed_pattern(pattern: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+def renamed_pattern(pattern: dict[str, Any], names: dict[str, str], kind: str) -> dict[str, Any]:
+    """Ranks or alphas that differ by layer, for layers named one by one.
+
+    Args:
+        pattern: of the old config; keys are regular expressions of names.
+        names: old name -> new name.
+        kind: of adapter; AdaLoRA's keys are whole names.
+    """
+    if kind == "ADALORA":
+        return _renamed_ranks(pattern, names)
     renamed = {}
     for old, new in names.items():
         key = get_pattern_key(list(pattern), old)
