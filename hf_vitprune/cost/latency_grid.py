@@ -17,6 +17,17 @@ STEPS = {"embedding": 8, "heads": 1, "qk": 8, "v": 8, "mlp": 8, "inputs": 8}
 #: a size of fewer steps than this is measured from 1 on
 FEWEST_STEPS = 4
 
+#: end of the name of a grid whose blocks read only some residual channels
+READING = "_reading"
+#: grids of a stage -> their axes; windows add ``shifted`` where attention or its place is timed
+GRID_AXES = {
+    "none": ("embedding",),
+    "attention": ("embedding", "heads", "qk", "v"),
+    "attention" + READING: ("embedding", "inputs", "heads", "qk", "v"),
+    "mlp": ("embedding", "mlp"),
+    "mlp" + READING: ("embedding", "inputs", "mlp"),
+}
+
 StageAxes = dict[str, tuple[int, ...]]
 
 
@@ -72,3 +83,19 @@ def spread(largest: int, step: int, points: int) -> tuple[int, ...]:
     steps = largest // step
     chosen = {step * round(1 + (steps - 1) * i / (points - 1)) for i in range(points - 1)}
     return tuple(sorted({*chosen, largest}))
+
+
+def grids_of(axes: StageAxes, windows: bool) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Name of every grid of a stage -> its axes; see :class:`LatencyTable` for what the grids are.
+
+    Args:
+        axes: of the stage, from :func:`stage_axes`.
+        windows: blocks come with and without shifted windows.
+    """
+    grids = {name: {axis: axes[axis] for axis in names} for name, names in GRID_AXES.items()}
+    for name in grids:
+        if name.endswith(READING):  # only methods that keep the residual width read a part of it
+            grids[name]["embedding"] = axes["embedding"][-1:]
+        if windows and not name.startswith("mlp"):
+            grids[name]["shifted"] = (0, 1)
+    return grids
