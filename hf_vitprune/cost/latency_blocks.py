@@ -17,11 +17,13 @@ from ..families.base import pair
 from ..layer_shape import LayerShape
 from ..modeling import build
 from ..modeling.structure import layer_paths
+from .closed_form import count
 from .latency_grid import StageAxes, grids_of
 
 Call = Callable[[], Any]
 
-#: elements of the memory that all blocks take their weights from; more than a processor's cache holds
+#: blocks take their weights in turn from as much memory as the dense model's take, up to so many elements: what is
+#: in a processor's cache and what is not is then as in the model
 POOL = 1 << 25
 #: weights start at multiples of this many elements, as separately allocated ones do
 ALIGNMENT = 64
@@ -85,7 +87,7 @@ class TimedModel:
         self.dtype, self.device = dtype, device
         self.pixels = torch.randn(batch_size, sizes.num_channels, *image_size).to(device, dtype)
         self.attention = ""
-        self._pool = torch.randn(POOL, device=device, dtype=dtype) * 0.02
+        self._pool = self._memory(min(count(self.dense).params, POOL))
         self._taken = 0
 
     def calls(self, points: Sequence[Point]) -> list[Call]:
@@ -142,17 +144,23 @@ class TimedModel:
         dense.family.resize_config(config, dense.hidden_size, count, depths)
         wanted = Architecture(config, tuple(s for row in shapes for s in row), hidden_size, depths, dense.task)
         with self.device:
-            model = build(config, wanted).to(self.dtype).eval()
+            model: Any = build(config, wanted)
+        model = model.to(self.dtype).eval()
         self.attention = model.config._attn_implementation
         modules: Iterator[nn.Module] = (model.get_submodule(paths.layer) for paths in layer_paths(model, wanted))
         return model, [[next(modules) for _ in row] for row in shapes]
 
     def _weights(self, shape: torch.Size) -> torch.Tensor:
-        """The next piece of the pool; consecutive ones are apart, so that a block finds its weights as cold as usual."""
+        """The next piece of the pool; at its end, on from the start."""
         if shape.numel() > len(self._pool):
-            self._pool = torch.randn(shape.numel(), device=self.device, dtype=self.dtype) * 0.02
+            self._pool = self._memory(shape.numel())
         if self._taken + shape.numel() > len(self._pool):
             self._taken = 0
         piece = self._pool[self._taken : self._taken + shape.numel()].view(shape)
         self._taken += -(-shape.numel() // ALIGNMENT) * ALIGNMENT
         return piece
+
+    def _memory(self, size: int) -> torch.Tensor:
+        """Values like those of weights, quickly."""
+        some = torch.randn(min(size, 1 << 16), device=self.device, dtype=self.dtype) * 0.02
+        return some.repeat(-(-size // len(some)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -45,21 +46,17 @@ def measure_table(
         if type(value) is not int or value < 1:
             raise InvalidConfigError(f"{name} is a whole number of at least 1, got {value!r}")
     architecture = _architecture_of(model_or_config)
-    sizes = architecture.family.sizes_config(architecture.config)
-    size = pair(sizes.image_size if image_size is None else image_size)
-    if min(size) < 1:
-        raise InvalidConfigError(f"image_size is a number of pixels or (height, width), not {image_size!r}")
-    parameter = next(iter(model_or_config.parameters()), None) if isinstance(model_or_config, torch.nn.Module) else None
-    at = torch.device(device) if device is not None else parameter.device if parameter is not None else torch.device("cpu")
-    kind = dtype or (parameter.dtype if parameter is not None else torch.float32)
+    size = _image_size(architecture, image_size)
+    at, kind = _placement(model_or_config, device, dtype)
     stages, windows = stage_axes(architecture, grid), architecture.depths is not None
     points = points_of(stages, windows)
 
     timed = TimedModel(architecture, batch_size, size, kind, at)
     started = time.monotonic()
     calls = timed.calls(points)
-    dense = build(timed.dense.config, timed.dense).to(at, kind).eval()
-    calls.append(lambda: dense(pixel_values=timed.pixels))
+    dense: Any = build(timed.dense.config, timed.dense)
+    dense = dense.to(at, kind).eval()
+    calls.append(functools.partial(dense, pixel_values=timed.pixels))
     efforts = [_effort(timed.dense, point, size) for point in points] + [count(timed.dense, size).macs]
     setting = {"dtype": str(kind).removeprefix("torch."), "batch_size": batch_size, "image_size": list(size)}
     setting = {**environment(at), **setting, "attention": timed.attention, "rounds": rounds}
@@ -78,6 +75,26 @@ def _architecture_of(model_or_config: Any) -> Architecture:
     if isinstance(model_or_config, PreTrainedConfig):
         return Architecture.from_config(model_or_config)
     return Architecture.of(model_or_config)
+
+
+def _image_size(architecture: Architecture, image_size: Any) -> tuple[int, int]:
+    if image_size is None:
+        return pair(architecture.family.sizes_config(architecture.config).image_size)
+    sides = tuple(image_size) if isinstance(image_size, (list, tuple)) else (image_size,) * 2
+    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+        raise InvalidConfigError(f"image_size is a number of pixels or (height, width), not {image_size!r}")
+    return sides[0], sides[1]
+
+
+def _placement(
+    model_or_config: Any, device: str | torch.device | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """What is asked for, else the model's, else processor and float32."""
+    where, kind = torch.device("cpu"), torch.float32
+    if isinstance(model_or_config, torch.nn.Module):
+        parameter = next(p for p in model_or_config.parameters() if p.is_floating_point())
+        where, kind = parameter.device, parameter.dtype
+    return torch.device(device) if device is not None else where, dtype or kind
 
 
 def _effort(dense: Architecture, point: Point, image_size: tuple[int, int]) -> float:
@@ -106,7 +123,10 @@ def _table(
 
     whole = sampled("model", {"embedding": stages[0]["embedding"]})
     grids = [
-        {name: sampled(f"stage {i} {name}" if windows else name, axes) for name, axes in grids_of(row, windows).items()}
+        {
+            name: sampled(f"stage {i} {name}" if windows else name, axes)
+            for name, axes in grids_of(row, windows).items()
+        }
         for i, row in enumerate(stages)
     ]
     setting["dense_seconds"] = next(rest)

@@ -88,8 +88,8 @@ def _finished_rounds(path: Path, header: dict[str, Any], calls: int) -> list[lis
     differing = sorted(key for key in {*theirs, *header} if theirs.get(key) != header.get(key))
     if differing or any(len(row) != calls for row in rounds):
         raise LatencyTableError(
-            f"{path} holds the first rounds of another measurement (other {', '.join(differing) or 'grid'}); delete it "
-            "to measure anew"
+            f"{path} holds the first rounds of another measurement (other {', '.join(differing) or 'grid'}); delete "
+            "it to measure anew"
         )
     return rounds
 
