@@ -30,6 +30,8 @@ console = Console()
 class Commands(TyperGroup):
     """The group of all commands: takes ``--debug`` anywhere, and says what went wrong in one line."""
 
+    program = "hf-vitprune"
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = [arg for arg in args if arg != "--debug"]
         return super().parse_args(ctx, [*(["--debug"] if len(rest) < len(args) else []), *rest])
@@ -40,7 +42,7 @@ class Commands(TyperGroup):
         except (VitPruneError, OSError, SafetensorError) as error:  # the Hub's errors are OSErrors
             if ctx.params["debug"]:
                 raise
-            print(f"hf-vitprune: {first_sentence(error)}", file=sys.stderr)
+            print(f"{self.program}: {first_sentence(error)}", file=sys.stderr)
             raise typer.Exit(1) from error
 
 

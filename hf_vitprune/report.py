@@ -85,7 +85,7 @@ def layer_table(model: Any, image_size: int | tuple[int, int] | None = None, tit
 
 def layer_markdown(model: Any, image_size: int | tuple[int, int] | None = None) -> str:
     """:func:`layer_rows` for a card, with a line of totals."""
-    return _markdown(_layer_cells(layer_rows(model, image_size)))
+    return markdown_table(_layer_cells(layer_rows(model, image_size)))
 
 
 def _layer_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -132,7 +132,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str | None = None
 
 def comparison_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """:func:`comparison_table` for a card."""
-    return _markdown(_comparison_cells(rows))
+    return markdown_table(_comparison_cells(rows))
 
 
 def _comparison_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -160,7 +160,9 @@ def _rich(cells: list[list[str]], title: str | None) -> Table:
     return table
 
 
-def _markdown(cells: list[list[str]]) -> str:
+def markdown_table(cells: list[list[str]]) -> str:
+    """Rows of cells, the first one of headings, as a table of markdown; numbers to the right."""
+
     def line(row: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
 

@@ -1,0 +1,274 @@
+"""One cell of a sweep: adapt, prune, retrain, test; twice, to report the last epoch and the best one on val200."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoImageProcessor
+
+from hf_vitprune import Architecture, SLSConfig, count, select_layers, truncate
+from hf_vitprune.architecture import unwrap
+from hf_vitprune.cost.latency import environment, measure_speed
+from hf_vitprune.errors import AdapterError, InvalidConfigError
+from hf_vitprune.families import family_of
+from hf_vitprune.families.base import pair
+from hf_vitprune.peft_twin import is_peft, merged_twin, plain_twin
+
+from .adapters import FULL, HEAD, adapt, load_pretrained, load_trained, set_trainable, trained_tensors
+from .choices import Choice
+from .data import TaskData
+from .preprocess import Checkpoint, Examples, Literature, Preprocessing
+from .pruning import Pruned, Situation, apply
+from .settings import BEST, LAST, RESULTS, Machine, Recipe, Run, Settings
+from .storage import stored
+from .store import Store
+from .tasks import TEST, TRAIN, VALIDATION
+from .training import Trained, accuracy, train
+
+
+class Experiment:
+    """Runs on one task.
+
+    Args:
+        settings: of the sweep.
+        data: the task's images.
+        store: adapted models and decisions are kept there, and taken from there when they exist.
+        machine: where it runs.
+    """
+
+    def __init__(self, settings: Settings, data: TaskData, store: Store, machine: Machine) -> None:
+        self.settings, self.data, self.store, self.machine = settings, data, store, machine
+        self.preprocessing = preprocessing_of(settings)
+        self._sets: dict[str, Examples] = {}
+
+    def examples(self, split: str) -> Examples:
+        """Training splits are kept in memory; the test split may be a fixed part of all."""
+        if split not in self._sets:
+            images = self.data.splits[split]
+            if split == TEST:
+                images = images.fixed_subset(self.settings.test_limit)
+            self._sets[split] = Examples(images, self.preprocessing, keep=split != TEST)
+        return self._sets[split]
+
+    # ------------------------------------------------------------------ the run
+    def record(self, run: Run) -> dict[str, Any]:
+        """All there is to say of a run, JSON-ready.
+
+        Raises:
+            VitPruneError: it cannot be done; of the kind that says why.
+        """
+        start = time.perf_counter()
+        choice = Choice.parse(run.pruning)
+        wanted = (LAST, BEST) if self.settings.selection else (LAST,)
+        results = {}
+        for name in wanted:
+            outcome = self._outcome(run, choice, RESULTS[name])
+            results[name] = {**outcome.result, "cost": self._cost(outcome)}
+        test = self.data.splits[TEST]
+        return {
+            **asdict(run),
+            "group": self.data.task.group,
+            "reported_as": self.data.title,
+            "settings": self.settings.to_dict(),
+            "data": {
+                "source": self.data.source,
+                "deviations": list(self.data.deviations),
+                "test_images": len(self.examples(TEST)),
+                "of_test_images": len(test),
+            },
+            "results": results,
+            "seconds": time.perf_counter() - start,
+            "environment": {**environment(next(outcome.adapted.parameters()).device), **_versions()},
+        }
+
+    def _outcome(self, run: Run, choice: Choice, split: str) -> Outcome:
+        """One whole pipeline on one set of training images."""
+        model, before = self.adapted(run, split)
+        layers = len(Architecture.of(model).layers)
+        result: dict[str, Any] = {"accuracy_before": before["accuracy"], "layers": layers}
+        situation = Situation(
+            run,
+            copy.deepcopy(model),
+            self.examples(split),
+            self.settings.recipe,
+            self.machine,
+            lambda alpha: self.selection(run, split, alpha, model),
+        )
+        start = time.perf_counter()
+        pruned = apply(choice, situation)
+        result |= {"kept_layers": pruned.kept_layers, "decision": pruned.info}
+        result["seconds_to_prune"] = time.perf_counter() - start
+        if pruned.model is None:
+            result |= {name: before[name] for name in ("accuracy", "epoch", "validation")}
+            return Outcome(run, model, model, pruned, result)
+        small = set_trainable(pruned.model, run.peft)
+        if not pruned.fresh:
+            result["accuracy_truncated"] = self._test(small)
+        small, trained = self._retrained(run, small, pruned, split)
+        if trained is None:
+            result |= {"accuracy": result["accuracy_truncated"], "epoch": 0, "validation": []}
+        else:
+            result |= {"accuracy": self._test(small), "epoch": trained.epoch, "validation": trained.validation}
+            result["seconds_to_retrain"] = trained.seconds
+        return Outcome(run, model, small, pruned, result)
+
+    # ------------------------------------------------------------------ the parts
+    def adapted(self, run: Run, split: str) -> tuple[Any, dict[str, Any]]:
+        """(adapted model, its record): trained now, or taken from the store."""
+        name = f"{run.adapted_name}--{split}"
+        recipe, images = self.settings.recipe, self.examples(split)
+        model = adapt(
+            self.pretrained(run),
+            run.peft,
+            rank=self.settings.rank,
+            steps=recipe.steps(len(images)),
+            seed=run.seed,
+        )
+        known = self.store.load_adapted(name)
+        if known is not None:
+            tensors, record = known
+            return load_trained(model, tensors).to(self.device), record
+        validation = self.examples(VALIDATION) if split == TRAIN else None
+        trained = self._train(model, recipe, split, run.seed, f"{self.data.title}: {run.peft}", validation)
+        record = {
+            "accuracy": self._test(model),
+            "epoch": trained.epoch,
+            "validation": trained.validation,
+            "seconds": trained.seconds,
+        }
+        self.store.save_adapted(name, trained_tensors(model), record)
+        return model, record
+
+    def selection(self, run: Run, split: str, alpha: float | None, model: Any) -> dict[str, Any]:
+        """SLS's decision on the adapted model, made once for all runs that need it."""
+        config = SLSConfig(alpha=self.settings.alpha if alpha is None else alpha)
+        folder = self.store.adapted(f"{run.adapted_name}--{split}")
+
+        def decide() -> dict[str, Any]:
+            start = time.perf_counter()
+            selection = select_layers(model, self.examples(split), config)
+            return {**selection.to_dict(), **config.to_dict(), "seconds": time.perf_counter() - start}
+
+        return self.store.once(folder / f"sls-alpha{config.alpha}.json", decide)
+
+    def _retrained(self, run: Run, small: Any, pruned: Pruned, split: str) -> tuple[Any, Trained | None]:
+        """(model, how its retraining went); the model that comes in, and None, where there is no retraining."""
+        settings = self.settings
+        epochs = settings.recipe.epochs if settings.retraining_epochs is None else settings.retraining_epochs
+        if epochs == 0:
+            return small, None
+        recipe = settings.recipe.of_length(epochs)
+        fresh = pruned.fresh or settings.retraining == "tfs"
+        if fresh:
+            base = truncate(self.pretrained(run), pruned.kept_layers)
+            steps = recipe.steps(len(self.examples(split)))
+            small = adapt(base, run.peft, rank=settings.rank, steps=steps, seed=run.seed)
+        what = f"{self.data.title}: {run.peft}, {run.pruning}, retraining"
+        validation = self.examples(VALIDATION) if split == TRAIN else None
+        return small, self._train(small, recipe, split, run.seed, what, validation, keep_zero_ranks=not fresh)
+
+    def _train(
+        self, model: Any, recipe: Recipe, split: str, seed: int, what: str, validation: Any, **more: Any
+    ) -> Trained:
+        examples = self.examples(split)
+        return train(
+            model, examples, recipe, seed=seed, machine=self.machine, what=what, validation=validation, **more
+        )
+
+    def _test(self, model: Any) -> float:
+        batch_size = self.settings.recipe.batch_size
+        return accuracy(model, self.examples(TEST), batch_size=batch_size, machine=self.machine)
+
+    def pretrained(self, run: Run) -> Any:
+        """The pretrained model with a new head."""
+        return load_pretrained(self.settings.model, self.data.task.classes, run.seed, self.settings.image_size)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.machine.cpu else PartialState().device
+
+    def _cost(self, outcome: Outcome) -> dict[str, Any]:
+        """Parameters, multiply-adds and speed of the small model, beside those of the adapted one."""
+        size = self.settings.image_size
+        dense, small = count(outcome.adapted, size), count(outcome.model, size)
+        head = sum(p.numel() for p in plain_twin(unwrap(outcome.adapted)).get_submodule(HEAD).parameters())
+        models = {"dense": _as_deployed(outcome.adapted)}
+        if outcome.pruned.model is not None:
+            models["pruned"] = _as_deployed(outcome.model)
+        timings = measure_speed(
+            models, self.settings.speed_batch, size, self.settings.speed_rounds, progress=self.store.main
+        )
+        shared = outcome.pruned.shared_backbone and outcome.run.peft != FULL
+        return {
+            "params": small.params,
+            "dense_params": dense.params,
+            "backbone_params": dense.params - head,
+            "macs": small.macs,
+            "dense_macs": dense.macs,
+            "stored": stored(outcome.model, shared),
+            "images_per_second": timings[list(models)[-1]].images_per_second,
+            "speedup": timings[list(models)[-1]].speedup,
+            "adapters_merged": not is_peft(list(models.values())[-1]),
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pipeline ends with.
+
+    Attributes:
+        run: of it.
+        adapted: the adapted model, unpruned.
+        model: the final one.
+        pruned: what the pruning gave.
+        result: accuracies and the decision; JSON only.
+    """
+
+    run: Run
+    adapted: Any
+    model: Any
+    pruned: Pruned
+    result: dict[str, Any]
+
+
+def preprocessing_of(settings: Settings) -> Preprocessing:
+    """What makes tensors of images.
+
+    Raises:
+        InvalidConfigError: the model's images are not square, and no size is asked for.
+    """
+    if settings.preprocessing == "checkpoint":
+        return Checkpoint(AutoImageProcessor.from_pretrained(settings.model))
+    if settings.image_size is not None:
+        return Literature(settings.image_size)
+    config = AutoConfig.from_pretrained(settings.model)
+    height, width = pair(family_of(config).sizes_config(config).image_size)
+    if height != width:
+        raise InvalidConfigError(
+            f"{settings.model} takes images of {height} x {width}: say --image-size, or --preprocessing checkpoint"
+        )
+    return Literature(height)
+
+
+def _as_deployed(model: Any) -> Any:
+    """Adapters merged, where they can be."""
+    try:
+        return merged_twin(model) if is_peft(model) else model
+    except AdapterError:
+        return model
+
+
+def _versions() -> dict[str, str]:
+    names = ("hf_vitprune", "peft", "accelerate", "scikit-learn", "torch-pruning")
+    installed = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            installed[name] = version(name)
+    return installed

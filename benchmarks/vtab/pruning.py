@@ -1,0 +1,154 @@
+"""From a choice and an adapted model to a smaller one."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from accelerate import PartialState
+
+from hf_vitprune import Architecture, PruningPlan, PruningTrainer, count, get_pruning_model, prune, truncate
+from hf_vitprune.errors import InvalidConfigError, InvalidPlanError
+from hf_vitprune.methods.depth import fewest_layers
+from hf_vitprune.workflow import use_quiet_progress
+
+from .choices import LEARNED, RANDOM, SLS, Choice, config_class
+from .depgraph import depgraph_plan
+from .settings import Machine, Recipe, Run
+
+#: settings of methods that learn, other than their target
+_LEARNED_SETTINGS: dict[str, dict[str, Any]] = {"vtp": {"gate_learning_rate": 1e-2}}
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a choice may look at.
+
+    Attributes:
+        run: the cell of the sweep.
+        model: adapted; it is not changed, except by methods that learn while it trains on.
+        examples: training examples, in a fixed order.
+        recipe: of trainings.
+        machine: where they run.
+        selection: alpha (None: the sweep's) -> SLS's decision for the model, as a dict.
+    """
+
+    run: Run
+    model: Any
+    examples: Any
+    recipe: Recipe
+    machine: Machine
+    selection: Callable[[float | None], dict[str, Any]]
+
+    @property
+    def layers(self) -> int:
+        return len(Architecture.of(self.model).layers)
+
+    def kept_by_sls(self) -> int:
+        return self.selection(None)["kept_layers"]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a choice gave.
+
+    Attributes:
+        model: the smaller model; None where nothing is removed.
+        kept_layers: number of layers that it has.
+        info: how it was decided; JSON only.
+        shared_backbone: its backbone is the pretrained one cut off above: a task stores what it trains, and a number.
+        fresh: retraining starts from the pretrained model cut to as many layers, with a new head and new adapters.
+    """
+
+    model: Any
+    kept_layers: int
+    info: dict[str, Any] = field(default_factory=dict)
+    shared_backbone: bool = True
+    fresh: bool = False
+
+
+def apply(choice: Choice, situation: Situation) -> Pruned:
+    """Prune an adapted model.
+
+    Raises:
+        VitPruneError: the choice cannot be met for this model; of the kind that says why.
+    """
+    if choice.name == "none":
+        return Pruned(None, situation.layers)
+    if choice.name == "sls":
+        selection = situation.selection(choice.options.get("alpha"))
+        return _truncated(situation, selection["kept_layers"], selection)
+    if choice.name == "truncate":
+        return _truncated_at(choice.options["k"], situation)
+    if choice.name == "depgraph":
+        return _depgraph(choice.options["ratio"], situation)
+    return _learned(choice.name, choice.options["target"], situation)
+
+
+def _truncated(situation: Situation, kept: int, info: dict[str, Any]) -> Pruned:
+    if kept == situation.layers:
+        return Pruned(None, kept, info)
+    return Pruned(truncate(situation.model, kept), kept, info)
+
+
+def _truncated_at(depth: Any, situation: Situation) -> Pruned:
+    """With the depth that SLS chooses, and the same start, it would be SLS again: that one starts afresh."""
+    lowest, layers = fewest_layers(situation.model), situation.layers
+    if depth == SLS:
+        pruned = _truncated(situation, situation.kept_by_sls(), {"k": SLS})
+        return replace(pruned, fresh=pruned.model is not None)
+    if depth == RANDOM:
+        depth = random.Random(_number_of(situation.run)).randint(lowest, layers - 1)
+        return _truncated(situation, depth, {"k": RANDOM, "lowest": lowest})
+    if not lowest <= depth < layers:
+        raise InvalidPlanError(f"k = {depth} is not among the depths of this model, {lowest} to {layers - 1}")
+    return _truncated(situation, depth, {"k": depth})
+
+
+def _number_of(run: Run) -> int:
+    """A number that the run alone decides."""
+    return int.from_bytes(hashlib.sha256(run.name.encode()).digest()[:8], "big")
+
+
+def _depgraph(ratio: Any, situation: Situation) -> Pruned:
+    if ratio == SLS:
+        ratio = 1 - situation.kept_by_sls() / situation.layers
+    if ratio == 0:
+        return Pruned(None, situation.layers, {"ratio": 0.0})
+    plan = depgraph_plan(situation.model, situation.examples, ratio)
+    return Pruned(prune(situation.model, plan), situation.layers, dict(plan.info), shared_backbone=False)
+
+
+def _learned(name: str, target: Any, situation: Situation) -> Pruned:
+    """A method of this library, at the MACs of what SLS keeps by default; it learns for as long as the recipe says."""
+    if target == SLS:
+        kept = situation.kept_by_sls()
+        if kept == situation.layers:
+            return Pruned(None, kept, {"target": 1.0})
+        plan = PruningPlan.dense(situation.model).keep_layers(range(kept))
+        target = count(plan.architecture).macs / count(situation.model).macs
+    settings = {"target": target, "target_metric": "macs", **_LEARNED_SETTINGS.get(name, {})}
+    gated = get_pruning_model(situation.model, config_class(name)(**settings))
+    with tempfile.TemporaryDirectory() as folder:
+        processes = PartialState().num_processes
+        arguments = situation.machine.arguments(situation.recipe, situation.run.seed, folder, processes)
+        trainer = PruningTrainer(gated, arguments, train_dataset=situation.examples)
+        use_quiet_progress(trainer, f"{LEARNED[name].removesuffix('Config')}: learning what to prune")
+        trainer.train()
+    small, plan = gated.export(), gated.plan()
+    return Pruned(small, len(plan.layers), {"target": target, "method": name}, shared_backbone=False)
+
+
+def check_possible(choice: Choice, settings: Any) -> None:
+    """Refuse what can be seen to make no sense.
+
+    Raises:
+        InvalidConfigError: naming it.
+    """
+    choice.check_available()
+    if choice.name == "truncate" and choice.options["k"] == SLS and settings.retraining_epochs == 0:
+        raise InvalidConfigError("truncate:k=sls starts from the pretrained model, so it needs retraining epochs")

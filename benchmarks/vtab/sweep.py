@@ -1,0 +1,89 @@
+"""Tasks x adaptations x prunings x seeds, one after the other, each run once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from hf_vitprune.errors import VitPruneError
+
+from .adapters import check_peft
+from .choices import Choice
+from .data import TaskData, load_task
+from .experiment import Experiment
+from .pruning import check_possible
+from .settings import Machine, Run, Settings
+from .store import Store
+from .tasks import find_tasks
+
+
+def runs_of(tasks: Iterable[str], pefts: Sequence[str], prunings: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    """All cells, ordered so that runs on the same adapted model follow each other.
+
+    Raises:
+        InvalidDataError: an unknown task.
+        InvalidConfigError: an unknown adaptation or pruning.
+    """
+    labels = [Choice.parse(text).label for text in prunings]
+    return [
+        Run(task.name, check_peft(peft), pruning, seed)
+        for task in find_tasks(tasks)
+        for peft in dict.fromkeys(pefts)
+        for seed in dict.fromkeys(seeds)
+        for pruning in dict.fromkeys(labels)
+    ]
+
+
+def run_sweep(
+    settings: Settings, runs: Sequence[Run], root: Path, output: Path, machine: Machine, console: Console
+) -> list[tuple[Run, VitPruneError]]:
+    """Do the runs that are not done yet. What can be refused is refused before the first of them.
+
+    Args:
+        settings: of all of them.
+        runs: what to do.
+        root: folder with the tasks' folders.
+        output: results folder.
+        machine: where it runs.
+        console: gets a line a run, from the first process.
+
+    Returns:
+        The runs that could not be done, and why; the others are done.
+
+    Raises:
+        InvalidConfigError: the results folder is of other settings, or a run makes no sense.
+        InvalidDataError: a task is not here.
+        MissingExtraError: DepGraph without Torch-Pruning.
+    """
+    store = Store(output)
+    for pruning in dict.fromkeys(run.pruning for run in runs):
+        check_possible(Choice.parse(pruning), settings)
+    tasks: dict[str, TaskData] = {}
+    for task in find_tasks(dict.fromkeys(run.task for run in runs)):
+        tasks[task.name] = load_task(task, root, settings.source, any_size=settings.any_size)
+    store.claim(settings)
+    waiting = [run for run in runs if not store.finished(run)]
+    say = console.print if store.main else lambda *_: None
+    if len(waiting) < len(runs):
+        say(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already")
+    failed = []
+    experiment: Experiment | None = None
+    for number, run in enumerate(waiting, start=1):
+        if experiment is None or experiment.data is not tasks[run.task]:
+            experiment = Experiment(settings, tasks[run.task], store, machine)
+        try:
+            record = experiment.record(run)
+        except VitPruneError as error:
+            failed.append((run, error))
+            say(f"[red]{number}/{len(waiting)}  {run.name}: {escape(str(error))}[/]")
+            continue
+        store.write(run, record)
+        result = record["results"]["last_epoch"]
+        say(
+            f"{number}/{len(waiting)}  {run.name}: {result['accuracy']:.1%}, {result['kept_layers']} of "
+            f"{result['layers']} layers, {result['cost']['speedup']:.2f}x, {record['seconds']:.0f} s"
+        )
+    return failed

@@ -1,0 +1,154 @@
+"""Training and testing one model, by transformers' Trainer."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import Trainer, TrainerCallback
+
+from hf_vitprune.errors import InvalidDataError
+from hf_vitprune.workflow import use_quiet_progress
+
+from .adapters import trained_tensors
+from .settings import Machine, Recipe
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a training went.
+
+    Attributes:
+        epoch: the epoch whose weights the model has: the last, or with validation the best (the first of equals).
+        validation: accuracy after every epoch; empty without validation.
+        seconds: wall-clock time.
+    """
+
+    epoch: int
+    validation: list[float]
+    seconds: float
+
+
+def train(
+    model: Any,
+    examples: Any,
+    recipe: Recipe,
+    *,
+    seed: int,
+    machine: Machine,
+    what: str,
+    validation: Any = None,
+    keep_zero_ranks: bool = False,
+) -> Trained:
+    """Train a model in place.
+
+    Args:
+        examples: to train on.
+        validation: examples; where given, the weights of the epoch that is best on them are put back at the end.
+        what: shown at the progress bar.
+        keep_zero_ranks: leave AdaLoRA's pruned ranks pruned (they were chosen in an earlier training).
+
+    Raises:
+        InvalidDataError: the loss is not finite at the end.
+    """
+    start = time.perf_counter()
+    best = KeepBest()
+    strategy = {"eval_strategy": "no" if validation is None else "epoch"}
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = machine.arguments(recipe, seed, folder, PartialState().num_processes, **strategy)
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=examples,
+            eval_dataset=validation,
+            compute_metrics=accuracy_of_choices,
+            preprocess_logits_for_metrics=choices_of,
+            callbacks=[best, *_rank_callbacks(model, keep_zero_ranks)],
+        )
+        use_quiet_progress(trainer, what)
+        loss = trainer.train().training_loss
+    if not np.isfinite(loss):
+        raise InvalidDataError(f"{what}: the loss is {loss}; the training diverged, lower the learning rate")
+    if validation is not None:
+        best.restore(model)
+    return Trained(best.epoch or recipe.epochs, best.accuracies, time.perf_counter() - start)
+
+
+def accuracy(model: Any, examples: Any, *, batch_size: int, machine: Machine) -> float:
+    """Share of the examples whose class has the highest logit."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Recipe(epochs=1, warmup_epochs=0, batch_size=batch_size)
+        arguments = machine.arguments(recipe, 0, folder, PartialState().num_processes)
+        trainer = Trainer(
+            model,
+            arguments,
+            eval_dataset=examples,
+            compute_metrics=accuracy_of_choices,
+            preprocess_logits_for_metrics=choices_of,
+        )
+        use_quiet_progress(trainer, "testing")
+        return trainer.evaluate()["eval_accuracy"]
+
+
+def choices_of(logits: Any, labels: Any) -> torch.Tensor:
+    """(batch,) classes with the highest logit: all that has to be gathered."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+def accuracy_of_choices(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
+
+
+class KeepBest(TrainerCallback):
+    """Remembers the trained tensors of the epoch with the best validation accuracy."""
+
+    def __init__(self) -> None:
+        self.accuracies: list[float] = []
+        self.epoch = 0
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **_: Any
+    ) -> None:
+        self.accuracies.append(metrics["eval_accuracy"])
+        if self.accuracies[-1] > max(self.accuracies[:-1], default=-1.0):
+            self.epoch = len(self.accuracies)
+            self._tensors = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
+
+    def restore(self, model: Any) -> None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in self._tensors:
+                    parameter.copy_(self._tensors[name])
+
+
+# ---------------------------------------------------------------------- AdaLoRA
+def _rank_callbacks(model: Any, keep_zero_ranks: bool) -> list[TrainerCallback]:
+    if not any("lora_E" in name for name, _ in model.named_parameters()):
+        return []
+    return [KeepRanks() if keep_zero_ranks else AllocateRanks()]
+
+
+class AllocateRanks(TrainerCallback):
+    """AdaLoRA's allocation of ranks, which has to be called after every update."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step)
+
+
+class KeepRanks(TrainerCallback):
+    """Ranks that AdaLoRA has pruned stay so."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        parts = [p for name, p in model.named_parameters() if "lora_E" in name]
+        self._kept = [(p, (p.detach() != 0).to(p.dtype)) for p in parts]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        with torch.no_grad():
+            for parameter, mask in self._kept:
+                parameter.mul_(mask)
