@@ -6,6 +6,7 @@ from .card import model_card
 from .cost import Cost, LatencyTable, count
 from .distillation import DistillationConfig
 from .errors import VitPruneError
+from .fuse import fuse_bn
 from .hub import push_to_hub
 from .methods import LayerSelection, SLSConfig, VTPConfig, select_layers
 from .model import PruningModel, get_pruning_model
@@ -39,6 +40,7 @@ __all__ = [
     "VitPruneError",
     "build",
     "count",
+    "fuse_bn",
     "get_pruning_model",
     "load_old_adapter",
     "mask",

@@ -86,8 +86,9 @@ class Architecture:
         Args:
             base_config: stock config of the dense model; gives what ``layers`` leaves out, and the attention scale.
             layers: one dict a layer (Swin: a list of such lists, one a stage) with any of ``mixer``, ``heads``,
-                ``qk_dim``, ``v_dim``, ``mlp``, ``attention_in``, ``mlp_in``. Fewer layers than the dense model has
-                are its first ones.
+                ``qk_dim``, ``v_dim``, ``mlp``, ``attention_in``, ``mlp_in``, ``conv_channels`` (of a convolution; by
+                default the channels of one head), ``batch_norm``. Fewer layers than the dense model has are its
+                first ones.
             hidden_size: residual width; the dense one by default.
 
         Raises:
@@ -167,8 +168,9 @@ class Architecture:
     def per_layer_config(self) -> dict[int, dict[str, Any]]:
         """Layer index -> what differs from the dense config, in the words of transformers' ``per_layer_config``.
 
-        ``skip`` names removed branches; sizes that schema has no word for are ``qk_head_dim``, ``v_head_dim``,
-        ``attention_input_size``, ``mlp_input_size`` and ``shifted``.
+        ``skip`` names removed branches; what that schema has no word for are ``qk_head_dim``, ``v_head_dim``,
+        ``attention_input_size``, ``mlp_input_size``, ``shifted``, and where the mixer is not attention ``mixer``,
+        ``conv_channels`` and ``batch_norm``.
         """
         return {i: shape_to_words(shape) for i, shape in enumerate(self.layers)}
 
@@ -195,6 +197,11 @@ class Architecture:
         for i, shape in enumerate(self.layers):
             where = f"layer {i}"
             check_shape(shape, largest, self.width(i), where)
+            if shape.kernel and not self.family.convolutions:
+                raise InvalidArchitectureError(
+                    f"{where}: {self.model_type} models cannot mix tokens by {shape.mixer}: "
+                    "their grid of patches is not known"
+                )
             if (shape.shifted is None) != (self.depths is None) or not isinstance(shape.shifted, (bool, type(None))):
                 raise InvalidArchitectureError(
                     f"{where}: shifted is for layers of windows only, got {shape.shifted!r}"

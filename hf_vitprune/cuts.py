@@ -65,24 +65,41 @@ def small_state(
     state = {name: cut.take(big_state[cut.source]) for name, cut in find_cuts(model, small, plan).items()}
     state.update(_input_indices(big_state, model, small, plan))
     expected = small.state_dict()
+    missing = sorted(expected.keys() - state.keys() - plan.weights.keys())
+    if missing:
+        raise InvalidPlanError(
+            f"the plan makes new mixers and lacks {len(missing)} of their weights (first: {missing[0]})"
+        )
     for name, tensor in plan.weights.items():
         if name not in expected or expected[name].shape != tensor.shape:
             shape = tuple(expected[name].shape) if name in expected else None
             raise InvalidPlanError(
                 f"the plan's new weight {name} is {tuple(tensor.shape)}, the small model has {shape}"
             )
-        state[name] = tensor.to(state[name].device, state[name].dtype, copy=True)
+        like = state.get(name, expected[name])
+        device = next(iter(big_state.values())).device if like.device.type == "meta" else like.device
+        state[name] = tensor.to(device, like.dtype, copy=True)
     return state
 
 
 def find_cuts(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan) -> dict[str, Cut]:
-    """Small tensor name -> its cut. Outside the layers, axes whose length differs follow the kept embedding."""
+    """Small tensor name -> its cut. Outside the layers, axes whose length differs follow the kept embedding.
+
+    Tensors of mixers that the plan makes have none: they are among its new weights.
+    """
     source_paths = layer_paths(model, plan.source)
     small_paths = layer_paths(small, plan.architecture)
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     cuts: dict[str, Cut] = {}
     renamed = {new.layer: source_paths[e.index].layer for new, e in zip(small_paths, plan.layers, strict=True)}
+    new_mixers = tuple(
+        f"{paths.attention}."
+        for paths, e in zip(small_paths, plan.layers, strict=True)
+        if e.replaces_mixer(plan.source.layers[e.index])
+    )
     for name, tensor in small.state_dict().items():
+        if name.startswith(new_mixers):
+            continue
         layer = next((new for new in renamed if name.startswith(new + ".")), None)
         source = name if layer is None else renamed[layer] + name[len(layer) :]
         if source in shapes and not name.endswith(".input_index"):
@@ -120,6 +137,8 @@ def _cut_layer(cuts: dict[str, Cut], entry: LayerPlan, new: LayerPaths, old: Lay
     for path in norms:
         if path is not None and kept is not None:
             cut(path, 0, kept)
+    if source.kernel and kept is not None:
+        cut(f"{new.attention}.conv", 1, kept)
     if entry.mixer == "attention":
         inputs = kept if entry.attention_in is None else torch.tensor(entry.attention_in)
         qk = _rows(entry.heads, entry.qk, source.qk_dim)

@@ -25,6 +25,10 @@ class InvalidArchitectureError(VitPruneError, ValueError):
     """The sizes of an architecture are impossible, or do not match its own record."""
 
 
+class TokenGridError(VitPruneError, ValueError):
+    """The tokens that reach a convolution mixer do not form the grid of patches of the image."""
+
+
 class UnreachableTargetError(VitPruneError, ValueError):
     """No plan that respects the floors reaches the requested cost."""
 

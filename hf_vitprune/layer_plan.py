@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import InvalidPlanError
-from .layer_shape import LayerShape
+from .layer_shape import KERNELS, LayerShape
 
 #: in a v or qk list: a channel of zeros, so that heads with fewer channels fit a dense kernel
 PAD = -1
@@ -20,9 +20,11 @@ class LayerPlan:
     """What stays of one layer. Indices count in the model that the plan is for.
 
     ``qk`` and ``v`` hold one list a kept head, all of one length (:data:`PAD` marks a channel of zeros); they are
-    empty where ``mixer`` is ``none``. An empty ``mlp`` removes the MLP. ``attention_in`` and ``mlp_in`` are positions
-    among the channels those parts read (None: all). ``scales`` holds factors for the kept units of ``attention_in``,
-    ``v`` (heads concatenated), ``mlp_in`` or ``mlp``, which surgery multiplies into the weights that read them.
+    empty where ``mixer`` is not attention. Another mixer than the source's is made by :meth:`with_mixer`; the weights
+    of a new convolution are in the plan's. An empty ``mlp`` removes the MLP. ``attention_in`` and ``mlp_in`` are
+    positions among the channels those parts read (None: all). ``scales`` holds factors for the kept units of
+    ``attention_in``, ``v`` (heads concatenated), ``mlp_in`` or ``mlp``, which surgery multiplies into the weights that
+    read them.
     """
 
     index: int
@@ -34,6 +36,8 @@ class LayerPlan:
     attention_in: Indices | None = None
     mlp_in: Indices | None = None
     scales: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    conv_channels: int | None = None
+    batch_norm: bool | None = None
 
     @classmethod
     def dense(cls, index: int, shape: LayerShape) -> LayerPlan:
@@ -46,7 +50,28 @@ class LayerPlan:
             qk=tuple(tuple(range(shape.qk_dim)) for _ in heads),
             v=tuple(tuple(range(shape.v_dim)) for _ in heads),
             mlp=tuple(range(shape.mlp)),
+            conv_channels=shape.conv_channels,
+            batch_norm=shape.batch_norm,
         )
+
+    def with_mixer(self, mixer: str, conv_channels: int | None = None, batch_norm: bool | None = None) -> LayerPlan:
+        """Mix tokens otherwise: by ``identity`` or ``none``, or by a convolution with new weights.
+
+        Args:
+            mixer: what replaces the layer's own.
+            conv_channels: of a convolution.
+            batch_norm: of a convolution; there by default.
+        """
+        if mixer in KERNELS and batch_norm is None:
+            batch_norm = True
+        scales = {name: factors for name, factors in self.scales.items() if name.startswith("mlp")}
+        changes: dict[str, Any] = {"heads": (), "qk": (), "v": (), "attention_in": None, "scales": scales}
+        return replace(self, mixer=mixer, conv_channels=conv_channels, batch_norm=batch_norm, **changes)
+
+    def replaces_mixer(self, source: LayerShape) -> bool:
+        """Whether the mixer is not the source's own, nor a part of it."""
+        mine = (self.mixer, self.conv_channels, self.batch_norm)
+        return self.mixer != "none" and mine != (source.mixer, source.conv_channels, source.batch_norm)
 
     def keep_heads(self, heads: Iterable[int]) -> LayerPlan:
         """Keep only these heads (positions in the source layer)."""
@@ -71,6 +96,8 @@ class LayerPlan:
             attention_in=_inputs(self.attention_in, source.attention_in) if attention else None,
             mlp_in=_inputs(self.mlp_in, source.mlp_in) if self.mlp else None,
             shifted=source.shifted,
+            conv_channels=self.conv_channels,
+            batch_norm=self.batch_norm,
         )
 
 
@@ -105,6 +132,8 @@ def layer_from_dict(row: dict[str, Any]) -> LayerPlan:
         attention_in=optional_whole_numbers(row.get("attention_in")),
         mlp_in=optional_whole_numbers(row.get("mlp_in")),
         scales={k: tuple(v) for k, v in row.get("scales", {}).items()},
+        conv_channels=row.get("conv_channels"),
+        batch_norm=row.get("batch_norm"),
     )
 
 

@@ -8,15 +8,21 @@ from typing import Any
 from .errors import InvalidArchitectureError
 from .families import LayerSizes
 
-#: what may mix the tokens of a layer
-MIXERS = ("attention", "none")
+#: what may mix the tokens of a layer; ``identity`` gives back its normalised input
+MIXERS = ("attention", "conv3x3", "conv1x1", "identity", "none")
+#: side of the kernel of the mixers that convolve over the patch grid
+KERNELS = {"conv3x3": 3, "conv1x1": 1}
 #: no redistribution needs a part this many times its dense size; larger numbers are taken for corruption
 MAX_GROWTH = 16
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of one layer. ``qk_dim`` and ``v_dim`` are channels a head; ``mlp`` 0 means no MLP."""
+    """Sizes of one layer.
+
+    ``qk_dim`` and ``v_dim`` are channels a head; ``mlp`` 0 means no MLP. Only attention has ``heads``, ``qk_dim``,
+    ``v_dim`` and ``attention_in``; only convolutions have ``conv_channels`` and ``batch_norm``.
+    """
 
     mixer: str = "attention"
     heads: int = 0
@@ -28,6 +34,15 @@ class LayerShape:
     mlp_in: int | None = None
     #: Swin: windows of this layer are shifted
     shifted: bool | None = None
+    #: channels between the two halves of a convolution mixer
+    conv_channels: int | None = None
+    #: whether a convolution mixer has a BatchNorm; False: it was folded into the convolution
+    batch_norm: bool | None = None
+
+    @property
+    def kernel(self) -> int | None:
+        """Side of the convolution kernel; None where the mixer is no convolution."""
+        return KERNELS.get(self.mixer)
 
 
 def dense_shape(sizes: LayerSizes, shifted: bool | None) -> LayerShape:
@@ -50,6 +65,14 @@ def check_shape(shape: LayerShape, largest: dict[str, int], width: int, where: s
     if shape.mixer == "attention":
         for name in ("heads", "qk_dim", "v_dim"):
             check_size(f"{where}: {name}", getattr(shape, name), largest[name])
+    else:
+        _check_absent(shape, _ATTENTION_SIZES, where)
+    if shape.kernel is None:
+        _check_absent(shape, _CONV_SIZES, where)
+    else:
+        check_size(f"{where}: conv_channels", shape.conv_channels, width)
+        if not isinstance(shape.batch_norm, bool):
+            raise InvalidArchitectureError(f"{where}: batch_norm is True or False, got {shape.batch_norm!r}")
     if shape.mlp != 0 or isinstance(shape.mlp, bool):
         check_size(f"{where}: mlp", shape.mlp, largest["mlp"])
     for name in ("attention_in", "mlp_in"):
@@ -58,6 +81,17 @@ def check_shape(shape: LayerShape, largest: dict[str, int], width: int, where: s
             check_size(f"{where}: {name}", size, width)
             if size > width:
                 raise InvalidArchitectureError(f"{where}: {name} {size} is over the width {width}")
+
+
+_ATTENTION_SIZES = ("heads", "qk_dim", "v_dim", "attention_in")
+_CONV_SIZES = ("conv_channels", "batch_norm")
+
+
+def _check_absent(shape: LayerShape, names: tuple[str, ...], where: str) -> None:
+    for name in names:
+        size = getattr(shape, name)
+        if size is not None and (size != 0 or isinstance(size, bool)):
+            raise InvalidArchitectureError(f"{where}: a layer whose mixer is {shape.mixer!r} has no {name}")
 
 
 def check_size(what: str, size: Any, dense: int) -> None:
@@ -71,8 +105,13 @@ def shape_from_row(row: Any, dense: LayerShape, where: str) -> LayerShape:
     known = set(LayerShape.__dataclass_fields__) - {"shifted"}
     if not isinstance(row, dict) or set(row) - known:
         raise InvalidArchitectureError(f"{where}: expected a dict with any of {', '.join(sorted(known))}, got {row!r}")
-    shape = replace(dense, **row)
-    return replace(shape, heads=0, qk_dim=0, v_dim=0, attention_in=None) if shape.mixer == "none" else shape
+    mixer = row.get("mixer", dense.mixer)
+    defaults: dict[str, Any] = {}
+    if mixer != "attention":
+        defaults = {"heads": 0, "qk_dim": 0, "v_dim": 0, "attention_in": None}
+    if mixer in KERNELS:
+        defaults |= {"conv_channels": dense.v_dim, "batch_norm": True}
+    return replace(dense, **{**defaults, **row})
 
 
 _WORDS = {
@@ -83,6 +122,9 @@ _WORDS = {
     "attention_input_size": "attention_in",
     "mlp_input_size": "mlp_in",
     "shifted": "shifted",
+    "mixer": "mixer",
+    "conv_channels": "conv_channels",
+    "batch_norm": "batch_norm",
 }
 
 
@@ -96,9 +138,14 @@ def shape_from_words(row: Any, where: str) -> LayerShape:
     if "head_dim" in row:
         shape["qk_dim"] = shape["v_dim"] = row["head_dim"]
     if "attention" in skip:
-        if {"heads", "qk_dim", "v_dim", "attention_in"} & shape.keys():
+        if {*_ATTENTION_SIZES, *_CONV_SIZES, "mixer"} & shape.keys():
             raise InvalidArchitectureError(f"{where}: a skipped attention has no sizes")
         shape["mixer"] = "none"
+    elif "mixer" in shape and shape["mixer"] not in (*KERNELS, "identity"):
+        raise InvalidArchitectureError(
+            f"{where}: mixer is one of {', '.join(KERNELS)} and identity, got {shape['mixer']!r}; attention has "
+            "no such word, and a removed one is in skip"
+        )
     if ("mlp" in skip) == ("mlp" in shape):
         raise InvalidArchitectureError(f"{where}: give intermediate_size, or skip the mlp")
     return LayerShape(**shape)
@@ -118,6 +165,10 @@ def shape_to_words(shape: LayerShape) -> dict[str, Any]:
             row["qk_head_dim"], row["v_head_dim"] = shape.qk_dim, shape.v_dim
         if shape.attention_in is not None:
             row["attention_input_size"] = shape.attention_in
+    elif shape.mixer != "none":
+        row["mixer"] = shape.mixer
+        for name in _CONV_SIZES if shape.kernel else ():
+            row[name] = getattr(shape, name)
     if shape.mlp:
         row["intermediate_size"] = shape.mlp
         if shape.mlp_in is not None:

@@ -12,6 +12,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .errors import AdapterError
+from .families import family_of
+from .modeling.structure import finish_mixers
 
 
 class SwitchedLayers(nn.ModuleList):
@@ -107,6 +109,7 @@ def plain_twin(base: nn.Module, merged: Collection[str] = (), saved: bool = Fals
     twin = visit(base, "")
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         twin.__dict__.pop(attribute, None)
+    finish_mixers(twin, family_of(twin))
     return twin
 
 

@@ -141,8 +141,14 @@ class PruningPlan:
 
     def _check_layer(self, entry: LayerPlan, source: LayerShape) -> None:
         where = f"layer {entry.index}"
-        if entry.mixer not in ("none", source.mixer):
+        if entry.replaces_mixer(source) and (entry.mixer == "attention" or source.mixer == "none"):
             raise InvalidPlanError(f"{where}: mixer {entry.mixer!r} cannot be made from {source.mixer!r}")
+        if entry.mixer not in ("attention", "none") and (
+            entry.heads or entry.qk or entry.v or entry.attention_in is not None
+        ):
+            raise InvalidPlanError(
+                f"{where}: a layer whose mixer is {entry.mixer!r} keeps no heads, channels of heads or inputs"
+            )
         if entry.mixer == "attention":
             check_indices(f"{where}: heads", entry.heads, source.heads)
             for name, rows, size in (("qk", entry.qk, source.qk_dim), ("v", entry.v, source.v_dim)):

@@ -157,6 +157,11 @@ def l2_scores(model: Any) -> Scores:
             total = total + qk.sum() + v.sum()
             if same_width:
                 embedding += columns(path.q) + columns(path.k) + columns(path.v) + rows(path.o)
+        elif shape.kernel:
+            kernel = state[f"{path.attention}.conv.weight"].double().square()
+            total = total + kernel.sum() + rows(path.o).sum()
+            if same_width:
+                embedding += kernel.sum((0, 2, 3)) + rows(path.o)
         if shape.mlp:
             hidden = sum((rows(name) for name in path.fc1), columns(path.fc2))
             squares[f"layer {i} mlp"] = hidden

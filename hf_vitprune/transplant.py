@@ -11,13 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architecture import Architecture
-from .cuts import find_cuts, small_state
+from .cuts import Cut, find_cuts, small_state
 from .errors import InvalidPlanError
 from .gates import strip_gates
 from .lineage import lineage
 from .modeling import config_for, pruned_model_class
-from .modeling.blocks import mask_layer_norm
-from .modeling.structure import layer_paths
+from .modeling.blocks import RemovedAttention, mask_layer_norm
+from .modeling.structure import finish_mixers, layer_paths, put, replace_mixer
 from .plan import PruningPlan
 
 
@@ -30,7 +30,8 @@ def prune_plain(model: PreTrainedModel, plan: PruningPlan, *, allow_unchanged: b
     _copy_frozen_buffers(model, small, plan)
     cuts = find_cuts(model, small, plan)
     for name, parameter in small.named_parameters():
-        parameter.requires_grad_(model.get_parameter(cuts[name].source).requires_grad)
+        if name in cuts:  # the rest is new
+            parameter.requires_grad_(model.get_parameter(cuts[name].source).requires_grad)
     return small.train(model.training)
 
 
@@ -50,6 +51,7 @@ def mask_plain(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
             for name, tensor in tensors.items():
                 if name.startswith(prefix):
                     tensor.zero_()
+    _replace_mixers(full, small, state, plan)
     if plan.embedding is not None:
         kept = torch.tensor(plan.embedding, device=next(full.parameters()).device)
         for norm in residual_norms(full, plan.source):
@@ -112,6 +114,36 @@ def _removed_branches(model: PreTrainedModel, plan: PruningPlan) -> list[str]:
         if shape.mlp and (entry is None or not entry.mlp):
             prefixes.append(f"{path.fc2}.")
     return prefixes
+
+
+def _replace_mixers(
+    full: PreTrainedModel, small: PreTrainedModel, state: dict[str, torch.Tensor], plan: PruningPlan
+) -> None:
+    """Put the mixers that the plan makes, or that zeros cannot silence, into the full-size model, in place."""
+    source, family = plan.source, plan.source.family
+    kept = {
+        e.index: (e, new.attention) for e, new in zip(plan.layers, layer_paths(small, plan.architecture), strict=True)
+    }
+    for i, (paths, shape) in enumerate(zip(layer_paths(full, source), source.layers, strict=True)):
+        entry, prefix = kept.get(i, (None, ""))
+        if entry is None or entry.mixer == "none":
+            if shape.mixer not in ("attention", "none"):  # special tokens pass it, whatever its weights
+                put(full, paths.attention, RemovedAttention())
+        elif entry.replaces_mixer(shape):
+            replace_mixer(full, family, source.config, paths, entry.shape(shape), source.width(i))
+            mixer = full.get_submodule(paths.attention)
+            _fill_mixer(mixer, {name: state[f"{prefix}.{name}"] for name in mixer.state_dict()}, plan)
+            mixer.train(full.training)
+    finish_mixers(full, family)
+
+
+def _fill_mixer(mixer: nn.Module, weights: dict[str, torch.Tensor], plan: PruningPlan) -> None:
+    """Give a full-size mixer the weights of a small one, at the places of the kept residual channels."""
+    for name, full in mixer.state_dict().items():
+        if weights[name].shape != full.shape:
+            index = torch.tensor(plan.embedding)
+            weights[name] = Cut(name, {1 if name == "conv.weight" else 0: index}).scatter(weights[name], full.shape)
+    mixer.load_state_dict(weights, assign=True)
 
 
 def residual_norms(model: nn.Module, architecture: Architecture) -> list[nn.Module]:

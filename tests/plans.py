@@ -131,9 +131,9 @@ def layer_plans(draw: st.DrawFn, source: Architecture, index: int, narrow: bool)
     shape, width = source.layers[index], source.width(index)
     entry = LayerPlan.dense(index, shape)
     scales: dict[str, tuple[float, ...]] = {}
-    if shape.mixer == "none" or draw(st.integers(0, 5)) == 0:
-        entry = replace(entry, mixer="none", heads=(), qk=(), v=())
-    else:
+    if shape.mixer != "none" and draw(st.integers(0, 5)) == 0:
+        entry = entry.with_mixer(draw(st.sampled_from(["none", "identity"])))
+    elif shape.mixer == "attention":
         heads = draw(subset(range(shape.heads)))
         qk, v = (draw(channel_rows(len(heads), size)) for size in (shape.qk_dim, shape.v_dim))
         entry = replace(entry, heads=heads, qk=qk, v=v)
@@ -190,7 +190,7 @@ def compose(first: PruningPlan, second: PruningPlan) -> PruningPlan:
                 qk=tuple(pick(old.qk[h], row) for h, row in zip(rows, entry.qk, strict=True)),
                 v=tuple(pick(old.v[h], row) for h, row in zip(rows, entry.v, strict=True)),
                 mlp=pick(old.mlp, entry.mlp),
-                attention_in=pick(old.attention_in, entry.attention_in),
+                attention_in=pick(old.attention_in, entry.attention_in) if entry.mixer == "attention" else None,
                 mlp_in=pick(old.mlp_in, entry.mlp_in),
             )
         )
@@ -206,6 +206,10 @@ def recorded_attentions(architecture: Architecture) -> list[int]:
     return [i for i in layers if architecture.layers[i].mixer == "attention"]
 
 
+def replaces(entry: LayerPlan, plan: PruningPlan) -> bool:
+    return entry.replaces_mixer(plan.source.layers[entry.index])
+
+
 def aligned(
     small: dict[str, torch.Tensor], full: dict[str, torch.Tensor], plan: PruningPlan
 ) -> list[tuple[str, Any, Any]]:
@@ -216,7 +220,9 @@ def aligned(
     """
     pairs = []
     columnar = plan.source.depths is None
-    kept, dense = recorded_attentions(plan.architecture), recorded_attentions(plan.source)
+    shapes = {e.index: e.shape(plan.source.layers[e.index]) for e in plan.layers if replaces(e, plan)}
+    full_size = replace(plan.source, layers=tuple(shapes.get(i, s) for i, s in enumerate(plan.source.layers)))
+    kept, dense = recorded_attentions(plan.architecture), recorded_attentions(full_size)
     for name, tensor in small.items():
         key, _, number = name.partition(".")
         if key == "hidden_states" and columnar:

@@ -20,11 +20,13 @@ from hf_vitprune.architecture import Architecture
 from hf_vitprune.cost import count
 from hf_vitprune.cuts import find_cuts
 from hf_vitprune.errors import InvalidPlanError
+from hf_vitprune.fuse import fuse_bn
+from hf_vitprune.layer_shape import MIXERS
 from hf_vitprune.modeling import pruned_model_class
 from hf_vitprune.plan import PruningPlan
 from hf_vitprune.surgery import mask, prune
 from plans import PLANS, aligned, compose, plan_named, pruning_plans, recorded_attentions
-from tiny import CASES, CLASSIFIERS, assert_same, images, make, relative_error, run, run_python, total_loss
+from tiny import CASES, CLASSIFIERS, assert_same, hybrid, images, make, relative_error, run, run_python, total_loss
 
 #: plans for the classes that share their layers with another class of the family
 FEW_PLANS = ("embedding", "layers", "everything", "removed branches")
@@ -88,7 +90,20 @@ def real_parameters(model: PreTrainedModel) -> int:
 @given(data=st.data())
 def test_any_plan(case: str, data: st.DataObject) -> None:
     """Random combinations, in double precision: equal to the mask, exact counts, JSON, and prune of prune."""
-    model = make(case).double()
+    check_any_plan(make(case), case, data)
+
+
+@pytest.mark.parametrize("case", [*CLASSIFIERS, "SwinBackbone", "Dinov2Backbone", "ViTModel"])
+@random_plans
+@given(data=st.data())
+def test_any_plan_over_any_mixers(case: str, data: st.DataObject) -> None:
+    layers = sum(CASES[case].fields.get("depths", [4]))
+    mixers = data.draw(st.lists(st.sampled_from(MIXERS), min_size=layers, max_size=layers))
+    check_any_plan(hybrid(case, mixers), case, data)
+
+
+def check_any_plan(model: PreTrainedModel, case: str, data: st.DataObject) -> None:
+    model.double()
     model.set_attn_implementation("eager")
     given_out = [i for i in getattr(model.config, "out_indices", []) if case.endswith("Backbone")]
     keep = tuple(i - 1 for i in given_out if i) if Architecture.of(model).depths is None else ()
@@ -230,10 +245,11 @@ def test_a_fresh_process_loads_the_same_models(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "sent")]
     for case in (*(c for c in CLASSIFIERS if "-" not in c), "SwinBackbone", "ViTForMaskedImageModeling", "ViTModel"):
         model, plan = planned(case, "everything")
-        small = prune(model, plan)
-        small.save_pretrained(tmp_path / case)
-        torch.save(run(small), tmp_path / case / "outputs.pt")
-        arguments += [case, str(tmp_path / case)]
+        for number, small in enumerate([prune(model, plan), hybrid(case), fuse_bn(hybrid(case))]):
+            folder = tmp_path / f"{case}-{number}"
+            small.save_pretrained(folder)
+            torch.save(run(small), folder / "outputs.pt")
+            arguments += [case, str(folder)]
     assert run_python(FRESH, *arguments).endswith("exact\n")
 
 

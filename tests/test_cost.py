@@ -18,7 +18,7 @@ from hf_vitprune.cost.closed_form import cost_parts
 from hf_vitprune.plan import PruningPlan
 from hf_vitprune.surgery import prune
 from plans import PLANS, plan_named
-from tiny import CASES, CLASSIFIERS, images, make
+from tiny import CASES, CLASSIFIERS, hybrid, images, make
 
 aten = torch.ops.aten
 #: parameters that are two-dimensional or more without being weight matrices
@@ -83,6 +83,16 @@ def test_counts_are_exact(case: str, plan_name: str | None) -> None:
     assert count(Architecture.of(model)) == cost
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_counts_of_other_mixers_are_exact(case: str) -> None:
+    model = hybrid(case)
+    cost = count(model)
+    assert cost.params == sum(p.numel() for p in model.parameters())
+    matrices = [(n, p) for n, p in model.named_parameters() if p.ndim > 1 and not any(w in n for w in NO_WEIGHTS)]
+    assert cost.weight_params == sum(p.numel() for _, p in matrices)
+    assert cost.macs == executed_macs(model)
+
+
 @pytest.mark.parametrize("plan_name", sorted(set(PLANS) - {"everything", "removed branches"}))
 def test_counts_of_every_cut(plan_name: str) -> None:
     model = make("ViTForImageClassification")
@@ -96,7 +106,8 @@ def test_counts_of_every_cut(plan_name: str) -> None:
 def test_counts_at_other_image_sizes(case: str, size: int | tuple[int, int]) -> None:
     model = make(case)
     small = prune(model, PruningPlan.random(model, 0.4))
-    assert count(small, image_size=size).macs == executed_macs(small, size)
+    for counted in (small, hybrid(case)):
+        assert count(counted, image_size=size).macs == executed_macs(counted, size)
     assert count(small, image_size=size).params == count(small).params
 
 
@@ -104,7 +115,8 @@ def test_counts_at_other_image_sizes(case: str, size: int | tuple[int, int]) -> 
 @pytest.mark.parametrize("window", [2, 3])
 def test_swin_counts_padded_windows(size: int | tuple[int, int], window: int) -> None:
     model = make("SwinForImageClassification", window_size=window)
-    for counted in (model, prune(model, PruningPlan.random(model, 0.4))):
+    mixed = hybrid("SwinForImageClassification", window_size=window)
+    for counted in (model, prune(model, PruningPlan.random(model, 0.4)), mixed):
         assert count(counted, image_size=size).macs == executed_macs(counted, size)
 
 

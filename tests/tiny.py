@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,42 @@ def make(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     config = case.config(**changes)
     model = getattr(transformers, case.model_class)(config)
     reset_weights(model, seed)
+    return model.eval()
+
+
+def hybrid(name: str, mixers: Sequence[str] | None = None, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A pruned model whose layers mix tokens in several ways, in eval mode.
+
+    Args:
+        mixers: one a layer, bottom to top; every kind by default.
+        changes: go to the (vision) config.
+    """
+    from hf_vitprune.architecture import (
+        Architecture,
+        strip_family,
+    )  # fresh processes must not import it with this file
+    from hf_vitprune.modeling import build
+
+    case = CASES[name]
+    depths = case.fields.get("depths")
+    if mixers is None:
+        mixers = ("conv3x3", "conv1x1", "attention", "identity", "conv3x3")[: sum(depths) if depths else 4]
+    rows: list[Any] = [{"mixer": mixer} for mixer in mixers]
+    if depths:
+        starts = [sum(depths[:s]) for s in range(len(depths))]
+        rows = [rows[start : start + depth] for start, depth in zip(starts, depths, strict=True)]
+    else:
+        changes = {"num_hidden_layers": len(mixers), **changes}
+    config = case.config(**changes)
+    architecture = Architecture.from_layers(config, rows)
+    architecture = architecture.replace(task=strip_family(case.model_class, case.config_class))
+    model = build(config, architecture)
+    reset_weights(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(torch.randn(module.num_features, generator=generator) * 0.2)
+            module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
     return model.eval()
 
 

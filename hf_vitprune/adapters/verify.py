@@ -59,7 +59,9 @@ def _probes(old: Any, new: Any, cut: LayerCut) -> tuple[torch.Tensor, torch.Tens
         return small, full
     columns = cut.columns.to(full.device)
     real = (columns != PAD).nonzero().squeeze(1)
-    scattered = full.new_zeros(PROBES, old.in_features).index_copy(1, columns[real], full.index_select(1, real))
+    scattered = full.new_zeros(PROBES, old.weight.shape[1], *full.shape[2:]).index_copy(
+        1, columns[real], full.index_select(1, real)
+    )
     return small, scattered
 
 

@@ -41,7 +41,7 @@ def count(model: Any, image_size: int | tuple[int, int] | None = None) -> Cost:
 
 
 def cost_parts(model: Any, image_size: int | tuple[int, int] | None = None) -> list[Part]:
-    """The cost part by part: ``layer i attention``, ``layer i mlp`` and what lies outside the layers."""
+    """The cost part by part: ``layer i attention`` (whatever mixes its tokens), ``layer i mlp``, and the rest."""
     architecture = model if isinstance(model, Architecture) else Architecture.of(model)
     grid = architecture.family.grid(architecture.config, image_size)
     parts = []
@@ -53,14 +53,17 @@ def cost_parts(model: Any, image_size: int | tuple[int, int] | None = None) -> l
 def layer_parts(
     architecture: Architecture, shape: LayerShape, width: int, stage: int, grid: tuple[int, int], name: str = "layer"
 ) -> list[Part]:
-    """Attention and MLP of one layer of any shape, residual width and stage, in models like ``architecture``.
+    """Attention (or what is in its place) and MLP of one layer of any shape, residual width and stage, in models like ``architecture``.
 
     Args:
         grid: patches down and across, ``family.grid(config, image_size)``.
     """
     tokens, projected, squares = architecture.family.attention_tokens(architecture.config, grid, stage)
+    mixer = f"{name} attention"
     return [
-        _attention(architecture, shape, width, f"{name} attention", projected, squares),
+        _attention(architecture, shape, width, mixer, projected, squares)
+        if shape.mixer == "attention"
+        else _other_mixer(architecture, shape, width, mixer, architecture.family.grid_tokens(grid, stage)),
         _mlp(architecture, shape, width, f"{name} mlp", tokens),
     ]
 
@@ -73,8 +76,6 @@ def outer_parts(architecture: Architecture, hidden_size: int, grid: tuple[int, i
 def _attention(
     architecture: Architecture, shape: LayerShape, width: int, name: str, tokens: int, squares: int
 ) -> Part:
-    if shape.mixer == "none":
-        return Part(name, 0, 0, 0)
     family, config = architecture.family, architecture.config
     inputs = width if shape.attention_in is None else shape.attention_in
     qk, v = shape.heads * shape.qk_dim, shape.heads * shape.v_dim
@@ -84,6 +85,17 @@ def _attention(
     scale = width if family.scale1 else 0
     # the kernel pads the narrower of q/k and v; the arithmetic it needs is counted, not the padding
     return Part(name, weights, biases + table + scale + 2 * width, tokens * weights + squares * (qk + v))
+
+
+def _other_mixer(architecture: Architecture, shape: LayerShape, width: int, name: str, patches: int) -> Part:
+    if shape.mixer == "none":
+        return Part(name, 0, 0, 0)
+    around = 2 * width + (width if architecture.family.scale1 else 0)  # the norm in front, the LayerScale behind
+    if shape.conv_channels is None:
+        return Part(name, 0, around, 0)
+    weights = shape.conv_channels * width * ((shape.kernel or 0) ** 2 + 1)
+    own = shape.conv_channels * (2 if shape.batch_norm else 1) + width
+    return Part(name, weights, own + around, patches * weights)
 
 
 def _mlp(architecture: Architecture, shape: LayerShape, width: int, name: str, tokens: int) -> Part:

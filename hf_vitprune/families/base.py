@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..mixing import InPlaceMixin
+
 #: Every kind of unit that a plan can remove, from the finest to the coarsest.
 UNITS = ("qk", "v", "mlp", "heads", "embedding", "layers")
 
@@ -55,9 +57,9 @@ class Part(NamedTuple):
 
 
 def pair(size: Any) -> tuple[int, int]:
-    """(height, width) of a config field that holds an int or a pair."""
+    """(height, width) of a config field that holds an int or a pair (of symbols, while a model is being traced)."""
     if isinstance(size, (list, tuple)):
-        return int(size[0]), int(size[1])
+        return size[0], size[1]
     return int(size), int(size)
 
 
@@ -92,6 +94,11 @@ class Family:
     sub_config: str | None = None
     #: True where the config honours ``head_dim``, so that stock classes can hold uniformly pruned heads
     config_head_dim: bool = False
+    #: whether the tokens that are not special form the grid of patches, so that convolutions can mix them; layers
+    #: must then pass keyword arguments of the model on to their attention
+    convolutions: bool = False
+    #: mixin for layers that cut the grid into windows: hands the whole grid to convolution mixers
+    grid_layer: type[InPlaceMixin] | None = None
     #: (module, attention_mask, input_shape) -> additive mask, for families with a learned position bias
     attention_bias: Callable[..., Any] | None = None
     #: model classes with more than one encoder or a wrapped one, that this family does not take
@@ -216,6 +223,10 @@ class Family:
         """(tokens through the MLP, tokens through q/k/v/o, sum of squared attention lengths) for one image."""
         n = grid[0] * grid[1] + self.extra_tokens_of(config)
         return n, n, n * n
+
+    def grid_tokens(self, grid: tuple[int, int], stage: int) -> int:
+        """Patches that a convolution mixes, for one image."""
+        return grid[0] * grid[1]
 
     def extra_tokens_of(self, config: PreTrainedConfig) -> int:
         return self.extra_tokens

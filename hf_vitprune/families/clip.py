@@ -44,6 +44,7 @@ CLIP_VISION = ClipFamily(
     attention="self_attn",
     o="out_proj",
     norms=("pre_layrnorm", "post_layernorm"),
+    convolutions=True,
 )
 #: the same tower under ``CLIPConfig``, as AutoModelForImageClassification maps it
 CLIP = replace(CLIP_VISION, model_type="clip", sub_config="vision_config", refused_classes=("CLIPModel",))

@@ -74,5 +74,6 @@ DINOV2 = Dinov2Family(
     scale1="layer_scale1",
     scale2="layer_scale2",
     config_head_dim=True,
+    convolutions=True,
 )
 DINOV2_WITH_REGISTERS = replace(DINOV2, model_type="dinov2_with_registers", root="dinov2_with_registers")

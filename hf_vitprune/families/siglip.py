@@ -96,6 +96,7 @@ SIGLIP_VISION = SiglipFamily(
     o="out_proj",
     norms=("post_layernorm",),
     extra_tokens=0,
+    convolutions=True,
 )
 #: the same tower under ``SiglipConfig``, as AutoModelForImageClassification maps it
 SIGLIP = replace(SIGLIP_VISION, model_type="siglip", sub_config="vision_config", refused_classes=("SiglipModel",))

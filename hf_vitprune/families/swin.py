@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..mixing import InPlaceMixin
 from .base import UNITS, Family, LayerSizes, Part, pair
 
 
@@ -20,6 +22,18 @@ def window_bias(module: Any, attention_mask: Any, input_shape: tuple[int, ...]) 
     images = input_shape[0] // windows
     mask = attention_mask[None, :, None].expand(images, windows, 1, length, length)
     return bias + mask.reshape(images * windows, 1, length, length)
+
+
+class WholeGridMixin(InPlaceMixin):
+    """A Swin layer whose mixer takes the whole grid of its stage: no windows, no shift, no padding."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, input_dimensions: tuple[int, int], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        layer: Any = self
+        mixed, weights = layer.attention(layer.layernorm_before(hidden_states), patch_grid=input_dimensions)
+        hidden_states = hidden_states + layer.drop_path(layer.dropout(mixed))
+        return hidden_states + layer.dropout(layer.mlp(layer.layernorm_after(hidden_states))), weights
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,10 @@ class SwinFamily(Family):
             grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
         return grid
 
+    def grid_tokens(self, grid: tuple[int, int], stage: int) -> int:
+        rows, columns = self.stage_grid(grid, stage)
+        return rows * columns
+
     def attention_tokens(self, config: PreTrainedConfig, grid: tuple[int, int], stage: int) -> tuple[int, int, int]:
         rows, columns = self.stage_grid(grid, stage)
         window = min(config.window_size, rows, columns)
@@ -132,4 +150,6 @@ SWIN = SwinFamily(
     units=frozenset(UNITS) - {"embedding"},
     extra_tokens=0,
     attention_bias=window_bias,
+    convolutions=True,
+    grid_layer=WholeGridMixin,
 )

@@ -14,6 +14,7 @@ class ViTFamily(Family):
     """ViT and its close relatives: special tokens, a final LayerNorm, then pooler, classifier or pixel decoder."""
 
     config_head_dim: bool = True
+    convolutions: bool = True
     #: token of the base model that gets a pooler; DeiT's task models share the layout
     pooled_tasks: tuple[str, ...] = ("Model",)
 

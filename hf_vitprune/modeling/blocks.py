@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..families import Family
 from ..layer_shape import LayerShape
 from ..mixing import InPlaceMixin
+from .conv_mixer import GRID
 
 
 def read_inputs(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -52,6 +53,7 @@ class PrunedAttentionMixin(InPlaceMixin):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         module: Any = self
+        kwargs.pop(GRID, None)  # for convolution mixers; some kernels refuse what they do not know
         shape = hidden_states.shape[:-1]
         heads = self.pruned_heads
         inputs = read_inputs(module, hidden_states)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architecture import Architecture
 from ..families import Family, LayerPaths
 from ..layer_shape import LayerShape
 from ..mixing import mix_into
 from .blocks import PrunedAttentionMixin, PrunedMlpMixin, RemovedAttention, RemovedMlp
+from .conv_mixer import ConvMixer, IdentityMixer, follow_grid
 
 
 def get(model: nn.Module, path: str) -> nn.Module:
@@ -55,17 +56,19 @@ def apply_architecture(model: PreTrainedModel, architecture: Architecture) -> No
     family = architecture.family
     for i, (paths, shape) in enumerate(zip(layer_paths(model, architecture), architecture.layers, strict=True)):
         family.configure_layer(get(model, paths.layer), architecture.config, shape.shifted)
-        _apply_attention(model, family, paths, shape, architecture.width(i), architecture.scaling(i))
+        if shape.mixer == "attention":
+            _apply_attention(model, family, paths, shape, architecture.width(i), architecture.scaling(i))
+        else:
+            replace_mixer(model, family, architecture.config, paths, shape, architecture.width(i))
+            if shape.mixer == "none":
+                _drop(model, paths.norm1, paths.scale1)
         _apply_mlp(model, paths, shape, architecture.width(i))
+    finish_mixers(model, family)
 
 
 def _apply_attention(
     model: PreTrainedModel, family: Family, paths: LayerPaths, shape: LayerShape, width: int, scaling: float
 ) -> None:
-    if shape.mixer == "none":
-        put(model, paths.attention, RemovedAttention())
-        _drop(model, paths.norm1, paths.scale1)
-        return
     inputs = width if shape.attention_in is None else shape.attention_in
     for path in (paths.q, paths.k):
         resize_linear(model, path, inputs, shape.heads * shape.qk_dim)
@@ -79,6 +82,37 @@ def _apply_attention(
     mix_into(attention, PrunedAttentionMixin)
     attention.set_shape(shape, scaling, family)  # type: ignore[operator]
     _register_inputs(attention, shape.attention_in, width)
+
+
+def replace_mixer(
+    model: nn.Module, family: Family, config: PreTrainedConfig, paths: LayerPaths, shape: LayerShape, width: int
+) -> None:
+    """Put another mixer in the place of a layer's attention; :func:`finish_mixers` must follow.
+
+    Args:
+        model: stock or pruned.
+        family: of the model.
+        config: of the family's dense model.
+        paths: of the layer.
+        shape: says the mixer, which is not attention.
+        width: of the residual stream.
+    """
+    if shape.mixer == "none":
+        put(model, paths.attention, RemovedAttention())
+        return
+    if shape.mixer == "identity":
+        mixer: nn.Module = IdentityMixer()
+    else:
+        mixer = ConvMixer(shape, width, family.extra_tokens_of(config), family.o)
+    put(model, paths.attention, mixer)
+    if family.grid_layer is not None:
+        mix_into(get(model, paths.layer), family.grid_layer)
+
+
+def finish_mixers(model: nn.Module, family: Family) -> None:
+    """Let a model with convolution mixers tell them the grid of patches."""
+    if family.grid_layer is None:
+        follow_grid(get(model, family.encoder_path(model).rstrip(".")))
 
 
 def _apply_mlp(model: PreTrainedModel, paths: LayerPaths, shape: LayerShape, width: int) -> None:
