@@ -38,7 +38,8 @@ def layer_rows(model: Any, image_size: int | tuple[int, int] | None = None) -> l
     """One dict a layer, and one of what lies outside the layers, as plain data.
 
     Keys: ``layer`` (index, or ``"other"``), ``stage`` (Swin), ``mixer``, ``heads``, ``qk``, ``v``, ``mlp``,
-    ``attention_in`` and ``mlp_in`` (None: all channels), ``params``, ``macs`` and ``share`` (of all multiply-adds).
+    ``conv_channels`` (None: no convolution), ``attention_in`` and ``mlp_in`` (None: all channels), ``params``, ``macs``
+    and ``share`` (of all multiply-adds).
 
     Args:
         model: a model or an Architecture.
@@ -73,6 +74,7 @@ def _sizes(architecture: Architecture, layer: int) -> dict[str, Any]:
         "qk": shape.qk_dim,
         "v": shape.v_dim,
         "mlp": shape.mlp,
+        "conv_channels": shape.conv_channels,
         "attention_in": shape.attention_in,
         "mlp_in": shape.mlp_in,
     }
@@ -90,7 +92,9 @@ def layer_markdown(model: Any, image_size: int | tuple[int, int] | None = None) 
 
 def _layer_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
     names = ["layer", "stage", "mixer", "heads", "qk", "v", "mlp"]
-    names += [name for name in ("attention_in", "mlp_in") if any(row.get(name) is not None for row in rows)]
+    names += [
+        name for name in ("conv_channels", "attention_in", "mlp_in") if any(row.get(name) is not None for row in rows)
+    ]
     names = [name for name in names if any(name in row for row in rows)]
     cells = [[*names, "params", "MACs", "share"]]
     for row in rows:
@@ -105,6 +109,8 @@ def _size(row: dict[str, Any], name: str) -> str:
         return ""
     if name in ("layer", "stage"):
         return str(row[name])
+    if name == "conv_channels":
+        return str(row[name] or "-")
     return {None: "all", 0: "-", "none": "-"}.get(row[name], str(row[name]))
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel, ViTConfig
+from transformers import PreTrainedModel, SwinConfig, ViTConfig
 
 from hf_vitprune.architecture import Architecture
 from hf_vitprune.cost import count
 from hf_vitprune.cost.closed_form import cost_parts
+from hf_vitprune.modeling import build
 from hf_vitprune.plan import PruningPlan
 from hf_vitprune.surgery import prune
 from plans import PLANS, plan_named
@@ -152,3 +155,57 @@ def test_published_numbers_of_a_mixed_shape() -> None:
     cost = count(Architecture.from_layers(ViTConfig(num_labels=1000), rows, hidden_size=544))
     assert cost.weight_params == pytest.approx(34.14e6, rel=5e-4)
     assert cost.macs == pytest.approx(6.997e9, rel=5e-4)
+
+
+PUBLISHED_SPVIT = json.loads((Path(__file__).parent.parent / "benchmarks" / "published_spvit.json").read_text())
+DENSE = {
+    "SPViT-DeiT-Ti": ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_labels=1000),
+    "SPViT-DeiT-B": ViTConfig(num_labels=1000),
+    "SPViT-Swin-Ti": SwinConfig(num_labels=1000),
+}
+
+
+def published(name: str) -> Architecture:
+    """SPViT's published shapes (arXiv 2111.11802): convolution channels are those of one head."""
+    row = PUBLISHED_SPVIT[name]
+
+    def layers(mixers: Any, hidden: Any) -> Any:
+        if isinstance(mixers, list):
+            return [layers(*pair) for pair in zip(mixers, hidden, strict=True)]
+        return {"mixer": mixers, "mlp": hidden}
+
+    return Architecture.from_layers(DENSE[name], layers(row["mixer"], row["mlp_hidden"]))
+
+
+def unfolded_params(architecture: Architecture) -> int:
+    """Parameters where a convolution is still made of all heads' value and output weights, as the paper counts.
+
+    The mixing table and both BatchNorms come on top of d x d weights twice; what is stored folded goes off.
+    """
+    total = count(architecture).params
+    dense = Architecture.dense(architecture.config)
+    for i, shape in enumerate(architecture.layers):
+        if shape.kernel:
+            d, c = architecture.width(i), shape.conv_channels or 0
+            total += 2 * d * (d + 1) + 9 * dense.layers[i].heads + 2 * 2 * c
+            total -= d * c * (shape.kernel**2 + 1) + d + 2 * c
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "folded", "unfolded", "macs"),
+    [
+        ("SPViT-DeiT-Ti", 4.77e6, 4.87e6, 1.037e9),
+        ("SPViT-DeiT-B", 41.58e6, 46.21e6, 8.391e9),
+        ("SPViT-Swin-Ti", 26.23e6, 26.31e6, 3.334e9),
+    ],
+)
+def test_published_numbers_of_convolution_shapes(name: str, folded: float, unfolded: float, macs: float) -> None:
+    architecture = published(name)
+    with torch.device("meta"):
+        model = build(DENSE[name], architecture)
+    cost = count(model)
+    assert cost.params == sum(parameter.numel() for parameter in model.parameters())
+    assert cost.params == pytest.approx(folded, rel=0.01)
+    assert unfolded_params(architecture) == pytest.approx(unfolded, rel=0.01)
+    assert cost.macs == pytest.approx(macs, rel=0.02)
