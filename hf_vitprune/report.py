@@ -38,8 +38,8 @@ def layer_rows(model: Any, image_size: int | tuple[int, int] | None = None) -> l
     """One dict a layer, and one of what lies outside the layers, as plain data.
 
     Keys: ``layer`` (index, or ``"other"``), ``stage`` (Swin), ``mixer``, ``heads``, ``qk``, ``v``, ``mlp``,
-    ``conv_channels`` (None: no convolution), ``attention_in`` and ``mlp_in`` (None: all channels), ``params``, ``macs``
-    and ``share`` (of all multiply-adds).
+    ``conv_channels`` (None: no convolution), ``attention_in`` and ``mlp_in`` (None: all channels), ``params``,
+    ``macs`` and ``share`` (of all multiply-adds).
 
     Args:
         model: a model or an Architecture.

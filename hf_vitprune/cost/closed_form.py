@@ -53,7 +53,7 @@ def cost_parts(model: Any, image_size: int | tuple[int, int] | None = None) -> l
 def layer_parts(
     architecture: Architecture, shape: LayerShape, width: int, stage: int, grid: tuple[int, int], name: str = "layer"
 ) -> list[Part]:
-    """Attention (or what is in its place) and MLP of one layer of any shape, residual width and stage, in models like ``architecture``.
+    """Mixer and MLP of one layer of any shape, residual width and stage, in models like ``architecture``.
 
     Args:
         grid: patches down and across, ``family.grid(config, image_size)``.
