@@ -8,6 +8,10 @@
 The run has two stages, each an ordinary Trainer run with checkpoints of its own: ``<output_dir>/learn`` (train with
 gates, decide what goes) and ``<output_dir>/tune`` (fine-tune the small model). Started again with
 ``--resume_from_checkpoint True``, it goes on in whichever stage it was.
+
+    python examples/run_image_classification_pruning.py --dataset digits --output_dir /tmp/out --revit_hidden_size 64
+
+trains a model of ReViT's shape from scratch instead.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_vitprune
-from hf_vitprune import DistillationConfig, PruningTrainer, VTPConfig, count, get_pruning_model
+from hf_vitprune import DistillationConfig, PruningTrainer, VTPConfig, build, count, get_pruning_model, revit
 from hf_vitprune.data import DIGITS, load_images
 from hf_vitprune.demo import IMAGE_SIZE, tiny_vit
 from hf_vitprune.workflow import accuracy_of
@@ -63,7 +67,14 @@ class ModelArguments:
         default="{}", metadata={"help": 'JSON of further settings of the method, e.g. {"uneven": true}'}
     )
     target: float | None = field(default=0.5, metadata={"help": "fraction of the cost that may remain"})
-    target_metric: str = field(default="macs", metadata={"help": "what target counts: macs or params"})
+    target_metric: str = field(default="macs", metadata={"help": "what target counts: macs, params or latency"})
+    latency_table: str | None = field(
+        default=None, metadata={"help": "for latency: file of a table made by hf-vitprune latency"}
+    )
+    revit_hidden_size: int | None = field(
+        default=None,
+        metadata={"help": "train a ReViT of this width from scratch instead, with no pruning; the model gives depth"},
+    )
     gate_learning_rate: float = field(default=1e-2, metadata={"help": "learning rate of the gates"})
     lora_rank: int = field(
         default=0, metadata={"help": "train LoRA adapters of this rank instead of all weights; 0: all"}
@@ -84,6 +95,8 @@ def load_model(args: ModelArguments, label_names: list[str]) -> tuple[Any, Any]:
     """(model, image processor)."""
     if args.model_name_or_path is None:
         model: Any = tiny_vit(label_names)
+        if args.revit_hidden_size is not None:
+            model.config.num_attention_heads = 1  # of 64 channels, as the rule has it
         processor: Any = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     else:
         model = AutoModelForImageClassification.from_pretrained(
@@ -93,6 +106,8 @@ def load_model(args: ModelArguments, label_names: list[str]) -> tuple[Any, Any]:
             ignore_mismatched_sizes=True,
         )
         processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    if args.revit_hidden_size is not None:
+        return build(model.config, revit(model.config, args.revit_hidden_size)), processor
     if args.lora_rank:
         from peft import LoraConfig, get_peft_model
 
@@ -138,14 +153,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if limit is not None:
             dataset.dataset = dataset.dataset.select(range(min(limit, len(dataset))))
 
+    sets = {"train_dataset": train_set, "eval_dataset": eval_set, "compute_metrics": accuracy_of}
+    if model_args.revit_hidden_size is not None:
+        return train_from_scratch(model, processor, sets, model_args, data_args, training_args)
+
     config = METHODS[model_args.method](
         target=model_args.target,
         target_metric=model_args.target_metric,
+        latency_table=model_args.latency_table,
         gate_learning_rate=model_args.gate_learning_rate,
         **json.loads(model_args.method_config),
     )
     dense_cost = count(model)
-    sets = {"train_dataset": train_set, "eval_dataset": eval_set, "compute_metrics": accuracy_of}
 
     # stage 1: train with gates; at the end the callback decides what stays
     pruning_model = get_pruning_model(model, config)
@@ -174,6 +193,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }
     if tuner.is_world_process_zero():
         save(small, processor, summary, model_args, training_args, data_args)
+        print(json.dumps(summary, indent=2))
+    return summary
+
+
+def train_from_scratch(
+    model: Any,
+    processor: Any,
+    sets: dict[str, Any],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> dict[str, Any]:
+    """Train a model of redistributed shape: nothing is pruned, and there is no second stage."""
+    trainer = PruningTrainer(model, stage_arguments(training_args, "scratch"), **sets)
+    summary = {"accuracy": run_stage(trainer, training_args)["eval_accuracy"], **count(model)._asdict()}
+    if trainer.is_world_process_zero():
+        save(model, processor, summary, model_args, training_args, data_args)
         print(json.dumps(summary, indent=2))
     return summary
 

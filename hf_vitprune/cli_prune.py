@@ -18,7 +18,12 @@ def prune(
     output: Annotated[Path, typer.Argument(help="Folder for the pruned model.")],
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "vtp",
     target: Annotated[float, typer.Option(help="Fraction of the cost that may remain, in (0, 1).")] = 0.5,
-    target_metric: Annotated[str, typer.Option(help="What target counts: macs or params.")] = "macs",
+    target_metric: Annotated[str, typer.Option(help="What target counts: macs, params or latency.")] = "macs",
+    latency_table: Annotated[
+        Path | None, typer.Option(help="For --target-metric latency: a table made by hf-vitprune latency.")
+    ] = None,
+    latency_batch_size: Annotated[int | None, typer.Option(help="Refuse a table of another batch size.")] = None,
+    allow_other_device: Annotated[bool, typer.Option(help="The table is of another device than this one.")] = False,
     round_to: Annotated[int, typer.Option(help="Kept sizes are multiples of this.")] = 8,
     epochs: Annotated[float, typer.Option(help="Epochs of the training that learns what to prune.")] = 3.0,
     tune_epochs: Annotated[float, typer.Option(help="Epochs of fine-tuning after it; 0 for none.")] = 10.0,
@@ -42,7 +47,13 @@ def prune(
     if method not in METHODS:
         raise InvalidConfigError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
     config = VTPConfig(
-        target=target, target_metric=target_metric, round_to=round_to, gate_learning_rate=gate_learning_rate
+        target=target,
+        target_metric=target_metric,
+        latency_table=latency_table,
+        latency_batch_size=latency_batch_size,
+        allow_other_device=allow_other_device,
+        round_to=round_to,
+        gate_learning_rate=gate_learning_rate,
     )
     set_seed(seed)
     images = load_images(data, seed=seed)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
+from .architecture import Architecture
 from .card import model_card
 from .cost import count
 from .cost.latency import Timing, measure_speed
@@ -147,6 +148,7 @@ def prune_and_tune(
         tune: schedule of the fine-tuning; None for none.
         distillation: how the small model learns from the unpruned one while it is fine-tuned; None: labels only.
     """
+    config.meter(Architecture.of(model))  # a latency table of something else is refused before any work
     accuracy = {"dense": evaluate(model, eval_set)}
     dense = count(model, config.image_size)
     wrapped = get_pruning_model(model, config)

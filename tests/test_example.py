@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
 
+import hf_vitprune
+import hf_vitprune.demo
 from hub_standin import HubStandIn, hub_environment
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "run_image_classification_pruning.py"
@@ -93,3 +96,14 @@ def test_two_processes_give_one_result(tmp_path):
     output = run(*launcher, SCRIPT, *ARGUMENTS, "--lora_rank", "2", "--output_dir", tmp_path / "out")
     assert output.count('"accuracy_masked"') == 1
     assert summary_of(output)["macs_ratio"] <= 0.5
+
+
+def test_redistributed_model_from_scratch(tmp_path):
+    summary = summary_of(run(SCRIPT, *ARGUMENTS, "--revit_hidden_size", "32", "--output_dir", tmp_path))
+    base = hf_vitprune.demo.tiny_vit([str(i) for i in range(10)]).config
+    base.num_attention_heads = 1
+    expected = hf_vitprune.count(hf_vitprune.revit(base, 32))
+    assert summary["macs"] == expected.macs and summary["weight_params"] == expected.weight_params
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert hf_vitprune.Architecture.of(loaded) == hf_vitprune.revit(base, 32)
+    assert 0 <= summary["accuracy"] <= 1 and (tmp_path / "README.md").exists()
