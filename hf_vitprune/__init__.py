@@ -14,6 +14,7 @@ from .modeling import build
 from .native import to_native
 from .peft_methods import ConvpassConfig, RepAdapterConfig
 from .plan import PruningPlan
+from .revit import revit
 from .storage import StorageReport, storage_report
 from .surgery import mask, prune, truncate
 from .trainer import PruningCallback, PruningTrainer
@@ -47,6 +48,7 @@ __all__ = [
     "model_card",
     "prune",
     "push_to_hub",
+    "revit",
     "select_layers",
     "share_backbone",
     "storage_report",

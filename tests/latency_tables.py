@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_vitprune.architecture import Architecture
 from hf_vitprune.cost.latency import device_name
-from hf_vitprune.cost.latency_grid import StageAxes, stage_axes
+from hf_vitprune.cost.latency_grid import StageAxes, grids_of, stage_axes
 from hf_vitprune.cost.latency_table import LatencyTable, covered_model
 from hf_vitprune.cost.sampled_grid import SampledGrid
 
@@ -50,14 +50,5 @@ def made_table(
 
 
 def _stage(axes: StageAxes, parts: Mapping[str, Seconds], windows: bool) -> dict[str, SampledGrid]:
-    shifts = {"shifted": (0, 1)} if windows else {}
-    width, reading = {"embedding": axes["embedding"]}, {"embedding": axes["embedding"][-1:], "inputs": axes["inputs"]}
-    sizes = {name: axes[name] for name in ("heads", "qk", "v")}
-    mlp = {"mlp": axes["mlp"]}
-    return {
-        "none": sampled("none", parts["none"], {**width, **shifts}),
-        "attention": sampled("attention", parts["attention"], {**width, **sizes, **shifts}),
-        "attention_reading": sampled("attention_reading", parts["attention"], {**reading, **sizes, **shifts}),
-        "mlp": sampled("mlp", parts["mlp"], {**width, **mlp}),
-        "mlp_reading": sampled("mlp_reading", parts["mlp"], {**reading, **mlp}),
-    }
+    grids = grids_of(axes, windows)
+    return {name: sampled(name, parts[name.removesuffix("_reading")], sizes) for name, sizes in grids.items()}

@@ -6,8 +6,9 @@ import contextlib
 import copy
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -99,12 +100,13 @@ def measure_speed(
             tqdm(total=(rounds + 1) * len(models), desc="measuring", disable=not progress, leave=False)
         )
         repeats = {}
-        for name, model in ready.items():
-            repeats[name] = _warm_up(model, pixels)
+        calls = {name: partial(model, pixel_values=pixels) for name, model in ready.items()}
+        for name, call in calls.items():
+            repeats[name] = warm_up(call, at, MIN_SAMPLE_SECONDS)
             bar.update()
         for _ in range(rounds):
-            for name, model in ready.items():
-                samples[name].append(_sample(model, pixels, repeats[name]))
+            for name, call in calls.items():
+                samples[name].append(sample(call, at, repeats[name]))
                 bar.update()
     setting = {"batch_size": batch_size, "image_size": [height, width], "dtype": str(kind).removeprefix("torch.")}
     return _summarised(samples, batch_size, {**setting, **environment(at)})
@@ -182,19 +184,19 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _warm_up(model: nn.Module, pixels: torch.Tensor) -> int:
-    """Run the model until caches and kernels are settled; how many passes one sample should have."""
-    seconds = min(_sample(model, pixels, 1) for _ in range(WARM_UPS))
-    return max(1, min(MAX_REPEATS, round(MIN_SAMPLE_SECONDS / max(seconds, 1e-9))))
+def warm_up(call: Callable[[], Any], device: torch.device, least_seconds: float) -> int:
+    """Run something until caches and kernels are settled; how often to repeat it for a sample of ``least_seconds``."""
+    seconds = min(sample(call, device, 1) for _ in range(WARM_UPS))
+    return max(1, min(MAX_REPEATS, round(least_seconds / max(seconds, 1e-9))))
 
 
-def _sample(model: nn.Module, pixels: torch.Tensor, repeats: int) -> float:
-    """Seconds a pass, over ``repeats`` passes."""
-    _finish(pixels.device)
+def sample(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Seconds a call, over ``repeats`` calls in a row."""
+    _finish(device)
     start = time.perf_counter()
     for _ in range(repeats):
-        model(pixel_values=pixels)
-    _finish(pixels.device)
+        call()
+    _finish(device)
     return (time.perf_counter() - start) / repeats
 
 

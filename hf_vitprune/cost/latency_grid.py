@@ -14,8 +14,19 @@ FINE = {"embedding": 8, "heads": 6, "qk": 8, "v": 8, "mlp": 12, "inputs": 5}
 NAMED = {"coarse": COARSE, "fine": FINE}
 #: whole numbers of these are fast on most devices, and the smallest a search leaves by default
 STEPS = {"embedding": 8, "heads": 1, "qk": 8, "v": 8, "mlp": 8, "inputs": 8}
-#: a size of fewer steps than this is measured from 1 on
-FEWEST_STEPS = 4
+#: smaller dense sizes are those of toys, which are pruned in smaller steps: measured from 1 on
+TOY = {"embedding": 128, "heads": 1, "qk": 32, "v": 32, "mlp": 512, "inputs": 128}
+
+#: end of the name of a grid whose blocks read only some residual channels
+READING = "_reading"
+#: grids of a stage -> their axes; windows add ``shifted`` where attention or its place is timed
+GRID_AXES = {
+    "none": ("embedding",),
+    "attention": ("embedding", "heads", "qk", "v"),
+    "attention" + READING: ("embedding", "inputs", "heads", "qk", "v"),
+    "mlp": ("embedding", "mlp"),
+    "mlp" + READING: ("embedding", "inputs", "mlp"),
+}
 
 StageAxes = dict[str, tuple[int, ...]]
 
@@ -47,7 +58,7 @@ def stage_axes(architecture: Architecture, grid: str | Mapping[str, Sequence[int
         axes = {
             axis: tuple(sorted({*(s for s in given[axis] if s < size), size}))
             if axis in given
-            else spread(size, STEPS[axis], NAMED[grid][axis])
+            else spread(size, 1 if size < TOY[axis] else STEPS[axis], NAMED[grid][axis])
             for axis, size in full.items()
         }
         if "embedding" not in dense.family.units:
@@ -67,8 +78,22 @@ def _checked(axis: Any, sizes: Any) -> tuple[int, ...]:
 
 def spread(largest: int, step: int, points: int) -> tuple[int, ...]:
     """About ``points`` ascending sizes, multiples of ``step`` up to ``largest``, both ends included."""
-    if largest < step * FEWEST_STEPS:
-        step = 1
     steps = largest // step
     chosen = {step * round(1 + (steps - 1) * i / (points - 1)) for i in range(points - 1)}
     return tuple(sorted({*chosen, largest}))
+
+
+def grids_of(axes: StageAxes, windows: bool) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Name of every grid of a stage -> its axes; see :class:`LatencyTable` for what the grids are.
+
+    Args:
+        axes: of the stage, from :func:`stage_axes`.
+        windows: blocks come with and without shifted windows.
+    """
+    grids = {name: {axis: axes[axis] for axis in names} for name, names in GRID_AXES.items()}
+    for name in grids:
+        if name.endswith(READING):  # only methods that keep the residual width read a part of it
+            grids[name]["embedding"] = axes["embedding"][-1:]
+        if windows and not name.startswith("mlp"):
+            grids[name]["shifted"] = (0, 1)
+    return grids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from ..errors import LatencyTableError
 from ..families.base import pair
 from ..layer_shape import LayerShape
 from .latency import device_name
+from .latency_grid import GRID_AXES, READING
 from .sampled_grid import SampledGrid
 
 FORMAT_VERSION = 1
 #: what the provenance of a table must say
 PROVENANCE = ("device", "device_type", "dtype", "batch_size", "image_size", "torch", "transformers", "date")
-#: grids that every stage has; other mixers than attention have one of their own name
+#: grids that every stage has; without the others, blocks that read a part of their inputs are not covered
 STAGE_GRIDS = ("none", "attention", "mlp")
 
 
@@ -50,17 +51,56 @@ class LatencyTable:
         stages: list[dict[str, SampledGrid]],
         monotone: bool = False,
     ) -> None:
-        missing = [name for name in PROVENANCE if name not in provenance]
-        if missing:
-            raise LatencyTableError(f"the table's provenance lacks {', '.join(missing)}")
-        for i, grids in enumerate(stages):
-            absent = [name for name in STAGE_GRIDS if name not in grids]
-            if absent:
-                raise LatencyTableError(f"stage {i} of the table lacks {', '.join(absent)}")
+        _check_complete(provenance, covers, model, stages)
         self.provenance, self.covers = dict(provenance), dict(covers)
         self.model, self.stages, self.monotone = model, stages, monotone
         self._model = model.monotone() if monotone else model
         self._stages = [{k: g.monotone() for k, g in row.items()} if monotone else row for row in stages]
+
+    @classmethod
+    def measure(
+        cls,
+        model_or_config: Any,
+        batch_size: int = 8,
+        image_size: int | tuple[int, int] | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        grid: str | Mapping[str, Sequence[int]] = "coarse",
+        rounds: int = 5,
+        monotone: bool = True,
+        partial: str | Path | None = None,
+        progress: bool = True,
+    ) -> LatencyTable:
+        """Time the blocks of a model in every shape of a grid, on this machine.
+
+        All shapes take turns, round after round, in an order that changes; a time is the median over the rounds. The
+        dense model takes turns with them: ``provenance["dense_seconds"]`` against ``predict`` of it says how far the
+        table is to be trusted.
+
+        Args:
+            model_or_config: a model, a config (of an image classifier) or an Architecture. Weights play no part; of a
+                pruned one, the dense model behind it is meant.
+            batch_size: images a forward pass.
+            image_size: side, or (height, width), in pixels; the config's by default.
+            dtype: the model's by default (float32 for configs).
+            device: the model's by default (cpu for configs).
+            grid: ``"coarse"`` (minutes on two cores for a ViT-S or ViT-B), ``"fine"``, or sizes by axis; see
+                :func:`~hf_vitprune.cost.latency_grid.stage_axes`.
+            rounds: times every shape is timed.
+            monotone: read times from a fit that never falls when a size grows.
+            partial: file for the finished rounds: a measurement that was cut off goes on from it.
+            progress: show a progress bar with the time left.
+
+        Raises:
+            InvalidConfigError: an impossible number or grid.
+            LatencyTableError: ``partial`` is damaged, or of another measurement.
+            UnsupportedModelError: no family is registered for the model.
+        """
+        from .latency_measure import measure_table
+
+        return measure_table(
+            model_or_config, batch_size, image_size, dtype, device, grid, rounds, monotone, partial, progress
+        )
 
     # ------------------------------------------------------------------ predicting
     def predict(self, architecture: Architecture) -> float:
@@ -101,12 +141,12 @@ class LatencyTable:
         grids = self._stages[stage]
         if inputs is None:
             return grids[name].at(**sizes)
-        if f"{name}_reading" not in grids:
+        if name + READING not in grids:
             raise LatencyTableError(
                 f"the table has no times of blocks that read only some of their inputs ({name}_in {inputs}); measure "
                 "one with inputs in its grid"
             )
-        return grids[f"{name}_reading"].at(**sizes, inputs=inputs)
+        return grids[name + READING].at(**sizes, inputs=inputs)
 
     def outer_seconds(self, hidden_size: int) -> float:
         """Seconds of everything outside the blocks at a residual width.
@@ -230,6 +270,24 @@ class LatencyTable:
     def __repr__(self) -> str:
         p = self.provenance
         return f"LatencyTable({self.covers['model_type']} on {p['device']}, batch {p['batch_size']}, {p['dtype']})"
+
+
+def _check_complete(
+    provenance: Mapping[str, Any], covers: Mapping[str, Any], model: SampledGrid, stages: list[dict[str, SampledGrid]]
+) -> None:
+    missing = [name for name in PROVENANCE if name not in provenance]
+    missing += [name for name in ("model_type", "width_factors") if name not in covers]
+    missing += [f"{name} of stage {i}" for i, grids in enumerate(stages) for name in STAGE_GRIDS if name not in grids]
+    if missing or not stages:
+        raise LatencyTableError(f"the table lacks {', '.join(missing or ['stages'])}")
+    size, factors = provenance["image_size"], covers["width_factors"]
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        raise LatencyTableError(f"the table's image_size is {size!r}, not a height and a width")
+    if not isinstance(factors, list) or len(factors) != len(stages) or any(type(f) is not int for f in factors):
+        raise LatencyTableError(f"the table has {len(stages)} stages with width factors {factors!r}")
+    for name, grid in [("model", model)] + [item for row in stages for item in row.items()]:
+        if set(grid.axes) - {"shifted"} != set(GRID_AXES.get(name, ("embedding",))):
+            raise LatencyTableError(f"{grid.name}: times by {', '.join(grid.axes)}")
 
 
 def covered_model(architecture: Architecture, image_size: int | tuple[int, int]) -> dict[str, Any]:

@@ -9,8 +9,12 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from sklearn.isotonic import isotonic_regression
 
 from ..errors import LatencyTableError
+
+#: at most so many times over all axes
+FITS = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,16 +68,21 @@ class SampledGrid:
         return float(cube)
 
     def monotone(self) -> SampledGrid:
-        """The grid with times that never fall when a size grows: halfway between the closest fits from either side.
+        """The grid with times that never fall when a size grows, close to the measured ones in ratio.
 
-        The running maximum along every axis is the lowest non-falling grid above the times, the running minimum from
-        the other end the highest one below; times that are in order already stay as they are.
+        Isotonic regression of the logarithms along one axis after the other, until every axis is in order; times
+        that are in order already stay as they are.
         """
-        above, below = self.seconds, self.seconds
-        for i in range(self.seconds.ndim):
-            above = np.maximum.accumulate(above, axis=i)
-            below = np.flip(np.minimum.accumulate(np.flip(below, i), axis=i), i)
-        return SampledGrid(self.name, self.axes, (above + below) / 2)
+        logs = np.log(self.seconds)
+        for _ in range(FITS):
+            before = logs
+            for i in range(logs.ndim):
+                logs = np.apply_along_axis(isotonic_regression, i, logs)
+            if np.allclose(logs, before, rtol=0, atol=1e-6):
+                break
+        for i in range(logs.ndim):  # what is left out of order is under the tolerance, or what FITS rounds left
+            logs = np.maximum.accumulate(logs, axis=i)
+        return SampledGrid(self.name, self.axes, np.exp(logs))
 
     # ------------------------------------------------------------------ JSON
     def to_dict(self) -> dict[str, Any]:

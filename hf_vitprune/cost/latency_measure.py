@@ -1,0 +1,133 @@
+"""Making a latency table: every block of a grid is built and timed on this machine."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig
+
+from ..architecture import Architecture
+from ..errors import InvalidConfigError
+from ..families.base import pair
+from ..modeling import build
+from .closed_form import count, layer_parts
+from .latency import environment
+from .latency_blocks import Point, TimedModel, points_of
+from .latency_grid import StageAxes, grids_of, stage_axes
+from .latency_table import LatencyTable, covered_model
+from .rounds import timed_rounds
+from .sampled_grid import SampledGrid
+
+Grid = str | Mapping[str, Sequence[int]]
+
+
+def measure_table(
+    model_or_config: Any,
+    batch_size: int = 8,
+    image_size: int | tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    grid: Grid = "coarse",
+    rounds: int = 5,
+    monotone: bool = True,
+    partial: str | Path | None = None,
+    progress: bool = True,
+) -> LatencyTable:
+    """See :meth:`LatencyTable.measure`."""
+    for name, value in (("batch_size", batch_size), ("rounds", rounds)):
+        if type(value) is not int or value < 1:
+            raise InvalidConfigError(f"{name} is a whole number of at least 1, got {value!r}")
+    architecture = _architecture_of(model_or_config)
+    size = _image_size(architecture, image_size)
+    at, kind = _placement(model_or_config, device, dtype)
+    stages, windows = stage_axes(architecture, grid), architecture.depths is not None
+    points = points_of(stages, windows)
+
+    timed = TimedModel(architecture, batch_size, size, kind, at)
+    started = time.monotonic()
+    calls = timed.calls(points)
+    dense: Any = build(timed.dense.config, timed.dense)
+    dense = dense.to(at, kind).eval()
+    calls.append(functools.partial(dense, pixel_values=timed.pixels))
+    efforts = [_effort(timed.dense, point, size) for point in points] + [count(timed.dense, size).macs]
+    setting = {"dtype": str(kind).removeprefix("torch."), "batch_size": batch_size, "image_size": list(size)}
+    setting = {**environment(at), **setting, "attention": timed.attention, "rounds": rounds}
+    covers = covered_model(architecture, size)
+    header = {**setting, **covers, "axes": [{k: list(v) for k, v in axes.items()} for axes in stages]}
+    done = timed_rounds(calls, efforts, rounds, at, header, None if partial is None else Path(partial), progress)
+    setting["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+    setting["minutes"] = round((time.monotonic() - started) / 60, 1)
+    medians = [median(row[i] for row in done) for i in range(len(calls))]
+    return _table(setting, covers, stages, windows, medians, monotone)
+
+
+def _architecture_of(model_or_config: Any) -> Architecture:
+    if isinstance(model_or_config, Architecture):
+        return model_or_config
+    if isinstance(model_or_config, PreTrainedConfig):
+        return Architecture.from_config(model_or_config)
+    return Architecture.of(model_or_config)
+
+
+def _image_size(architecture: Architecture, image_size: Any) -> tuple[int, int]:
+    if image_size is None:
+        return pair(architecture.family.sizes_config(architecture.config).image_size)
+    sides = tuple(image_size) if isinstance(image_size, (list, tuple)) else (image_size,) * 2
+    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+        raise InvalidConfigError(f"image_size is a number of pixels or (height, width), not {image_size!r}")
+    return sides[0], sides[1]
+
+
+def _placement(
+    model_or_config: Any, device: str | torch.device | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """What is asked for, else the model's, else processor and float32."""
+    where, kind = torch.device("cpu"), torch.float32
+    if isinstance(model_or_config, torch.nn.Module):
+        parameter = next(p for p in model_or_config.parameters() if p.is_floating_point())
+        where, kind = parameter.device, parameter.dtype
+    return torch.device(device) if device is not None else where, dtype or kind
+
+
+def _effort(dense: Architecture, point: Point, image_size: tuple[int, int]) -> float:
+    """About how long a point takes, in multiply-adds: the model around the blocks is taken for a block."""
+    grid = dense.family.grid(dense.config, image_size)
+    stage, width = point.stage or 0, point.sizes["embedding"]
+    macs = sum(part.macs for part in layer_parts(dense, point.shape(False), width, stage, grid))
+    tokens = dense.family.attention_tokens(dense.config, grid, stage)[0]
+    return macs + 500 * tokens * width  # norms and residuals have no multiply-adds, but take time
+
+
+def _table(
+    setting: dict[str, Any],
+    covers: dict[str, Any],
+    stages: list[StageAxes],
+    windows: bool,
+    medians: list[float],
+    monotone: bool,
+) -> LatencyTable:
+    rest = iter(medians)
+
+    def sampled(name: str, axes: Mapping[str, tuple[int, ...]]) -> SampledGrid:
+        shape = [len(values) for values in axes.values()]
+        times = np.array([next(rest) for _ in range(int(np.prod(shape)))]).reshape(shape)
+        return SampledGrid(name, dict(axes), times)
+
+    whole = sampled("model", {"embedding": stages[0]["embedding"]})
+    grids = [
+        {
+            name: sampled(f"stage {i} {name}" if windows else name, axes)
+            for name, axes in grids_of(row, windows).items()
+        }
+        for i, row in enumerate(stages)
+    ]
+    setting["dense_seconds"] = next(rest)
+    return LatencyTable(setting, covers, whole, grids, monotone)
