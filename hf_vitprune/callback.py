@@ -30,16 +30,20 @@ class PruningCallback(TrainerCallback):
     losses that are exact under gradient accumulation for every head, and an error for missing labels before training
     starts.
 
+    Args:
+        images: what the decision looks at (anything that ``ImageBatches`` takes); by default the training images.
+
     Attributes:
         gradient_scale: what undoes the clipping of the current gradients; ``PruningTrainer`` sets it.
 
     Raises:
         InvalidConfigError: when training begins: the model is no PruningModel, its gates are not in the optimizer or
-            not at the rate that the config asks for, the gradients are not whole on every process, or the method
-            scores by gradients and a plain Trainer clips them.
+            not at the rate that the config asks for, the gradients are not whole on every process, the method scores
+            by gradients and a plain Trainer clips them, or it decides by images of its own and there are none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, images: Any = None) -> None:
+        self.images = images
         self._penalty = 0.0
         self.gradient_scale: float | None = None
 
@@ -51,6 +55,11 @@ class PruningCallback(TrainerCallback):
         _check_checkpointing(args, model)
         self._check_clipping(args, method)
         _check_optimizer(kwargs.get("optimizer"), method)
+        if method.needs_held_out_images and self.images is None and not method.decided:
+            raise InvalidConfigError(
+                f"{method.config.method_name} decides by images that were not trained on: give the Trainer "
+                "callbacks=[PruningCallback(images=<evaluation set>)]"
+            )
         if method.decided:
             logger.warning("what to prune is decided already: this training tunes what stays and changes no choice")
 
@@ -96,7 +105,7 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         pruning_model = pruning_model_of(model)
         pruning_model.training_images = _images_of(kwargs.get("train_dataloader"))
-        pruning_model.decide()
+        pruning_model.decide(self.images)
         numbers = pruning_model.method.decision_logs()
         if numbers:
             state.log_history.append({**numbers, "step": state.global_step})

@@ -184,11 +184,19 @@ class PruningModel(nn.Module):
         Raises:
             InvalidDataError: the method decides by images, and there are none.
         """
-        batches = self.training_images if images is None else ImageBatches(images)
-        if batches is None and self.method.needs_images and not self.method.decided:
+        method = self.method
+        if images is not None:
+            batches: ImageBatches | None = ImageBatches(images)
+        else:
+            batches = None if method.needs_held_out_images else self.training_images
+        if batches is None and not method.decided and (method.needs_images or method.needs_held_out_images):
+            kind, cure = (
+                ("<evaluation set>", "give PruningCallback(images=...) to the Trainer")
+                if method.needs_held_out_images
+                else ("<training set>", "train with PruningTrainer first")
+            )
             raise InvalidDataError(
-                f"{self.pruning_config.method_name} decides by images: pass decide(images=<training set>), or train "
-                "with PruningTrainer first"
+                f"{self.pruning_config.method_name} decides by images: pass decide(images={kind}), or {cure}"
             )
         self.method.decide(self.model, batches)
         _broadcast(self.method)

@@ -32,6 +32,21 @@ class Images(torch.utils.data.Dataset):
         return {**row, "labels": labels, **{name: column(i) for name, column in self.columns.items()}}
 
 
+class Patterns(torch.utils.data.Dataset):
+    """Images whose class is a pattern under some noise, so that every layer can tell the classes apart."""
+
+    def __init__(self, length: int = 20, noise: float = 0.1, **columns: Any) -> None:
+        self.length, self.noise, self.columns = length, noise, columns
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        pattern = torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(i % LABELS))
+        noise = torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(1000 + i))
+        return {"pixel_values": pattern + noise * self.noise, "labels": i % LABELS, **self.columns}
+
+
 def gated(case: str = VIT, model_changes: dict[str, Any] | None = None, **settings: Any) -> PruningModel:
     """A PruningModel with VTP over a tiny model; 40 % of the channels go unless ``settings`` say otherwise."""
     if "target" not in settings:
@@ -81,6 +96,6 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 __all__ = [
-    "DROPOUT", "VIT", "Images", "arguments", "gated", "lora_model", "reset_weights", "scatter_scores", "state_of",
-    "trainer",
+    "DROPOUT", "VIT", "Images", "Patterns", "arguments", "gated", "lora_model", "reset_weights", "scatter_scores",
+    "state_of", "trainer",
 ]  # fmt: skip

@@ -14,25 +14,10 @@ from hf_vitprune import PruningCallback, PruningModel, SLSConfig, get_pruning_mo
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError, InvalidPlanError
 from hf_vitprune.methods.depth import fewest_layers
 from hf_vitprune.methods.sls import extract_features
-from pruning_runs import VIT, lora_model, state_of, trainer
+from pruning_runs import VIT, Patterns, lora_model, state_of, trainer
 from tiny import CASES, CLASSIFIERS, LABELS, SIZE, assert_same, make, relative_error, run
 
 QUICK: dict[str, Any] = {"iterations": 250, "perplexity": 3.0}
-
-
-class Classes(torch.utils.data.Dataset):
-    """Images whose class is a pattern under noise, so that every layer can tell the classes apart."""
-
-    def __init__(self, length: int = 20, noise: float = 0.1, **row: Any) -> None:
-        self.length, self.noise, self.row = length, noise, row
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        pattern = torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(i % LABELS))
-        noise = torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(1000 + i))
-        return {"pixel_values": pattern + noise * self.noise, "labels": i % LABELS, **self.row}
 
 
 def recorded(model: Any, pixels: torch.Tensor, pool: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
@@ -46,7 +31,7 @@ def recorded(model: Any, pixels: torch.Tensor, pool: Callable[[torch.Tensor], to
 @pytest.mark.parametrize("case", [c for c in CLASSIFIERS if not c.startswith("Swin")])
 @pytest.mark.parametrize("pooling", ["auto", "mean"])
 def test_features_are_the_raw_block_outputs(case: str, pooling: str) -> None:
-    model, data = make(case), Classes()
+    model, data = make(case), Patterns()
     special = {"Siglip": 0, "DeiT": 2, "Dinov2WithRegisters": 5}.get(CASES[case].family, 1)
     special = 0 if case.startswith("Siglip") else special
     by_token = pooling == "auto" and not case.startswith("Siglip")
@@ -59,7 +44,7 @@ def test_features_are_the_raw_block_outputs(case: str, pooling: str) -> None:
 
 
 def test_swin_features_are_means_after_patch_merging() -> None:
-    model, data = make("SwinForImageClassification"), Classes(6)  # stages of 2 and 3
+    model, data = make("SwinForImageClassification"), Patterns(6)  # stages of 2 and 3
     features, _ = extract_features(model, data)
     assert [tuple(f.shape) for f in features.values()] == [(6, 16), (6, 32), (6, 32), (6, 32), (6, 32)]
     pixels = torch.stack([data[i]["pixel_values"] for i in range(6)])
@@ -80,19 +65,19 @@ def test_one_pass_in_eval_mode_and_back(kind: str) -> None:
     hooks = sum(len(m._forward_hooks) for m in model.modules())
     calls: list[int] = []
     handle = inner.vit.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    first, _ = extract_features(model, Classes(), SLSConfig(batch_size=8))
+    first, _ = extract_features(model, Patterns(), SLSConfig(batch_size=8))
     assert len(calls) == 3 and {n: m.training for n, m in model.named_modules()} == modes
     handle.remove()
     assert sum(len(m._forward_hooks) for m in model.modules()) == hooks
-    again, _ = extract_features(model, Classes(), SLSConfig(batch_size=8))
+    again, _ = extract_features(model, Patterns(), SLSConfig(batch_size=8))
     assert all(torch.equal(first[number], again[number]) for number in first)
 
 
 def test_half_precision_models_are_read_in_float32() -> None:
     model = make(VIT).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        features, _ = extract_features(model, Classes())
-    expected, _ = extract_features(make(VIT).bfloat16().float(), Classes())
+        features, _ = extract_features(model, Patterns())
+    expected, _ = extract_features(make(VIT).bfloat16().float(), Patterns())
     assert all(torch.equal(features[number], expected[number]) for number in expected)
     assert model.dtype == torch.bfloat16
 
@@ -111,13 +96,13 @@ def test_what_cannot_be_scored_is_refused(row: dict[str, Any], words: str) -> No
     model = make(VIT)
     hooks = [len(m._forward_hooks) for m in model.modules()]
     with pytest.raises(InvalidDataError, match=words):
-        select_layers(model, Classes(**row), SLSConfig(**QUICK))
+        select_layers(model, Patterns(**row), SLSConfig(**QUICK))
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
 
 
 def test_a_class_token_that_is_not_there_is_refused() -> None:
     with pytest.raises(InvalidConfigError, match="no class token"):
-        select_layers(make("SwinForImageClassification"), Classes(), SLSConfig(pooling="cls"))
+        select_layers(make("SwinForImageClassification"), Patterns(), SLSConfig(pooling="cls"))
 
 
 # ---------------------------------------------------------------------- which depths there are
@@ -138,7 +123,7 @@ def test_a_model_that_can_lose_no_layer_is_refused(case: str, changes: dict[str,
 
 
 def test_swin_keeps_a_layer_of_every_stage() -> None:
-    made = select_layers(make("SwinForImageClassification"), Classes(), SLSConfig(alpha=0.01, **QUICK))
+    made = select_layers(make("SwinForImageClassification"), Patterns(), SLSConfig(alpha=0.01, **QUICK))
     assert made.kept_layers == 3 and list(made.scores) == [5, 4, 3]
 
 
@@ -151,10 +136,10 @@ def sls(model: Any = None, **settings: Any) -> PruningModel:
 def test_training_ends_in_a_decision(kind: str, tmp_path: Path) -> None:
     model = sls(lora_model())
     plain = {"kind": Trainer, "callbacks": [PruningCallback()]} if kind == "Trainer" else {}
-    run_of = trainer(model, tmp_path, train_dataset=Classes(), learning_rate=1e-3, **plain)
+    run_of = trainer(model, tmp_path, train_dataset=Patterns(), learning_rate=1e-3, **plain)
     run_of.train()
     made = model.method.selection
-    assert made == select_layers(model.unload(), Classes(), model.pruning_config)
+    assert made == select_layers(model.unload(), Patterns(), model.pruning_config)
     assert made.kept_layers == 1 and list(made.scores) == [3, 2, 1]
     last = run_of.state.log_history[-1]
     assert last["kept_layers"] == 1 and last["score_layer_3"] == made.scores[3] and last["threshold"] == made.threshold
@@ -171,7 +156,7 @@ def test_training_ends_in_a_decision(kind: str, tmp_path: Path) -> None:
 
 def test_the_decision_is_in_the_checkpoint() -> None:
     model = sls(alpha=0.9)
-    model.decide(Classes(noise=2.0))
+    model.decide(Patterns(noise=2.0))
     other = sls(alpha=0.9)
     other.load_state_dict(state_of(model))
     assert other.method.selection == model.method.selection and other.plan() == model.plan()
@@ -186,7 +171,7 @@ def test_the_decision_is_in_the_checkpoint() -> None:
 
 def test_keeping_everything_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     model = sls(alpha=0.3)
-    model.decide(Classes(pixel_values=torch.ones(3, SIZE, SIZE)))  # twenty times the same image
+    model.decide(Patterns(pixel_values=torch.ones(3, SIZE, SIZE)))  # twenty times the same image
     assert model.plan().removes_nothing and "not positive" in caplog.text
     small = model.export()
     assert relative_error(run(small)["logits"], run(model.model)["logits"]) == 0
@@ -196,9 +181,9 @@ def test_keeping_everything_is_no_error(caplog: pytest.LogCaptureFixture) -> Non
 def test_removed_layers_are_skipped_in_training_too(tmp_path: Path) -> None:
     """Tuned through the wrapper, with masks: what is exported is what was tuned; removed layers do not move."""
     model = sls()
-    model.decide(Classes())
+    model.decide(Patterns())
     before = state_of(model)
-    trainer(model, tmp_path, train_dataset=Classes(), learning_rate=0.1).train()
+    trainer(model, tmp_path, train_dataset=Patterns(), learning_rate=0.1).train()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert any("layers.0." in name for name in moved) and not any("layers.1." in name for name in moved)
     assert relative_error(run(model.eval())["logits"], run(model.export())["logits"]) < 1e-6

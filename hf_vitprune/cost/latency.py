@@ -6,7 +6,7 @@ import contextlib
 import copy
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..errors import InvalidConfigError
 from ..families import family_of
 from ..families.base import pair
+from ..modes import evaluating
 
 #: one sample takes at least this long, by repeating the forward pass, so that the clock's grain does not show
 MIN_SAMPLE_SECONDS = 0.02
@@ -94,7 +95,7 @@ def measure_speed(
     with contextlib.ExitStack() as stack:
         ready = {name: _placed(model, at, kind) for name, model in models.items()}
         for model in ready.values():
-            stack.enter_context(_evaluating(model))
+            stack.enter_context(evaluating(model))
         stack.enter_context(torch.inference_mode())
         bar = stack.enter_context(
             tqdm(total=(rounds + 1) * len(models), desc="measuring", disable=not progress, leave=False)
@@ -171,17 +172,6 @@ def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     if all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in tensors):
         return model
     return copy.deepcopy(model).to(device, dtype)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
 
 
 def warm_up(call: Callable[[], Any], device: torch.device, least_seconds: float) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..errors import InvalidConfigError
 from .base import PruningConfig, PruningMethod
 from .sls import SLS, LayerSelection, SLSConfig, select_layers
+from .truncation import Truncation, TruncationConfig
 from .vtp import VTP, VTPConfig
 
 _METHODS: dict[type[PruningConfig], type[PruningMethod]] = {}
@@ -29,6 +30,7 @@ def method_for(config: PruningConfig) -> type[PruningMethod]:
 
 register_method(VTPConfig, VTP)
 register_method(SLSConfig, SLS)
+register_method(TruncationConfig, Truncation)
 
 __all__ = [
     "SLS",
@@ -37,6 +39,8 @@ __all__ = [
     "PruningConfig",
     "PruningMethod",
     "SLSConfig",
+    "Truncation",
+    "TruncationConfig",
     "VTPConfig",
     "method_for",
     "register_method",

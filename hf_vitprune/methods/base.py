@@ -136,12 +136,14 @@ class PruningMethod(nn.Module):
     Attributes:
         needs_gradients: :meth:`observe` wants the gradients of the task loss.
         needs_images: :meth:`decide` wants the training images.
+        needs_held_out_images: :meth:`decide` wants labelled images that were not trained on.
         removes_layers_only: the plan cuts nothing inside of a layer, so that adapters of every kind can stay.
         may_keep_everything: a decision that removes nothing is no mistake.
     """
 
     needs_gradients = False
     needs_images = False
+    needs_held_out_images = False
     removes_layers_only = False
     may_keep_everything = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -41,7 +42,10 @@ class DepthMethod(PruningMethod):
 
     Attributes:
         floor: the fewest layers that may stay.
+        found: layer number from 1 -> what the decision was taken by; for a subclass to fill with :meth:`record`.
     """
+
+    found_bits: torch.Tensor
 
     may_keep_everything = True
     removes_layers_only = True
@@ -56,7 +60,11 @@ class DepthMethod(PruningMethod):
                 f"{config.method_name} removes layers from the top, and of this {self.architecture.model_type} none "
                 f"can go: {why}"
             )
-        self.depth = DepthGate(total, next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self.depth = DepthGate(total, device)
+        # float64 numbers as their bits, NaN where there is none: model.half() leaves whole numbers alone
+        nothing = torch.full((total,), torch.nan, dtype=torch.float64).view(torch.int64)
+        self.register_buffer("found_bits", nothing.to(device))
 
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
         return attach_depth_gate(model, self.architecture, self.depth)
@@ -68,6 +76,18 @@ class DepthMethod(PruningMethod):
     def keep(self, layers: int) -> None:
         """Switch all but the first ``layers`` off for good."""
         self.depth.decide(layers)
+
+    def record(self, found: dict[int, float]) -> None:
+        """Put numbers into the checkpoint: layer number from 1 -> number."""
+        numbers = torch.full((len(self.found_bits),), torch.nan, dtype=torch.float64)
+        for layer, number in found.items():
+            numbers[layer - 1] = number
+        self.found_bits.copy_(numbers.view(torch.int64))
+
+    @property
+    def found(self) -> dict[int, float]:
+        numbers = self.found_bits.cpu().clone().view(torch.float64).tolist()
+        return {i + 1: number for i, number in reversed(list(enumerate(numbers))) if number == number}
 
     def choose(self) -> PruningPlan:
         """The plan that keeps the first layers.

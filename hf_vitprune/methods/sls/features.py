@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ...architecture import Architecture, unwrap
 from ...batches import ImageBatches
 from ...errors import InvalidConfigError, InvalidDataError
+from ...modes import evaluating
 from .config import SLSConfig
 
 
@@ -49,7 +50,7 @@ def extract_features(
     rows: dict[int, list[torch.Tensor]] = {number: [] for number in chosen}
     labels: list[torch.Tensor] = []
     device = next(base.parameters()).device
-    with _watching(base, architecture, rows, pool), _evaluating(base), torch.autocast(device.type, enabled=False):
+    with _watching(base, architecture, rows, pool), evaluating(base), torch.autocast(device.type, enabled=False):
         for batch in tqdm(batches, desc="features", leave=False, disable=None):
             if "labels" not in batch:
                 raise InvalidDataError("the images have no labels, and layers are judged by how well classes separate")
@@ -144,18 +145,6 @@ def _watching(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _in_float32(model: Any) -> Any:

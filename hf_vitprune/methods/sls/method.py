@@ -18,24 +18,16 @@ logger = logging.getLogger(__name__)
 
 
 class SLS(DepthMethod):
-    """The decision of SLS; scores are buffers, so that a checkpoint restores them and processes share them.
-
-    Attributes:
-        scores: (layers,) float64, NaN where a layer was not looked at.
-    """
+    """The decision of SLS; scores are in buffers, so that a checkpoint restores them and processes share them."""
 
     needs_images = True
     config: SLSConfig
-    score_bits: torch.Tensor
     estimated: torch.Tensor
 
     def __init__(self, config: SLSConfig, model: PreTrainedModel) -> None:
         super().__init__(config, model)
         total, device = len(self.architecture.layers), next(model.parameters()).device
         self.floor = checked_floor(self.floor, total, config)
-        # as whole numbers: model.half() leaves those alone
-        nothing = torch.full((total,), torch.nan, dtype=torch.float64).view(torch.int64)
-        self.register_buffer("score_bits", nothing.to(device))
         self.register_buffer("estimated", torch.zeros(total, dtype=torch.bool, device=device))
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
@@ -49,31 +41,26 @@ class SLS(DepthMethod):
         if images is None:
             raise InvalidDataError("SLS decides by labelled images, and there are none")
         selection = select_layers(model, images, self.config)
-        scores = self.scores
-        for number, score in selection.scores.items():
-            scores[number - 1] = score
-        self.score_bits.copy_(scores.view(torch.int64))
+        self.record(selection.scores)
         for number in selection.estimated:
             self.estimated[number - 1] = True
         self.keep(selection.kept_layers)
         logger.info("SLS: %s", selection.reason)
 
     @property
-    def scores(self) -> torch.Tensor:
-        return self.score_bits.cpu().clone().view(torch.float64)
-
-    @property
     def selection(self) -> LayerSelection | None:
         """What was decided, and why; None before."""
         if not self.decided:
             return None
-        scores = {i + 1: s for i, s in reversed(list(enumerate(self.scores.tolist()))) if s == s}
         estimated = (self.estimated.nonzero().squeeze(1) + 1).tolist()
-        return LayerSelection.of(scores, len(self.scores), self.config.alpha, self.floor, estimated)
+        return LayerSelection.of(self.found, len(self.estimated), self.config.alpha, self.floor, estimated)
 
     def report(self) -> dict[str, Any]:
         made = self.selection
-        return {} if made is None else {k: v for k, v in made.to_dict().items() if k != "layers"}
+        if made is None:
+            return {}
+        record = made.to_dict()
+        return {name: record[name] for name in ("scores", "threshold", "reason", "estimated")}
 
     def decision_logs(self) -> dict[str, float]:
         made = self.selection
