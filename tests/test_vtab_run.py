@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
@@ -23,13 +26,14 @@ from benchmarks.vtab.cli import app
 from benchmarks.vtab.data import load_task
 from benchmarks.vtab.dsprites import read_dsprites
 from benchmarks.vtab.experiment import Experiment
+from benchmarks.vtab.local import Local, run_local
 from benchmarks.vtab.pretrain import Backbone, pretrain, source_images
 from benchmarks.vtab.settings import Machine, Recipe, Run, Settings
 from benchmarks.vtab.store import Store
 from benchmarks.vtab.sweep import run_sweep, runs_of
 from benchmarks.vtab.tasks import find_task
 from hf_vitprune import SLSConfig, count, select_layers, truncate
-from hf_vitprune.errors import InvalidConfigError, InvalidDataError, InvalidPlanError, MissingExtraError
+from hf_vitprune.errors import InvalidConfigError, InvalidDataError, InvalidPlanError, MissingExtraError, VitPruneError
 from vtab_data import write_task
 
 MACHINE = Machine(cpu=True)
@@ -282,6 +286,41 @@ def test_pretrained_source_model(tmp_path: Path) -> None:
     assert not used & set(images.read.indices.tolist())
 
 
+def test_what_every_layer_knows(source: Path, root: Path, settings: Settings, tmp_path: Path) -> None:
+    sweep(settings, runs_of(["kitti"], ["lora"], ["none"], [0]), root, tmp_path)
+    words = f"layers kitti --seed 0 --data {root} --output {tmp_path} --probe-images 10 --cpu"
+    done = CliRunner().invoke(app, words.split())
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "layers" / "kitti--lora--seed0.json").read_text())
+    assert record["scores"].keys() == record["probe_accuracy"].keys() == {"1", "2", "3"}
+    assert all(0 <= 10 * value <= 10 and 10 * value == int(10 * value) for value in record["probe_accuracy"].values())
+    assert f"rank correlation of score and probe accuracy {record['correlation']:.2f}" in " ".join(done.output.split())
+
+    here = Experiment(settings, load_task(find_task("kitti"), root, any_size=True), Store(tmp_path), MACHINE)
+    model, _ = here.adapted(Run("kitti", "lora", "none", 0), "train800val200")
+    selection = select_layers(model, here.examples("train800val200"), SLSConfig())
+    assert record["selection"]["kept_layers"] == selection.kept_layers
+    assert selection.to_dict()["scores"].items() <= record["scores"].items()
+    for name in ("depth", "maps"):
+        assert (tmp_path / "layers" / f"kitti--lora--seed0--{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_whole_way_without_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    recipe = Recipe(epochs=1, warmup_epochs=0, batch_size=64)
+    tiny = Local(64, recipe, recipe, test_limit=64, rank=2, backbone=Backbone(16, 2, 2, 32))
+    text = StringIO()
+    for _ in range(2):
+        assert not run_local(tiny, ["digits"], tmp_path, MACHINE, Console(file=text, width=200))
+    assert "without depgraph" in text.getvalue() and "4 of 4 runs are done already" in text.getvalue()
+    assert text.getvalue().count("pretrained on dSprites (re-rendered)") == 1
+    report = CliRunner().invoke(app, ["report", "--output", str(tmp_path)])
+    assert "small ViT pretrained here" in report.output and "64 of 797 test images" in report.output
+    with pytest.raises(VitPruneError, match="pretrained with other sizes"):
+        run_local(replace(tiny, source_images=65), ["digits"], tmp_path, MACHINE, Console(file=text))
+
+
 # ---------------------------------------------------------------------- refused
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -324,7 +363,7 @@ def test_what_a_sweep_refuses_before_it_starts(
         sweep(replace(settings, any_size=False), runs, root, tmp_path)
     with pytest.raises(InvalidConfigError, match="no adaptation 'bitfit'; there are lora, dora"):
         runs_of(["kitti"], ["bitfit"], ["none"], [0])
-    monkeypatch.setitem(__import__("sys").modules, "torch_pruning", None)
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(MissingExtraError, match="pip install torch-pruning"):
         sweep(settings, runs_of(["kitti"], ["lora"], ["none", "depgraph"], [0]), root, tmp_path)
     monkeypatch.delattr("hf_vitprune.VTPConfig")
@@ -393,3 +432,27 @@ def test_the_command_runs_and_says_errors_in_one_line(source: Path, root: Path, 
     assert wrong.stderr.startswith("benchmarks.vtab: there is no task 'kity' (did you mean kitti?)")
     assert wrong.stderr.count("\n") == 1
     assert "seeds are whole numbers" in CliRunner().invoke(app, ["run", "--seeds", "a"]).stderr
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_batch_and_one_writes(source: Path, root: Path, tmp_path: Path) -> None:
+    """The adapted model is that of one process; and a sweep goes on in two processes."""
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = f"run --tasks kitti --peft lora --pruning none+sls+truncate:k=2 --seeds 7 --model {source} --data {root}"
+    more = "--no-selection --epochs 2 --warmup-epochs 1 --batch-size 8 --rank 2 --learning-rate 0.01 --any-size --cpu"
+    speed = "--speed-batch 2 --speed-rounds 1 --output"
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for _ in range(2):
+        done = subprocess.run(
+            [*launch, "-m", "benchmarks.vtab", *f"{words} {more} {speed} {tmp_path / 'two'}".split()],
+            env=environment, cwd=here.parent, capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+    assert "3 of 3 runs are done already" in done.stdout
+    words = words.replace("none+sls+truncate:k=2", "none")
+    alone = CliRunner().invoke(app, f"{words} {more} {speed} {tmp_path / 'one'}".split())
+    assert alone.exit_code == 0, alone.output
+    assert results(tmp_path / "one").items() <= results(tmp_path / "two").items()
+    state = "adapted/kitti--lora--seed7--train800val200/state.safetensors"
+    torch.testing.assert_close(load_file(tmp_path / "two" / state), load_file(tmp_path / "one" / state))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +13,7 @@ from hf_vitprune.errors import MissingExtraError, VitPruneError
 
 from .choices import Choice
 from .files import write_atomically
-from .pretrain import SOURCE, pretrain
+from .pretrain import SOURCE, Backbone, pretrain
 from .settings import Machine, Recipe, Run, Settings
 from .sweep import run_sweep, runs_of
 
@@ -31,6 +31,7 @@ class Local:
         recipe: of adaptation and retraining.
         test_limit: test images of a task.
         rank: of LoRA.
+        backbone: sizes of the model.
         seeds: of the adaptation.
     """
 
@@ -40,6 +41,7 @@ class Local:
     test_limit: int = 2000
     rank: int = 8
     seeds: tuple[int, ...] = (42,)
+    backbone: Backbone = field(default_factory=Backbone)
 
     def settings(self, model: Path) -> Settings:
         return Settings(
@@ -59,10 +61,16 @@ def source_model(local: Local, folder: Path, machine: Machine, console: Console)
         VitPruneError: there is one of other sizes.
     """
     wanted = {"source": SOURCE, "images": local.source_images, "epochs": local.source_recipe.epochs}
+    wanted |= asdict(local.backbone)
     note = folder / "pretraining.json"  # written last
     if not note.is_file():
         reached, trained = pretrain(
-            folder, images=local.source_images, recipe=local.source_recipe, seed=0, machine=machine
+            folder,
+            images=local.source_images,
+            recipe=local.source_recipe,
+            seed=0,
+            machine=machine,
+            backbone=local.backbone,
         )
         record = {**wanted, "accuracy": reached, "seconds": trained.seconds}
         write_atomically(note, lambda file: file.write(json.dumps(record, indent=1).encode()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
 
@@ -58,6 +59,7 @@ def run_sweep(
         InvalidDataError: a task is not here.
         MissingExtraError: DepGraph without Torch-Pruning.
     """
+    PartialState(cpu=machine.cpu)  # before anything else makes it
     store = Store(output)
     for pruning in dict.fromkeys(run.pruning for run in runs):
         check_possible(Choice.parse(pruning), settings)
