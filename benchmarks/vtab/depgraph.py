@@ -2,7 +2,7 @@
 
 Torch-Pruning decides (group Taylor importance, one step, the same ratio everywhere, heads kept and made narrower); the
 plan is cut by the same surgery as every other one, adapters included. The package is optional: ``pip install
-torch-pruning``.
+torch-pruning``, or the extra ``baselines``.
 """
 
 from __future__ import annotations
