@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from hf_vitprune import ConvpassConfig, RepAdapterConfig, VTPConfig, get_pruning_model
+from hf_vitprune import ConvpassConfig, RepAdapterConfig, SLSConfig, VTPConfig, get_pruning_model
 from hf_vitprune.errors import AdapterError, InvalidConfigError, UnsupportedModelError
 from hf_vitprune.peft_methods.convpass import patch_grid
 from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import mask, prune
+from hf_vitprune.surgery import mask, prune, truncate
 from plans import PLANS
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run, total_loss
 from tiny_adapters import randomize
@@ -187,6 +187,19 @@ def test_gates_around_repadapter() -> None:
     small = gated.export()
     assert "pruned_vit" in small.config.model_type
     assert relative_error(run(gated.eval())["logits"], run(small.eval())["logits"]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_layers_removed_by_a_method(kind: str) -> None:
+    """Methods that remove layers only take both, and keep the adapters of the layers that stay."""
+    model = randomize(wrap(VIT, kind))
+    gated = get_pruning_model(model, SLSConfig()).eval()
+    gated.method.keep(2)  # type: ignore[operator]
+    small = truncate(model, 2)
+    assert small.peft_type == f"VITPRUNE_{kind.upper()}"
+    assert_same(run(small), run(gated))
+    layers = {name.split("layers.")[1][0] for name in small.state_dict() if f".{kind}_" in name}
+    assert layers == {"0", "1"}
 
 
 def test_convpass_refusals() -> None:

@@ -20,8 +20,10 @@ from transformers import AutoModelForImageClassification
 from hf_vitprune import to_native
 from hf_vitprune.architecture import Architecture
 from hf_vitprune.errors import AdapterError
-from hf_vitprune.surgery import truncate
-from tiny import CLASSIFIERS, assert_same, make, relative_error, reset_weights, run, run_python
+from hf_vitprune.peft_twin import tuner_layers
+from hf_vitprune.plan import PruningPlan
+from hf_vitprune.surgery import prune, truncate
+from tiny import CLASSIFIERS, assert_same, images, make, relative_error, reset_weights, run, run_python
 from tiny_adapters import CONFIGS, adapted
 
 VIT = "ViTForImageClassification"
@@ -145,6 +147,57 @@ def test_loaded_in_one_call(kind: str, tmp_path: Path) -> None:
         loaded = way().eval()
         assert_same(run(loaded, output_hidden_states=True), expected)
         assert loaded.config.id2label[4] == "species 4" and loaded.config.num_hidden_layers == 2
+
+
+def test_adalora_that_has_dropped_ranks(tmp_path: Path) -> None:
+    """Its tensors have other sizes than its config says; every way to load knows."""
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=6, tinit=1, tfinal=2, deltaT=1, target_modules=["q_proj", "fc1"]
+    )
+    config.modules_to_save = ["classifier"]
+    model = peft.get_peft_model(for_task(pretrained(tmp_path)), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(6):
+        optimizer.zero_grad()
+        model(pixel_values=images(), labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+    ranks = {name: sum(kept) for name, kept in config.rank_pattern.items()}
+    assert min(ranks.values()) < 4 and sum(ranks.values()) < 24
+    small = truncate(model.eval(), 2)
+    assert relative_error(run(small)["logits"], run(skipping(model, 2))["logits"]) < 1e-6
+    small.save_pretrained(str(tmp_path / "adapter"))
+    injected = AutoModelForImageClassification.from_pretrained(tmp_path / "dense")
+    injected.load_adapter(str(tmp_path / "adapter"))
+    fresh = AutoModelForImageClassification.from_pretrained(tmp_path / "dense")
+    for loaded in (
+        PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")),
+        injected,
+        AutoModelForImageClassification.from_pretrained(tmp_path / "adapter"),
+    ):
+        assert_same(run(loaded.eval()), run(small))
+        assert {layer.lora_A["default"].shape[0] for layer in tuner_layers(loaded).values()} <= set(ranks.values())  # type: ignore[attr-defined]
+
+
+def test_other_bases_are_refused(tmp_path: Path) -> None:
+    """Of another depth, width or kind; the error names what is needed and what is there."""
+    base = for_task(pretrained(tmp_path))
+    truncate(adapted(base, with_head(base, "lora")), 2).save_pretrained(str(tmp_path / "adapter"))
+    needed = r"a pruned vit of 2 layers and width 32 .* and the base model is a "
+    others = {
+        "dense vit of 4 layers and width 32": make(VIT, num_hidden_layers=4),
+        "pruned vit of 1 layers and width 32": truncate(make(VIT), 1),
+        "dense vit of 3 layers and width 64": make(VIT, hidden_size=64),
+        "dense deit of 3 layers and width 32": make("DeiTForImageClassification"),
+        "pruned vit of 3 layers and width 19": prune(make(VIT), PruningPlan.random(make(VIT), 0.4, ["embedding"])),
+    }
+    for found, other in others.items():
+        for load in (
+            lambda other=other: PeftModel.from_pretrained(other, str(tmp_path / "adapter")),
+            lambda other=other: other.load_adapter(str(tmp_path / "adapter")),
+        ):
+            with pytest.raises(AdapterError, match=needed + found):
+                load()
 
 
 def test_labels_without_a_classifier_are_refused(tmp_path: Path) -> None:

@@ -129,16 +129,28 @@ def _fill_layers(result: Any, decision: Decision, configs: dict[str, Any]) -> No
                 f"the new adapter of {carried.new} has other tensors than the old one: {difference[:5]}"
             )
         for name, (tensor, _) in carried.tensors.items():
-            if places[name].shape != tensor.shape and decision.kind != "ADALORA":  # which drops ranks as it trains
+            if decision.kind == "ADALORA":
+                tensor = _without_dropped_ranks(tensor, name, carried.new, configs)
+            if places[name].shape != tensor.shape:
                 raise AdapterError(f"{carried.new}.{name} is {tuple(tensor.shape)}, not {tuple(places[name].shape)}")
             places[name].data = tensor
         adapters = [name for name in configs if name in old._get_available_adapters()]
         if type(old) is type(layer):
-            for attribute in ("scaling", "r") if decision.kind == "ADALORA" else ("scaling",):
-                values = getattr(layer, attribute, None)
-                if isinstance(values, dict):
-                    values.update({name: getattr(old, attribute)[name] for name in adapters if name in values})
+            values = getattr(layer, "scaling", None)
+            if isinstance(values, dict):
+                values.update({name: old.scaling[name] for name in adapters if name in values})
         verify_layer(carried.old, old, layer, adapters, carried.cut)
+
+
+def _without_dropped_ranks(tensor: torch.Tensor, name: str, layer: str, configs: dict[str, Any]) -> torch.Tensor:
+    """A tensor of AdaLoRA without the ranks that its finished allocation gave up; PEFT saves it like that."""
+    part, adapter = name.split(".")[:2]
+    pattern = configs[adapter].rank_pattern or {}
+    kept = next((kept for key, kept in pattern.items() if key.startswith(f"{layer}.lora_E")), None)
+    axis = 1 if part == "lora_B" else 0
+    if kept is None or part == "ranknum" or tensor.shape[axis] != len(kept):
+        return tensor
+    return tensor.index_select(axis, torch.tensor(kept, device=tensor.device).nonzero().squeeze(1))
 
 
 def _fill_wrappers(result: Any, wrappers: dict[str, Any], cuts: dict[str, Cut], plan: PruningPlan) -> None:

@@ -50,6 +50,8 @@ class PrunedAdapterConfigMixin:
 class PrunedTunerMixin:
     """Tuner that checks the base model, or cuts it down, before it puts adapters in."""
 
+    pruned_kind: str
+
     def _pre_injection_hook(self, model: Any, config: Any, adapter_name: str) -> None:
         fit_base(model, config)
         super()._pre_injection_hook(model, config, adapter_name)  # type: ignore[misc]
@@ -62,9 +64,19 @@ class PrunedTunerMixin:
             target_visible_layers(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
         fit_heads(model, config, adapter_name)
+        if self.pruned_kind == "ADALORA" and config.rank_pattern:
+            self.__dict__.setdefault("_resized", set()).discard(adapter_name)  # of a deleted adapter of this name
+            self.resize_modules_by_rank_pattern(config.rank_pattern, adapter_name)
         labels = recorded_labels(config)
         if labels and not shared and len(self.peft_config) == 1:  # type: ignore[attr-defined]
             set_labels(model, labels)
+
+    def resize_modules_by_rank_pattern(self, rank_pattern: dict[str, Any], adapter_name: str) -> None:
+        """AdaLoRA's, done once: PEFT does it while it loads tensors, and transformers' ``load_adapter`` not at all."""
+        done = self.__dict__.setdefault("_resized", set())
+        if adapter_name not in done:
+            super().resize_modules_by_rank_pattern(rank_pattern, adapter_name)  # type: ignore[misc]
+            done.add(adapter_name)
 
     def _check_merge_allowed(self) -> None:
         if is_shared(self.model):  # type: ignore[attr-defined]
@@ -123,6 +135,6 @@ def _register(kind: str, config_class: Any, tuner: Any, prefix: str) -> None:
         bases=(PrunedAdapterConfigMixin, config_class),
         namespace={"pruned_peft_type": name, "__module__": __name__},
     )
-    model = type(f"Pruned{tuner.__name__}", (PrunedTunerMixin, tuner), {"__module__": __name__})
+    model = type(f"Pruned{tuner.__name__}", (PrunedTunerMixin, tuner), {"__module__": __name__, "pruned_kind": kind})
     globals()[config.__name__], globals()[model.__name__] = config, model  # importable by name
     register_peft_method(name=name.lower(), config_cls=config, model_cls=model, prefix=prefix)
