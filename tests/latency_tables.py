@@ -23,6 +23,9 @@ LINEAR: dict[str, Seconds] = {
         2e-4 + 1e-6 * (inputs or embedding) * heads * (2 * qk + v) + 1e-6 * embedding * heads * v + 2e-5 * shifted
     ),
     "mlp": lambda embedding, mlp, inputs=None: 2e-4 + 1e-6 * mlp * (embedding + (inputs or embedding)),
+    "identity": lambda embedding: 2e-4 + 1e-6 * embedding,
+    "conv3x3": lambda embedding, channels, batch_norm: 2e-4 + 1e-5 * embedding * channels + 1e-5 * batch_norm,
+    "conv1x1": lambda embedding, channels, batch_norm: 2e-4 + 2e-6 * embedding * channels + 1e-5 * batch_norm,
     "model": lambda embedding: 1e-3 + 1e-5 * embedding,
 }
 
@@ -43,12 +46,12 @@ def made_table(
 ) -> LatencyTable:
     """The table of a model (or architecture) whose parts take what ``parts`` say; ``changes`` go to its provenance."""
     architecture = model if isinstance(model, Architecture) else Architecture.of(model)
-    stages = [_stage(axes, parts, architecture.depths is not None) for axes in stage_axes(architecture, grid)]
+    stages = [_stage(axes, parts, architecture) for axes in stage_axes(architecture, grid)]
     record = provenance(**changes)
     whole = sampled("model", parts["model"], {"embedding": stages[0]["none"].axes["embedding"]})
     return LatencyTable(record, covered_model(architecture, tuple(record["image_size"])), whole, stages, monotone)
 
 
-def _stage(axes: StageAxes, parts: Mapping[str, Seconds], windows: bool) -> dict[str, SampledGrid]:
-    grids = grids_of(axes, windows)
+def _stage(axes: StageAxes, parts: Mapping[str, Seconds], architecture: Architecture) -> dict[str, SampledGrid]:
+    grids = grids_of(axes, architecture)
     return {name: sampled(name, parts[name.removesuffix("_reading")], sizes) for name, sizes in grids.items()}

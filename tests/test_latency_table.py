@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from torch import nn
 
 from hf_vitprune import Architecture, LatencyTable, PruningPlan, count
 from hf_vitprune.cost import latency, rounds
-from hf_vitprune.cost.latency_grid import STEPS, spread, stage_axes
+from hf_vitprune.cost.latency_grid import GRID_AXES, STEPS, spread, stage_axes
 from hf_vitprune.errors import InvalidConfigError, LatencyTableError
 from latency_tables import made_table
 from plans import PLANS, plan_named
-from tiny import CASES, make
+from tiny import CASES, CLASSIFIERS, hybrid, make
 
 VIT = "ViTForImageClassification"
 SWIN = "SwinForImageClassification"
@@ -58,10 +59,31 @@ def test_what_is_timed_adds_up_to_the_model(case: str, monkeypatch: pytest.Monke
         assert seconds == pytest.approx(count(small).params, rel=1e-9), name
 
 
-def test_windows_are_timed_stage_by_stage_shifted_and_not() -> None:
+@pytest.mark.parametrize("case", CLASSIFIERS)
+def test_other_mixers_are_timed_in_the_place_of_attention(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weigh(monkeypatch)
+    model = hybrid(case)
+    architecture = Architecture.of(model)
+    assert {"conv3x3", "conv1x1", "identity"} <= {shape.mixer for shape in architecture.layers}
+    table = measured(model)
+    for norm in (True, False):
+        layers = tuple(replace(s, batch_norm=norm, conv_channels=3) if s.kernel else s for s in architecture.layers)
+        small = architecture.replace(layers=layers)
+        seconds = table.predict(small) - len(layers) - 1 + len(set(small.stages))
+        assert seconds == pytest.approx(count(small).params, rel=1e-9)
+
+
+def test_other_mixers_really_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "warm_up", lambda *_: 1)
+    for case in (VIT, SWIN):
+        model = hybrid(case)
+        assert measured(model).predict(Architecture.of(model)) > 0
+
+
+def test_windows_are_timed_stage_by_stage_shifted_and_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    weigh(monkeypatch)
     table = measured(make(SWIN))
-    assert table.predict(Architecture.of(make(SWIN))) > 0
-    assert [set(row) for row in table.stages] == [{"none", "attention", "attention_reading", "mlp", "mlp_reading"}] * 2
+    assert [set(row) for row in table.stages] == [set(GRID_AXES)] * 2
     assert table.stages[0]["attention"].axes["shifted"] == (0, 1)
     assert table.stages[1]["mlp"].axes["embedding"] == (32,)
 
@@ -69,7 +91,8 @@ def test_windows_are_timed_stage_by_stage_shifted_and_not() -> None:
 def test_times_are_of_this_machine_and_in_a_plausible_proportion() -> None:
     """Real timing, of blocks large enough that 16 times the neurons show."""
     model = make(VIT, hidden_size=64, intermediate_size=1024, image_size=64)
-    table = measured(model, rounds=3, monotone=False)
+    few = {"heads": [4], "qk": [16], "v": [16], "inputs": [64], "channels": [16], "embedding": [64], "mlp": [1]}
+    table = measured(model, rounds=3, monotone=False, grid=few)
     mlp = table.stages[0]["mlp"]
     assert mlp.at(embedding=64, mlp=1024) > 2 * mlp.at(embedding=64, mlp=1) > 0
     assert table.provenance["device"] == latency.device_name()
@@ -104,8 +127,9 @@ def test_a_pruned_model_is_measured_as_the_dense_one_behind_it(monkeypatch: pyte
     weigh(monkeypatch)
     model = make(VIT)
     small = prune(model, PruningPlan.random(model, 0.4))
-    assert measured(small).covers == measured(model).covers
-    assert measured(small).predict(Architecture.of(small)) == measured(model).predict(Architecture.of(small))
+    tables = [measured(small), measured(model)]
+    assert tables[0].covers == tables[1].covers
+    assert tables[0].predict(Architecture.of(small)) == tables[1].predict(Architecture.of(small))
 
 
 @pytest.mark.parametrize(
@@ -219,6 +243,7 @@ def test_default_grids_span_what_a_search_can_ask_for() -> None:
         "v": (8, 64),
         "mlp": (8, 512),
         "inputs": (8, 128),
+        "channels": (8, 64),
     }
     assert all(size % STEPS[name] == 0 for name, values in full.items() for size in values)
     (tiny,) = stage_axes(Architecture.of(make(VIT)))

@@ -21,11 +21,12 @@ def meter_of(metric: str, model: Any) -> CostMeter:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("plan_name", [None, "everything", "removed branches", "narrow inputs"])
-def test_parts_of_every_kind_of_cost_add_up(case: str, plan_name: str | None) -> None:
+@pytest.mark.parametrize("plan_name", ["everything", "narrow inputs"])
+def test_parts_of_every_kind_of_cost_add_up(case: str, plan_name: str) -> None:
     model = make(case)
-    plan = None if plan_name is None else plan_named(plan_name, model)
-    architecture = Architecture.of(model) if plan is None else plan.architecture
+    plan = plan_named(plan_name, model)
+    assert plan is not None
+    architecture = plan.architecture
     cost = count(architecture)
     table = made_table(model)
     for metric, total in (("macs", cost.macs), ("params", cost.params), ("latency", table.predict(architecture))):

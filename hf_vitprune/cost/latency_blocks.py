@@ -14,8 +14,9 @@ from torch import nn
 
 from ..architecture import Architecture
 from ..families.base import pair
-from ..layer_shape import LayerShape
+from ..layer_shape import KERNELS, LayerShape
 from ..modeling import build
+from ..modeling.conv_mixer import GRID
 from ..modeling.structure import layer_paths
 from .closed_form import count
 from .latency_grid import StageAxes, grids_of
@@ -45,14 +46,17 @@ class Point:
             return LayerShape("attention", heads, qk, v, attention_in=self.sizes.get("inputs"), shifted=shifted)
         if self.grid.startswith("mlp"):
             return LayerShape("none", mlp=self.sizes["mlp"], mlp_in=self.sizes.get("inputs"), shifted=shifted)
-        return LayerShape("none", shifted=shifted)
+        if self.grid in KERNELS:
+            norm = bool(self.sizes["batch_norm"])
+            return LayerShape(self.grid, conv_channels=self.sizes["channels"], batch_norm=norm, shifted=shifted)
+        return LayerShape(self.grid, shifted=shifted)
 
 
-def points_of(stages: Sequence[StageAxes], windows: bool) -> list[Point]:
+def points_of(stages: Sequence[StageAxes], architecture: Architecture) -> list[Point]:
     """Everything that a table of these axes times, in a fixed order."""
     points = [Point(None, "model", {"embedding": width}) for width in stages[0]["embedding"]]
     for stage, axes in enumerate(stages):
-        for name, sizes in grids_of(axes, windows).items():
+        for name, sizes in grids_of(axes, architecture).items():
             points += [Point(stage, name, dict(zip(sizes, at, strict=True))) for at in product(*sizes.values())]
     return points
 
@@ -103,8 +107,15 @@ class TimedModel:
             windows = self.dense.depths is not None
             layers = self._layers(hidden_size, [[point.shape(windows) for _, point in row] for row in rows])
             for row, blocks, (args, kwargs) in zip(rows, layers, inputs, strict=True):
-                calls |= {i: partial(block, *args, **kwargs) for (i, _), block in zip(row, blocks, strict=True)}
+                for (i, point), block in zip(row, blocks, strict=True):
+                    calls[i] = partial(block, *args, **kwargs, **self._told(point))
         return [calls[i] for i in range(len(points))]
+
+    def _told(self, point: Point) -> dict[str, Any]:
+        """What a model with convolutions would tell its blocks; blocks of windows know it anyway."""
+        if point.grid not in KERNELS or self.dense.depths is not None:
+            return {}
+        return {GRID: self.dense.family.grid(self.dense.config, None)}
 
     def _hidden_size(self, point: Point) -> int:
         factor = 1 if point.stage is None else self.dense.family.width_factor(point.stage)

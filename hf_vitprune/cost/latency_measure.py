@@ -48,8 +48,8 @@ def measure_table(
     architecture = _architecture_of(model_or_config)
     size = _image_size(architecture, image_size)
     at, kind = _placement(model_or_config, device, dtype)
-    stages, windows = stage_axes(architecture, grid), architecture.depths is not None
-    points = points_of(stages, windows)
+    stages = stage_axes(architecture, grid)
+    points = points_of(stages, architecture)
 
     timed = TimedModel(architecture, batch_size, size, kind, at)
     started = time.monotonic()
@@ -66,7 +66,7 @@ def measure_table(
     setting["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     setting["minutes"] = round((time.monotonic() - started) / 60, 1)
     medians = [median(row[i] for row in done) for i in range(len(calls))]
-    return _table(setting, covers, stages, windows, medians, monotone)
+    return _table(architecture, setting, stages, medians, monotone)
 
 
 def _architecture_of(model_or_config: Any) -> Architecture:
@@ -107,10 +107,9 @@ def _effort(dense: Architecture, point: Point, image_size: tuple[int, int]) -> f
 
 
 def _table(
+    architecture: Architecture,
     setting: dict[str, Any],
-    covers: dict[str, Any],
     stages: list[StageAxes],
-    windows: bool,
     medians: list[float],
     monotone: bool,
 ) -> LatencyTable:
@@ -123,11 +122,8 @@ def _table(
 
     whole = sampled("model", {"embedding": stages[0]["embedding"]})
     grids = [
-        {
-            name: sampled(f"stage {i} {name}" if windows else name, axes)
-            for name, axes in grids_of(row, windows).items()
-        }
+        {name: sampled(f"stage {i} {name}", axes) for name, axes in grids_of(row, architecture).items()}
         for i, row in enumerate(stages)
     ]
     setting["dense_seconds"] = next(rest)
-    return LatencyTable(setting, covers, whole, grids, monotone)
+    return LatencyTable(setting, covered_model(architecture, tuple(setting["image_size"])), whole, grids, monotone)

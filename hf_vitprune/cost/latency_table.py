@@ -28,10 +28,9 @@ STAGE_GRIDS = ("none", "attention", "mlp")
 class LatencyTable:
     """How long a forward pass of a batch takes, block by block, for every shape that a grid spans.
 
-    A block is its attention, its MLP and a remainder (norms apart, what is left of a block when both are removed).
-    The parts are timed as ``none`` (the remainder), ``attention`` (a block without MLP) and ``mlp`` (a block without
-    attention); a block with both takes ``attention + mlp - none``. A model is its blocks, and ``model``: one with
-    nothing in its blocks, which is the time of patch embedding, final norm and head.
+    Blocks are timed with nothing in them (``none``), with attention and no MLP (``attention``) or another mixer and
+    no MLP (by its name), and with an MLP and no mixer (``mlp``); one with both takes ``attention + mlp - none``. The
+    model around its blocks (``model``: patch embedding, final norm, head) is timed with an empty one a stage.
 
     Attributes:
         provenance: device, threads, dtype, batch and image size, versions, date; JSON-ready.
@@ -39,7 +38,7 @@ class LatencyTable:
         model: seconds of the model with one empty block a stage, by ``embedding``.
         stages: for every stage, the grids by name. Axes: ``embedding``, ``heads``, ``qk``, ``v``, ``mlp``;
             ``inputs`` in ``attention_reading`` and ``mlp_reading`` (parts that read only some residual channels);
-            ``shifted`` (0, 1) for windows.
+            ``shifted`` (0, 1) for windows; ``channels`` and ``batch_norm`` (0, 1) of convolution mixers.
         monotone: times are read from a fit that never falls when a size grows; the measured ones are kept.
     """
 
@@ -129,9 +128,10 @@ class LatencyTable:
             sizes = {**place, "heads": shape.heads, "qk": shape.qk_dim, "v": shape.v_dim}
             seconds = self._read(stage, "attention", shape.attention_in, sizes)
         elif shape.mixer in grids:
-            seconds = grids[shape.mixer].at(**place)
+            conv = {"channels": shape.conv_channels or 0, "batch_norm": int(bool(shape.batch_norm))}
+            seconds = grids[shape.mixer].at(**place, **conv)
         else:
-            raise LatencyTableError(f"the table has no times of the mixer {shape.mixer!r}; measure it again")
+            raise LatencyTableError(f"the table has no times of the mixer {shape.mixer!r}")
         if shape.mlp:
             place["shifted"] = 0
             seconds += self._read(stage, "mlp", shape.mlp_in, {**place, "mlp": shape.mlp}) - grids["none"].at(**place)
@@ -286,7 +286,7 @@ def _check_complete(
     if not isinstance(factors, list) or len(factors) != len(stages) or any(type(f) is not int for f in factors):
         raise LatencyTableError(f"the table has {len(stages)} stages with width factors {factors!r}")
     for name, grid in [("model", model)] + [item for row in stages for item in row.items()]:
-        if set(grid.axes) - {"shifted"} != set(GRID_AXES.get(name, ("embedding",))):
+        if set(grid.axes) - {"shifted"} != set(GRID_AXES.get(name, GRID_AXES["none"])):
             raise LatencyTableError(f"{grid.name}: times by {', '.join(grid.axes)}")
 
 
