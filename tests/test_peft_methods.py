@@ -177,6 +177,26 @@ def base_without(model: Any) -> Any:
     return copy.deepcopy(model).unload()
 
 
+@pytest.mark.parametrize("plan_name", ["everything", "narrow inputs", "removed branches"])
+@pytest.mark.parametrize("kind", BOTH)
+def test_on_pruned_models(kind: str, plan_name: str, tmp_path: Path) -> None:
+    """Adapters go on a pruned model as on a stock one; its branches take whatever channels the stream has."""
+    small = prune(make(VIT), PLANS[plan_name](PruningPlan.dense(make(VIT))))
+    small.save_pretrained(tmp_path / "small")
+    small = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
+    expected = run(small)
+    model = get_peft_model(small, BOTH[kind](r=4, groups=1) if kind == "repadapter" else BOTH[kind](r=4)).eval()
+    assert_same(run(model), expected)
+    expected = run(randomize(model))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert_same(run(AutoModelForImageClassification.from_pretrained(tmp_path / "adapter").eval()), expected)
+    if kind == "repadapter" and plan_name == "narrow inputs":
+        with pytest.raises(AdapterError, match="reads only some channels"):
+            model.merge_and_unload()
+    elif kind == "repadapter":
+        assert relative_error(run(model.merge_and_unload())["logits"], expected["logits"]) < 1e-5
+
+
 def test_gates_around_repadapter() -> None:
     """A gate before the adapter is a gate before the merged weights: the gated model and the small one are equal."""
     gated = get_pruning_model(randomize(wrap(VIT, "repadapter")), VTPConfig(pruning_ratio=0.4))

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_vitprune import to_native
 from hf_vitprune.architecture import Architecture
-from hf_vitprune.errors import AdapterError
+from hf_vitprune.errors import AdapterError, CheckpointMismatchError
 from hf_vitprune.peft_twin import tuner_layers
 from hf_vitprune.plan import PruningPlan
 from hf_vitprune.surgery import prune, truncate
@@ -198,6 +198,28 @@ def test_other_bases_are_refused(tmp_path: Path) -> None:
         ):
             with pytest.raises(AdapterError, match=needed + found):
                 load()
+
+
+@pytest.mark.parametrize("case", [VIT, "SwinForImageClassification"])
+def test_stock_adapters_of_deeper_models_are_refused(case: str, tmp_path: Path) -> None:
+    """PEFT and transformers would load the part of them that fits, and pass over the rest."""
+    adapted(make(case), "lora").save_pretrained(str(tmp_path / "adapter"))
+    layers = len(Architecture.of(make(case)).layers)
+    small = truncate(make(case), layers - 1)
+    expected = run(small)
+    with pytest.raises(CheckpointMismatchError, match=f"has {layers - 1} layers: .* deeper model"):
+        small.load_adapter(str(tmp_path / "adapter"))
+    assert_same(run(small), expected)
+    with pytest.raises(CheckpointMismatchError, match="deeper model"):
+        PeftModel.from_pretrained(small, str(tmp_path / "adapter"))
+    with pytest.raises(CheckpointMismatchError, match="deeper model"):
+        truncate(make(case), layers - 1).load_state_dict(make(case).state_dict(), strict=False)
+    # those of its own depth load
+    own = adapted(truncate(make(case), layers - 1), LoraConfig(r=2, target_modules=["q_proj"]))
+    own.save_pretrained(str(tmp_path / "own"))
+    again = truncate(make(case), layers - 1)
+    again.load_adapter(str(tmp_path / "own"))
+    assert_same(run(again.eval()), run(own))
 
 
 def test_labels_without_a_classifier_are_refused(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,31 @@ class PrunedModelMixin:
             save_directory, *args, save_original_format=save_original_format, **kwargs
         )
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Called by ``load_state_dict``: PEFT and Trainer pass over tensors that have no place, and load the rest.
+
+        Raises:
+            CheckpointMismatchError: there are tensors of layers that this model has not got.
+        """
+        _check_same_depth(self, (key[len(prefix) :] for key in state_dict if key.startswith(prefix)))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but never the lower part of an adapter of a deeper model.
+
+        Raises:
+            CheckpointMismatchError: the adapter has tensors for layers that this model has not got.
+        """
+        before = set(getattr(self, "peft_config", {}))
+        info = super().load_adapter(*args, **kwargs)  # type: ignore[misc]
+        try:
+            _check_same_depth(self, info.unexpected_keys)
+        except CheckpointMismatchError:
+            model: Any = self
+            model.delete_adapter([name for name in model.peft_config if name not in before])
+            raise
+        return info
+
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """As transformers', with a model card unless there is one already; see :func:`hf_vitprune.hub.push_to_hub`.
 
@@ -155,6 +180,22 @@ def _overridden(config: PreTrainedConfig, values: dict[str, Any]) -> Iterator[No
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+
+
+def _check_same_depth(model: Any, keys: Iterable[str]) -> None:
+    """Refuse tensors of layers beyond those of the model."""
+    architecture = Architecture.of(model)
+    prefix = architecture.family.encoder_path(model)
+    names = {f"{prefix}{name}" for name in architecture.layer_names()}
+    lists = {name.rpartition(".")[0] for name in names}
+    for key in keys:
+        for path in lists:
+            number = key.removeprefix(f"{path}.").partition(".")[0]
+            if key.startswith(f"{path}.") and number.isdigit() and f"{path}.{number}" not in names:
+                raise CheckpointMismatchError(
+                    f"there is {key}, and this {architecture.model_type} has {len(names)} layers: this is "
+                    "of a deeper model. Load it into that one, and truncate both together"
+                )
 
 
 def _may_be_missing(key: str) -> bool:

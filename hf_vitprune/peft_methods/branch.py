@@ -60,8 +60,9 @@ class BranchConfig(PeftConfig):
 
 
 class Branch(NamedTuple):
-    """An attention or MLP module: names in it of the Linears that read its input, and of the one that writes."""
+    """An attention or MLP module: the channels that come in, and names of Linears in it that read and write them."""
 
+    width: int
     readers: tuple[str, ...]
     writer: str
 
@@ -73,12 +74,13 @@ def branches(model: Any, architecture: Architecture) -> dict[str, Branch]:
         return tuple(name.removeprefix(path + ".") for name in names)
 
     found = {}
-    for paths, shape in zip(layer_paths(model, architecture), architecture.layers, strict=True):
+    for i, (paths, shape) in enumerate(zip(layer_paths(model, architecture), architecture.layers, strict=True)):
+        width = architecture.width(i)
         if shape.mixer == "attention":
             readers = inside(paths.attention, paths.q, paths.k, paths.v)
-            found[paths.attention] = Branch(readers, inside(paths.attention, paths.o)[0])
+            found[paths.attention] = Branch(width, readers, inside(paths.attention, paths.o)[0])
         if shape.mlp:
-            found[paths.mlp] = Branch(inside(paths.mlp, *paths.fc1), inside(paths.mlp, paths.fc2)[0])
+            found[paths.mlp] = Branch(width, inside(paths.mlp, *paths.fc1), inside(paths.mlp, paths.fc2)[0])
     return found
 
 
@@ -97,7 +99,7 @@ class BranchLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.branch = branch
-        self.width: int = self.reader(branch.readers[0]).in_features
+        self.width = branch.width
         self.r: dict[str, int] = {}
         self.scale: dict[str, float] = {}
         self._disable_adapters = False
