@@ -8,7 +8,7 @@ from .distillation import DistillationConfig
 from .errors import VitPruneError
 from .fuse import fuse_bn
 from .hub import push_to_hub
-from .methods import LayerSelection, SLSConfig, TruncationConfig, VTPConfig, select_layers
+from .methods import LayerSelection, NViTConfig, SLSConfig, TruncationConfig, VTPConfig, select_layers
 from .model import PruningModel, get_pruning_model
 from .modeling import build
 from .native import to_native
@@ -30,6 +30,7 @@ __all__ = [
     "DistillationConfig",
     "LatencyTable",
     "LayerSelection",
+    "NViTConfig",
     "PruningCallback",
     "PruningModel",
     "PruningPlan",

@@ -54,6 +54,7 @@ class PruningCallback(TrainerCallback):
         check_setup(args)
         _check_checkpointing(args, model)
         self._check_clipping(args, method)
+        method.check_training(args, state.max_steps)
         _check_optimizer(kwargs.get("optimizer"), method)
         if method.needs_held_out_images and self.images is None and not method.decided:
             raise InvalidConfigError(

@@ -16,7 +16,7 @@ from .errors import InvalidConfigError
 
 __all__ = ["DistillationConfig", "Teacher", "distillation_loss"]
 
-DistillationKind = Literal["soft", "hard", "none"]
+DistillationKind = Literal["soft", "hard", "kl", "none"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,12 @@ class DistillationConfig:
 
     Attributes:
         kind: "soft" matches the teacher's whole distribution (DeiT eq. 2), "hard" takes the teacher's best class as a
-            second label (eq. 3), "none" leaves the task loss alone.
+            second label (eq. 3), "kl" adds `weight * KL(student || teacher)` to the task loss (NViT), "none" leaves
+            the task loss alone.
         weight: Share of the distillation term, from 0 to 1; the task loss gets the rest. DeiT uses 0.1 for soft and
-            0.5 for hard distillation.
-        temperature: Both distributions are softened by it, for "soft" only. The term is multiplied by its square, so
-            that the size of the gradient does not depend on it. DeiT uses 3.
+            0.5 for hard distillation. For "kl" a factor of any size (NViT: 100); the task loss stays whole.
+        temperature: Both distributions are softened by it, for "soft" and "kl". The "soft" term is multiplied by its
+            square, so that the size of the gradient does not depend on it. DeiT and NViT use 3.
     """
 
     kind: DistillationKind = "soft"
@@ -39,8 +40,10 @@ class DistillationConfig:
     def __post_init__(self) -> None:
         if self.kind not in get_args(DistillationKind):
             raise InvalidConfigError(f"kind must be one of {', '.join(get_args(DistillationKind))}, not {self.kind!r}")
-        if not 0.0 <= self.weight <= 1.0:
-            raise InvalidConfigError(f"weight must lie between 0 and 1, not {self.weight}")
+        highest = math.inf if self.kind == "kl" else 1.0
+        if not (0.0 <= self.weight <= highest and math.isfinite(self.weight)):
+            limit = "be a number, not negative" if self.kind == "kl" else "lie between 0 and 1"
+            raise InvalidConfigError(f"weight must {limit}, not {self.weight}")
         if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
             raise InvalidConfigError(f"temperature must be a positive number, not {self.temperature}")
 
@@ -55,11 +58,11 @@ def distillation_loss(
     num_items_in_batch: Tensor | int | None = None,
     loss_scale: float = 1.0,
 ) -> Tensor:
-    """Mix the task loss with the distillation term: `(1 - weight) * task + weight * term`.
+    """Mix the task loss with the distillation term: `(1 - weight) * task + weight * term`; "kl" adds instead.
 
     The term is `T^2 * KL(teacher || student)` at temperature T ("soft"), or the cross-entropy with the teacher's best
-    class ("hard"), averaged over images. (DeiT's code divides the KL by images *and* classes; the paper's equation,
-    followed here, does not.)
+    class ("hard"), or `KL(student || teacher)` at temperature T ("kl"), averaged over images. (DeiT's code divides the
+    KL by images *and* classes; the paper's equation, followed here, does not.)
 
     Args:
         student_logits: (B, C), from the head that `task_loss` comes from.
@@ -67,7 +70,7 @@ def distillation_loss(
         task_loss: The loss on the labels, as the model or the Trainer computed it.
         config: Kind, weight and temperature.
         distillation_logits: (B, C) of a distillation head of its own (DeiT with teacher): the term is then computed
-            on these in place of `student_logits`.
+            on these in place of `student_logits`; a "kl" teacher is compared with the whole student.
         num_items_in_batch: What Trainer passes to `compute_loss`: the number of labelled images in all micro-batches
             (and processes) of one update. When the model gets it too, its loss is a sum divided by this number, and
             the gradients of k micro-batches add up to those of the big batch. The term is then divided in the same
@@ -80,17 +83,20 @@ def distillation_loss(
         return task_loss
     if teacher_logits is None:
         raise ValueError(f"{config.kind} distillation needs teacher_logits")
-    logits = student_logits if distillation_logits is None else distillation_logits
+    logits = student_logits if distillation_logits is None or config.kind == "kl" else distillation_logits
     if logits.ndim != 2 or logits.shape != teacher_logits.shape:
         raise ValueError(
             "student and teacher logits must both be (images, classes), "
             f"not {tuple(logits.shape)} and {tuple(teacher_logits.shape)}"
         )
     logits, target = _at_least_float32(logits), _at_least_float32(teacher_logits.detach())
-    if config.kind == "soft":
+    if config.kind in ("soft", "kl"):
         t = config.temperature
         student, teacher = F.log_softmax(logits / t, dim=-1), F.log_softmax(target / t, dim=-1)
-        total = F.kl_div(student, teacher, reduction="sum", log_target=True) * t**2
+        if config.kind == "soft":
+            total = F.kl_div(student, teacher, reduction="sum", log_target=True) * t**2
+        else:
+            total = (student.exp() * (student - teacher)).sum()
     else:
         total = F.cross_entropy(logits, target.argmax(dim=-1), reduction="sum")
     if num_items_in_batch is None:
@@ -99,7 +105,8 @@ def distillation_loss(
         items = num_items_in_batch.flatten()[0].to(total.device)  # one copy per device under DataParallel
     else:
         items = num_items_in_batch
-    return (1.0 - config.weight) * task_loss + config.weight * loss_scale * total / items
+    kept = 1.0 if config.kind == "kl" else 1.0 - config.weight
+    return kept * task_loss + config.weight * loss_scale * total / items
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

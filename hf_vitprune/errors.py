@@ -49,6 +49,10 @@ class MissingLabelsError(VitPruneError, ValueError):
     """Training needs labels and the batch has none."""
 
 
+class MissingGradientsError(VitPruneError, RuntimeError):
+    """A method scores by gradients, and there are none when the optimizer is about to step."""
+
+
 class InvalidDataError(VitPruneError, ValueError):
     """A folder or dataset has no usable images and labels."""
 

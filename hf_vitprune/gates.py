@@ -158,9 +158,9 @@ def attach_gates(model: PreTrainedModel, architecture: Architecture, gates: nn.M
                 continue
             module = get_wrapped(model, path)
             if reader is None:
-                handles.append(module.register_forward_pre_hook(_Before(gates[name])))
+                handles.append(module.register_forward_pre_hook(Before(gates[name])))
             else:
-                after = _After(gates[name], _unwrapped(get_wrapped(model, reader)))
+                after = After(gates[name], _unwrapped(get_wrapped(model, reader)))
                 handles.append(module.register_forward_hook(after))
     return handles
 
@@ -186,13 +186,16 @@ def strip_gates(model: nn.Module) -> None:
     """Remove the gate hooks that a copy of a gated model brought along."""
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(hook, (_Before, _After, _Skipped))]:
+            for key in [k for k, hook in hooks.items() if isinstance(hook, GateHook)]:
                 del hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
 
 
-# Hooks are objects, not closures: a deep copy of a gated model then has copies of the gates, not the original's.
-class _Before:
+class GateHook:
+    """A hook that a method puts on a model: an object, not a closure, so that a copy of the model has its own."""
+
+
+class Before(GateHook):
     """Multiplies what goes into a module."""
 
     def __init__(self, gate: nn.Module) -> None:
@@ -202,7 +205,7 @@ class _Before:
         return (self.gate(args[0]), *args[1:])
 
 
-class _After:
+class After(GateHook):
     """Multiplies what comes out of a module: of a model that was pruned before, the channels that ``reader`` reads."""
 
     def __init__(self, gate: nn.Module, reader: nn.Module) -> None:
@@ -215,7 +218,7 @@ class _After:
         return output.index_copy(-1, index, self.gate(output.index_select(-1, index)).to(output.dtype))
 
 
-class _Skipped:
+class _Skipped(GateHook):
     """Replaces what comes out of a layer that takes no part by what went in; its parameters get gradients of zero."""
 
     def __init__(self, gate: DepthGate, layer: int) -> None:

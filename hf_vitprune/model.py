@@ -27,6 +27,7 @@ from .methods import PruningConfig, method_for
 from .peft_methods.convpass import ConvpassLayer
 from .peft_twin import check_peft_model, is_peft, tuner_layers
 from .plan import PruningPlan
+from .processes import broadcast
 from .surgery import prune
 
 
@@ -199,7 +200,7 @@ class PruningModel(nn.Module):
                 f"{self.pruning_config.method_name} decides by images: pass decide(images={kind}), or {cure}"
             )
         self.method.decide(self.model, batches)
-        _broadcast(self.method)
+        broadcast(self.method)
 
     def plan(self) -> PruningPlan:
         """The plan of the current decision; decides first where none was taken."""
@@ -297,10 +298,3 @@ def _check_sliceable(model: Any, method: str) -> None:
 def _some(names: Iterable[str]) -> str:
     first, *rest = sorted(names) or ["nothing"]
     return f"{first} and {len(rest)} more" if rest else first
-
-
-def _broadcast(module: nn.Module) -> None:
-    """Every process takes the first one's buffers and parameters of the method."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in (*module.buffers(), *module.parameters()):
-            torch.distributed.broadcast(tensor.data, src=0)

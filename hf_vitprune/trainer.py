@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,15 @@ class PruningTrainer(Trainer):
 
     Args:
         model: a :class:`PruningModel`, or any model to fine-tune (a pruned one, say).
-        distillation: learn from a teacher's logits too; see :class:`DistillationConfig`.
-        teacher: image classifier to learn from. By default a frozen copy of the wrapped model as it is now, for a
-            PruningModel; required for other models.
+        distillation: learn from a teacher's logits too; see :class:`DistillationConfig`. Several at once: a list,
+            each applied to the loss that the one before gave.
+        teacher: image classifier to learn from, of any architecture; a list of them for a list above. By default
+            (None) a frozen copy of the wrapped model as it is now, for a PruningModel; required for other models.
         Everything else as ``transformers.Trainer``.
 
     Raises:
-        InvalidConfigError: distillation without a teacher; or see :class:`PruningCallback`.
+        InvalidConfigError: distillation without a teacher, or lists of unequal lengths; or see
+            :class:`PruningCallback`.
         MissingLabelsError: ``train()``, before the first step, for an image classifier: there are no labels.
     """
 
@@ -40,14 +42,12 @@ class PruningTrainer(Trainer):
         model: Any = None,
         args: TrainingArguments | None = None,
         *,
-        distillation: DistillationConfig | None = None,
+        distillation: DistillationConfig | Sequence[DistillationConfig] | None = None,
         teacher: Any = None,
         **kwargs: Any,
     ) -> None:
-        if teacher is not None and distillation is None:
-            distillation = DistillationConfig()
-        self.distillation = distillation if distillation is not None and distillation.kind != "none" else None
-        self.teacher: Teacher | None = None
+        lessons = _paired(distillation, teacher)
+        self.lessons: list[tuple[DistillationConfig, Teacher]] = []
         super().__init__(model=model, args=args, **kwargs)
         self._gated = isinstance(self.model, PruningModel)
         if self._gated:
@@ -59,11 +59,11 @@ class PruningTrainer(Trainer):
             enable_exact_resume(self.model)
         if is_classifier(self.model) and self.compute_loss_func is None and self.label_smoother is None:
             self.compute_loss_func = self._task_loss
-        if self.distillation is not None:
-            if teacher is None and not self._gated:
+        for config, one in lessons:
+            if one is None and not self._gated:
                 raise InvalidConfigError("distillation needs a teacher: pass teacher=<the unpruned model>")
-            source = teacher if teacher is not None else _ungated_copy(pruning_model_of(self.model))
-            self.teacher = Teacher(source, student=self.model)
+            source = one if one is not None else _ungated_copy(pruning_model_of(self.model))
+            self.lessons.append((config, Teacher(source, student=self.model)))
 
     def _put_callback_first(self) -> None:
         """In front of those that report: they then see what it adds to the logs."""
@@ -113,32 +113,39 @@ class PruningTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if self.teacher is None or not model.training:
+        lessons = self._lessons_now() if model.training else []
+        if not lessons:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        assert self.distillation is not None
         images = {k: v for k, v in inputs.items() if k not in (*self.label_names, "labels")}
-        teacher_logits = self.teacher(**images, autocast=self.accelerator.autocast())
-        task_loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        answers = [teacher(**images, autocast=self.accelerator.autocast()) for _, teacher in lessons]
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # the parent has multiplied a loss that is normalised over all processes by their number
         over_all = self.args.average_tokens_across_devices and num_items_in_batch is not None
         accepts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        loss = distillation_loss(
-            outputs["logits"],
-            teacher_logits,
-            task_loss,
-            self.distillation,
-            distillation_logits=outputs.get("distillation_logits"),
-            num_items_in_batch=num_items_in_batch if accepts else None,
-            loss_scale=self.accelerator.num_processes if over_all and accepts and self.args.n_gpu <= 1 else 1.0,
-        )
+        for (config, _), teacher_logits in zip(lessons, answers, strict=True):
+            loss = distillation_loss(
+                outputs["logits"],
+                teacher_logits,
+                loss,
+                config,
+                distillation_logits=outputs.get("distillation_logits"),
+                num_items_in_batch=num_items_in_batch if accepts else None,
+                loss_scale=self.accelerator.num_processes if over_all and accepts and self.args.n_gpu <= 1 else 1.0,
+            )
         return (loss, outputs) if return_outputs else loss
+
+    def _lessons_now(self) -> list[tuple[DistillationConfig, Teacher]]:
+        """Without those that wait for the first prune step."""
+        if not self._gated or pruning_model_of(self.model).method.distils:
+            return self.lessons
+        return [(config, teacher) for config, teacher in self.lessons if config.kind != "kl"]
 
     def _task_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Computed here rather than in the model: several stock heads ignore ``num_items_in_batch`` (their gradients
         then grow with accumulation), and DeiT's two-headed one takes no labels at all.
         """
         # a head that learns from a teacher leaves the labels to the other one
-        own_head = self.teacher is not None and "cls_logits" in outputs
+        own_head = "cls_logits" in outputs and any(config.kind != "kl" for config, _ in self.lessons)
         logits = outputs["cls_logits" if own_head else "logits"]
         return task_loss(unwrap(self.model), labels, logits, num_items_in_batch)
 
@@ -178,6 +185,26 @@ class PruningTrainer(Trainer):
             raise MissingLabelsError(
                 f"training needs labels; a batch has only {', '.join(map(str, batch))}. Name the column labels"
             )
+
+
+def _paired(distillation: Any, teacher: Any) -> list[tuple[DistillationConfig, Any]]:
+    """Every kind of distillation with its teacher (None: the default one).
+
+    Raises:
+        InvalidConfigError: there are not as many teachers as kinds.
+    """
+    if distillation is None:
+        distillation = DistillationConfig() if teacher is not None else []
+    configs = list(distillation) if isinstance(distillation, (list, tuple)) else [distillation]
+    teachers = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher] * min(len(configs), 1)
+    if teacher is None:
+        teachers = [None] * len(configs)
+    if len(teachers) != len(configs):
+        raise InvalidConfigError(
+            f"{len(configs)} kinds of distillation and {len(teachers)} teachers: give one teacher for each, in a list "
+            "(None for the unpruned model itself)"
+        )
+    return [(config, one) for config, one in zip(configs, teachers, strict=True) if config.kind != "none"]
 
 
 def _ungated_copy(model: PruningModel) -> Any:

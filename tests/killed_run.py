@@ -13,7 +13,8 @@ import transformers
 from transformers import TrainerCallback
 
 from hf_vitprune import DistillationConfig, PruningModel, VTPConfig, get_pruning_model
-from pruning_runs import DROPOUT, VIT, Images, gated, lora_model, make, trainer
+from hf_vitprune.methods import NViT
+from pruning_runs import DROPOUT, VIT, Images, gated, lora_model, make, nvit, trainer
 
 STEPS = 6
 
@@ -38,11 +39,17 @@ def decided() -> PruningModel:
     return model
 
 
+def pruning_on_the_way() -> PruningModel:
+    """Groups go after every second update, before and after the run dies; in the middle of a window."""
+    return nvit(VIT, DROPOUT, target=0.3, interval=2, pruning_share=1.0)
+
+
 #: name -> the model, the step after which the run dies, settings of the Trainer
 KILLED: dict[str, tuple[Callable[[], PruningModel], int, dict[str, Any]]] = {
     "vit": (vit, 3, {"distillation": DistillationConfig("soft", weight=0.5)}),
     "lora": (lora, 5, {}),
     "decided": (decided, 2, {}),
+    "nvit": (pruning_on_the_way, 3, {"distillation": NViT.distillation}),
 }
 
 

@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_vitprune import PruningModel, PruningTrainer, VTPConfig, get_pruning_model
+from hf_vitprune import NViTConfig, PruningModel, PruningTrainer, VTPConfig, get_pruning_model
+from hf_vitprune.methods import NViT
 from tiny import LABELS, SIZE, make, reset_weights
 
 VIT = "ViTForImageClassification"
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no"}
+
+
+#: of NViT, for the tiny models
+SMALL_GROUPS = {"embedding": 4, "heads": 1, "qk": 2, "v": 2, "mlp": 4}
 
 
 class Images(torch.utils.data.Dataset):
@@ -54,11 +59,26 @@ def gated(case: str = VIT, model_changes: dict[str, Any] | None = None, **settin
     return get_pruning_model(make(case, **(model_changes or {})), VTPConfig(**{"round_to": 4, **settings}))
 
 
+def nvit(case: str = VIT, model_changes: dict[str, Any] | None = None, **settings: Any) -> PruningModel:
+    """A PruningModel with NViT over a tiny model, in small groups, to half of the MACs unless ``settings`` differ."""
+    settings = {"target": 0.5, "group_sizes": SMALL_GROUPS, **settings}
+    return get_pruning_model(make(case, **(model_changes or {})), NViTConfig(**settings))
+
+
+def score_tensors(model: PruningModel) -> list[torch.Tensor]:
+    """What the method decides by: learned scores, or (NViT) those collected since the last prune step."""
+    method = model.method
+    if isinstance(method, NViT):
+        method.scores.updates = 1
+        return [method.scores.window]
+    return method.gate_parameters()
+
+
 def scatter_scores(model: PruningModel, seed: int = 1) -> PruningModel:
     """Scores of both signs, none of them near zero, so that units matter unequally."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for score in model.method.gate_parameters():
+        for score in score_tensors(model):
             noise = torch.rand(score.shape, generator=generator) + 0.5
             score.copy_(noise * (1 - 2 * torch.randint(0, 2, score.shape, generator=generator)))
     return model
@@ -96,6 +116,6 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 __all__ = [
-    "DROPOUT", "VIT", "Images", "Patterns", "arguments", "gated", "lora_model", "reset_weights", "scatter_scores",
-    "state_of", "trainer",
+    "DROPOUT", "SMALL_GROUPS", "VIT", "Images", "Patterns", "arguments", "gated", "lora_model", "nvit",
+    "reset_weights", "scatter_scores", "score_tensors", "state_of", "trainer",
 ]  # fmt: skip

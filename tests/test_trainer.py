@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 import two_processes
 from hf_vitprune import DistillationConfig, PruningCallback, PruningTrainer, VTPConfig, count, get_pruning_model
 from hf_vitprune.errors import InvalidConfigError, MissingLabelsError
-from pruning_runs import VIT, Images, gated, lora_model, scatter_scores, state_of, trainer
+from pruning_runs import VIT, Images, gated, lora_model, nvit, scatter_scores, state_of, trainer
 from tiny import LABELS, assert_same, make, relative_error, run
 
 DOUBLE = torch.float64
@@ -135,7 +135,7 @@ def kept_units(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_two_processes_end_like_one(tmp_path: Path) -> None:
-    """Same weights, gates, masks and plan, on both ranks, for three kinds of run (one launch: starting is slow)."""
+    """Same weights, gates, masks and plan, on both ranks, for all kinds of run (one launch: starting is slow)."""
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -148,13 +148,15 @@ def test_two_processes_end_like_one(tmp_path: Path) -> None:
     assert plans[0] == plans[1]
     alone = [kept_units(scatter_scores(gated(), seed=seed).plan().to_dict()) for seed in (0, 1)]
     assert kept_units(plans[1]["apart"]) == alone[0] != alone[1]
+    alone = [json.loads(json.dumps(nvit(criterion="random", seed=s).plan().to_dict()["layers"])) for s in (0, 1)]
+    assert plans[1]["NViT apart"] == alone[0] != alone[1]
     for name, case in two_processes.runs().items():
         state, plan = two_processes.train(case, tmp_path / "one", processes=1)
         for rank in (0, 1):
             theirs = load_file(tmp_path / f"{name}.{rank}.safetensors")
             assert_close(theirs, state)
         assert kept_units(plans[0][name]) == kept_units(plan)
-    assert plans[0].keys() == {*two_processes.runs(), "apart"}
+    assert plans[0].keys() == {*two_processes.runs(), "apart", "NViT apart"}
 
 
 # ---------------------------------------------------------------------- the optimizer
@@ -430,7 +432,7 @@ def test_the_default_teacher_is_the_model_as_it_was(model: str, tmp_path: Path) 
     wrapped = scatter_scores(get_pruning_model(inner, VTPConfig(pruning_ratio=0.4)))
     names = set(wrapped.state_dict())
     run_ = trainer(wrapped, tmp_path, distillation=SOFT, save_strategy="steps", max_steps=2)
-    teacher = run_.teacher.model
+    teacher = run_.lessons[0][1].model
     run_.train()
     assert torch.equal(run(teacher)["logits"], dense)
     assert relative_error(run(wrapped.eval())["logits"], dense) > 1e-3

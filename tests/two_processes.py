@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import Trainer
 
-from hf_vitprune import DistillationConfig, PruningCallback, PruningModel
-from pruning_runs import Images, gated, scatter_scores, state_of, trainer
+from hf_vitprune import DistillationConfig, NViTConfig, PruningCallback, PruningModel, get_pruning_model
+from hf_vitprune.methods import NViT
+from pruning_runs import SMALL_GROUPS, Images, gated, lora_model, nvit, scatter_scores, state_of, trainer
 
 Run = tuple[PruningModel, dict[str, Any], dict[str, Any]]
 
@@ -26,6 +27,11 @@ def runs() -> dict[str, Run]:
     def model(**settings: Any) -> PruningModel:
         return scatter_scores(gated(sparsity_weight=0.05, **settings)).double()
 
+    def adapters() -> PruningModel:
+        torch.manual_seed(5)
+        config = NViTConfig(target=0.4, group_sizes=SMALL_GROUPS, pruning_share=1.0)
+        return get_pruning_model(lora_model().eval(), config).double()
+
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     plain = {"kind": Trainer, "callbacks": [PruningCallback()]}
     checkpointed = {"distillation": soft, "activation_checkpointing": True, "max_grad_norm": 0.5}
@@ -33,6 +39,12 @@ def runs() -> dict[str, Run]:
         "accumulated": (model(gate_learning_rate=0.3), common, halves),
         "distilled, checkpointed, clipped": (model(target=0.6), {**common, **checkpointed}, {}),
         "plain Trainer": (model(binarize=True), {**common, **plain}, halves),
+        "NViT": (
+            nvit(target=0.4, pruning_share=1.0).double(),
+            {**common, "distillation": NViT.distillation, "max_grad_norm": 0.5, "learning_rate": 1e-3},
+            halves,
+        ),
+        "NViT, adapters": (adapters(), {**common, **plain, "learning_rate": 1e-3}, halves),
     }
 
 
@@ -53,4 +65,9 @@ if __name__ == "__main__":
     apart = scatter_scores(gated(), seed=rank)  # a decision is the first process', whatever the others think
     apart.decide()
     plans["apart"] = apart.plan().to_dict()
+    apart = nvit(criterion="random", seed=rank)
+    apart.decide()
+    one = apart.method.masks["layer0_mlp_hidden"]
+    assert one.kept == int(one.mask.sum()) == len(apart.plan().layers[0].mlp)
+    plans["NViT apart"] = apart.plan().to_dict()["layers"]
     (out / f"plans.{rank}.json").write_text(json.dumps(plans))

@@ -72,6 +72,8 @@ class Family:
     root: str
     #: path of the list of layers below the encoder
     layers: str = "layers"
+    #: path of the convolution that makes patches into tokens, below the encoder
+    patch: str = "embeddings.patch_embeddings.projection"
     norm1: str = "layernorm_before"
     norm2: str = "layernorm_after"
     attention: str = "attention"
@@ -172,6 +174,10 @@ class Family:
     def encoder_path(self, model: nn.Module) -> str:
         """Prefix of the encoder inside ``model``: ``"vit."`` for task models, ``""`` for base models and backbones."""
         return f"{self.root}." if hasattr(model, self.root) else ""
+
+    def patch_path(self, model: nn.Module) -> str:
+        """Path of the patch projection inside ``model``."""
+        return self.encoder_path(model) + self.patch
 
     def layer_names(self, num_layers: int, depths: tuple[int, ...] | None) -> list[str]:
         """Paths of all layers below the encoder."""

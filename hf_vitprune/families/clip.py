@@ -39,6 +39,7 @@ CLIP_VISION = ClipFamily(
     model_type="clip_vision_model",
     root="vision_model",
     layers="encoder.layers",
+    patch="embeddings.patch_embedding",
     norm1="layer_norm1",
     norm2="layer_norm2",
     attention="self_attn",

@@ -90,6 +90,7 @@ SIGLIP_VISION = SiglipFamily(
     model_type="siglip_vision_model",
     root="vision_model",
     layers="encoder.layers",
+    patch="embeddings.patch_embedding",
     norm1="layer_norm1",
     norm2="layer_norm2",
     attention="self_attn",

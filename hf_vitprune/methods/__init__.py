@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import InvalidConfigError
 from .base import PruningConfig, PruningMethod
+from .nvit import NViT, NViTConfig
 from .sls import SLS, LayerSelection, SLSConfig, select_layers
 from .truncation import Truncation, TruncationConfig
 from .vtp import VTP, VTPConfig
@@ -28,6 +29,7 @@ def method_for(config: PruningConfig) -> type[PruningMethod]:
     return _METHODS[type(config)]
 
 
+register_method(NViTConfig, NViT)
 register_method(VTPConfig, VTP)
 register_method(SLSConfig, SLS)
 register_method(TruncationConfig, Truncation)
@@ -36,6 +38,8 @@ __all__ = [
     "SLS",
     "VTP",
     "LayerSelection",
+    "NViT",
+    "NViTConfig",
     "PruningConfig",
     "PruningMethod",
     "SLSConfig",

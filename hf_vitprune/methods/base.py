@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..architecture import Architecture
 from ..batches import ImageBatches
 from ..cost.latency_table import LatencyTable
 from ..cost.meter import METRICS, ClosedFormMeter, CostMeter, LatencyMeter
+from ..distillation import DistillationConfig
 from ..errors import InvalidConfigError
 from ..families.base import pair
 from ..gates import Gate
@@ -139,11 +140,16 @@ class PruningMethod(nn.Module):
         needs_held_out_images: :meth:`decide` wants labelled images that were not trained on.
         removes_layers_only: the plan cuts nothing inside of a layer, so that adapters of every kind can stay.
         may_keep_everything: a decision that removes nothing is no mistake.
+        zeroes_weights: training sets removed weights to zero, so that the unloaded model teaches nobody: take a copy
+            from before.
+        distillation: what the method's authors train with beside the labels; None: nothing.
     """
 
     needs_gradients = False
     needs_images = False
     needs_held_out_images = False
+    zeroes_weights = False
+    distillation: DistillationConfig | None = None
     removes_layers_only = False
     may_keep_everything = False
 
@@ -165,6 +171,18 @@ class PruningMethod(nn.Module):
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
         """Hook the gates into the model."""
         raise NotImplementedError
+
+    def check_training(self, args: TrainingArguments, max_steps: int) -> None:
+        """Called when training begins.
+
+        Raises:
+            InvalidConfigError: the method cannot do its work in such a training.
+        """
+
+    @property
+    def distils(self) -> bool:
+        """Whether a ``kl`` term counts yet (see :class:`DistillationConfig`)."""
+        return True
 
     def penalty(self, progress: float) -> torch.Tensor | None:
         """Regulariser added to the training loss, at a share of the training in [0, 1]; None for nothing."""

@@ -109,20 +109,44 @@ class RemovedMlp(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-class MaskedLayerNorm(nn.LayerNorm):
+def layer_norm_over(
+    input: torch.Tensor,
+    kept: torch.Tensor,
+    count: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
     """LayerNorm whose statistics run over the kept channels only; the removed ones come out as zero.
 
-    A full-size model with removed residual channels computes with it what the narrow model computes.
+    Kept channels around their mean, and zeros elsewhere, have mean zero over all channels and ``count / channels`` of
+    the variance over the kept ones: the fused kernel then does the rest. Picking channels by index is far slower.
+
+    Args:
+        input: (..., channels).
+        kept: (channels,) ones and zeros.
+        count: number of ones.
+        weight, bias: (channels,) or None.
     """
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    kept = kept.to(dtype)
+    inputs = input.to(dtype) * kept
+    centred = torch.addcmul(inputs, inputs.sum(-1, keepdim=True) / count, kept, value=-1)
+    share = count / len(kept)
+    scale = kept * share**0.5 if weight is None else weight.to(dtype) * kept * share**0.5
+    shift = None if bias is None else bias.to(dtype) * kept
+    return F.layer_norm(centred, (len(kept),), scale, shift, eps * share)
+
+
+class MaskedLayerNorm(nn.LayerNorm):
+    """LayerNorm over the kept channels: a full-size model computes with it what the narrow one computes."""
 
     kept: torch.Tensor
+    kept_count: int
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        index = self.kept
-        weight = None if self.weight is None else self.weight[index]
-        bias = None if self.bias is None else self.bias[index]
-        narrow = F.layer_norm(input.index_select(-1, index), (len(index),), weight, bias, self.eps)
-        return torch.zeros_like(input, dtype=narrow.dtype).index_copy(-1, index, narrow)
+        normed = layer_norm_over(input, self.kept, self.kept_count, self.weight, self.bias, self.eps)
+        return normed if torch.is_autocast_enabled(input.device.type) else normed.to(input.dtype)
 
 
 def mask_layer_norm(norm: nn.Module, kept: torch.Tensor) -> None:
@@ -130,4 +154,7 @@ def mask_layer_norm(norm: nn.Module, kept: torch.Tensor) -> None:
     if type(norm) not in (nn.LayerNorm, MaskedLayerNorm):
         raise TypeError(f"expected a LayerNorm, got {type(norm).__name__}")
     norm.__class__ = MaskedLayerNorm
-    norm.register_buffer("kept", kept, persistent=False)
+    assert isinstance(norm, MaskedLayerNorm)
+    norm.kept_count = len(kept)
+    zeros = torch.zeros(norm.normalized_shape, device=kept.device)
+    norm.register_buffer("kept", zeros.index_fill(0, kept, 1.0), persistent=False)

@@ -1,0 +1,112 @@
+"""The same Taylor sums from activations and their gradients, for weights that have none of their own (adapters)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ...architecture import Architecture
+from ...errors import MissingGradientsError
+from ...gates import GateHook
+from ...modeling.structure import get_wrapped, layer_paths
+from ...processes import mean_over_processes
+from .scores import LayerSums
+from .units import UnitSet
+
+
+class ActivationSums:
+    """Sums of activation times gradient: equal to those of weight times gradient, of the weights that really act.
+
+    What a Linear puts out is linear in its row of weights and bias, so ``sum(w * dL/dw)`` over the row is
+    ``sum(z * dL/dz)`` over all tokens of that output channel; and over the columns that read a residual channel it is
+    that of the channel after the LayerNorm. Adapters need no special case: they are a part of the output.
+
+    Args:
+        model: the transformers model, its Linears possibly wrapped by PEFT.
+        architecture: of it.
+        sets: its prunable sets.
+    """
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, sets: Sequence[UnitSet]) -> None:
+        self.sets = sets
+        self.paths = layer_paths(model, architecture)
+        self.layers = [LayerSums(architecture, i, paths) for i, paths in enumerate(self.paths)]
+        self.patch = architecture.family.patch_path(model)
+        self.taps: dict[str, Tap] = {}
+        names = [self.patch] if sets[0].layer is None else []
+        for i, (layer, paths) in enumerate(zip(self.layers, self.paths, strict=True)):
+            kinds = {one.kind for one in sets if one.layer == i}
+            attention = [paths.q] if kinds & {"heads", "qk"} else []
+            attention += [paths.k] if "heads" in kinds else []
+            attention += [paths.v] if kinds & {"heads", "v"} else []
+            names += attention + (list(paths.fc1) if "mlp" in kinds else [])
+            if sets[0].layer is None:
+                names += [paths.norm1, paths.o] if layer.shape.mixer == "attention" else []
+                names += [paths.norm2, paths.fc2] if layer.shape.mlp else []
+        # the patch projection first: what comes behind it then has gradients even where all weights are frozen
+        self.taps = {name: Tap(channels_first=name == self.patch) for name in dict.fromkeys([self.patch, *names])}
+
+    def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        """Hook the taps in, behind all hooks that change activations."""
+        return [get_wrapped(model, name).register_forward_hook(tap) for name, tap in self.taps.items()]
+
+    def take(self, gradient_scale: float) -> torch.Tensor:
+        """As ``TaylorSums.take``; gradients of activations are never clipped, so the scale does not matter."""
+        silent = [name for name, tap in self.taps.items() if tap.sums is None]
+        if silent:
+            raise MissingGradientsError(
+                f"no gradient came through {silent[0]}, and NViT scores by gradients: the forward pass of this update "
+                "ran without gradients, or the module takes no part in the loss"
+            )
+        parts: dict[tuple[int | None, str], torch.Tensor] = {}
+        for one in self.sets:
+            if one.layer is None:
+                used = [
+                    self.patch,
+                    *(p for p in self.taps if any(p in (s.norm1, s.norm2, s.o, s.fc2) for s in self.paths)),
+                ]
+                parts[None, one.kind] = torch.stack([self._rows(path) for path in used]).sum(0)
+            else:
+                parts[one.layer, one.kind] = self.layers[one.layer].units(one.kind, self._rows)
+        sums = torch.cat([parts[one.layer, one.kind] for one in self.sets])
+        for tap in self.taps.values():
+            tap.sums = None
+        return mean_over_processes(sums)  # as DDP averages gradients
+
+    def _rows(self, path: str) -> torch.Tensor:
+        sums = self.taps[path].sums
+        assert sums is not None
+        return sums
+
+
+class Tap(GateHook):
+    """Adds up what comes out of a module times its gradient, channel by channel.
+
+    Attributes:
+        sums: (channels,) since the last :meth:`ActivationSums.take`; None where there were no gradients.
+    """
+
+    def __init__(self, channels_first: bool) -> None:
+        self.channels_first = channels_first
+        self.sums: torch.Tensor | None = None
+
+    def __call__(self, module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        changed = not output.requires_grad
+        if changed:  # nothing in front of it is trained: gradients are wanted all the same
+            output = output.detach().requires_grad_()
+        values = output.detach()
+
+        def add(gradient: torch.Tensor) -> None:
+            precise = torch.promote_types(values.dtype, torch.float32)
+            product = (values * gradient).movedim(1, -1) if self.channels_first else values * gradient
+            sums = product.flatten(0, -2).sum(0, dtype=precise)
+            self.sums = sums if self.sums is None else self.sums + sums
+
+        output.register_hook(add)
+        return output if changed else None

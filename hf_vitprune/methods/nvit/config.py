@@ -1,0 +1,118 @@
+"""Settings of NViT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import InvalidConfigError
+from ..base import PruningConfig, check_number, check_open_interval
+
+#: units of a group, as published for DeiT-B
+GROUP_SIZES = {"embedding": 16, "heads": 2, "qk": 8, "v": 8, "mlp": 16}
+KINDS = tuple(GROUP_SIZES)
+CRITERIA = ("squared_taylor", "taylor", "magnitude", "random")
+
+
+@dataclass
+class NViTConfig(PruningConfig):
+    """Global structural pruning to a cost (Yang et al., arXiv 2110.04869).
+
+    Groups of units of all kinds compete in one ranking: residual channels, heads, q/k channels, v channels, MLP
+    neurons. The least important ones are removed a few at a time while the model trains, until ``target`` is reached.
+
+    Attributes:
+        criterion: what makes a unit important. ``squared_taylor`` (the paper's): the square of the first-order change
+            of the loss on its removal. ``taylor``: its absolute value. ``magnitude``: the norm of its weights,
+            relative to the mean of its set. ``random``: baseline, drawn once.
+        reference: divisors and moving average as in the published code, for comparisons: the embedding's sum is
+            divided by 12 whatever the depth, a head's by 12, and the average starts again from zero after the first
+            prune step, without bias correction.
+        eta: weight of the cost that a group saves (both as shares of the whole model's) against its importance (as a
+            share of all groups'); 0 ranks by importance alone.
+        momentum: of the moving average of scores over prune steps (paper: 0.9).
+        group_sizes: units a group, by kind: any of ``embedding``, ``heads``, ``qk``, ``v``, ``mlp``; what is left out
+            is as published (16, 2, 8, 8, 16). One group of a set always stays.
+        units: kinds that are pruned; by default all that the model has.
+        interval: optimizer steps between prune steps (paper: 100); None: 100, or a twentieth of the pruning part of
+            the training where that is less.
+        groups_per_step: groups removed at a prune step (paper: 2, and 1 at the first one); None: as many as it takes
+            to reach the target evenly over the pruning part.
+        pruning_share: share of the training in which pruning takes place, in (0, 1]; what follows tunes the masked
+            model. By default half, or all where ``groups_per_step`` is given.
+        snapshots: further targets, above ``target``: the model is saved as it passes each of them.
+        snapshot_folder: where to; one model folder a snapshot.
+        seed: of the criterion ``random``.
+    """
+
+    criterion: str = "squared_taylor"
+    reference: bool = False
+    eta: float = 1.0
+    momentum: float = 0.9
+    group_sizes: dict[str, int] = field(default_factory=dict)
+    units: tuple[str, ...] | None = None
+    interval: int | None = None
+    groups_per_step: int | None = None
+    pruning_share: float | None = None
+    snapshots: tuple[float, ...] = ()
+    snapshot_folder: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target is None:
+            raise InvalidConfigError("NViT prunes to a target: give target, the fraction of the cost that may remain")
+        if self.criterion not in CRITERIA:
+            raise InvalidConfigError(f"criterion is one of {', '.join(CRITERIA)}, not {self.criterion!r}")
+        if not isinstance(self.reference, bool):
+            raise InvalidConfigError(f"reference is True or False, not {self.reference!r}")
+        check_number("eta", self.eta)
+        check_number("momentum", self.momentum, highest=1)
+        if self.momentum == 1:
+            raise InvalidConfigError("momentum must be under 1: at 1 no score would ever count")
+        self._check_groups()
+        for name in ("interval", "groups_per_step"):
+            check_whole(name, getattr(self, name), 1, optional=True)
+        if self.pruning_share is not None:
+            check_number("pruning_share", self.pruning_share, highest=1)
+            if self.pruning_share == 0:
+                raise InvalidConfigError("pruning_share must be positive, not 0")
+        check_whole("seed", self.seed, 0)
+        self._check_snapshots(self.target)
+
+    def _check_groups(self) -> None:
+        given = self.group_sizes
+        if not isinstance(given, dict) or set(given) - set(KINDS):
+            raise InvalidConfigError(f"group_sizes is a dict with any of {', '.join(KINDS)}, not {given!r}")
+        self.group_sizes = {**GROUP_SIZES, **given}
+        for kind, size in self.group_sizes.items():
+            check_whole(f"group_sizes[{kind!r}]", size, 1)
+        if self.units is not None:
+            names = tuple(self.units) if isinstance(self.units, (list, tuple)) else ()
+            if not names or set(names) - set(KINDS) or len(set(names)) < len(names):
+                raise InvalidConfigError(f"units is a non-empty choice of {', '.join(KINDS)}, not {self.units!r}")
+            self.units = names
+
+    def _check_snapshots(self, target: float) -> None:
+        if not isinstance(self.snapshots, (list, tuple)):
+            raise InvalidConfigError(f"snapshots is a list of targets, not {self.snapshots!r}")
+        self.snapshots = tuple(self.snapshots)
+        for budget in self.snapshots:
+            check_open_interval("a snapshot's target", budget)
+            if budget <= target:
+                raise InvalidConfigError(
+                    f"snapshots are taken on the way to target={target}; {budget} is not above it"
+                )
+        if len(set(self.snapshots)) < len(self.snapshots):
+            raise InvalidConfigError(f"there is a snapshot twice in {self.snapshots}")
+        if bool(self.snapshots) != (self.snapshot_folder is not None):
+            raise InvalidConfigError("snapshots and snapshot_folder go together: what to save, and where")
+
+
+def check_whole(name: str, value: Any, lowest: int, optional: bool = False) -> None:
+    """Raises:
+    InvalidConfigError: ``value`` is not a whole number of at least ``lowest`` (nor None where it is optional).
+    """
+    if (value is None and optional) or (type(value) is int and value >= lowest):
+        return
+    raise InvalidConfigError(f"{name} is a whole number of at least {lowest}, not {value!r}")

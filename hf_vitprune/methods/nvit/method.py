@@ -1,0 +1,280 @@
+"""NViT: groups of all kinds in one ranking, removed a few at a time while the model trains (arXiv 2110.04869)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import logging
+
+from ...batches import ImageBatches
+from ...cost.meter import ClosedFormMeter
+from ...distillation import DistillationConfig
+from ...errors import InvalidConfigError, MissingGradientsError, UnreachableTargetError
+from ...masks import attach_masks, make_masks
+from ...peft_twin import is_peft
+from ...plan import PruningPlan
+from ...processes import broadcast, is_first_process
+from ..base import PruningMethod
+from .activations import ActivationSums
+from .average import RunningScores
+from .config import NViTConfig
+from .criteria import magnitudes, random_scores
+from .masking import ZeroedWeights, set_masks
+from .ranking import Removal, Sizes, fewest_groups, removals, smallest_ratio
+from .schedule import Schedule
+from .scores import WeightSums, divisors
+from .snapshots import save_run, save_snapshot
+from .trajectory import Moment, Trajectory
+from .units import plan_of, unit_sets
+
+logger = logging.get_logger(__name__)
+
+
+class NViT(PruningMethod):
+    """Scores, ranking, masks and trajectory of NViT.
+
+    Attributes:
+        groups: removed so far.
+        ratio: cost of what is left, as a fraction of the unpruned model's.
+    """
+
+    config: NViTConfig
+    distillation = DistillationConfig(kind="kl", weight=100.0, temperature=3.0)
+    zeroes_weights = True
+
+    def __init__(self, config: NViTConfig, model: PreTrainedModel) -> None:
+        super().__init__(config, model)
+        device = next(model.parameters()).device
+        self.sets = unit_sets(self.architecture, config)
+        self.trajectory = Trajectory(self.sets, device)
+        self.needs_gradients = config.criterion in ("squared_taylor", "taylor")
+        self.scores = RunningScores(len(self.trajectory.order), config.momentum, config.reference, device)
+        self.masks = make_masks(self.architecture, self.sets[0].layer is None, device)
+        self._divisors = divisors(self.architecture, self.sets, config.reference)
+        self._meter = config.meter(self.architecture)
+        self._sums: WeightSums | ActivationSums | None = None
+        self._zeroed: ZeroedWeights | None = None
+        self._decided = False
+        self._step = 0
+        assert config.target is not None
+        self.target = config.target
+        self._check_target()
+        self.refresh()
+        self.register_load_state_dict_post_hook(lambda method, _: method.refresh())
+
+    def _check_target(self) -> None:
+        """An unreachable target says so before any training."""
+        lowest = smallest_ratio(self.architecture, self.sets, self._meter)
+        if lowest > self.target:
+            raise UnreachableTargetError(
+                f"a target of {self.target:.3f} of the {self._meter.metric} cannot be reached: with one group left of "
+                f"every set, {lowest:.3f} remains. Raise the target, or lower group_sizes"
+            )
+
+    def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        handles = attach_masks(model, self.architecture, self.masks)
+        if self.needs_gradients:
+            weights = WeightSums(model, self.architecture, self.sets)
+            if weights.trained:
+                self._sums = weights
+            else:
+                self._sums = ActivationSums(model, self.architecture, self.sets)
+                handles += self._sums.attach(model)
+        return handles
+
+    # ------------------------------------------------------------------ training
+    def check_training(self, args: TrainingArguments, max_steps: int) -> None:
+        """Refuse a training in which the schedule cannot reach the target."""
+        if self.decided or self.reached:
+            return
+        if isinstance(self._sums, ActivationSums) and args.fp16:
+            raise InvalidConfigError(
+                "NViT scores frozen weights by the gradients of activations, which fp16 scales by a factor that only "
+                "the optimizer undoes: train in bf16=True or full precision, or merge the adapters first"
+            )
+        schedule = Schedule.of(self.config, max_steps)
+        if schedule.groups is None:
+            return
+        most = schedule.cumulative(schedule.count)
+        fewest = fewest_groups(self.architecture, self.sets, self._meter, self.target)
+        if most < fewest:
+            raise InvalidConfigError(
+                f"the schedule removes {most} groups in {max_steps} steps, and the target of {self.target:.3f} takes "
+                f"{fewest} at the least: train longer, lower interval, raise groups_per_step, or leave it out (then "
+                "as many groups go at a time as it takes)"
+            )
+
+    def observe(self, model: Any, gradient_scale: float) -> None:
+        """Take in the Taylor sums of an update; see ``scores.py``."""
+        if self._sums is None or self.decided or self.reached:
+            return
+        sums = self._sums.take(gradient_scale)
+        sums = sums / self._divisors.to(sums.device, sums.dtype)
+        self.scores.add(sums.square() if self.config.criterion == "squared_taylor" else sums.abs())
+
+    def after_step(self, model: Any, step: int, max_steps: int) -> None:
+        """Remove groups where the schedule says so, and keep removed weights at zero."""
+        self._step = step
+        if not self.decided and not self.reached:
+            schedule = Schedule.of(self.config, max_steps)
+            number = schedule.prune_step(step)
+            if number:
+                self._prune(model, schedule, number)
+        if self.groups and not is_peft(model):  # weights under adapters are not this training's
+            if self._zeroed is None:
+                self._zeroed = ZeroedWeights(model, self.choose())
+            self._zeroed.apply()
+
+    def _prune(self, model: Any, schedule: Schedule, number: int) -> None:
+        order: Iterable[Removal] = self._to_target(model)
+        if schedule.groups is None:
+            listed = list(order)
+            order = listed[: schedule.due(number, self.groups, len(listed))]
+        else:
+            order = itertools.islice(order, max(0, schedule.due(number, self.groups, missing=0)))
+        self._remove(model, order)
+        self.scores.roll()
+        self._settle()
+
+    @property
+    def distils(self) -> bool:
+        return self.groups > 0
+
+    def logs(self) -> dict[str, float]:
+        now = self.choose().architecture
+        meters = {m: ClosedFormMeter(m, self.architecture, self.config.image_size) for m in ("macs", "params")}
+        ratios = {f"{metric}_ratio": meter.ratio(now) for metric, meter in meters.items()}
+        ratios[f"{self._meter.metric}_ratio"] = self.ratio
+        return {"groups_removed": self.groups, "scores_not_finite": int(self.scores.spoiled), **ratios}
+
+    # ------------------------------------------------------------------ removing groups
+    def current_scores(self, model: Any) -> torch.Tensor:
+        """(units,) importance by which groups are ranked now, on the CPU.
+
+        Raises:
+            MissingGradientsError: the criterion needs gradients, and none were scored yet.
+        """
+        if self.config.criterion == "random":
+            return random_scores(self.sets, self.config.seed)
+        if self.config.criterion == "magnitude":
+            return magnitudes(model, self.sets, self.trajectory.alive())
+        if self.scores.empty:
+            raise MissingGradientsError(
+                "no gradients were scored yet: train the PruningModel first, with PruningTrainer or PruningCallback; "
+                "without training, criterion='magnitude' is what there is"
+            )
+        return self.scores.current().cpu()
+
+    def _to_target(self, model: Any) -> Iterator[Removal]:
+        """Removals up to the first that reaches the target.
+
+        Raises:
+            UnreachableTargetError: every set comes down to its floor first.
+        """
+        sizes = self._sizes()
+        if sizes.ratio <= self.target:
+            return
+        for removal in removals(sizes, self.trajectory.alive(), self.current_scores(model), self.config.eta):
+            yield removal
+            if removal.ratio <= self.target:
+                return
+        raise UnreachableTargetError(
+            f"every set is down to one group at {sizes.ratio:.3f} of the {self._meter.metric}, over the target of "
+            f"{self.target:.3f}: raise the target, or lower group_sizes"
+        )
+
+    def _remove(self, model: Any, order: Iterable[Removal]) -> None:
+        """Note removals, and save the model where it passes a budget that was asked for."""
+        before = self.ratio
+        for removal in order:
+            self.trajectory.add([removal], self._step)
+            passed = [budget for budget in self.config.snapshots if removal.ratio <= budget < before]
+            before = removal.ratio
+            for budget in passed if is_first_process() else ():
+                assert self.config.snapshot_folder is not None
+                save_snapshot(model, self.choose(), self.config.snapshot_folder, budget)
+
+    def _settle(self) -> None:
+        """Every process takes the first one's state; masks follow."""
+        broadcast(self)
+        self.refresh()
+
+    def _sizes(self) -> Sizes:
+        return Sizes(self.architecture, self.sets, self.trajectory.counts(), self._meter)
+
+    def refresh(self) -> None:
+        """Make masks, cost and counts follow the trajectory."""
+        self.groups = self.trajectory.groups
+        self.ratio = self._sizes().ratio
+        set_masks(self.masks, self.architecture, self.sets, self.trajectory.alive())
+        self._zeroed = None
+
+    # ------------------------------------------------------------------ decision
+    @property
+    def decided(self) -> bool:
+        return self._decided
+
+    @property
+    def reached(self) -> bool:
+        """Whether the target is reached."""
+        return self.ratio <= self.target
+
+    def decide(self, model: Any, images: ImageBatches | None = None) -> None:
+        """Remove what is still missing to the target, all at once: nothing after a training of the planned length.
+
+        Raises:
+            MissingGradientsError: the criterion needs gradients, and there was no training.
+        """
+        if not self.decided:
+            missing = list(self._to_target(model))
+            if missing and self._step:
+                logger.warning(
+                    f"the training ended at {self.ratio:.3f} of the {self._meter.metric}: {len(missing)} groups, "
+                    f"beside {self.groups} so far, go at once to reach {self.target:.3f}. A longer training removes "
+                    "them one by one"
+                )
+            self._remove(model, missing)
+            self._decided = True
+            self._settle()
+            if self.config.snapshot_folder is not None and is_first_process():
+                save_run(self.trajectory, self.moments(), self.config.snapshot_folder)
+
+    def choose(self) -> PruningPlan:
+        """The plan of the current masks."""
+        return self._plan(self.trajectory.groups)
+
+    def moments(self) -> list[Moment]:
+        """Cost after every removal so far, and the step of it: the run's trajectory."""
+        return self.trajectory.moments(self.architecture, self._meter)
+
+    def plan_at(self, target: float) -> PruningPlan:
+        """The plan of the moment when the cost first was at most ``target``.
+
+        Weights of that moment are in a snapshot, not in this model: see ``snapshots.model_at``.
+
+        Raises:
+            UnreachableTargetError: the run has not come down to it.
+        """
+        moments = self.moments()
+        if moments[-1].ratio > target:
+            raise UnreachableTargetError(
+                f"the run is at {moments[-1].ratio:.3f} of the {self._meter.metric}, over the target of {target:.3f}"
+            )
+        return self._plan(next(moment.groups for moment in moments if moment.ratio <= target))
+
+    def _plan(self, groups: int) -> PruningPlan:
+        plan = plan_of(self.architecture, self.sets, self.trajectory.alive(groups))
+        return replace(plan, info={**self.config.to_dict(), **plan.info, "groups_removed": groups})
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor([int(self._decided), self._step])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        decided, self._step = state.tolist()
+        self._decided = bool(decided)

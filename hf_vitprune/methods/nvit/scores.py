@@ -1,0 +1,155 @@
+"""First-order Taylor sums of every unit, from weights and their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from ...architecture import Architecture
+from ...errors import MissingGradientsError
+from ...families import LayerPaths
+from ...modeling.structure import get_wrapped, layer_paths
+from .units import UnitSet
+
+#: divisors of the published code; the 12 of heads is twice what its formula says
+REFERENCE_DIVISORS = {"embedding": 12.0, "heads": 12.0, "qk": 2.0, "v": 2.0, "mlp": 1.0}
+
+
+class TaylorSums(Protocol):
+    """Where the sums come from: :class:`WeightSums`, or ``ActivationSums`` where weights are frozen."""
+
+    def take(self, gradient_scale: float) -> torch.Tensor:
+        """(units,) the sums of the update that is about to be made.
+
+        Args:
+            gradient_scale: factor that undoes the clipping of the weights' gradients.
+
+        Raises:
+            MissingGradientsError: there are no gradients.
+        """
+        ...
+
+
+def divisors(architecture: Architecture, sets: Sequence[UnitSet], reference: bool) -> torch.Tensor:
+    """(units,) what a unit's sum is divided by before it is squared: the number of tensors that were summed up.
+
+    ``reference``: of the published code. By default the embedding's is the number of layers, a head's 6, and a
+    neuron's the number of Linears that feed it (2 for SwiGLU).
+    """
+    branches = len(architecture.family.fc1_names(architecture.config))
+    own = {**REFERENCE_DIVISORS, "embedding": float(len(architecture.layers)), "heads": 6.0, "mlp": float(branches)}
+    table = REFERENCE_DIVISORS if reference else own
+    return torch.cat([torch.full((one.size,), table[one.kind]) for one in sets])
+
+
+class LayerSums:
+    """The sums of a layer's parts, put together to those of its units.
+
+    ``rows(path)`` is the sum over every output channel of a Linear: weights, and bias, times their gradients;
+    ``columns(path)`` over every input channel, without bias.
+    """
+
+    def __init__(self, architecture: Architecture, layer: int, paths: LayerPaths) -> None:
+        self.shape = architecture.layers[layer]
+        self.paths = paths
+
+    def units(self, kind: str, rows: Any) -> torch.Tensor:
+        """(units,) of one kind: heads over q, k and v; q/k channels over q; v channels over v; neurons over fc1."""
+        shape, paths = self.shape, self.paths
+        if kind == "mlp":
+            return torch.stack([rows(path) for path in paths.fc1]).sum(0)
+        if kind == "heads":
+            q, k, v = (rows(path).view(shape.heads, -1).sum(1) for path in (paths.q, paths.k, paths.v))
+            return q + k + v
+        return rows(paths.q if kind == "qk" else paths.v).view(shape.heads, -1).sum(0)
+
+
+class WeightSums:
+    """Sums of weight times gradient, over the tensors that NViT attributes to a unit.
+
+    A residual channel's tensors are its row of the patch projection, its columns of q, k, v and fc1 and its rows of
+    the output projections; norms, tokens, positions and classifier do not count.
+
+    Args:
+        model: the transformers model whose weights are trained.
+        architecture: of it.
+        sets: its prunable sets.
+    """
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, sets: Sequence[UnitSet]) -> None:
+        self.sets = sets
+        self.layers = [LayerSums(architecture, i, paths) for i, paths in enumerate(layer_paths(model, architecture))]
+        self.patch = architecture.family.patch_path(model)
+        self.with_embedding = sets[0].layer is None
+        names = [path for layer in self.layers for path in _linears(layer)]
+        self.modules: dict[str, Any] = {name: get_wrapped(model, name) for name in (*names, self.patch)}
+
+    @property
+    def trained(self) -> bool:
+        """Whether all scored weights are trained, so that there will be gradients."""
+        return all(module.weight.requires_grad for module in self.modules.values())
+
+    def take(self, gradient_scale: float) -> torch.Tensor:
+        kinds = {(one.layer, one.kind) for one in self.sets}
+        parts: dict[tuple[int | None, str], torch.Tensor] = {}
+        embedding = self._rows(self.patch, self._products(self.patch)) if self.with_embedding else None
+        for i, layer in enumerate(self.layers):
+            products = {path: self._products(path) for path in self._needed(i, layer)}
+            rows = {path: self._rows(path, product) for path, product in products.items()}
+            for kind in ("heads", "qk", "v", "mlp"):
+                if (i, kind) in kinds:
+                    parts[i, kind] = layer.units(kind, rows.__getitem__)
+            if embedding is not None:
+                readers, writers = _sides(layer)
+                embedding = embedding + sum(products[path].sum(0) for path in readers)
+                embedding = embedding + sum(rows[path] for path in writers)
+        if embedding is not None:
+            parts[None, "embedding"] = embedding
+        return torch.cat([parts[one.layer, one.kind] for one in self.sets]) * gradient_scale
+
+    def _needed(self, index: int, layer: LayerSums) -> list[str]:
+        """Linears whose gradients the sets of this layer (and the embedding) take."""
+        if self.with_embedding:
+            return _linears(layer)
+        kinds = {one.kind for one in self.sets if one.layer == index}
+        paths = layer.paths
+        needed = [paths.q] if kinds & {"heads", "qk"} else []
+        needed += [paths.k] if "heads" in kinds else []
+        needed += [paths.v] if kinds & {"heads", "v"} else []
+        return needed + (list(paths.fc1) if "mlp" in kinds else [])
+
+    def _products(self, path: str) -> torch.Tensor:
+        """(outputs, inputs) weight times gradient, in single precision at least."""
+        weight = self.modules[path].weight
+        if weight.grad is None:
+            raise MissingGradientsError(
+                f"{path}.weight has no gradient when the optimizer is about to step, and NViT scores by gradients. "
+                "Either the weight was frozen after get_pruning_model (wrap the model again), or the optimizer works "
+                "in the backward pass and drops gradients at once: use one that keeps them until its step"
+            )
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        return (weight.detach().to(precise) * weight.grad.to(precise)).flatten(1)
+
+    def _rows(self, path: str, products: torch.Tensor) -> torch.Tensor:
+        bias = self.modules[path].bias
+        sums = products.sum(1)
+        if bias is None or bias.grad is None:
+            return sums
+        return sums + bias.detach().to(sums.dtype) * bias.grad.to(sums.dtype)
+
+
+def _sides(layer: LayerSums) -> tuple[list[str], list[str]]:
+    """Linears that read the residual stream, and those that write to it."""
+    paths = layer.paths
+    attention = layer.shape.mixer == "attention"
+    readers = ([paths.q, paths.k, paths.v] if attention else []) + (list(paths.fc1) if layer.shape.mlp else [])
+    writers = ([paths.o] if attention else []) + ([paths.fc2] if layer.shape.mlp else [])
+    return readers, writers
+
+
+def _linears(layer: LayerSums) -> list[str]:
+    readers, writers = _sides(layer)
+    return readers + writers

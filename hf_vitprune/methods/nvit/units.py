@@ -1,0 +1,119 @@
+"""The prunable sets of a model, side by side in one vector of units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...architecture import Architecture
+from ...errors import InvalidConfigError
+from ...layer_shape import LayerShape
+from ...plan import PruningPlan
+from ...select import check_units
+from .config import NViTConfig
+
+#: name in a layer's shape of the number of units of a kind
+FIELDS = {"heads": "heads", "qk": "qk_dim", "v": "v_dim", "mlp": "mlp"}
+
+
+@dataclass(frozen=True)
+class UnitSet:
+    """Units that are alike and interchangeable: groups are made within a set, the ranking is over all of them.
+
+    Attributes:
+        kind: ``embedding``, ``heads``, ``qk``, ``v`` or ``mlp``.
+        layer: the layer it belongs to; None for the embedding.
+        start: place of its first unit in vectors over all units.
+        size: number of units.
+        group: units that are removed at a time.
+    """
+
+    kind: str
+    layer: int | None
+    start: int
+    size: int
+    group: int
+
+    @property
+    def places(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+    @property
+    def groups(self) -> int:
+        return self.size // self.group
+
+
+def unit_sets(architecture: Architecture, config: NViTConfig) -> tuple[UnitSet, ...]:
+    """All sets of a model: the embedding first, then layer by layer heads, q/k channels, v channels, neurons.
+
+    A model whose parts read some residual channels only (pruned that way before) has no embedding set.
+
+    Raises:
+        InvalidConfigError: a group size does not divide a set.
+        UnsupportedUnitError: the family has not got one of ``config.units``.
+    """
+    wanted = check_units(architecture, config.units)
+    sets: list[UnitSet] = []
+
+    def add(kind: str, layer: int | None, size: int) -> None:
+        if kind not in wanted or not size:
+            return
+        group = config.group_sizes[kind]
+        if size % group:
+            where = architecture.model_type if layer is None else f"layer {layer} of the {architecture.model_type}"
+            raise InvalidConfigError(
+                f"groups of {group} do not divide the {size} {kind} units of {where}: set group_sizes="
+                f"{{{kind!r}: ...}} to one of {_divisors(size)}"
+            )
+        sets.append(UnitSet(kind, layer, sets[-1].places.stop if sets else 0, size, group))
+
+    if all(shape.attention_in is None and shape.mlp_in is None for shape in architecture.layers):
+        add("embedding", None, architecture.hidden_size)
+    for i, shape in enumerate(architecture.layers):
+        for kind, name in FIELDS.items():
+            add(kind, i, getattr(shape, name))
+    if not sets:
+        raise InvalidConfigError(f"the model has none of the units {', '.join(wanted)}")
+    return tuple(sets)
+
+
+def _divisors(size: int) -> str:
+    return ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+
+
+def resized(architecture: Architecture, sets: Sequence[UnitSet], counts: Sequence[int]) -> Architecture:
+    """The architecture with so many units of every set."""
+    shapes, width = list(architecture.layers), architecture.hidden_size
+    for one, count in zip(sets, counts, strict=True):
+        if one.layer is None:
+            width = count
+        else:
+            shapes[one.layer] = resized_layer(shapes[one.layer], one.kind, count)
+    return replace(architecture, layers=tuple(shapes), hidden_size=width)
+
+
+def resized_layer(shape: LayerShape, kind: str, count: int) -> LayerShape:
+    """The layer with so many units of a kind."""
+    changes: dict[str, int] = {FIELDS[kind]: count}
+    return replace(shape, **changes)  # type: ignore[arg-type]
+
+
+def plan_of(architecture: Architecture, sets: Sequence[UnitSet], alive: torch.Tensor) -> PruningPlan:
+    """The plan that keeps the units marked in ``alive`` (units,)."""
+    plan = PruningPlan.dense(architecture)
+    layers, embedding = list(plan.layers), plan.embedding
+    for one in sets:
+        kept = tuple(alive[one.places].nonzero().squeeze(1).tolist())
+        if len(kept) == one.size:
+            continue
+        if one.layer is None:
+            embedding = kept
+        elif one.kind == "heads":
+            layers[one.layer] = layers[one.layer].keep_heads(kept)
+        elif one.kind == "mlp":
+            layers[one.layer] = replace(layers[one.layer], mlp=kept)
+        else:
+            layers[one.layer] = layers[one.layer].keep_channels(one.kind, kept)
+    return replace(plan, layers=tuple(layers), embedding=embedding).validated()
