@@ -99,12 +99,12 @@ def trainer(model: Any, folder: Path | str, kind: type[Trainer] = PruningTrainer
     return kind(model=model, args=args, **{"train_dataset": Images(), "eval_dataset": Images(8), **extra})
 
 
-def lora_model(**config: Any) -> Any:
+def lora_model(dropout: bool = True, **config: Any) -> Any:
     """A PeftModel with LoRA on every kind of Linear that pruning cuts, its adapters not at zero."""
     from peft import LoraConfig, get_peft_model
 
     settings = {"r": 4, "target_modules": ["q_proj", "v_proj", "o_proj", "fc1", "fc2"], **config}
-    model = get_peft_model(make(VIT, **DROPOUT), LoraConfig(modules_to_save=["classifier"], **settings))
+    model = get_peft_model(make(VIT, **(DROPOUT if dropout else {})), LoraConfig(modules_to_save=["classifier"], **settings))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)

@@ -30,7 +30,7 @@ def runs() -> dict[str, Run]:
     def adapters() -> PruningModel:
         torch.manual_seed(5)
         config = NViTConfig(target=0.4, group_sizes=SMALL_GROUPS, pruning_share=1.0)
-        return get_pruning_model(lora_model().eval(), config).double()
+        return get_pruning_model(lora_model(dropout=False), config).double()
 
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     plain = {"kind": Trainer, "callbacks": [PruningCallback()]}
@@ -65,7 +65,7 @@ if __name__ == "__main__":
     apart = scatter_scores(gated(), seed=rank)  # a decision is the first process', whatever the others think
     apart.decide()
     plans["apart"] = apart.plan().to_dict()
-    apart = nvit(criterion="random", seed=rank)
+    apart = nvit(criterion="random", seed=rank, eta=0)
     apart.decide()
     one = apart.method.masks["layer0_mlp_hidden"]
     assert one.kept == int(one.mask.sum()) == len(apart.plan().layers[0].mlp)
