@@ -104,7 +104,8 @@ def lora_model(dropout: bool = True, **config: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     settings = {"r": 4, "target_modules": ["q_proj", "v_proj", "o_proj", "fc1", "fc2"], **config}
-    model = get_peft_model(make(VIT, **(DROPOUT if dropout else {})), LoraConfig(modules_to_save=["classifier"], **settings))
+    inner = make(VIT, **(DROPOUT if dropout else {}))
+    model = get_peft_model(inner, LoraConfig(modules_to_save=["classifier"], **settings))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)

@@ -47,7 +47,7 @@ class NViTConfig(PruningConfig):
 
     criterion: str = "squared_taylor"
     reference: bool = False
-    eta: float = 1.0
+    eta: float = 0.03
     momentum: float = 0.9
     group_sizes: dict[str, int] = field(default_factory=dict)
     units: tuple[str, ...] | None = None
