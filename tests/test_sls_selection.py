@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
 from sklearn.datasets import load_digits
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
 from hf_vitprune import LayerSelection, SLSConfig, select_layers
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError
-from hf_vitprune.methods.sls import scoring, selection
+from hf_vitprune.methods.sls import scoring, screening, selection
 
 #: quick maps for what does not depend on their quality
 QUICK: dict[str, Any] = {"iterations": 250}
@@ -202,6 +203,92 @@ def test_half_precision_and_arrays_are_taken() -> None:
         )
     ]
     assert scores[0] == scores[1] == scores[2]
+
+
+# ---------------------------------------------------------------------- fast
+def test_estimates_are_near_the_scores() -> None:
+    images, labels = load_digits(return_X_y=True)
+    features = np.asarray(images[:300], dtype=np.float32)
+    config = SLSConfig()
+    exact = scoring.layer_score(features, labels[:300], config)
+    assert screening.estimated_score(features, labels[:300], config) == pytest.approx(exact, abs=0.05)
+    assert exact > 0.5
+    noise = np.random.default_rng(0).normal(size=(200, 30)).astype(np.float32)
+    classes = np.arange(200) % 4
+    exact = scoring.layer_score(noise, classes, config)
+    assert screening.estimated_score(noise, classes, config) == pytest.approx(exact, abs=0.05)
+    assert screening.estimated_score(np.ones((20, 4)), np.arange(20) % 2, config) == 0
+
+
+def test_affinities_have_the_perplexity() -> None:
+    points = np.random.default_rng(0).normal(size=(80, 5)).astype(np.float32)
+    points[40:45] = points[40]  # copies
+    joint = screening.joint_probabilities(points, 12.0)
+    assert joint.sum() == pytest.approx(1, abs=1e-5) and np.array_equal(joint, joint.T) and not joint.diagonal().any()
+    expected = scoring_joint(points, 12.0)
+    np.testing.assert_allclose(joint, expected, atol=1e-6)
+
+
+def scoring_joint(points: np.ndarray, perplexity: float) -> np.ndarray:
+    """Row by row, the width found by a root finder."""
+    rows = []
+    for i, point in enumerate(points.astype(float)):
+        squares = np.delete(((points.astype(float) - point) ** 2).sum(1), i)
+
+        def affinities(log_precision: float, squares: np.ndarray = squares) -> np.ndarray:
+            values = np.exp(-np.exp(log_precision) * (squares - squares.min()))
+            return values / values.sum()
+
+        def excess(log_precision: float, affinities: Any = affinities) -> float:
+            p = affinities(log_precision)
+            return float(-(p * np.log(np.maximum(p, 1e-300))).sum() - np.log(perplexity))
+
+        rows.append(np.insert(affinities(brentq(excess, -10, 10)), i, 0))
+    joint = np.array(rows)
+    return (joint + joint.T) / (2 * len(points))
+
+
+def test_a_share_of_the_images_has_every_class() -> None:
+    labels = np.arange(1000) % 2  # every second image would be of one class
+    chosen = screening.evenly_by_class(labels, 500)
+    assert np.bincount(labels[chosen]).tolist() == [250, 250] and (np.diff(chosen) > 0).all()
+    assert screening.evenly_by_class(labels[:100], 500).tolist() == list(range(100))
+
+
+@pytest.mark.parametrize(
+    ("scores", "estimates", "kept", "full"),
+    [
+        ([0.9, 0.9, 0.1, 0.8, 1.0], [0.9, 0.9, 0.1, 0.7, 0.9], 4, [5]),  # all clear
+        ([0.9, 0.9, 0.2, 0.8, 1.0], [0.9, 0.9, 0.35, 0.7, 0.9], 4, [5, 3]),  # in doubt, and fails
+        ([0.9, 0.1, 0.4, 0.8, 1.0], [0.9, 0.1, 0.25, 0.7, 0.9], 3, [5, 3]),  # in doubt, and does not
+        ([0.9, 0.9, 0.2, 0.8, 1.0], [0.9, 0.9, 0.9, 0.9, 0.8], 4, [5, 4, 3]),  # the last layer's estimate is off
+        ([0.9, 0.9, 0.2, 0.8, 0.0], [0.9, 0.9, 0.9, 0.9, 0.8], 5, [5]),
+    ],
+)
+def test_estimates_are_believed_where_they_are_clear(
+    scores: list[float], estimates: list[float], kept: int, full: list[int]
+) -> None:
+    seen: list[int] = []
+    config = SLSConfig(fast=True, margin=0.15)
+    screened = screening.Screened(
+        lambda n: seen.append(n) or scores[n - 1], lambda n: estimates[n - 1], 5, config
+    )  # fmt: skip
+    made = selection.walk(screened, 5, config)
+    assert made.kept_layers == kept and seen == full
+    assert sorted(screened.estimated + seen, reverse=True) == list(made.scores)
+
+
+def test_fast_decides_alike() -> None:
+    features, labels = CASES["falling"]
+    settings = {"iterations": 500}
+    full, fast, doubtful = (
+        select_layers(features, labels, SLSConfig(**settings, **more))
+        for more in ({}, {"fast": True}, {"fast": True, "margin": 100.0})
+    )
+    assert fast.kept_layers == full.kept_layers and list(fast.scores) == list(full.scores)
+    assert fast.scores[len(features)] == full.scores[len(features)] and fast.threshold == full.threshold
+    assert all((fast.scores[n] == full.scores[n]) != (n in fast.estimated) for n in full.scores)
+    assert doubtful == full and fast.estimated == tuple(sorted(fast.estimated, reverse=True))
 
 
 # ---------------------------------------------------------------------- refusals

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from ..depth import fewest_layers
 from .config import SLSConfig
 from .features import check_features, check_labels, extract_features
 from .scoring import layer_score
+from .screening import Score, Screened, estimated_score
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +117,17 @@ def select_layers(features_or_model: Any, labels_or_dataset: Any, config: SLSCon
         floor = checked_floor(1, total, config)
     arrays = checked_arrays(features, labels, range(floor, total + 1))
     classes = labels.numpy()
-    return walk(lambda number: layer_score(arrays[number], classes, config), total, config, floor)
+
+    def score(number: int) -> float:
+        return layer_score(arrays[number], classes, config)
+
+    if not config.fast:
+        return walk(score, total, config, floor)
+    screened = Screened(score, lambda number: estimated_score(arrays[number], classes, config), total, config)
+    return replace(walk(screened, total, config, floor), estimated=tuple(screened.estimated))
 
 
-def walk(score: Callable[[int], float], layers: int, config: SLSConfig, floor: int = 1) -> LayerSelection:
+def walk(score: Score, layers: int, config: SLSConfig, floor: int = 1) -> LayerSelection:
     """Score layers from the top, and stop at the first that fails.
 
     Args:

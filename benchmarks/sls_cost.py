@@ -1,0 +1,147 @@
+"""What the decision of SLS costs, against scoring every layer with scikit-learn's default t-SNE.
+
+    python benchmarks/sls_cost.py                     # synthetic features, 12 layers of 1000 x 768
+    python benchmarks/sls_cost.py --model FOLDER      # a trained image classifier's features of the digits
+    python benchmarks/sls_cost.py --alpha 0.3 --rounds 3 --json cost.json
+
+Three ways take turns in every round: every layer by plain scikit-learn, ``select_layers`` (scikit-learn's t-SNE from
+the top down to the layer that fails), and ``select_layers`` with ``fast=True`` (a cheap t-SNE first). The ratios are
+of seconds on the clock, and medians over the rounds; decisions and scores are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
+
+from hf_vitprune import LayerSelection, SLSConfig, select_layers
+from hf_vitprune.cost.latency import device_name
+
+IMAGES, CHANNELS, LAYERS, CLASSES = 1000, 768, 12, 10
+Features = list[np.ndarray]
+
+
+def synthetic(profile: str, seed: int = 0) -> tuple[Features, np.ndarray]:
+    """Features whose classes come apart with depth, over clusters and lengths that have nothing to do with them.
+
+    Args:
+        profile: ``gradual``: over all layers; ``late``: in the last third; ``early``: in the first third.
+    """
+    rng = np.random.default_rng(seed)
+    first, last = {"gradual": (0, 12), "late": (7, 12), "early": (0, 4)}[profile]
+    labels = np.arange(IMAGES) % CLASSES
+    centres, others = rng.normal(size=(CLASSES, CHANNELS)), rng.normal(size=(7, CHANNELS))
+    nuisance = rng.integers(0, len(others), IMAGES)
+    layers = []
+    for depth in range(1, LAYERS + 1):
+        signal = 0.1 + 0.5 * np.clip((depth - first) / (last - first), 0, 1)
+        noise = rng.normal(size=(IMAGES, CHANNELS)) * (0.6 + 0.8 * rng.random((IMAGES, 1)))
+        layers.append((signal * centres[labels] + 0.2 * others[nuisance] + noise).astype(np.float32))
+    return layers, labels
+
+
+def of_model(folder: str) -> tuple[Features, np.ndarray]:
+    """A classifier's features of 1000 digits; narrower ones are turned into 768 channels, which keeps all distances."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    from hf_vitprune.data import DIGITS, load_images
+    from hf_vitprune.methods.sls import extract_features
+
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    train_set, _ = load_images(DIGITS).processed(processor)
+    features, labels = extract_features(model, train_set, SLSConfig(max_samples=IMAGES))
+    return [_widened(layer.numpy()) for layer in features.values()], labels.numpy()
+
+
+def _widened(features: np.ndarray) -> np.ndarray:
+    width = features.shape[1]
+    if width >= CHANNELS:
+        return features
+    basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(CHANNELS, width)))
+    return (features @ basis.T).astype(np.float32)
+
+
+def every_layer(features: Features, labels: np.ndarray, alpha: float) -> LayerSelection:
+    """The reference: scikit-learn's defaults, layer by layer, all of them."""
+    scores = {}
+    for number in range(len(features), 0, -1):
+        points = TSNE(n_components=2, init="pca", random_state=0, perplexity=30).fit_transform(features[number - 1])
+        points = (points - points.min(0)) / np.ptp(points, axis=0)
+        scores[number] = float(silhouette_score(points, labels))
+    return LayerSelection.of(scores, len(features), alpha)
+
+
+def measure(features: Features, labels: np.ndarray, alpha: float, rounds: int) -> list[dict[str, Any]]:
+    ways = {
+        "every layer, scikit-learn": lambda: every_layer(features, labels, alpha),
+        "select_layers": lambda: select_layers(features, labels, SLSConfig(alpha=alpha)),
+        "select_layers, fast": lambda: select_layers(features, labels, SLSConfig(alpha=alpha, fast=True)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    made: dict[str, LayerSelection] = {}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            made[name] = way()
+            seconds[name].append(time.perf_counter() - start)
+    reference = next(iter(ways))
+    rows = []
+    for name, times in seconds.items():
+        exact = set(made[name].scores) - set(made[name].estimated)
+        differences = [abs(made[name].scores[n] - made[reference].scores[n]) for n in exact]
+        rows.append(
+            {
+                "way": name,
+                "kept": made[name].kept_layers,
+                "seconds": median(times),
+                "ratio": median(t / r for t, r in zip(times, seconds[reference], strict=True)),
+                "t-SNEs": len(exact),
+                "estimates": len(made[name].estimated),
+                "largest difference of scores": max(differences),
+                "scores": {str(n): round(s, 4) for n, s in made[name].scores.items()},
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="*", default=[], help="folders of trained image classifiers")
+    parser.add_argument("--profiles", nargs="*", default=["gradual", "late", "early"])
+    parser.add_argument("--alpha", type=float, default=0.3)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    data = {name: synthetic(name) for name in args.profiles} | {folder: of_model(folder) for folder in args.model}
+    results = {}
+    for name, (features, labels) in data.items():
+        results[name] = measure(features, labels, args.alpha, args.rounds)
+        shape = f"{len(features)} layers of {features[0].shape[0]} x {features[0].shape[1]}"
+        table = Table(title=f"{name}: {shape}, alpha {args.alpha}, on {device_name()}")
+        columns = [column for column in results[name][0] if column != "scores"]
+        for column in columns:
+            table.add_column(column)
+        for row in results[name]:
+            table.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+        Console(width=119).print(table)
+        profile = results[name][0]["scores"]
+        print("scores from the top:", ", ".join(f"{score:.2f}" for score in profile.values()))
+        if len({row["kept"] for row in results[name]}) > 1:
+            print("THE DECISIONS DIFFER")
+    if args.json:
+        args.json.write_text(json.dumps({"device": device_name(), "alpha": args.alpha, "results": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
