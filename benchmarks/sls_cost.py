@@ -51,7 +51,7 @@ def synthetic(profile: str, seed: int = 0) -> tuple[Features, np.ndarray]:
 
 
 def of_model(folder: str) -> tuple[Features, np.ndarray]:
-    """A classifier's features of 1000 digits; narrower ones are turned into 768 channels, which keeps all distances."""
+    """A classifier's features of 1000 digits; narrow ones are turned into 768 channels, which keeps distances."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     from hf_vitprune.data import DIGITS, load_images
