@@ -14,6 +14,7 @@ from .modeling import build
 from .native import to_native
 from .peft_methods import ConvpassConfig, RepAdapterConfig
 from .plan import PruningPlan
+from .retraining import retrain, retraining_arguments
 from .revit import revit
 from .storage import StorageReport, storage_report
 from .surgery import mask, prune, truncate
@@ -50,6 +51,8 @@ __all__ = [
     "model_card",
     "prune",
     "push_to_hub",
+    "retrain",
+    "retraining_arguments",
     "revit",
     "select_layers",
     "share_backbone",
