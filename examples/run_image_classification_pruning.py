@@ -16,6 +16,7 @@ trains a model of ReViT's shape from scratch instead.
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from dataclasses import dataclass, field
@@ -34,7 +35,16 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_vitprune
-from hf_vitprune import DistillationConfig, PruningTrainer, VTPConfig, build, count, get_pruning_model, revit
+from hf_vitprune import (
+    DistillationConfig,
+    NViTConfig,
+    PruningTrainer,
+    VTPConfig,
+    build,
+    count,
+    get_pruning_model,
+    revit,
+)
 from hf_vitprune.data import DIGITS, load_images
 from hf_vitprune.demo import IMAGE_SIZE, tiny_vit
 from hf_vitprune.workflow import accuracy_of
@@ -62,7 +72,7 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "model folder or Hub id; a small untrained ViT for the digits by default"}
     )
-    method: str = field(default="vtp", metadata={"help": "pruning method: vtp"})
+    method: str = field(default="vtp", metadata={"help": "pruning method: vtp, nvit"})
     method_config: str = field(
         default="{}", metadata={"help": 'JSON of further settings of the method, e.g. {"uneven": true}'}
     )
@@ -75,7 +85,7 @@ class ModelArguments:
         default=None,
         metadata={"help": "train a ReViT of this width from scratch instead, with no pruning; the model gives depth"},
     )
-    gate_learning_rate: float = field(default=1e-2, metadata={"help": "learning rate of the gates"})
+    gate_learning_rate: float = field(default=1e-2, metadata={"help": "learning rate of the gates (vtp)"})
     lora_rank: int = field(
         default=0, metadata={"help": "train LoRA adapters of this rank instead of all weights; 0: all"}
     )
@@ -85,10 +95,14 @@ class ModelArguments:
     distillation: str = field(
         default="soft", metadata={"help": "teach the small model by the unpruned one: soft, hard, none"}
     )
+    temperature: float = field(default=1.0, metadata={"help": "of that distillation (NViT: 20)"})
+    teacher_name_or_path: str | None = field(
+        default=None, metadata={"help": "image classifier of the same classes that teaches hard labels in both stages"}
+    )
     native: bool = field(default=False, metadata={"help": "save a stock model, where the pruned shape allows it"})
 
 
-METHODS = {"vtp": VTPConfig}
+METHODS = {"vtp": VTPConfig, "nvit": NViTConfig}
 
 
 def load_model(args: ModelArguments, label_names: list[str]) -> tuple[Any, Any]:
@@ -115,6 +129,21 @@ def load_model(args: ModelArguments, label_names: list[str]) -> tuple[Any, Any]:
         lora = LoraConfig(r=args.lora_rank, target_modules=targets, modules_to_save=["classifier"])
         model = get_peft_model(model, lora)
     return model, processor
+
+
+def other_teacher(args: ModelArguments) -> list[tuple[DistillationConfig, Any]]:
+    """The classifier that teaches its best class as a second label, if there is one."""
+    if args.teacher_name_or_path is None:
+        return []
+    teacher = AutoModelForImageClassification.from_pretrained(args.teacher_name_or_path)
+    return [(DistillationConfig("hard", weight=0.5), teacher)]
+
+
+def taught_by(lessons: list[tuple[DistillationConfig, Any]]) -> dict[str, Any]:
+    """Settings of PruningTrainer for these kinds of distillation, each with its teacher."""
+    if not lessons:
+        return {}
+    return {"distillation": [kind for kind, _ in lessons], "teacher": [teacher for _, teacher in lessons]}
 
 
 def stage_arguments(args: TrainingArguments, stage: str, epochs: float | None = None) -> TrainingArguments:
@@ -161,27 +190,30 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         target=model_args.target,
         target_metric=model_args.target_metric,
         latency_table=model_args.latency_table,
-        gate_learning_rate=model_args.gate_learning_rate,
+        **({"gate_learning_rate": model_args.gate_learning_rate} if model_args.method == "vtp" else {}),
         **json.loads(model_args.method_config),
     )
     dense_cost = count(model)
 
     # stage 1: train with gates; at the end the callback decides what stays
+    pretrained = model_args.model_name_or_path is not None  # an untrained model teaches nothing
+    full = copy.deepcopy(model) if pretrained else None
     pruning_model = get_pruning_model(model, config)
-    learner = PruningTrainer(pruning_model, stage_arguments(training_args, "learn"), **sets)
+    method = pruning_model.method
+    other = other_teacher(model_args)
+    lessons = [*other, *([(method.distillation, full)] if method.distillation and full is not None else [])]
+    learner = PruningTrainer(pruning_model, stage_arguments(training_args, "learn"), **sets, **taught_by(lessons))
     learned = run_stage(learner, training_args)
     small = pruning_model.export()
-    teacher = pruning_model.unload()
+    teacher = pruning_model.unload() if not method.zeroes_weights else full
 
     # stage 2: fine-tune the small model, taught by the full one
-    distillation = DistillationConfig(kind=model_args.distillation) if model_args.distillation != "none" else None
-    tuner = PruningTrainer(
-        small,
-        stage_arguments(training_args, "tune", model_args.tune_epochs),
-        teacher=teacher if distillation else None,
-        distillation=distillation,
-        **sets,
-    )
+    lessons = list(other)
+    if model_args.distillation != "none" and teacher is not None:
+        distillation = DistillationConfig(kind=model_args.distillation, temperature=model_args.temperature)
+        lessons.append((distillation, teacher))
+    arguments = stage_arguments(training_args, "tune", model_args.tune_epochs)
+    tuner = PruningTrainer(small, arguments, **sets, **taught_by(lessons))
     tuned = run_stage(tuner, training_args)
 
     cost = count(small)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import InvalidConfigError
 
-METHODS = ("vtp",)
+if TYPE_CHECKING:
+    from .methods import PruningConfig
+
+METHODS = ("vtp", "nvit")
 
 
 def prune(
@@ -24,11 +27,11 @@ def prune(
     ] = None,
     latency_batch_size: Annotated[int | None, typer.Option(help="Refuse a table of another batch size.")] = None,
     allow_other_device: Annotated[bool, typer.Option(help="The table is of another device than this one.")] = False,
-    round_to: Annotated[int, typer.Option(help="Kept sizes are multiples of this.")] = 8,
+    round_to: Annotated[int, typer.Option(help="Kept sizes are multiples of this (of heads: any).")] = 8,
     epochs: Annotated[float, typer.Option(help="Epochs of the training that learns what to prune.")] = 3.0,
     tune_epochs: Annotated[float, typer.Option(help="Epochs of fine-tuning after it; 0 for none.")] = 10.0,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of both.")] = 1e-4,
-    gate_learning_rate: Annotated[float, typer.Option(help="Learning rate of the importance scores.")] = 1e-2,
+    gate_learning_rate: Annotated[float, typer.Option(help="Learning rate of the importance scores (vtp).")] = 1e-2,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
     new_head: Annotated[bool, typer.Option(help="Replace the classifier by one for the data's classes.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
@@ -40,21 +43,19 @@ def prune(
     from .cost.latency import device_name
     from .data import load_images
     from .distillation import DistillationConfig
-    from .methods import VTPConfig
     from .report import comparison_table
     from .workflow import Schedule, compare, prune_and_tune, save_result
 
     if method not in METHODS:
         raise InvalidConfigError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
-    config = VTPConfig(
-        target=target,
-        target_metric=target_metric,
-        latency_table=latency_table,
-        latency_batch_size=latency_batch_size,
-        allow_other_device=allow_other_device,
-        round_to=round_to,
-        gate_learning_rate=gate_learning_rate,
-    )
+    goal = {
+        "target": target,
+        "target_metric": target_metric,
+        "latency_table": latency_table,
+        "latency_batch_size": latency_batch_size,
+        "allow_other_device": allow_other_device,
+    }
+    config = _config(method, goal, round_to, gate_learning_rate)
     set_seed(seed)
     images = load_images(data, seed=seed)
     classifier = _classifier(model, images.label_names, new_head)
@@ -70,6 +71,15 @@ def prune(
     save_result(output, result, processor, pair, dataset=data, base_model=model)
     Console().print(comparison_table(rows, title=f"{model} on {data}, measured on {device_name()}, batch 8"))
     Console().print(f"saved to {output}")
+
+
+def _config(method: str, goal: dict[str, Any], round_to: int, gate_learning_rate: float) -> PruningConfig:
+    from .methods import NViTConfig, VTPConfig
+
+    if method == "nvit":
+        sizes = {unit: round_to for unit in ("embedding", "qk", "v", "mlp")}
+        return NViTConfig(**goal, group_sizes={**sizes, "heads": 1})
+    return VTPConfig(**goal, round_to=round_to, gate_learning_rate=gate_learning_rate)
 
 
 def _classifier(model: str, label_names: list[str], new_head: bool) -> Any:

@@ -15,7 +15,7 @@ from .cost.latency import device_name
 from .data import DIGITS, LabelledImages, load_images
 from .distillation import DistillationConfig
 from .errors import VitPruneError
-from .methods import PruningConfig, VTPConfig
+from .methods import NViTConfig, PruningConfig, VTPConfig
 from .report import comparison_table
 from .workflow import PrunedResult, Schedule, compare, evaluate, prune_and_tune, save_result, train
 
@@ -33,11 +33,14 @@ class DemoMethod(NamedTuple):
     config: Callable[[], PruningConfig]
 
 
+#: of NViT, for the small model
+GROUP_SIZES = {"embedding": 4, "heads": 1, "qk": 4, "v": 4, "mlp": 8}
 #: every method joins the demo with a line here
 METHODS = (
     DemoMethod(
         "VTP", lambda: VTPConfig(target=0.5, sparsity_weight=1e-4, sparsity_warmup=0.2, gate_learning_rate=2e-2)
     ),
+    DemoMethod("NViT", lambda: NViTConfig(target=0.5, group_sizes=GROUP_SIZES)),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from .card import model_card
 from .cost import count
 from .cost.latency import Timing, measure_speed
 from .distillation import DistillationConfig
-from .methods import PruningConfig
+from .methods import PruningConfig, method_for
 from .model import get_pruning_model
 from .plan import PruningPlan
 from .report import plot_removed
@@ -143,6 +144,8 @@ def prune_and_tune(
 ) -> PrunedResult:
     """Learn what to prune, prune, fine-tune against the unpruned model; ``model`` itself is trained by the first step.
 
+    While it prunes, a method trains with the distillation that its authors use (``method.distillation``).
+
     Args:
         learn: schedule of the training that decides.
         tune: schedule of the fine-tuning; None for none.
@@ -151,12 +154,15 @@ def prune_and_tune(
     config.meter(Architecture.of(model))  # a latency table of something else is refused before any work
     accuracy = {"dense": evaluate(model, eval_set)}
     dense = count(model, config.image_size)
+    before = copy.deepcopy(model) if method_for(config).zeroes_weights else None
     wrapped = get_pruning_model(model, config)
     name = config.method_name
-    train(wrapped, learn, train_set, eval_set, what=f"{name}: learning what to prune")
+    taught = wrapped.method.distillation
+    train(wrapped, learn, train_set, eval_set, what=f"{name}: learning what to prune", distillation=taught)
     plan = wrapped.plan()
     small = wrapped.export()
     teacher = wrapped.unload()
+    teacher = teacher if before is None else before
     accuracy["pruned"] = evaluate(small, eval_set)
     if tune is not None:
         accuracy["tuned"] = train(

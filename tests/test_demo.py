@@ -30,9 +30,11 @@ def short_demo(tmp_path_factory):
 def test_the_demo_prints_what_it_measured(short_demo):
     rows, _, text = short_demo
     by_name = {row["name"]: row for row in rows}
-    dense, pruned = by_name["dense"], by_name["VTP, final"]
+    dense = by_name["dense"]
     assert dense["accuracy"] > 0.3  # four epochs; guessing gives 0.1
-    assert pruned["macs"] <= 0.5 * dense["macs"] and pruned["params"] < 0.6 * dense["params"]
+    for method in ("VTP", "NViT"):
+        pruned = by_name[f"{method}, final"]
+        assert pruned["macs"] <= 0.5 * dense["macs"] and pruned["params"] < 0.6 * dense["params"]
     for row in (dense, pruned):
         assert f"{row['accuracy']:.1%}" in text and row["latency_ms"] > 0
 
@@ -56,7 +58,7 @@ def test_the_demo_leaves_a_complete_model_folder(short_demo):
 def test_every_stage_of_the_demo_trains():
     """No schedule may be empty, or a row would show an untrained model."""
     assert min(s.epochs for s in (demo.PRETRAIN, demo.LEARN, demo.TUNE)) > 0
-    assert {method.name for method in demo.METHODS} >= {"VTP"}
+    assert {method.name for method in demo.METHODS} >= {"VTP", "NViT"}
 
 
 @pytest.fixture
@@ -74,16 +76,17 @@ def run_prune(*arguments):
     return CliRunner().invoke(app, ["prune", *map(str, arguments)])
 
 
-def test_prune_makes_a_loadable_folder_from_a_folder_of_images(classifier_folder, tmp_path):
+@pytest.mark.parametrize("method", ["VTP", "NViT"])
+def test_prune_makes_a_loadable_folder_from_a_folder_of_images(method, classifier_folder, tmp_path):
     images = image_folder(tmp_path / "pets")
     out = tmp_path / "small"
-    options = ["--epochs", 1, "--tune-epochs", 1, "--target", 0.6, "--batch-size", 4]
+    options = ["--epochs", 1, "--tune-epochs", 1, "--target", 0.6, "--batch-size", 4, "--method", method.lower()]
     result = run_prune(classifier_folder, images, out, *options)
     assert result.exit_code == 0, result.output
     model = AutoModelForImageClassification.from_pretrained(out)
     dense = AutoModelForImageClassification.from_pretrained(classifier_folder)
     assert count(model).macs <= 0.6 * count(dense).macs
-    assert json.loads((out / "config.json").read_text())["pruning_config"]["info"]["method"] == "VTP"
+    assert json.loads((out / "config.json").read_text())["pruning_config"]["info"]["method"] == method
     assert "before" in (out / "README.md").read_text()
 
 

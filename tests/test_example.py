@@ -91,6 +91,20 @@ def test_it_pushes_the_model_with_its_card(tmp_path):
 
 
 @pytest.mark.slow
+def test_nvit_with_another_teacher(tmp_path):
+    """The full model teaches by KL while it is pruned, another classifier by hard labels in both stages."""
+    images = hf_vitprune.demo.load_images("digits")
+    model = tmp_path / "dense"
+    hf_vitprune.demo.tiny_vit(images.label_names).save_pretrained(model)
+    hf_vitprune.demo.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(model)
+    sizes = json.dumps({"group_sizes": {"heads": 1, "qk": 4, "v": 4}})
+    options = ["--method", "nvit", "--method_config", sizes, "--temperature", "20", "--teacher_name_or_path", model]
+    output = run(SCRIPT, *ARGUMENTS, *options, "--model_name_or_path", model, "--output_dir", tmp_path / "out")
+    assert 0.4 < summary_of(output)["macs_ratio"] <= 0.5
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pruning_config"]["info"]["method"] == "NViT"
+
+
+@pytest.mark.slow
 def test_two_processes_give_one_result(tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     output = run(*launcher, SCRIPT, *ARGUMENTS, "--lora_rank", "2", "--output_dir", tmp_path / "out")

@@ -225,6 +225,7 @@ def test_schedules_that_cannot_work_are_refused() -> None:
     ("options", "message"),
     [
         ({"target": None}, "NViT prunes to a target"),
+        ({"gate_learning_rate": 0.01}, "NViT has no gates"),
         *[({"target": t}, "target must lie strictly") for t in (0, 1, 54, "half")],
         ({"target_metric": "flops"}, "target_metric is one of"),
         ({"target_metric": "latency"}, "latency_table go together"),

@@ -62,6 +62,8 @@ class NViTConfig(PruningConfig):
         super().__post_init__()
         if self.target is None:
             raise InvalidConfigError("NViT prunes to a target: give target, the fraction of the cost that may remain")
+        if self.gate_learning_rate is not None:
+            raise InvalidConfigError("NViT has no gates that learn: leave gate_learning_rate out")
         if self.criterion not in CRITERIA:
             raise InvalidConfigError(f"criterion is one of {', '.join(CRITERIA)}, not {self.criterion!r}")
         if not isinstance(self.reference, bool):
