@@ -3,6 +3,7 @@
 from .adapters import load_old_adapter, register_peft_types, share_backbone, translate_peft_config
 from .architecture import Architecture
 from .card import model_card
+from .convert import convert_spvit_checkpoint
 from .cost import Cost, LatencyTable, count
 from .distillation import DistillationConfig
 from .errors import VitPruneError
@@ -43,6 +44,7 @@ __all__ = [
     "VTPConfig",
     "VitPruneError",
     "build",
+    "convert_spvit_checkpoint",
     "count",
     "fuse_bn",
     "get_pruning_model",

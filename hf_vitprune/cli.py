@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from typer.core import TyperGroup
 
+from .cli_convert import convert
 from .cli_latency import latency
 from .cli_prune import demo, prune
 from .errors import InvalidConfigError, UnsupportedModelError, VitPruneError
@@ -238,6 +239,7 @@ def card(
     console.print(f"card written to {out}", highlight=False, soft_wrap=True)
 
 
+app.command()(convert)
 app.command()(prune)
 app.command()(latency)
 app.command()(demo)

@@ -37,6 +37,10 @@ class CheckpointMismatchError(VitPruneError, RuntimeError):
     """The weights of a checkpoint are not those of the architecture that its config states."""
 
 
+class UnsafeCheckpointError(VitPruneError, ValueError):
+    """A checkpoint can only be read by running code that it brings along."""
+
+
 class NativeExportError(VitPruneError, ValueError):
     """The pruned shape cannot be expressed by a stock transformers class."""
 
