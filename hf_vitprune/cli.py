@@ -157,13 +157,17 @@ def inspect(
     model: ModelArgument,
     image_size: Annotated[int | None, typer.Option(help="Side of the images in pixels.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the layers to this file (png, svg or pdf) too.")] = None,
 ) -> None:
     """Show the layers of a model: sizes, parameters, multiply-adds. Reads its config, not its weights."""
     from .architecture import Architecture
+    from .block_report import plot_architecture
     from .cost import count
     from .report import human, layer_rows, layer_table
 
     architecture = load_architecture(model)
+    if plot is not None:
+        plot_architecture(architecture, plot, image_size)
     cost = count(architecture, image_size)
     dense = count(Architecture.dense(architecture.config, architecture.task), image_size)
     if as_json:

@@ -225,16 +225,12 @@ def plot_removed(subjects: Any, path: str | Path) -> Path:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("plots need matplotlib: pip install 'hf_vitprune[plots]'") from error
     named = subjects if isinstance(subjects, Mapping) else {"": subjects}
     shares = {name: kept_shares(subject) for name, subject in named.items()}
     units = [unit for unit in SIZES if any(unit in rows for rows in shares.values())]
     columns = min(len(units), 4)
     lines = -(-len(units) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.6 * lines), layout="constrained")
+    figure = new_figure(3.2 * columns, 2.6 * lines)
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for i, panel in enumerate(axes.flat):
         if i >= len(units):
@@ -249,6 +245,28 @@ def plot_removed(subjects: Any, path: str | Path) -> Path:
         row[0].set_ylabel("share kept")
     if any(named):
         axes[0][0].legend(fontsize="small")
+    return save_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure that belongs to no window.
+
+    Args:
+        width: in inches.
+        height: in inches.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("plots need matplotlib: pip install 'hf_vitprune[plots]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Write a figure; the suffix of the path says the format."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -15,10 +15,11 @@ from typer.testing import CliRunner, Result
 
 from hf_vitprune import cli
 from hf_vitprune.architecture import Architecture
+from hf_vitprune.block_report import COLOURS
 from hf_vitprune.cost import count
 from hf_vitprune.plan import PruningPlan
 from hf_vitprune.surgery import prune
-from tiny import CASES, TEXT, WITH_MLP, assert_same, make, run
+from tiny import CASES, TEXT, WITH_MLP, assert_same, hybrid, make, run
 
 VIT = "ViTForImageClassification"
 
@@ -208,3 +209,10 @@ def test_console_script(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"hf-vitprune: there is no folder {tmp_path / 'nothing'}\n"
+
+
+def test_inspect_draws_the_layers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    hybrid(VIT).save_pretrained(tmp_path / "model")
+    assert "conv3x3" in printed("inspect", tmp_path / "model", "--plot", tmp_path / "layers.svg")
+    assert COLOURS["conv3x3"] in (tmp_path / "layers.svg").read_text()

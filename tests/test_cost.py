@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel, SwinConfig, ViTConfig
+from transformers import PreTrainedModel, ViTConfig
 
+from benchmarks.published_spvit import DENSE, published
 from hf_vitprune.architecture import Architecture
 from hf_vitprune.cost import count
 from hf_vitprune.cost.closed_form import cost_parts
@@ -155,26 +154,6 @@ def test_published_numbers_of_a_mixed_shape() -> None:
     cost = count(Architecture.from_layers(ViTConfig(num_labels=1000), rows, hidden_size=544))
     assert cost.weight_params == pytest.approx(34.14e6, rel=5e-4)
     assert cost.macs == pytest.approx(6.997e9, rel=5e-4)
-
-
-PUBLISHED_SPVIT = json.loads((Path(__file__).parent.parent / "benchmarks" / "published_spvit.json").read_text())
-DENSE = {
-    "SPViT-DeiT-Ti": ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_labels=1000),
-    "SPViT-DeiT-B": ViTConfig(num_labels=1000),
-    "SPViT-Swin-Ti": SwinConfig(num_labels=1000),
-}
-
-
-def published(name: str) -> Architecture:
-    """SPViT's published shapes (arXiv 2111.11802): convolution channels are those of one head."""
-    row = PUBLISHED_SPVIT[name]
-
-    def layers(mixers: Any, hidden: Any) -> Any:
-        if isinstance(mixers, list):
-            return [layers(*pair) for pair in zip(mixers, hidden, strict=True)]
-        return {"mixer": mixers, "mlp": hidden}
-
-    return Architecture.from_layers(DENSE[name], layers(row["mixer"], row["mlp_hidden"]))
 
 
 def unfolded_params(architecture: Architecture) -> int:

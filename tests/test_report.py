@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_vitprune.architecture import Architecture
+from hf_vitprune.block_report import COLOURS, block_macs, plot_architecture, removed_macs
 from hf_vitprune.cost import count
 from hf_vitprune.errors import MissingExtraError
 from hf_vitprune.plan import PruningPlan
@@ -26,7 +27,7 @@ from hf_vitprune.report import (
     plot_removed,
 )
 from hf_vitprune.surgery import prune
-from tiny import CASES, make
+from tiny import CASES, hybrid, make
 
 VIT = "ViTForImageClassification"
 
@@ -129,3 +130,32 @@ def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'hf_vitprune\[plots\]'"):
         plot_removed(make(VIT), tmp_path / "plot.png")
+
+
+# ---------------------------------------------------------------------- blocks
+def test_multiply_adds_of_blocks(tmp_path: Path) -> None:
+    model = hybrid("ViTForImageClassification", ["conv3x3", "identity", "attention", "none"])
+    macs = block_macs(model)
+    assert [mixer > 0 for mixer, _ in macs] == [True, False, True, False]
+    assert sum(map(sum, macs)) == sum(row["macs"] for row in layer_rows(model) if row["layer"] != "other")
+    dense = block_macs(Architecture.dense(Architecture.of(model).config))
+    gone = removed_macs(model)
+    assert gone["mlp"] == 0 and gone["attention_share"] == 1
+    assert gone["attention"] == pytest.approx(1 - sum(m for m, _ in macs) / sum(m for m, _ in dense))
+    assert removed_macs(make("ViTForImageClassification"))["attention_share"] == 0
+
+
+@pytest.mark.parametrize("case", ["ViTForImageClassification", "SwinForImageClassification"])
+def test_architectures_are_drawn(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = plot_architecture(hybrid(case), tmp_path / "new" / "blocks.svg")
+    text = file.read_text()
+    for colour in ("attention", "conv3x3", "conv1x1", "identity", "MLP"):
+        assert COLOURS[colour] in text
+    assert COLOURS["none"] not in text
+
+
+def test_convolutions_in_the_table() -> None:
+    table = layer_markdown(hybrid("ViTForImageClassification"))
+    assert "| conv_channels |" in table and "| conv3x3 |" in table
+    assert "conv_channels" not in layer_markdown(make("ViTForImageClassification"))
