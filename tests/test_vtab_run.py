@@ -28,6 +28,7 @@ from benchmarks.vtab.dsprites import read_dsprites
 from benchmarks.vtab.experiment import Experiment
 from benchmarks.vtab.local import Local, run_local
 from benchmarks.vtab.pretrain import Backbone, pretrain, source_images
+from benchmarks.vtab.pruning import Pruned
 from benchmarks.vtab.settings import Machine, Recipe, Run, Settings
 from benchmarks.vtab.store import Store
 from benchmarks.vtab.sweep import run_sweep, runs_of
@@ -222,6 +223,28 @@ def test_depth_of_sls_without_full_depth_first(
     assert "accuracy_truncated" not in record["results"]["last_epoch"]
 
 
+@pytest.mark.parametrize(("retraining", "rate", "kind"), [("clr", 0.01, "cosine"), ("ft", 0.0001, "constant")])
+def test_schedules_of_retraining(
+    retraining: str, rate: float, kind: str, root: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    class Watched(training.Trainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            seen.append(self.args)
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr(training, "Trainer", Watched)
+    settings = replace(settings, retraining=retraining)
+    data = load_task(find_task("kitti"), root, any_size=True)
+    here = Experiment(settings, data, Store(Path("unused")), MACHINE)
+    small = adapt(truncate(load_pretrained(settings.model, 4, 0), 1), "linear", rank=2, steps=8, seed=0)
+    run = Run("kitti", "linear", "truncate:k=1", 0)
+    here._retrained(run, small, Pruned(small, 1), "train800")
+    (arguments,) = seen
+    assert (arguments.learning_rate, arguments.lr_scheduler_type.value) == (pytest.approx(rate), kind)
+
+
 def test_without_retraining(root: Path, settings: Settings, tmp_path: Path) -> None:
     settings = replace(settings, retraining_epochs=0)
     sweep(settings, runs_of(["kitti"], ["linear"], ["truncate:k=random"], [5]), root, tmp_path)
@@ -344,7 +367,7 @@ def test_choices_that_are_none(text: str, message: str) -> None:
         ({"alpha": 1.0}, "alpha must lie strictly between 0 and 1"),
         ({"preprocessing": "none"}, "preprocessing is one of literature, checkpoint"),
         ({"preprocessing": "checkpoint", "image_size": 32}, "leave image_size out"),
-        ({"retraining": "lrr"}, "retraining is one of clr"),
+        ({"retraining": "lrr"}, "retraining is one of clr, ft, tfs"),
         ({"test_limit": 0}, "test_limit is at least 1"),
     ],
 )

@@ -20,6 +20,7 @@ from hf_vitprune.errors import AdapterError, InvalidConfigError
 from hf_vitprune.families import family_of
 from hf_vitprune.families.base import pair
 from hf_vitprune.peft_twin import is_peft, merged_twin, plain_twin
+from hf_vitprune.retraining import fresh_adapters
 
 from .adapters import FULL, HEAD, adapt, load_pretrained, load_trained, set_trainable, trained_tensors
 from .choices import Choice
@@ -166,13 +167,16 @@ class Experiment:
             return small, None
         recipe = settings.recipe.of_length(epochs)
         fresh = pruned.fresh or settings.retraining == "tfs"
-        if fresh:
+        if fresh and not pruned.shared_backbone:
+            small = fresh_adapters(small, run.seed)
+        elif fresh:
             base = truncate(self.pretrained(run), pruned.kept_layers)
             steps = recipe.steps(len(self.examples(split)))
             small = adapt(base, run.peft, rank=settings.rank, steps=steps, seed=run.seed)
         what = f"{self.data.title}: {run.peft}, {run.pruning}, retraining"
         validation = self.examples(VALIDATION) if split == TRAIN else None
-        return small, self._train(small, recipe, split, run.seed, what, validation, keep_zero_ranks=not fresh)
+        more = {"keep_zero_ranks": not fresh, "schedule": "TFS" if fresh else settings.retraining.upper()}
+        return small, self._train(small, recipe, split, run.seed, what, validation, **more)
 
     def _train(
         self, model: Any, recipe: Recipe, split: str, seed: int, what: str, validation: Any, **more: Any

@@ -15,7 +15,7 @@ from .tasks import TRAIN, TRAIN_ALL
 MODEL = "google/vit-base-patch16-224-in21k"
 PREPROCESSINGS = ("literature", "checkpoint")
 #: how a pruned model is retrained: see README.md
-RETRAININGS = ("clr", "tfs")
+RETRAININGS = ("clr", "ft", "tfs")
 LAST, BEST = "last_epoch", "best_on_val200"
 #: result that a run reports -> the images that it is trained on
 RESULTS = {LAST: TRAIN_ALL, BEST: TRAIN}

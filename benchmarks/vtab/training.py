@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import Trainer, TrainerCallback
 
 from hf_vitprune.errors import InvalidDataError
+from hf_vitprune.retraining import retraining_arguments
 from hf_vitprune.workflow import use_quiet_progress
 
 from .adapters import trained_tensors
@@ -44,6 +45,7 @@ def train(
     what: str,
     validation: Any = None,
     keep_zero_ranks: bool = False,
+    schedule: str | None = None,
 ) -> Trained:
     """Train a model in place.
 
@@ -52,6 +54,7 @@ def train(
         validation: examples; where given, the weights of the epoch that is best on them are put back at the end.
         what: shown at the progress bar.
         keep_zero_ranks: leave AdaLoRA's pruned ranks pruned (they were chosen in an earlier training).
+        schedule: of a retraining: ``CLR``, ``FT`` or ``TFS``; None for a first training.
 
     Raises:
         InvalidDataError: the loss is not finite at the end.
@@ -61,6 +64,8 @@ def train(
     strategy = {"eval_strategy": "no" if validation is None else "epoch"}
     with tempfile.TemporaryDirectory() as folder:
         arguments = machine.arguments(recipe, seed, folder, PartialState().num_processes, **strategy)
+        if schedule is not None:
+            arguments = retraining_arguments(arguments, schedule, warm_up=recipe.warmup_epochs / recipe.epochs)
         trainer = Trainer(
             model,
             arguments,
