@@ -57,6 +57,14 @@ class MissingGradientsError(VitPruneError, RuntimeError):
     """A method scores by gradients, and there are none when the optimizer is about to step."""
 
 
+class SparsityError(VitPruneError, ValueError):
+    """Weights that should be 2:4 sparse are not, or cannot be stored so."""
+
+
+class UnsupportedDeviceError(VitPruneError, RuntimeError):
+    """The device has no kernels for what was asked."""
+
+
 class InvalidDataError(VitPruneError, ValueError):
     """A folder or dataset has no usable images and labels."""
 
