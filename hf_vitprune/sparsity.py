@@ -83,8 +83,8 @@ def check_sparsity(model: PreTrainedModel) -> int:
         over = int(((linear.weight.unflatten(1, (-1, GROUP)) != 0).sum(-1) > KEPT).sum())
         if over:
             raise SparsityError(
-                f"{name} is not 2:4 sparse: {over} groups of {GROUP} have more than {KEPT} weights. Call sparsify, and "
-                "tune with SparsityCallback"
+                f"{name} is not 2:4 sparse: {over} groups of {GROUP} have more than {KEPT} weights. Call sparsify, "
+                "and tune with SparsityCallback"
             )
         stored += linear.weight.numel() * KEPT // GROUP
     return stored
