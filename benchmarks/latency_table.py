@@ -2,10 +2,11 @@
 
     python benchmarks/latency_table.py                                    # ViT-S/16, batch 8: minutes on two cores
     python benchmarks/latency_table.py --model vit-base --batch-size 1 --device cuda --dtype bfloat16
-    python benchmarks/latency_table.py --table table.json                 # a table that is there already
+    python benchmarks/latency_table.py --table table.json                 # against a table that was made before
 
-Random architectures, of the sizes that searches leave, are predicted, built and measured; all take turns in one run,
-with the dense model among them. To reach: median error at most 5 %, worst 15 %.
+Random architectures, of the sizes that searches leave, are predicted, built and measured. They and the dense model
+take turns with the blocks of the table in one run, since the speed of a machine drifts; with ``--table`` the drift
+since then is a part of the error. To reach: median error at most 5 %, worst 15 %.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import DeiTConfig, Dinov2Config, SwinConfig, ViTConfig
 
 from hf_vitprune import Architecture, LatencyTable, build, count
 from hf_vitprune.cost.latency import device_name, measure_speed
+from hf_vitprune.cost.latency_measure import measure_table
 from hf_vitprune.layer_shape import LayerShape
 
 
@@ -74,11 +76,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--grid", choices=("coarse", "fine"), default="coarse")
-    parser.add_argument("--rounds", type=int, default=5, help="of the table")
-    parser.add_argument("--samples", type=int, default=9, help="of every architecture")
+    parser.add_argument("--rounds", type=int, default=7, help="how often everything is timed")
     parser.add_argument("--no-monotone", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--table", type=Path, help="load this table, or save the new one here")
+    parser.add_argument("--table", type=Path, help="use this table instead of a new one")
+    parser.add_argument("--save", type=Path, help="save the new table here")
     parser.add_argument("--json", type=Path, help="write every number here")
     args = parser.parse_args()
 
@@ -86,36 +88,37 @@ def main() -> None:
     if args.image_size:
         config.image_size = args.image_size
     dense = Architecture.dense(config)
-    if args.table and args.table.exists():
+    generator = random.Random(args.seed)
+    shapes = {"dense": dense}
+    shapes |= {f"random {i}": random_architecture(config, generator) for i in range(args.architectures)}
+    kind = getattr(torch, args.dtype)
+    models: dict[str, Any] = {name: build(config, shape) for name, shape in shapes.items()}
+    if args.table:
         table = LatencyTable.load(args.table)
         table.check(dense, args.image_size, args.batch_size)
         table.check_device()
+        ready = {name: model.to(args.device, kind) for name, model in models.items()}
+        timings = measure_speed(ready, batch_size=args.batch_size, rounds=args.rounds)
+        measured = {name: timing.seconds for name, timing in timings.items()}
     else:
-        table = LatencyTable.measure(
+        table = measure_table(
             config,
             args.batch_size,
             args.image_size,
-            getattr(torch, args.dtype),
+            kind,
             args.device,
             args.grid,
             args.rounds,
             monotone=not args.no_monotone,
+            beside=models,
         )
-        if args.table:
-            table.save(args.table)
-
-    generator = random.Random(args.seed)
-    shapes = {"dense": dense}
-    shapes |= {f"random {i}": random_architecture(config, generator) for i in range(args.architectures)}
-    models = {}
-    for name, shape in shapes.items():
-        model: Any = build(config, shape)
-        models[name] = model.to(args.device, getattr(torch, args.dtype)).eval()
-    timings = measure_speed(models, batch_size=args.batch_size, rounds=args.samples)
+        measured = table.provenance["beside_seconds"]
+        if args.save:
+            table.save(args.save)
 
     rows = []
     for name, shape in shapes.items():
-        seconds, predicted = timings[name].seconds, table.predict(shape)
+        seconds, predicted = measured[name], table.predict(shape)
         rows.append(
             {
                 "architecture": name,
@@ -123,7 +126,6 @@ def main() -> None:
                 "GMACs": count(shape).macs / 1e9,
                 "predicted ms": 1e3 * predicted,
                 "measured ms": 1e3 * seconds,
-                "spread ms": 1e3 * timings[name].spread,
                 "error": predicted / seconds - 1,
             }
         )

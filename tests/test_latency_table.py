@@ -16,6 +16,7 @@ from torch import nn
 from hf_vitprune import Architecture, LatencyTable, PruningPlan, count
 from hf_vitprune.cost import latency, rounds
 from hf_vitprune.cost.latency_grid import GRID_AXES, STEPS, spread, stage_axes
+from hf_vitprune.cost.latency_measure import measure_table
 from hf_vitprune.errors import InvalidConfigError, LatencyTableError
 from latency_tables import made_table
 from plans import PLANS, plan_named
@@ -100,6 +101,15 @@ def test_times_are_of_this_machine_and_in_a_plausible_proportion() -> None:
     assert table.provenance["threads"] == torch.get_num_threads() and table.provenance["attention"] == "sdpa"
     assert table.provenance["date"][:2] == "20"
     assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_further_models_take_turns_with_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    weigh(monkeypatch)
+    models = {"small": make(VIT, num_hidden_layers=1), "large": make(VIT, num_hidden_layers=5)}
+    table = measure_table(make(VIT), 2, grid=CORNERS, rounds=1, progress=False, beside=models)
+    assert table.provenance["beside_seconds"] == {name: 1 + count(model).params for name, model in models.items()}
+    assert table.provenance["dense_seconds"] == 1 + count(make(VIT)).params
+    assert "beside_seconds" not in measured(make(VIT)).provenance
 
 
 def test_dtype_image_size_and_config_are_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,14 @@ def measure_table(
     monotone: bool = True,
     partial: str | Path | None = None,
     progress: bool = True,
+    beside: Mapping[str, Any] | None = None,
 ) -> LatencyTable:
-    """See :meth:`LatencyTable.measure`."""
+    """See :meth:`LatencyTable.measure`.
+
+    Args:
+        beside: further models that take turns with the blocks, by name; ``provenance["beside_seconds"]`` has their
+            times. A machine's speed drifts, so that only what was timed in one run can be compared closely.
+    """
     for name, value in (("batch_size", batch_size), ("rounds", rounds)):
         if type(value) is not int or value < 1:
             raise InvalidConfigError(f"{name} is a whole number of at least 1, got {value!r}")
@@ -55,18 +61,24 @@ def measure_table(
     started = time.monotonic()
     calls = timed.calls(points)
     dense: Any = build(timed.dense.config, timed.dense)
-    dense = dense.to(at, kind).eval()
-    calls.append(functools.partial(dense, pixel_values=timed.pixels))
-    efforts = [_effort(timed.dense, point, size) for point in points] + [count(timed.dense, size).macs]
+    models = {"": dense.to(at, kind).eval()}
+    models |= {name: model.to(at, kind).eval() for name, model in (beside or {}).items()}
+    calls += [functools.partial(model, pixel_values=timed.pixels) for model in models.values()]
+    efforts = [_effort(timed.dense, point, size) for point in points]
+    efforts += [count(model, size).macs for model in models.values()]
     setting = {"dtype": str(kind).removeprefix("torch."), "batch_size": batch_size, "image_size": list(size)}
     setting = {**environment(at), **setting, "attention": timed.attention, "rounds": rounds}
     covers = covered_model(architecture, size)
     header = {**setting, **covers, "axes": [{k: list(v) for k, v in axes.items()} for axes in stages]}
+    header["beside"] = list(models)[1:]
     done = timed_rounds(calls, efforts, rounds, at, header, None if partial is None else Path(partial), progress)
     setting["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     setting["minutes"] = round((time.monotonic() - started) / 60, 1)
     medians = [median(row[i] for row in done) for i in range(len(calls))]
-    return _table(architecture, setting, stages, medians, monotone)
+    setting["dense_seconds"], *others = medians[len(points) :]
+    if beside:
+        setting["beside_seconds"] = dict(zip(beside, others, strict=True))
+    return _table(architecture, setting, stages, medians[: len(points)], monotone)
 
 
 def _architecture_of(model_or_config: Any) -> Architecture:
@@ -125,5 +137,4 @@ def _table(
         {name: sampled(f"stage {i} {name}", axes) for name, axes in grids_of(row, architecture).items()}
         for i, row in enumerate(stages)
     ]
-    setting["dense_seconds"] = next(rest)
     return LatencyTable(setting, covered_model(architecture, tuple(setting["image_size"])), whole, grids, monotone)
