@@ -3,6 +3,7 @@
 from .adapters import load_old_adapter, register_peft_types, share_backbone, translate_peft_config
 from .architecture import Architecture
 from .card import model_card
+from .compensate import Compensation, compensate_plan
 from .convert import convert_spvit_checkpoint
 from .cost import Cost, LatencyTable, count
 from .distillation import DistillationConfig
@@ -27,6 +28,7 @@ register_peft_types()  # adapters of pruned models load once this package is imp
 
 __all__ = [
     "Architecture",
+    "Compensation",
     "ConvpassConfig",
     "Cost",
     "DistillationConfig",
@@ -44,6 +46,7 @@ __all__ = [
     "VTPConfig",
     "VitPruneError",
     "build",
+    "compensate_plan",
     "convert_spvit_checkpoint",
     "count",
     "fuse_bn",

@@ -46,7 +46,11 @@ class ImageBatches:
                     f"a tensor of images is (images, channels, height, width), not of shape {tuple(data.shape)}"
                 )
             data = TensorDataset(data)
-        if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        if (
+            isinstance(data, (IterableDataset, str, bytes))
+            or not hasattr(data, "__getitem__")
+            or not hasattr(data, "__len__")
+        ):
             raise InvalidDataError(
                 f"images are read several times and in order: pass a tensor, a list or a dataset with a length, not "
                 f"{type(data).__name__}"

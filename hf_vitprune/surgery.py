@@ -9,18 +9,30 @@ from typing import Any
 
 from .adapters import prune_peft
 from .architecture import unwrap
-from .errors import InvalidPlanError
+from .compensate import compensate_plan
+from .errors import InvalidConfigError, InvalidPlanError
 from .peft_twin import is_peft, merged_twin
 from .plan import PruningPlan
 from .transplant import mask_plain, prune_plain
 
 
-def prune(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False) -> Any:
+def prune(
+    model: Any,
+    plan: PruningPlan,
+    *,
+    calibration: Any = None,
+    compensate: Any = "auto",
+    allow_unchanged: bool = False,
+) -> Any:
     """A new, physically small model: same task head, same outputs as ``mask(model, plan)``.
 
     Args:
         model: stock or pruned transformers model, or a PeftModel over one (its adapters are sliced with it).
         plan: what stays; made for this model or one of the same architecture.
+        calibration: unlabelled images (a tensor, data set, list or loader; about 128 are enough), from which the
+            loss of what is removed is made up for; None: weights are sliced and nothing else.
+        compensate: what ``calibration`` is used for: ``"auto"``, names of parts, or a ``Compensation``; ``"none"``
+            for nothing. See :func:`hf_vitprune.compensate.compensate_plan`.
         allow_unchanged: accept a plan that removes nothing.
 
     Returns:
@@ -30,7 +42,13 @@ def prune(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False) -> An
         InvalidPlanError: the plan is for another architecture, or removes nothing.
         UnsupportedModelError: no family is registered for the model.
         AdapterError: an adapter can be neither sliced nor merged.
+        InvalidDataError: the calibration images are none, or not for this model.
+        InvalidConfigError: ``compensate`` asks for something and there is no ``calibration``.
     """
+    if calibration is not None:
+        plan = compensate_plan(model, plan, calibration, compensate)
+    elif compensate not in ("auto", "none"):
+        raise InvalidConfigError(f"compensate={compensate!r} needs calibration images: pass calibration=<images>")
     if is_peft(model):
         return prune_peft(model, plan, allow_unchanged=allow_unchanged)
     return prune_plain(unwrap(model), plan, allow_unchanged=allow_unchanged)

@@ -94,6 +94,8 @@ class Family:
     extra_tokens: int = 1
     #: attribute of the config that holds the sizes ("vision_config" in two-tower configs)
     sub_config: str | None = None
+    #: queries and keys meet as their Linears give them: no rotary embedding and no norm in between
+    plain_qk: bool = True
     #: True where the config honours ``head_dim``, so that stock classes can hold uniformly pruned heads
     config_head_dim: bool = False
     #: whether the tokens that are not special form the grid of patches, so that convolutions can mix them; layers
@@ -209,6 +211,10 @@ class Family:
             scale2=at(self.scale2) if self.scale2 else None,
             bias_table=at(self.attention, self.bias_table) if self.bias_table else None,
         )
+
+    def head_norm(self, task: str) -> str | None:
+        """Path below the encoder of the norm whose output classifiers and poolers read; None: the stream itself."""
+        return self.norms[-1]
 
     # ------------------------------------------------------------------ structure beyond the layers
     def finish_structure(self, model: nn.Module, config: PreTrainedConfig, dense_hidden_size: int) -> None:

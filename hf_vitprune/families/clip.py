@@ -20,6 +20,11 @@ class ClipFamily(Family):
         c = self.sizes_config(config)
         c.num_attention_heads = math.gcd(hidden_size, c.num_attention_heads)
 
+    def head_norm(self, task: str) -> str | None:
+        return (
+            None if task == "ForImageClassification" else super().head_norm(task)
+        )  # patches are averaged as they are
+
     def outer_parts(self, config: PreTrainedConfig, width: int, task: str, grid: tuple[int, int]) -> list[Part]:
         parts = [
             self.patch_part(config, width, grid, bias=False),

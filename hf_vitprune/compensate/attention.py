@@ -1,0 +1,202 @@
+"""Attention: queries and keys of best low rank, values of best low rank a head, and a refitted output projection."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .algebra import obs, qk_maps, ridge_solve, value_map
+from .fits import refit
+from .moments import Moments, Statistics
+from .readers import Inputs, attention_inputs
+from .site import Site, put, real
+from .walk import Layer
+
+
+def compensate_attention(site: Site) -> None:
+    """New weights for the attention of a layer. The pruned stream is before it; the dense one is past it then."""
+    site.streams.advance(2 * site.entry.index)
+    site.streams.enter(site.entry.index)
+    inputs = attention_inputs(site)
+    moved = site.settings.reselect and len(site.entry.heads) < site.source.heads
+    if moved:
+        _reselect_heads(site, inputs)
+    _queries_and_keys(site, inputs, moved)
+    _values(site, inputs, moved)
+
+
+def _widened(site: Site, inputs: Inputs, every_head: bool) -> Layer:
+    """The kept layer with all v channels, of its own heads and its q and k, or of every head with all of theirs."""
+    wide = site.small.copy()
+    attention = wide.part("attention")
+    attention.v_dim = site.source.v_dim
+    rows = slice(None) if every_head else site.head_rows
+    parts = {"v": rows}
+    if every_head:
+        attention.pruned_heads, attention.qk_dim = site.source.heads, site.source.qk_dim
+        parts |= {"q": slice(None), "k": slice(None)}
+        if site.dense.table() is not None:
+            wide.replace_table(site.dense.table())
+    for part, chosen in parts.items():
+        weight, bias = inputs.weights(site, part)
+        linear = wide.part(part)
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            old = linear._parameters[name]
+            if old is not None:
+                linear._parameters[name] = nn.Parameter(tensor[chosen].to(old), requires_grad=False)
+    return wide
+
+
+def _contexts(site: Site, wide: Layer, targets: int) -> Statistics:
+    """Of the contexts of a widened layer and, unless ``targets`` is 0, of what its output should add."""
+    attention = wide.part("attention")
+    moments = Moments(attention.pruned_heads * attention.v_dim, targets, site.device)
+    for small, dense in site.streams.pairs():
+        context = wide.context(small)
+        missing = (dense - small)[..., :targets]
+        moments.add(context.flatten(0, 1), missing.flatten(0, 1), site.streams.token_weights(small))
+    return moments.total(site.small.part("o").bias is not None)
+
+
+# ---------------------------------------------------------------------- heads
+def _reselect_heads(site: Site, inputs: Inputs) -> None:
+    """As many heads as the plan keeps, leaving out those that the others can best make up for."""
+    stats = _contexts(site, _widened(site, inputs, every_head=True), targets=0)
+    effect = _effect(site)
+    gone, _ = obs(effect, stats.xx, len(site.entry.heads), site.source.v_dim, site.settings.ridge)
+    site.entry = replace(site.entry, heads=tuple(sorted({*range(site.source.heads)} - {*gone.tolist()})))
+    table = site.small.table()
+    if table is not None:
+        put(table, site.dense.table()[:, list(site.entry.heads)])
+
+
+def _effect(site: Site) -> torch.Tensor:
+    """(kept residual channels, heads * v) what contexts add to the residual stream, through LayerScale."""
+    output = site.kept_rows(site.weights(site.dense, "o")[0])
+    scale = site.scale("scale1")
+    return output if scale is None else scale[:, None] * output
+
+
+# ---------------------------------------------------------------------- q and k
+def _queries_and_keys(site: Site, inputs: Inputs, moved: bool) -> None:
+    size = site.source.qk_dim
+    (wq, bq), (wk, bk) = (inputs.weights(site, part) for part in ("q", "k"))
+    width = len(site.entry.qk[0])
+    cut = any(row != tuple(range(size)) for row in site.entry.qk)
+    if not cut and not moved and inputs.map is None:
+        return
+    maps = wq.new_zeros(2, len(site.entry.heads) * width, len(wq))
+    rotate = cut and "qk" in site.settings.parts and site.plain_qk() and _loses_qk(site)
+    site.ledger.lossy |= cut and _loses_qk(site)
+    moments = _query_key_moments(site, inputs) if rotate else None
+    for j, (head, row) in enumerate(zip(site.entry.heads, site.entry.qk, strict=True)):
+        there = real(row)
+        if not there:
+            continue
+        rows = torch.tensor([j * width + position for position in there], device=maps.device)
+        at = slice(head * size, (head + 1) * size)
+        if moments is not None and len(there) < size:
+            query, key = moments
+            mean = wq[at] @ query.x + bq[at]
+            second = wq[at] @ query.xx @ wq[at].T + torch.outer(mean, mean)
+            maps[0, rows, at], maps[1, rows, at] = qk_maps(second, wk[at] @ key.xx @ wk[at].T, len(there))
+        else:
+            maps[:, rows, head * size + torch.tensor([row[p] for p in there], device=maps.device)] = 1
+    for part, matrix, weight, bias in (("q", maps[0], wq, bq), ("k", maps[1], wk, bk)):
+        site.write(part, matrix @ weight, matrix @ bias)
+        site.keep_map(part, "output", matrix)
+
+
+def _loses_qk(site: Site) -> bool:
+    """Removed channels of kept heads that some query and key both use."""
+    (wq, bq), (wk, bk) = (site.weights(site.dense, part) for part in ("q", "k"))
+    used = ((wq != 0).any(1) | (bq != 0)) & ((wk != 0).any(1) | (bk != 0))
+    kept = torch.zeros_like(used)
+    for head, row in zip(site.entry.heads, site.entry.qk, strict=True):
+        kept[[head * site.source.qk_dim + row[p] for p in real(row)]] = True
+    return bool((used & ~kept)[site.qk_rows].any())
+
+
+def _query_key_moments(site: Site, inputs: Inputs) -> tuple[Statistics, Statistics]:
+    """Of what queries and keys are made from; for keys around the mean of each sequence."""
+    width = site.small.part("q").in_features
+    queries, keys = Moments(width, 0, site.device), Moments(width, 0, site.device)
+    for small in site.streams.small:
+        x = site.small.attention_inputs(small)
+        rows = x.shape[:2]
+        weights = site.streams.token_weights(small) if rows == small.shape[:2] else x.new_ones(rows.numel())
+        queries.add(x.flatten(0, 1), x.new_zeros(rows.numel(), 0), weights)
+        centred = (x - x.mean(1, keepdim=True)).flatten(0, 1)
+        keys.add(centred, x.new_zeros(rows.numel(), 0), x.new_ones(rows.numel()))
+    return queries.total(), keys.total(centred=False)
+
+
+# ---------------------------------------------------------------------- v and output projection
+def _values(site: Site, inputs: Inputs, moved: bool) -> None:
+    """Low-rank values, and an output projection that brings the stream to where the dense one is next."""
+    streams, settings, entry = site.streams, site.settings, site.entry
+    branch, size = 2 * entry.index, site.source.v_dim
+    cut = any(row != tuple(range(size)) for row in entry.v)
+    lost = _loses_values(site)
+    over = streams.takes_over(branch)
+    site.ledger.lossy |= lost
+    rotate = cut and lost and "v" in settings.parts
+    fitted = (site.ledger.lossy and "v" in settings.parts) or (over and "layers" in settings.parts)
+    streams.advance(streams.next_position(branch))
+    if not (fitted or rotate):
+        if moved or inputs.map is not None:
+            _write_values(site, inputs, _selection(site))
+        return
+    site.ledger.lossy = True
+    effect = _effect(site)[:, site.head_rows]
+    stats = _contexts(site, _widened(site, inputs, every_head=False), len(effect))
+    output = site.kept_rows(site.weights(site.dense, "o")[0])[:, site.head_rows]
+    down = _selection(site)
+    start = output @ down.T
+    for j, row in enumerate(entry.v if rotate else ()):
+        there = real(row)
+        if 0 < len(there) < size:
+            at = slice(j * size, (j + 1) * size)
+            rows = [j * len(row) + position for position in there]
+            down[rows, at] = value_map(stats.xx[at, at], effect[:, at], len(there))
+            start[:, rows] = output[:, at] @ stats.xx[at, at] @ down[rows, at].T
+    _write_values(site, inputs, down)
+    small = stats.through(down)
+    fit = refit(small, start, site.scale("scale1"), settings.ridge)
+    site.write("o", fit.weight, fit.bias)
+    site.record("attention", fit)
+    back = ridge_solve(small.xx, stats.xx @ down.T, fit.ridge)
+    site.keep_map("o", "input", _at_rows(back, site.head_rows, site.source.heads * size))
+
+
+def _selection(site: Site) -> torch.Tensor:
+    """(kept v channels, v channels of the kept heads) of zeros and ones; padding is a row of zeros."""
+    size, width = site.source.v_dim, len(site.entry.v[0])
+    heads = len(site.entry.heads)
+    chosen = torch.zeros(heads * width, heads * size, dtype=torch.float64, device=site.head_rows.device)
+    for j, row in enumerate(site.entry.v):
+        there = real(row)
+        chosen[[j * width + p for p in there], [j * size + row[p] for p in there]] = 1
+    return chosen
+
+
+def _write_values(site: Site, inputs: Inputs, down: torch.Tensor) -> None:
+    weight, bias = inputs.weights(site, "v")
+    site.write("v", down @ weight[site.head_rows], down @ bias[site.head_rows])
+    site.keep_map("v", "output", _at_rows(down.T, site.head_rows, len(weight)).T)
+
+
+def _at_rows(matrix: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:
+    return matrix.new_zeros(total, matrix.shape[1]).index_copy(0, rows, matrix)
+
+
+def _loses_values(site: Site) -> bool:
+    """Removed heads or channels that are not zero."""
+    output, (weight, bias) = site.weights(site.dense, "o")[0], site.weights(site.dense, "v")
+    used = (output != 0).any(0) & ((weight != 0).any(1) | (bias != 0))
+    kept = torch.zeros_like(used)
+    for head, row in zip(site.entry.heads, site.entry.v, strict=True):
+        kept[[head * site.source.v_dim + row[p] for p in real(row)]] = True
+    return bool((used & ~kept).any())

@@ -1,0 +1,158 @@
+"""Compensation of a plan: layer by layer, each on what comes out of the already compensated ones below it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..architecture import unwrap
+from ..batches import ImageBatches
+from ..cuts import Cut, find_cuts
+from ..errors import InvalidPlanError, UnsupportedModelError
+from ..peft_twin import is_peft, merged_twin
+from ..plan import PruningPlan
+from ..transplant import check_plan, prune_plain
+from .attention import compensate_attention
+from .head import compensate_head
+from .mlp import compensate_mlp
+from .moments import shard
+from .settings import Compensation
+from .site import Ledger, Site
+from .streams import Streams
+from .walk import Walk
+
+logger = logging.get_logger(__name__)
+
+
+@torch.no_grad()
+def compensate_plan(
+    model: Any, plan: PruningPlan, calibration: Any, compensate: Any = "auto", *, reference: Any = None
+) -> PruningPlan:
+    """The plan with new weights that make up for what it removes, found from unlabelled images.
+
+    Layer by layer, on the already pruned layers below: what attention and MLP add to the residual stream is fitted,
+    by least squares, to bring the pruned model's stream to where the dense model's is. Queries and keys, and the
+    values of every head, get the basis in which fewest channels lose least. Images are the only input; there are no
+    gradients, and the shape stays the plan's. With several processes, all have to call this, with the same data.
+
+    Args:
+        model: stock or pruned transformers model, or a PeftModel over one (with its active adapters).
+        plan: made for it; without factors and weights of its own.
+        calibration: unlabelled images: anything that ``ImageBatches`` takes, already through the image processor.
+        compensate: ``"auto"``, names of parts, or a :class:`Compensation`; ``"none"`` gives the plan back.
+        reference: plain transformers model of the same architecture that the pruned one is to follow and whose
+            weights it gets, where that is not the model itself: one with the factors that ``plan`` folds.
+
+    Returns:
+        The plan with ``weights`` (and, where units were chosen anew, other indices); ``info["compensation"]`` says
+        what was done: errors of every fit before and after, and what could not be made up for.
+
+    Raises:
+        InvalidPlanError: the plan is for another architecture, carries weights, or folds factors without a reference.
+        InvalidDataError: there are no images, the model does not take them, or its features are not finite.
+        InvalidConfigError: unknown parts or settings.
+    """
+    settings = Compensation.of(compensate)
+    base = merged_twin(model) if is_peft(model) else unwrap(model)
+    check_plan(base, plan, allow_unchanged=True)
+    if settings is None:
+        return plan
+    _check(base, plan, reference)
+    if plan.removes_nothing:
+        return plan
+    dense = base if reference is None else reference
+    bare = plan.with_layers(replace(entry, scales={}) for entry in plan.layers)
+    small = prune_plain(dense, bare)
+    _check_weights(plan, find_cuts(dense, small, bare))
+    batches = ImageBatches(calibration, settings.batch_size, settings.images, shard=shard())
+    first = next(iter(ImageBatches(batches, settings.batch_size)))["pixel_values"]
+    walks = Walk(dense, plan.source, first), Walk(small, plan.architecture, first)
+    streams = Streams(*walks, bare, batches, settings)
+    ledger = Ledger(lossy=plan.embedding is not None)
+    entries = _layers(streams, ledger)
+    compensate_head(dense, small, streams, ledger)
+    for note in ledger.notes:
+        logger.warning(f"compensation: {note}")
+    final = plan.with_layers(
+        replace(entry, scales=old.scales) for entry, old in zip(entries, plan.layers, strict=True)
+    )
+    info = {**plan.info, "compensation": _summary(settings, batches, ledger)}
+    return replace(final, weights={**plan.weights, **_changed(base, small, final)}, info=info)
+
+
+def _check(model: PreTrainedModel, plan: PruningPlan, reference: Any) -> None:
+    if reference is None and any(entry.scales for entry in plan.layers):
+        raise InvalidPlanError(
+            "the plan folds factors into what stays, and does not say what those of the removed units were: use "
+            'PruningModel.export(calibration=...), which knows them, or compensate="none"'
+        )
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"compensation needs the model on one device, not on {', '.join(sorted(map(str, devices)))}"
+        )
+
+
+def _check_weights(plan: PruningPlan, cuts: dict[str, Cut]) -> None:
+    """New mixers bring weights of their own; others would be overwritten."""
+    others = sorted(name for name in plan.weights if name in cuts)
+    if others:
+        raise InvalidPlanError(
+            f"the plan carries new weights already ({others[0]}, ...; it was compensated before?): compensate the "
+            'plan that it was made from, or prune with compensate="none"'
+        )
+
+
+def _layers(streams: Streams, ledger: Ledger) -> list[Any]:
+    plan = streams.plan
+    _note_unreached(streams, ledger)
+    entries = []
+    layers = zip(streams.small_walk.layers, plan.layers, strict=True)
+    for small, entry in tqdm(layers, "compensating", len(plan.layers), leave=False, delay=3):
+        dense = streams.dense_walk.layers[entry.index]
+        site = Site(streams, ledger, small, dense, entry, plan.source.layers[entry.index])
+        streams.enter(entry.index)
+        if entry.mixer != "none":
+            if entry.replaces_mixer(site.source):
+                ledger.lossy = True
+                ledger.note(f"the {entry.mixer} mixer of layer {entry.index} keeps the weights that the plan gives it")
+            if entry.mixer == "attention":
+                compensate_attention(site)
+            streams.small[:] = [small.after_attention(hidden) for hidden in streams.small]
+        if entry.mlp:
+            compensate_mlp(site)
+            streams.small[:] = [small.after_mlp(hidden) for hidden in streams.small]
+        entries.append(site.entry)
+    return entries
+
+
+def _note_unreached(streams: Streams, ledger: Ledger) -> None:
+    lost = streams.unreached()
+    if lost and "layers" in streams.settings.parts:
+        ledger.lossy = True
+        names = ", ".join(f"{'MLP' if p % 2 else 'attention'} of layer {p // 2}" for p in lost)
+        ledger.note(f"layers: nothing of their stage is kept below, so nothing takes over from the {names}")
+
+
+def _summary(settings: Compensation, batches: ImageBatches, ledger: Ledger) -> dict[str, Any]:
+    return {
+        "images": batches.images,
+        "parts": list(settings.parts),
+        "ridge": settings.ridge,
+        "token_share": settings.token_share,
+        "reselect": settings.reselect,
+        "fits": ledger.rows,
+        "notes": ledger.notes,
+    }
+
+
+def _changed(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan) -> dict[str, torch.Tensor]:
+    """The small model's tensors that are not slices of the model's."""
+    state, tensors = model.state_dict(), small.state_dict()
+    cuts = find_cuts(model, small, plan).items()
+    return {name: tensors[name] for name, cut in cuts if not torch.equal(cut.take(state[cut.source]), tensors[name])}

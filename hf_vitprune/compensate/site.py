@@ -1,0 +1,148 @@
+"""One layer under compensation: the layer as it was, as it is kept, and what is written into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..layer_plan import PAD, LayerPlan
+from ..layer_shape import LayerShape
+from .fits import Fit
+from .moments import distributed, precise_device
+from .settings import Compensation
+from .streams import Streams
+from .walk import Layer
+
+
+@dataclass
+class Ledger:
+    """What was done, for the plan.
+
+    Attributes:
+        lossy: something was lost so far, so that the two streams differ.
+        maps: ``<module>.input`` and ``<module>.output`` of the small model -> the linear map that went into its
+            weights; kept for modules with adapters.
+        adapted: names of those modules in the small model.
+        rows: what was fitted, layer by layer, with errors before and after.
+        notes: what could not be made up for, and why.
+    """
+
+    lossy: bool = False
+    maps: dict[str, torch.Tensor] = field(default_factory=dict)
+    adapted: frozenset[str] = frozenset()
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+@dataclass
+class Site:
+    """A kept layer.
+
+    Attributes:
+        small, dense: the layer as it is kept and as it was.
+        entry: its part of the plan; reselection changes it.
+        source: its dense sizes.
+    """
+
+    streams: Streams
+    ledger: Ledger
+    small: Layer
+    dense: Layer
+    entry: LayerPlan
+    source: LayerShape
+
+    @property
+    def settings(self) -> Compensation:
+        return self.streams.settings
+
+    @property
+    def device(self) -> torch.device:
+        return self.streams.device
+
+    # ------------------------------------------------------------------ indices
+    @property
+    def head_rows(self) -> torch.Tensor:
+        """Rows of v (or columns of o) of the kept heads, all their channels."""
+        return self._rows(self.source.v_dim)
+
+    @property
+    def qk_rows(self) -> torch.Tensor:
+        return self._rows(self.source.qk_dim)
+
+    def _rows(self, size: int) -> torch.Tensor:
+        at = precise_device(self.device)
+        return torch.tensor([h * size + c for h in self.entry.heads for c in range(size)], device=at)
+
+    def kept_rows(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The rows of residual channels that stay."""
+        kept = self.streams.kept
+        return matrix if kept is None else matrix[kept.to(matrix.device)]
+
+    def plain_qk(self) -> bool:
+        """Whether only the product of q and k matters, as their Linears give them."""
+        family = self.streams.plan.source.family
+        if not family.plain_qk:
+            self.ledger.note(
+                f"qk: {family.model_type} turns or normalises queries and keys, so that they cannot be rotated; the "
+                "plan's channels are kept as they are"
+            )
+        return family.plain_qk
+
+    # ------------------------------------------------------------------ weights
+    def weights(self, layer: Layer, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias (zeros where there is none) of a Linear, in double precision."""
+        linear = layer.part(part)
+        at = precise_device(self.device)
+        weight = linear.weight.detach().to(at, torch.float64)
+        bias = linear.bias
+        return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().to(at, torch.float64)
+
+    def scale(self, part: str) -> torch.Tensor | None:
+        """LayerScale of the kept layer, where the family has it."""
+        if part not in self.small.paths:
+            return None
+        return self.small.part(part).lambda1.detach().to(precise_device(self.device), torch.float64)
+
+    def write(self, part: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Put new weights into a Linear of the small model, the first process's on all of them."""
+        linear = self.small.part(part)
+        for parameter, new in ((linear.weight, weight), (linear.bias, bias)):
+            if parameter is not None and new is not None:
+                put(parameter, new)
+
+    def follows(self, part: str) -> bool:
+        """Whether adapters have to follow what happens to a Linear of the small model."""
+        return self.small.paths[part] in self.ledger.adapted
+
+    def record(self, part: str, fit: Fit) -> None:
+        """One line of the report."""
+        row = {"layer": self.entry.index, "part": part, "before": fit.before, "after": fit.after}
+        if fit.ridge > self.settings.ridge:
+            row["ridge"] = fit.ridge
+        if fit.starved:
+            self.ledger.note("there are fewer tokens than features: fits are damped strongly; more images would help")
+        self.ledger.rows.append({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()})
+
+    def keep_map(self, part: str, side: str, matrix: torch.Tensor) -> None:
+        """Remember what went into the weights of a Linear of the small model, where adapters have to follow."""
+        path = self.small.paths[part]
+        if self.follows(part):
+            self.ledger.maps[f"{path}.{side}"] = matrix.to(torch.float32)
+
+
+def put(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Overwrite a parameter, on every process with the first one's value."""
+    parameter.data.copy_(value)
+    if distributed():
+        torch.distributed.broadcast(parameter.data, src=0)
+
+
+def real(row: tuple[int, ...]) -> list[int]:
+    """Positions in a row of channels that are no padding."""
+    return [j for j, channel in enumerate(row) if channel != PAD]

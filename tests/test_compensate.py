@@ -1,0 +1,447 @@
+"""Compensation on every family: same shape, pruned == masked, exact where nothing is lost, else closer."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from hf_vitprune import Architecture, Compensation, PruningPlan, compensate_plan, mask, prune
+from hf_vitprune.compensate import PARTS
+from hf_vitprune.errors import InvalidConfigError, InvalidDataError, InvalidPlanError, UnsupportedModelError
+from plans import PLANS, each_layer, plan_named, pruning_plans
+from tiny import CASES, CLASSIFIERS, assert_same, images, make, relative_error, run
+from two_compensations import agreed, weights_of
+
+VIT, SWIN, SWIGLU = (f"{name}ForImageClassification" for name in ("ViT", "Swin", "Dinov2"))
+SWIGLU += "-swiglu"
+EXACT = [name for name in PLANS if name != "scaled"]
+few = settings(
+    max_examples=2,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def pixels(count: int = 64, seed: int = 1) -> torch.Tensor:
+    return images(count, seed=seed).double()
+
+
+def logits(model: Any, images: torch.Tensor) -> torch.Tensor:
+    return run(model, images)["logits"]
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative, in the mean square."""
+    return float((actual - expected).norm() / expected.norm())
+
+
+def without_scales(plan: PruningPlan) -> PruningPlan:
+    return plan.with_layers(replace(entry, scales={}) for entry in plan.layers)
+
+
+def fits(plan: PruningPlan) -> list[dict[str, Any]]:
+    return plan.info["compensation"]["fits"]
+
+
+def checked(model: PreTrainedModel, plan: PruningPlan, compensate: Any = "auto") -> PreTrainedModel:
+    """The compensated model, after what must hold for every one."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    made = compensate_plan(model, plan, pixels(), compensate)
+    small = prune(model, made, allow_unchanged=True)
+    assert Architecture.of(small) == plan.architecture
+    assert all(fit["after"] <= fit["before"] + 1e-6 for fit in fits(made))
+    outputs, masked = run(small, pixels(3, 2)), run(mask(model, made), pixels(3, 2))
+    for name in ("logits", "pooler_output", "image_embeds"):
+        if name in outputs and outputs[name].shape == masked[name].shape:
+            assert relative_error(outputs[name], masked[name]) < 1e-8, name
+    assert_same(dict(model.state_dict()), before)
+    return small
+
+
+# ---------------------------------------------------------------------- every family, every kind of cut
+#: plans for the families whose layers are unlike any other's; the rest have one each
+MANY = {VIT: EXACT, SWIN: ["heads", "everything", "padded values", "removed branches"], SWIGLU: ["everything", "mlp"]}
+
+
+@pytest.mark.parametrize(
+    ("case", "plan_name"),
+    [
+        (case, plan)
+        for case in CASES
+        for plan in MANY.get(case, ["everything"] if case in CLASSIFIERS else ["removed branches"])
+    ],
+)
+def test_compensated_models_are_masked_ones_and_closer_to_the_dense(case: str, plan_name: str) -> None:
+    model = make(case).double()
+    plan = plan_named(plan_name, model)
+    assert plan is not None
+    plan = without_scales(plan)
+    small = checked(model, plan)
+    if "logits" not in (dense := run(model, pixels(16, 3))):
+        return
+    plain = distance(logits(prune(model, plan), pixels(16, 3)), dense["logits"])
+    assert distance(logits(small, pixels(16, 3)), dense["logits"]) < plain
+
+
+@pytest.mark.parametrize("case", CLASSIFIERS)
+@few
+@given(data=st.data())
+def test_any_plan(case: str, data: st.DataObject) -> None:
+    model = make(case).double()
+    plan = without_scales(data.draw(pruning_plans(Architecture.of(model))))
+    if plan.removes_nothing:
+        return
+    parts = data.draw(st.one_of(st.none(), st.sets(st.sampled_from(PARTS), min_size=1)))
+    chosen = Compensation(
+        parts=PARTS if parts is None else tuple(parts), reselect=data.draw(st.booleans()), token_share=None
+    )
+    checked(model, plan, chosen)
+
+
+@pytest.mark.parametrize("case", [VIT, SWIN, SWIGLU])
+def test_a_pruned_model_can_be_pruned_and_compensated_again(case: str) -> None:
+    model = make(case).double()
+    first = plan_named("narrow inputs", model)
+    assert first is not None
+    once = prune(model, without_scales(first), calibration=pixels())
+    checked(once, PruningPlan.random(once, 0.4, ["heads", "qk", "v", "mlp"]))
+    narrow = each_layer(PruningPlan.dense(once), lambda e: replace(e, attention_in=(0, 2, 5), mlp_in=(1, 3, 4, 6)))
+    checked(once, narrow)
+
+
+# ---------------------------------------------------------------------- exact where nothing is lost
+@pytest.mark.parametrize("case", CLASSIFIERS)
+def test_nothing_removed_changes_nothing(case: str) -> None:
+    model = make(case)
+    plan = PruningPlan.dense(model)
+    assert compensate_plan(model, plan, images(8)) == plan
+    same = prune(model, plan, calibration=images(8), allow_unchanged=True)
+    assert_same(run(same), run(model))
+
+
+@pytest.mark.parametrize(
+    ("case", "plan_name"),
+    [(VIT, plan) for plan in ("heads", "qk", "v", "mlp", "uneven heads", "padded values", "removed branches")]
+    + [(SWIN, "qk"), (SWIN, "padded values"), (SWIGLU, "mlp")],
+)
+def test_units_that_are_zero_already_are_cut_exactly(case: str, plan_name: str) -> None:
+    """As after a training with masks: the slices are right, and not one bit of them changes."""
+    model = make(case)
+    plan = plan_named(plan_name, model)
+    assert plan is not None
+    masked = mask(model, plan)
+    made = compensate_plan(masked, plan, images(8))
+    if plan_name == "removed branches":
+        made = compensate_plan(masked, plan, images(8), ("qk", "v", "mlp"))
+    assert made.weights == {} and fits(made) == []
+    assert_same(dict(prune(masked, made).state_dict()), dict(prune(model, plan).state_dict()))
+
+
+def redundant(case: str, unit: str) -> tuple[PreTrainedModel, PruningPlan]:
+    """A model whose first six units (of a kind) make up for the last ones exactly, and the plan without those."""
+    model = make(case)
+    plan = PruningPlan.dense(model)
+    state = model.state_dict()
+    paths = plan.source.family.layer_paths(plan.source.family.encoder_path(model), "{}", model.config)
+    names = plan.source.layer_names()
+
+    def mix(path: str, count: int, size: int, matrix: torch.Tensor) -> None:
+        for suffix in ("weight", "bias"):
+            tensor = state[f"{path}.{suffix}"]
+            rows = tensor.view(count, size, -1)
+            rows[:, size - matrix.shape[0] :] = matrix @ rows[:, : matrix.shape[1]]
+
+    for name, entry in zip(names, plan.layers, strict=True):
+        shape = plan.source.layers[entry.index]
+        twins = torch.eye(shape.mlp // 2)
+        if unit == "mlp":  # behind the activation only copies are linear
+            for path in paths.fc1:
+                mix(path.replace("{}", name), 1, shape.mlp, twins)
+        else:
+            size = shape.v_dim
+            matrix = torch.randn(2, size - 2, generator=torch.Generator().manual_seed(entry.index))
+            for path in (paths.v,) if unit == "v" else (paths.q, paths.k):
+                mix(path.replace("{}", name), shape.heads, size, matrix)
+    if unit == "mlp":
+        return model, each_layer(plan, lambda e: replace(e, mlp=e.mlp[: len(e.mlp) // 2]))
+    return model, each_layer(plan, lambda e: e.keep_channels(unit, range(len(e.v[0]) - 2)))
+
+
+@pytest.mark.parametrize(
+    ("case", "unit"),
+    [(case, "mlp") for case in CLASSIFIERS] + [(case, u) for case in (VIT, SWIN) for u in ("v", "qk")],
+)
+def test_redundant_channels_go_without_loss(case: str, unit: str) -> None:
+    model, plan = redundant(case, unit)
+    outputs = run(model)["logits"]
+    assert relative_error(run(prune(model, plan))["logits"], outputs) > 1e-2
+    assert relative_error(run(prune(model, plan, calibration=images(32, seed=3)))["logits"], outputs) < 1e-4
+
+
+def test_constant_features_are_folded_into_biases() -> None:
+    model = make(VIT).double()
+    for layer in model.vit.layers:
+        layer.layernorm_after.weight.data[::2] = 0.0
+        layer.mlp.fc1.weight.data[::3] = 0.0
+    plan = each_layer(
+        PruningPlan.dense(model),
+        lambda e: replace(e, mlp_in=tuple(range(1, 32, 2)), mlp=tuple(i for i in e.mlp if i % 3)),
+    )
+    small = prune(model, plan, calibration=pixels())
+    assert relative_error(logits(small, pixels(3, 2)), logits(model, pixels(3, 2))) < 1e-6
+
+
+# ---------------------------------------------------------------------- parts
+def test_each_part_by_itself_helps_and_touches_its_own_weights_only() -> None:
+    model = make(VIT).double()
+    dense = logits(model, pixels(16, 3))
+    for part, plan_name, touched in (
+        ("qk", "qk", ("q_proj", "k_proj")),
+        ("v", "v", ("v_proj", "o_proj")),
+        ("v", "heads", ("o_proj",)),
+        ("mlp", "mlp", ("fc2",)),
+        ("inputs", "narrow inputs", ("q_proj", "k_proj", "v_proj", "fc1")),
+        ("layers", "layers", ("fc2",)),
+        ("layers", "removed branches", ("fc2", "o_proj")),
+    ):
+        plan = plan_named(plan_name, model)
+        assert plan is not None
+        plan = without_scales(plan)
+        made = compensate_plan(model, plan, pixels(), (part,))
+        assert made.weights and {name.split(".")[-2] for name in made.weights} <= set(touched)
+        plain = distance(logits(prune(model, plan), pixels(16, 3)), dense)
+        assert distance(logits(prune(model, made), pixels(16, 3)), dense) < plain, (part, plan_name)
+
+
+def test_removed_residual_channels_are_predicted_by_all_readers_and_the_classifier() -> None:
+    model = make(VIT).double()
+    plan = PruningPlan.random(model, 0.3, ["embedding"])
+    made = compensate_plan(model, plan, pixels(), ("embedding",))
+    assert {name.split(".")[-2] for name in made.weights} == {"q_proj", "k_proj", "v_proj", "fc1", "classifier"}
+    unread = compensate_plan(
+        make("ViTForMaskedImageModeling"),
+        PruningPlan.random(make("ViTForMaskedImageModeling"), 0.3, ["embedding"]),
+        images(8),
+    )
+    assert any("embedding" in note for note in unread.info["compensation"]["notes"])
+
+
+def test_what_nothing_can_take_over_is_said() -> None:
+    model = make(VIT)
+    first = compensate_plan(model, PruningPlan.dense(model).keep_layers([1, 2]), images(8))
+    assert "attention of layer 0, MLP of layer 0" in first.info["compensation"]["notes"][0]
+    swin = make(SWIN)
+    stage = compensate_plan(swin, PruningPlan.dense(swin).keep_layers([0, 1, 3, 4]), images(8))
+    assert "attention of layer 2, MLP of layer 2" in stage.info["compensation"]["notes"][0]
+    middle = compensate_plan(model, PruningPlan.dense(model).keep_layers([0, 2]), images(8))
+    assert not any("takes over" in note for note in middle.info["compensation"]["notes"])
+
+
+def test_queries_that_are_turned_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(VIT)
+    plan = PruningPlan.random(model, 0.4, ["qk"])
+    monkeypatch.setitem(vars(plan.source.family), "plain_qk", False)
+    made = compensate_plan(model, plan, images(8))
+    assert "cannot be rotated" in made.info["compensation"]["notes"][0]
+    assert not any("q_proj" in name or "k_proj" in name for name in made.weights)
+
+
+@pytest.mark.parametrize("unit", ["mlp", "heads"])
+@pytest.mark.parametrize("case", [VIT, SWIN])
+def test_reselection_keeps_the_numbers_and_chooses_better(case: str, unit: str) -> None:
+    model = make(case, seed=1).double()
+    plan = PruningPlan.random(model, 0.5, [unit], seed=1)
+    made = compensate_plan(model, plan, pixels(), Compensation(reselect=True))
+    assert made.architecture == plan.architecture and made.layers != plan.layers
+    # what the first layer loses does not depend on the others
+    assert fits(made)[0]["after"] < fits(compensate_plan(model, plan, pixels()))[0]["after"]
+
+
+# ---------------------------------------------------------------------- plans with weights
+def test_a_compensated_plan_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = make(VIT)
+    made = compensate_plan(model, PruningPlan.random(model, 0.4), images(8))
+    made.save(tmp_path / "plan.json")
+    loaded = PruningPlan.load(tmp_path / "plan.json")
+    assert_same(loaded.weights, made.weights)
+    small = prune(model, loaded)
+    assert_same(dict(small.state_dict()), dict(prune(model, made).state_dict()))
+    small.save_pretrained(tmp_path / "model")
+    assert_same(run(type(small).from_pretrained(tmp_path / "model")), run(small))
+    assert small.config.pruning_config["info"]["compensation"]["images"] == 8
+
+
+def test_padded_channels_stay_zero() -> None:
+    """Masks have no place for them."""
+    model = make(VIT)
+    plan = plan_named("padded values", model)
+    assert plan is not None
+    small = prune(model, plan, calibration=images(8))
+    padded = [j for j, row in enumerate(plan.layers[0].v) for c in row if c == -1]
+    assert padded
+    for layer, entry in zip(small.vit.layers, plan.layers, strict=True):
+        rows = [c == -1 for row in entry.v for c in row]
+        assert not layer.attention.v_proj.weight[rows].any() and not layer.attention.o_proj.weight[:, rows].any()
+
+
+# ---------------------------------------------------------------------- the model and the process around it
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtype_and_mode_are_kept(dtype: torch.dtype) -> None:
+    model = make(VIT, hidden_dropout_prob=0.5).train()
+    plan = PruningPlan.random(model, 0.4)
+    expected = prune(model, plan, calibration=images(8))
+    small = prune(copy.deepcopy(model).to(dtype), plan, calibration=images(8))
+    assert {p.dtype for p in small.parameters()} == {dtype} and small.training and model.training
+    assert all(p.requires_grad for p in small.parameters())
+    tolerance = {torch.float32: 1e-6, torch.float16: 0.05, torch.bfloat16: 0.2}[dtype]
+    assert relative_error(run(small.float().eval())["logits"], run(expected.eval())["logits"]) < tolerance
+
+
+def test_two_processes_agree(tmp_path: Path) -> None:
+    """Bit for bit with each other, and to rounding with one."""
+    alone = agreed(tmp_path)
+    for name, tensors in alone.items():
+        for key, tensor in tensors.items():
+            assert relative_error(weights_of(tmp_path, name, 0)[key], tensor) < 1e-8, (name, key)
+        assert_same(weights_of(tmp_path, name, 0), weights_of(tmp_path, name, 1))
+
+
+def test_images_may_come_in_many_forms() -> None:
+    model = make(VIT)
+    plan = PruningPlan.random(model, 0.4)
+    tensor = images(10)
+    examples = [{"pixel_values": image, "labels": 0} for image in tensor]
+    expected = prune(model, plan, calibration=tensor)
+    for calibration in (examples, torch.utils.data.DataLoader(examples, batch_size=3, shuffle=True)):  # type: ignore[arg-type]
+        assert_same(dict(prune(model, plan, calibration=calibration).state_dict()), dict(expected.state_dict()))
+    some = compensate_plan(model, plan, tensor, Compensation(images=4))
+    assert some.info["compensation"]["images"] == 4
+
+
+@pytest.mark.parametrize("case", [SWIN, "Dinov2ForImageClassification"])
+def test_other_image_sizes_where_the_model_takes_them(case: str) -> None:
+    """Swin pads 20 x 20 images up to whole windows: padding is no token."""
+    model = make(case)
+    plan = PruningPlan.random(model, 0.4, ["heads", "qk", "v", "mlp"])
+    wide = images(16, size=24 if case != SWIN else 22)
+    small = prune(model, plan, calibration=wide)
+    dense, plain = run(model, wide)["logits"], run(prune(model, plan), wide)["logits"]
+    assert distance(run(small, wide)["logits"], dense) < distance(plain, dense)
+
+
+# ---------------------------------------------------------------------- bad input
+def test_bad_images_are_refused() -> None:
+    model = make(VIT)
+    plan = PruningPlan.random(model, 0.4)
+    broken = images(4)
+    broken[1, 0, 0, 0] = torch.nan
+    for calibration, message in (
+        (images(4)[:0], "empty"),
+        ([], "empty"),
+        (images(4, size=24), "does not take calibration images of shape"),
+        (images(4)[:, :1], "does not take calibration images of shape"),
+        (broken, "not finite"),
+        (images(4)[0], "images, channels"),
+        ("folder", "pass a tensor"),
+    ):
+        with pytest.raises(InvalidDataError, match=message):
+            prune(model, plan, calibration=calibration)
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    model = make(VIT)
+    model.vit.layers[1].mlp.fc1.bias.data[3] = torch.inf
+    with pytest.raises(InvalidDataError, match="features of the calibration images are not finite"):
+        prune(model, PruningPlan.random(model, 0.4, ["mlp"]), calibration=images(4))
+
+
+def test_very_few_or_blank_images_are_damped_and_said() -> None:
+    model = make(VIT).double()
+    plan = PruningPlan.random(model, 0.4)
+    made = compensate_plan(model, plan, pixels(1))
+    assert any("fewer tokens than features" in note for note in made.info["compensation"]["notes"])
+    assert any("ridge" in fit for fit in fits(made))
+    for calibration in (pixels(1), torch.zeros(6, 3, 16, 16).double(), pixels(1).expand(8, -1, -1, -1)):
+        small = prune(model, plan, calibration=calibration)
+        assert all(tensor.isfinite().all() for tensor in small.state_dict().values())
+        outputs, dense = logits(small, pixels(16, 3)), logits(model, pixels(16, 3))
+        assert relative_error(outputs, dense) < 2  # no blow-up away from the images
+
+
+def test_impossible_settings_are_refused() -> None:
+    model = make(VIT)
+    plan = PruningPlan.random(model, 0.4)
+    for wrong in ("some", ("fc3",), (), ("mlp", "mlp"), None, 3):
+        with pytest.raises(InvalidConfigError):
+            prune(model, plan, calibration=images(4), compensate=wrong)
+    for field, value in (
+        ("ridge", 0), ("ridge", True), ("ridge", float("nan")), ("token_share", 1), ("token_share", "x"),
+        ("images", 0), ("batch_size", None), ("reselect", 1), ("parts", "mlp"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidConfigError, match=field):
+            Compensation(**{field: value})
+    with pytest.raises(InvalidConfigError, match="needs calibration images"):
+        prune(model, plan, compensate=("mlp",))
+
+
+def test_compensate_none_and_no_images_slice_only() -> None:
+    model = make(VIT)
+    plan = PruningPlan.random(model, 0.4)
+    expected = dict(prune(model, plan).state_dict())
+    assert_same(dict(prune(model, plan, calibration=images(4), compensate="none").state_dict()), expected)
+
+
+def test_plans_that_cannot_be_compensated_are_refused() -> None:
+    model = make(VIT)
+    scaled = plan_named("scaled", model)
+    with pytest.raises(InvalidPlanError, match="folds factors"):
+        prune(model, scaled, calibration=images(4))
+    made = compensate_plan(model, PruningPlan.random(model, 0.4), images(4))
+    with pytest.raises(InvalidPlanError, match="carries new weights already"):
+        prune(model, made, calibration=images(4))
+    with pytest.raises(InvalidPlanError, match="another shape"):
+        prune(make(SWIN), PruningPlan.random(model, 0.4), calibration=images(4))
+    model.classifier.to("meta")
+    with pytest.raises(UnsupportedModelError, match="one device"):
+        compensate_plan(model, PruningPlan.random(model, 0.4), images(4))
+
+
+def test_a_plan_with_factors_follows_its_reference() -> None:
+    """The reference holds the factors of all units, those that go included."""
+    model = make(VIT).double()
+    dense = each_layer(
+        PruningPlan.dense(model),
+        lambda e: replace(
+            e, scales={"mlp": tuple(0.2 + 0.04 * i for i in range(48)), "v": tuple(1.5 - 0.03 * i for i in range(32))}
+        ),
+    )
+    reference = mask(model, dense)
+    plan = each_layer(
+        dense,
+        lambda e: replace(
+            e.keep_channels("v", range(4)),
+            mlp=e.mlp[8:],
+            scales={"mlp": e.scales["mlp"][8:], "v": tuple(s for i, s in enumerate(e.scales["v"]) if i % 8 < 4)},
+        ),
+    )
+    made = compensate_plan(model, plan, pixels(), reference=reference)
+    expected = logits(reference, pixels(16, 3))
+    error = relative_error(logits(prune(model, made), pixels(16, 3)), expected)
+    assert error < relative_error(logits(prune(model, plan), pixels(16, 3)), expected)
+    assert relative_error(logits(mask(model, made), pixels(16, 3)), logits(prune(model, made), pixels(16, 3))) < 1e-8
+    bare = without_scales(plan)
+    assert_same(
+        dict(prune(model, made).state_dict()),
+        dict(prune(reference, compensate_plan(reference, bare, pixels())).state_dict()),
+    )
