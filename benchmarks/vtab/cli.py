@@ -220,8 +220,8 @@ def _layers(task: str, peft: str, seed: int, data: Path, output: Path, probe_ima
 def pretrain(
     folder: Annotated[Path, typer.Argument(help="Folder for the model.")],
     images: Annotated[int, typer.Option(help="Training images.")] = 20_000,
-    epochs: Annotated[int, typer.Option(help="Passes over them.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Peak, of AdamW.")] = 1e-3,
+    epochs: Annotated[int, typer.Option(help="Passes over them.")] = 5,
+    learning_rate: Annotated[float, typer.Option(help="Peak, of AdamW.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
     cpu: Annotated[bool, typer.Option("--cpu", help="Leave an accelerator alone.")] = False,
 ) -> None:

@@ -38,6 +38,8 @@ _RANGES = {TRAIN: (0, 800), VALIDATION: (589824, 590024), TEST: (663552, COUNT)}
 #: sha256 of the order of all images, as little-endian 32-bit integers
 _DIGEST = "8a22f07d9467bf1e3b053e27e5e6979ca85172c2f518b5650240d857f727dce6"
 
+#: images drawn at once: a million pixels in double precision, several times over
+_AT_ONCE = 256
 _SQUARE = 9.6
 _ELLIPSE = (12.76, 7.22)
 #: outline of the heart's right half: angle in degrees from the horizontal -> distance from the centre
@@ -58,7 +60,13 @@ def factors_of(indices: np.ndarray) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------- drawing
 def render(indices: np.ndarray) -> np.ndarray:
     """(n, 64, 64) bytes, 0 or 255, of the images with these numbers. No anti-aliasing: a pixel's centre decides."""
-    factors = {name: value[:, None, None] for name, value in factors_of(np.asarray(indices)).items()}
+    indices = np.asarray(indices)
+    parts = [indices[start : start + _AT_ONCE] for start in range(0, len(indices), _AT_ONCE)]
+    return np.concatenate([_render(part) for part in parts])
+
+
+def _render(indices: np.ndarray) -> np.ndarray:
+    factors = {name: value[:, None, None] for name, value in factors_of(indices).items()}
     centre = np.arange(SIDE) + 0.5
     dx = centre[None, None, :] - (16 + 32 * factors["x"] / 31)
     dy = centre[None, :, None] - (16 + 32 * factors["y"] / 31)
