@@ -2,8 +2,8 @@
 
 Three schedules, for the same number of epochs:
 
-- ``CLR`` (cyclic learning-rate restarting, Le and Hua, 2021): from the weights as they are, warm-up to the peak rate of
-  the first training, then cosine decay.
+- ``CLR`` (cyclic learning-rate restarting, Le and Hua, 2021): from the weights as they are, warm-up to the peak rate
+  of the first training, then cosine decay.
 - ``FT`` (fine-tuning, as Renda et al., 2020, and Le and Hua compare it): from the weights as they are, at one small
   rate. Their rate is the first training's last; a cosine ends at zero, so that it is a share of the peak here.
 - ``TFS`` (training from scratch): the rates of ``CLR``, from fresh adapters and a fresh head on the pretrained layers
@@ -129,8 +129,9 @@ def fresh_adapters(model: Any, seed: int = 0) -> Any:
     """
     if not is_peft(model):
         raise InvalidConfigError(
-            f"training from scratch starts from the pretrained layers, and this {type(model).__name__} has no adapters "
-            "that could be taken off: its layers are trained themselves. Truncate the pretrained model and train that"
+            f"training from scratch starts from the pretrained layers, and this {type(model).__name__} has no "
+            "adapters that could be taken off: its layers are trained themselves. Truncate the pretrained model and "
+            "train that"
         )
     model = peft_model_in(model)
     check_peft_model(model)
