@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py                      # everything, about a quarter of an hour on two cores
     python benchmarks/speed.py inference --models vit-small --batch-sizes 1 8
-    python benchmarks/speed.py training|pruning|loading
+    python benchmarks/speed.py truncation|training|pruning|loading
 
 Every number is a ratio between two sides that take turns in one run; medians of several rounds, MACs beside. Models
 have random weights and published shapes. ``--json FILE`` keeps every sample.
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_vitprune import Architecture, PruningPlan, VTPConfig, build, count, get_pruning_model, prune
+from hf_vitprune import Architecture, PruningPlan, VTPConfig, build, count, get_pruning_model, prune, truncate
 from hf_vitprune.cost.latency import device_name, measure_speed
 from hf_vitprune.cost.meter import ClosedFormMeter
 from hf_vitprune.native import to_native
@@ -81,6 +81,28 @@ def inference(names: list[str], batch_sizes: list[int], rounds: int) -> list[dic
                     "of it": timing.speedup / macs,
                 }
             )
+    return rows
+
+
+def truncation(names: list[str], batch_sizes: list[int], rounds: int) -> list[dict[str, Any]]:
+    """Forward pass, all 12 layers against the first k: the speed-up as a share of 12 / k."""
+    rows = []
+    for name in names:
+        model = ViTForImageClassification(dense_config(name))
+        layers = model.config.num_hidden_layers
+        models = {"dense": model, **{str(k): truncate(model, k) for k in (9, 6, 3)}}
+        for batch in batch_sizes:
+            timings = measure_speed(models, batch_size=batch, image_size=224, rounds=rounds)
+            for k in list(models)[1:]:
+                rows.append(
+                    {
+                        "what": f"{name}, {k} of {layers} layers, batch {batch}",
+                        "N / k": layers / int(k),
+                        "MAC ratio": count(model).macs / count(models[k]).macs,
+                        "speed-up": timings[k].speedup,
+                        "of N / k": timings[k].speedup / (layers / int(k)),
+                    }
+                )
     return rows
 
 
@@ -231,7 +253,7 @@ def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("inference", "training", "pruning", "loading")
+    parts = ("inference", "truncation", "training", "pruning", "loading")
     parser.add_argument("part", nargs="?", choices=(*parts, "all"), default="all")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
@@ -240,6 +262,7 @@ def main() -> None:
     args = parser.parse_args()
     runs: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "inference": lambda: inference(args.models, args.batch_sizes, args.rounds),
+        "truncation": lambda: truncation(args.models, args.batch_sizes, args.rounds),
         "training": lambda: training(args.models, args.batch_sizes[-1], args.rounds),
         "pruning": lambda: pruning(args.rounds),
         "loading": lambda: loading(args.rounds),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, pipeline, set_seed
 
@@ -15,7 +16,7 @@ from .cost.latency import device_name
 from .data import DIGITS, LabelledImages, load_images
 from .distillation import DistillationConfig
 from .errors import VitPruneError
-from .methods import NViTConfig, PruningConfig, VTPConfig
+from .methods import NViTConfig, PruningConfig, SLSConfig, VTPConfig
 from .report import comparison_table
 from .workflow import PrunedResult, Schedule, compare, evaluate, prune_and_tune, save_result, train
 
@@ -27,10 +28,11 @@ DISTILLATION = DistillationConfig(kind="soft", weight=0.5, temperature=2.0)
 
 
 class DemoMethod(NamedTuple):
-    """A row of the table."""
+    """A row of the table; with ``lora``, adapters are trained on the frozen model, and merged at the end."""
 
     name: str
     config: Callable[[], PruningConfig]
+    lora: bool = False
 
 
 #: of NViT, for the small model
@@ -41,6 +43,7 @@ METHODS = (
         "VTP", lambda: VTPConfig(target=0.5, sparsity_weight=1e-4, sparsity_warmup=0.2, gate_learning_rate=2e-2)
     ),
     DemoMethod("NViT", lambda: NViTConfig(target=0.5, group_sizes=GROUP_SIZES)),
+    DemoMethod("SLS", lambda: SLSConfig(max_samples=500), lora=True),
 )
 
 
@@ -58,6 +61,12 @@ def tiny_vit(label_names: list[str]) -> ViTForImageClassification:
         label2id={name: i for i, name in enumerate(label_names)},
     )
     return ViTForImageClassification(config)
+
+
+def with_lora(model: ViTForImageClassification) -> Any:
+    """The model with adapters and a head that are trained, and everything else frozen."""
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    return get_peft_model(model, config)
 
 
 def run_demo(output: Path, seed: int = 0, console: Console | None = None) -> list[dict[str, Any]]:
@@ -86,8 +95,9 @@ def run_demo(output: Path, seed: int = 0, console: Console | None = None) -> lis
 
     results: dict[str, PrunedResult] = {}
     for method in METHODS:
-        results[method.name] = prune_and_tune(
-            copy.deepcopy(dense),
+        model = copy.deepcopy(dense)
+        result = prune_and_tune(
+            with_lora(model) if method.lora else model,
             method.config(),
             train_set,
             eval_set,
@@ -95,6 +105,9 @@ def run_demo(output: Path, seed: int = 0, console: Console | None = None) -> lis
             tune=TUNE,
             distillation=DISTILLATION,
         )
+        if method.lora:
+            result.model = result.model.merge_and_unload()
+        results[method.name] = result
     rows, timings = compare(dense, evaluate(dense, eval_set), results, batch_size=64)
     for name, result in results.items():
         folder = output / name.lower()

@@ -35,7 +35,8 @@ def test_the_demo_prints_what_it_measured(short_demo):
     for method in ("VTP", "NViT"):
         pruned = by_name[f"{method}, final"]
         assert pruned["macs"] <= 0.5 * dense["macs"] and pruned["params"] < 0.6 * dense["params"]
-    for row in (dense, pruned):
+    assert by_name["SLS, final"]["macs"] <= dense["macs"]
+    for row in (dense, pruned, by_name["SLS, final"]):
         assert f"{row['accuracy']:.1%}" in text and row["latency_ms"] > 0
 
 
@@ -58,7 +59,7 @@ def test_the_demo_leaves_a_complete_model_folder(short_demo):
 def test_every_stage_of_the_demo_trains():
     """No schedule may be empty, or a row would show an untrained model."""
     assert min(s.epochs for s in (demo.PRETRAIN, demo.LEARN, demo.TUNE)) > 0
-    assert {method.name for method in demo.METHODS} >= {"VTP", "NViT"}
+    assert {method.name for method in demo.METHODS} >= {"VTP", "NViT", "SLS"}
 
 
 @pytest.fixture

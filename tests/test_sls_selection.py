@@ -256,31 +256,38 @@ def test_a_share_of_the_images_has_every_class() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scores", "estimates", "kept", "full"),
+    ("scores", "halves", "estimates", "kept", "half", "full"),
     [
-        ([0.9, 0.9, 0.1, 0.8, 1.0], [0.9, 0.9, 0.1, 0.7, 0.9], 4, [5]),  # all clear
-        ([0.9, 0.9, 0.2, 0.8, 1.0], [0.9, 0.9, 0.35, 0.7, 0.9], 4, [5, 3]),  # in doubt, and fails
-        ([0.9, 0.1, 0.4, 0.8, 1.0], [0.9, 0.1, 0.25, 0.7, 0.9], 3, [5, 3]),  # in doubt, and does not
-        ([0.9, 0.9, 0.2, 0.8, 1.0], [0.9, 0.9, 0.9, 0.9, 0.8], 4, [5, 4, 3]),  # the last layer's estimate is off
-        ([0.9, 0.9, 0.2, 0.8, 0.0], [0.9, 0.9, 0.9, 0.9, 0.8], 5, [5]),
+        ([0.9, 0.9, 0.1, 0.8, 1.0], [0.9, 0.9, 0.11, 0.8, 1.0], [0.9, 0.9, 0.1, 0.7, 0.9], 4, [3], [5]),
+        # a low estimate is no failure: the layer passes halfway
+        ([0.9, 0.1, 0.5, 0.8, 1.0], [0.9, 0.1, 0.48, 0.8, 1.0], [0.9, 0.0, 0.0, 0.7, 0.9], 3, [3, 2], [5]),
+        # in doubt halfway too
+        ([0.9, 0.9, 0.28, 0.8, 1.0], [0.9, 0.9, 0.32, 0.8, 1.0], [0.9, 0.9, 0.35, 0.7, 0.9], 4, [3], [5, 3]),
+        ([0.1, 0.9, 0.35, 0.8, 1.0], [0.1, 0.9, 0.25, 0.8, 1.0], [0.1, 0.9, 0.35, 0.7, 0.9], 2, [3, 1], [5, 3]),
+        # the last layer's estimate is too high: none is believed
+        ([0.9, 0.9, 0.0, 0.8, 0.5], [0.9, 0.9, 0.0, 0.8, 0.5], [0.9, 0.9, 0.9, 0.9, 0.9], 4, [4, 3], [5]),
+        ([0.9, 0.9, 0.2, 0.8, 0.0], [0.9, 0.9, 0.2, 0.8, 0.0], [0.9, 0.9, 0.9, 0.9, 0.8], 5, [], [5]),
     ],
 )
-def test_estimates_are_believed_where_they_are_clear(
-    scores: list[float], estimates: list[float], kept: int, full: list[int]
+def test_estimates_pass_layers_and_half_runs_settle_the_clear_ones(
+    scores: list[float], halves: list[float], estimates: list[float], kept: int, half: list[int], full: list[int]
 ) -> None:
-    seen: list[int] = []
+    seen: dict[str, list[int]] = {"full": [], "half": []}
+
+    def table(values: list[float], name: str | None = None) -> Any:
+        return lambda n: (name and seen[name].append(n)) or values[n - 1]
+
     config = SLSConfig(fast=True, margin=0.15)
-    screened = screening.Screened(
-        lambda n: seen.append(n) or scores[n - 1], lambda n: estimates[n - 1], 5, config
-    )  # fmt: skip
+    screened = screening.Screened(table(scores, "full"), table(halves, "half"), table(estimates), 5, config)
     made = selection.walk(screened, 5, config)
-    assert made.kept_layers == kept and seen == full
-    assert sorted(screened.estimated + seen, reverse=True) == list(made.scores)
+    assert made.kept_layers == kept == selection.walk(table(scores), 5, config).kept_layers
+    assert seen == {"full": full, "half": half}
+    assert sorted(screened.estimated + full, reverse=True) == list(made.scores)
 
 
 def test_fast_decides_alike() -> None:
     features, labels = CASES["falling"]
-    settings = {"iterations": 500}
+    settings: dict[str, Any] = {"iterations": 500}
     full, fast, doubtful = (
         select_layers(features, labels, SLSConfig(**settings, **more))
         for more in ({}, {"fast": True}, {"fast": True, "margin": 100.0})
@@ -288,7 +295,7 @@ def test_fast_decides_alike() -> None:
     assert fast.kept_layers == full.kept_layers and list(fast.scores) == list(full.scores)
     assert fast.scores[len(features)] == full.scores[len(features)] and fast.threshold == full.threshold
     assert all((fast.scores[n] == full.scores[n]) != (n in fast.estimated) for n in full.scores)
-    assert doubtful == full and fast.estimated == tuple(sorted(fast.estimated, reverse=True))
+    assert doubtful.kept_layers == full.kept_layers and fast.estimated == tuple(sorted(fast.estimated, reverse=True))
 
 
 # ---------------------------------------------------------------------- refusals

@@ -38,10 +38,11 @@ class SLSConfig(PruningConfig):
         min_layers: never keep fewer layers.
         max_samples: score with at most this many images, evenly spaced over the data; None: all.
         batch_size: images a forward pass.
-        fast: look at the layers by a cheap t-SNE first, and take the full one for the last layer and for those that
-            the cheap one leaves in doubt.
-        margin: with ``fast``: a cheap score this near to the threshold, as a share of the last layer's score, is in
-            doubt.
+        fast: let a cheap t-SNE pass the layers that are far over the threshold, and stop the full one halfway where
+            that settles it; the last layer is always scored in full. Decides as without, unless a score is off by
+            more than the margins.
+        margin: with ``fast``: a layer passes when its cheap score is over the threshold by this share of the last
+            layer's score.
         threads: threads of t-SNE, which its last digits (and so the decision, when it is close) depend on. None:
             what scikit-learn uses, but two at most, since with more the digits change from run to run.
     """

@@ -2,7 +2,8 @@
 
 It differs from scikit-learn's in three ways: on a share of the images, exact gradients as products of small dense
 matrices instead of a tree, and a rate that is four times as high over half the steps. Scores come out within a few
-hundredths on trained features, and up to 0.15 off where classes are about to come apart.
+hundredths where classes lie well apart, and far too low where they are about to come apart: then fewer images are not
+enough for clusters to form.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ MOST_IMAGES = 500
 EXAGGERATION = 12.0
 EXAGGERATED_STEPS, PLAIN_STEPS = 60, 440
 BISECTIONS = 25
+#: of the last layer's score: what the second half of a t-SNE's steps may still change
+HALFWAY_MARGIN = 0.1
 MOST_PRECISION = 1e30
 #: spread of the first coordinates, as scikit-learn's
 FIRST_SPREAD = 1e-4
@@ -29,23 +32,28 @@ Score = Callable[[int], float]
 
 
 class Screened:
-    """Scores of layers from the top: estimates where those are clear, full ones for the last layer and in doubt.
+    """Scores of layers from the top, as cheaply as the decision allows.
 
-    An estimate is in doubt where it is within ``margin`` times the last layer's score of the threshold. Where the last
-    layer's own estimate is that far off its score, none is believed.
+    The cheap t-SNE may only pass a layer: with a score over the threshold by ``margin`` times the last layer's. It
+    errs downwards where classes are about to come apart, so that a low one says nothing. What it does not pass gets
+    scikit-learn's t-SNE, at first stopped halfway, which is the same run up to there; and to its end where that score
+    is within :data:`HALFWAY_MARGIN` of the threshold. The last layer is always scored in full. If its cheap score is
+    over the full one by the margin, cheap scores are not used.
 
     Args:
         score: the full score.
-        estimate: the cheap one.
+        halfway: of the t-SNE that stops halfway; None where it is too short for that.
+        estimate: of the cheap t-SNE.
         layers: number of layers.
         config: ``alpha`` and ``margin`` are read.
 
     Attributes:
-        estimated: the layers whose estimate was taken.
+        estimated: the layers whose score is not the full one.
     """
 
-    def __init__(self, score: Score, estimate: Score, layers: int, config: SLSConfig) -> None:
-        self.score, self.estimate, self.layers, self.config = score, estimate, layers, config
+    def __init__(self, score: Score, halfway: Score | None, estimate: Score, layers: int, config: SLSConfig) -> None:
+        self.score, self.halfway, self.estimate = score, halfway, estimate
+        self.layers, self.config = layers, config
         self.estimated: list[int] = []
         self.top: float | None = None
         self.trusted: bool | None = None
@@ -55,12 +63,17 @@ class Screened:
             self.top = self.score(number)
             return self.top
         assert self.top is not None, "layers are scored from the top"
-        doubt = self.config.margin * self.top
+        threshold, margin = self.config.alpha * self.top, self.config.margin * self.top
         if self.trusted is None:
-            self.trusted = abs(self.estimate(self.layers) - self.top) <= doubt
+            self.trusted = self.estimate(self.layers) - self.top <= margin
         if self.trusted:
             guess = self.estimate(number)
-            if abs(guess - self.config.alpha * self.top) > doubt:
+            if guess > threshold + margin:
+                self.estimated.append(number)
+                return guess
+        if self.halfway is not None:
+            guess = self.halfway(number)
+            if abs(guess - threshold) > HALFWAY_MARGIN * self.top:
                 self.estimated.append(number)
                 return guess
         return self.score(number)

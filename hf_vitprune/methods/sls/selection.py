@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ...architecture import Architecture
 from ...errors import InvalidConfigError, InvalidDataError
 from ..depth import fewest_layers
-from .config import SLSConfig
+from .config import MIN_ITERATIONS, SLSConfig
 from .features import check_features, check_labels, extract_features
 from .scoring import layer_score
 from .screening import Score, Screened, estimated_score
@@ -36,7 +36,7 @@ class LayerSelection:
         threshold: alpha times the last layer's score; None where that is not positive.
         reason: the decision in words.
         layers: number of layers before.
-        estimated: with ``fast``, the layers whose score is only the cheap t-SNE's.
+        estimated: with ``fast``, the layers whose score is not the full t-SNE's.
     """
 
     kept_layers: int
@@ -123,7 +123,15 @@ def select_layers(features_or_model: Any, labels_or_dataset: Any, config: SLSCon
 
     if not config.fast:
         return walk(score, total, config, floor)
-    screened = Screened(score, lambda number: estimated_score(arrays[number], classes, config), total, config)
+    half = config.iterations // 2
+    stopped = replace(config, iterations=half) if half >= MIN_ITERATIONS else None
+    screened = Screened(
+        score,
+        None if stopped is None else lambda number: layer_score(arrays[number], classes, stopped),
+        lambda number: estimated_score(arrays[number], classes, config),
+        total,
+        config,
+    )
     return replace(walk(screened, total, config, floor), estimated=tuple(screened.estimated))
 
 

@@ -1,0 +1,186 @@
+#!/usr/bin/env python
+"""Adapt a vision transformer to a task with LoRA, keep the layers that the task needs (SLS), retrain, save adapters.
+
+    python examples/run_sls_peft.py --output_dir /tmp/sls                     # digits, on a small ViT made for it
+    accelerate launch examples/run_sls_peft.py --dataset beans --output_dir beans-adapter \
+        --model_name_or_path google/vit-base-patch16-224-in21k --alpha 0.3 --schedule CLR
+
+A plain ``Trainer`` does the training; ``PruningCallback`` scores the layers at its end. What is saved is the adapter
+of the kept layers, the head and the number of layers: the backbone is shared by all tasks. Started again with
+``--resume_from_checkpoint True``, the run goes on in whichever stage it was.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    ViTImageProcessorPil,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_vitprune import PruningCallback, SLSConfig, count, get_pruning_model, retrain
+from hf_vitprune.data import DIGITS, LabelledImages, load_images
+from hf_vitprune.demo import IMAGE_SIZE, tiny_vit
+from hf_vitprune.workflow import Schedule, accuracy_of, evaluate
+
+
+@dataclass
+class DataArguments:
+    """What to learn from."""
+
+    dataset: str = field(
+        default=DIGITS, metadata={"help": "'digits', a folder with one sub-folder a class, or a Hub dataset"}
+    )
+    train_split: str = field(default="train", metadata={"help": "training split"})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "evaluation split; found, or split off, by default"}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "use only so many training images"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many evaluation images"})
+
+
+@dataclass
+class ModelArguments:
+    """What to adapt, and how much of it to keep."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "pretrained model folder or Hub id; by default a small ViT, first trained on half the classes"
+        },
+    )
+    source_epochs: float = field(default=15.0, metadata={"help": "epochs of that first training"})
+    lora_rank: int = field(default=8, metadata={"help": "rank of the adapters"})
+    lora_targets: str = field(default="q_proj,v_proj", metadata={"help": "modules that get adapters"})
+    alpha: float = field(default=0.3, metadata={"help": "the threshold as a share of the last layer's score"})
+    sls_config: str = field(default="{}", metadata={"help": 'JSON of further settings of SLS, e.g. {"fast": true}'})
+    schedule: str = field(default="CLR", metadata={"help": "retraining: CLR, FT, TFS, or none"})
+    retrain_epochs: float | None = field(default=None, metadata={"help": "epochs of it; as the first by default"})
+
+
+def load_backbone(args: ModelArguments, images: LabelledImages, training: TrainingArguments) -> tuple[str, Any]:
+    """(model folder or Hub id, image processor); without a model, a small one is made in the output folder."""
+    if args.model_name_or_path is not None:
+        return args.model_name_or_path, AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    folder = Path(training.output_dir) / "backbone"
+    processor: Any = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    if not (folder / "config.json").is_file():
+        set_seed(training.seed)
+        model = tiny_vit(images.label_names)
+        half = len(images.label_names) // 2
+        source, _ = images.processed(processor, cache=True)
+        source.dataset = source.dataset.select(
+            [i for i, label in enumerate(source.dataset[images.label_column]) if label < half]
+        )
+        schedule = Schedule(args.source_epochs, 2e-3, seed=training.seed).arguments(str(folder / "training"))
+        trainer = Trainer(model, schedule, train_dataset=source)
+        trainer.train()
+        if trainer.is_world_process_zero():
+            processor.save_pretrained(folder)
+            model.to("cpu").save_pretrained(folder)  # type: ignore[arg-type]
+        trainer.accelerator.wait_for_everyone()
+    return str(folder), processor
+
+
+def adapted(backbone: str, args: ModelArguments, label_names: list[str]) -> Any:
+    """The backbone with a new head and LoRA adapters."""
+    base = AutoModelForImageClassification.from_pretrained(
+        backbone,
+        id2label=dict(enumerate(label_names)),
+        label2id={name: i for i, name in enumerate(label_names)},
+        ignore_mismatched_sizes=True,
+    )
+    targets = args.lora_targets.split(",")
+    config = LoraConfig(
+        r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=targets, modules_to_save=["classifier"]
+    )
+    return get_peft_model(base, config)
+
+
+def stage_arguments(args: TrainingArguments, stage: str) -> TrainingArguments:
+    """The user's arguments with an output folder of the stage's own."""
+    record = {**args.to_dict(), "output_dir": str(Path(args.output_dir) / stage), "push_to_hub": False}
+    known = {name for name, f in TrainingArguments.__dataclass_fields__.items() if f.init}
+    return TrainingArguments(**{name: value for name, value in record.items() if name in known})
+
+
+def last_checkpoint(args: TrainingArguments, stage: TrainingArguments) -> str | None:
+    folder = Path(stage.output_dir or "")
+    return get_last_checkpoint(str(folder)) if args.resume_from_checkpoint and folder.is_dir() else None
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))  # type: ignore[arg-type]
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+    images = load_images(
+        data_args.dataset, train_split=data_args.train_split, eval_split=data_args.eval_split, seed=training_args.seed
+    )
+    backbone, processor = load_backbone(model_args, images, training_args)
+    set_seed(training_args.seed)
+    model = adapted(backbone, model_args, images.label_names)
+    train_set, eval_set = images.processed(processor, cache=data_args.dataset == DIGITS)
+    for dataset, limit in ((train_set, data_args.max_train_samples), (eval_set, data_args.max_eval_samples)):
+        if limit is not None:
+            dataset.dataset = dataset.dataset.select(range(min(limit, len(dataset))))
+    dense = count(model)
+
+    # 1. adapt; at the end the callback scores the layers from the top and decides
+    pruning_model = get_pruning_model(model, SLSConfig(alpha=model_args.alpha, **json.loads(model_args.sls_config)))
+    learning = stage_arguments(training_args, "adapt")
+    learner = Trainer(pruning_model, learning, train_dataset=train_set, callbacks=[PruningCallback()])
+    learner.train(resume_from_checkpoint=last_checkpoint(training_args, learning))
+    selection = pruning_model.method.selection
+
+    # 2. truncate: still a PeftModel, over the kept layers only
+    small = pruning_model.export()
+    accuracy = {"adapted": evaluate(pruning_model.unload(), eval_set), "truncated": evaluate(small, eval_set)}
+
+    # 3. retrain adapters and head
+    if model_args.schedule != "none":
+        again = stage_arguments(training_args, "retrain")
+        trainer = retrain(
+            small,
+            again,
+            model_args.schedule,
+            epochs=model_args.retrain_epochs,
+            trainer_class=Trainer,
+            resume_from_checkpoint=last_checkpoint(training_args, again),
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            compute_metrics=accuracy_of,
+        )
+        small = trainer.model
+        accuracy["retrained"] = trainer.evaluate()["eval_accuracy"]
+
+    summary = {
+        "kept_layers": selection.kept_layers,
+        "layers": selection.layers,
+        "reason": selection.reason,
+        "accuracy": accuracy,
+        "macs_ratio": count(small).macs / dense.macs,
+    }
+    if learner.is_world_process_zero():
+        folder = Path(training_args.output_dir or "") / "adapter"
+        small.to("cpu", dtype=torch.float32).save_pretrained(folder)
+        processor.save_pretrained(folder)
+        summary["adapter_bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        summary["backbone_params"] = dense.params
+        print(json.dumps(summary, indent=2))
+    return summary
+
+
+if __name__ == "__main__":
+    main()
