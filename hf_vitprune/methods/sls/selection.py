@@ -124,7 +124,8 @@ def select_layers(features_or_model: Any, labels_or_dataset: Any, config: SLSCon
     if not config.fast:
         return walk(score, total, config, floor)
     half = config.iterations // 2
-    stopped = replace(config, iterations=half) if half >= MIN_ITERATIONS else None
+    # the first MIN_ITERATIONS are exaggerated: a map that has had few others says nothing yet
+    stopped = replace(config, iterations=half) if half >= 2 * MIN_ITERATIONS else None
     screened = Screened(
         score,
         None if stopped is None else lambda number: layer_score(arrays[number], classes, stopped),
