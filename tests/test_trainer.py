@@ -237,9 +237,10 @@ CHECKPOINTING = {"activation_checkpointing": False, "activation_checkpointing_kw
 )
 def test_setups_without_whole_gradients_are_refused(setup: dict[str, Any], message: str) -> None:
     fine = {**CHECKPOINTING, "deepspeed": None, "deepspeed_plugin": None, "fsdp": None, "n_gpu": 1}
-    PruningCallback().on_train_begin(SimpleNamespace(**fine), None, None, model=gated())
+    state = SimpleNamespace(max_steps=1)
+    PruningCallback().on_train_begin(SimpleNamespace(**fine), state, None, model=gated())
     with pytest.raises(InvalidConfigError, match=message):
-        PruningCallback().on_train_begin(SimpleNamespace(**{**fine, **setup}), None, None, model=gated())
+        PruningCallback().on_train_begin(SimpleNamespace(**{**fine, **setup}), state, None, model=gated())
 
 
 def test_fsdp_of_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
