@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import DeiTConfig, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 
 from hf_vitprune import Architecture, LatencyTable, NViTConfig, build, count, get_pruning_model, mask
 from hf_vitprune.cost.latency import device_name, measure_speed
@@ -34,8 +34,8 @@ V = (8, 64, 48, 64, 64, 64, 64, 64, 64, 64, 56, 64)
 MLP = (944, 800, 1440, 2240, 2432, 2384, 2448, 2496, 1840, 1488, 1184, 1056)
 
 
-def config_of(width: int, heads: int, kind: Any = ViTConfig) -> Any:
-    return kind(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, num_labels=1000)
+def config_of(width: int, heads: int) -> ViTConfig:
+    return ViTConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, num_labels=1000)
 
 
 def published(config: Any, padded: bool = False) -> Architecture:
@@ -127,7 +127,7 @@ def latency(table_file: Path, rounds: int) -> list[dict[str, Any]]:
         with torch.no_grad():
             expected = mask(model, plan)(pixel_values=pixels).logits
             error = (small(pixel_values=pixels).logits - expected).abs().max() / expected.abs().max()
-        batch = table.batch_size
+        batch = table.provenance["batch_size"]
         timing = measure_speed({"dense": model, "small": small}, batch_size=batch, image_size=224, rounds=rounds)
         rows.append(
             {

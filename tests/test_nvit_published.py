@@ -1,0 +1,29 @@
+"""The published .54 shape, against the numbers that its authors give, and the benchmark that times it."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import ViTConfig
+
+from benchmarks.nvit import config_of, published
+from hf_vitprune import Architecture, count
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "weights", "macs"),
+    [(768, 12, 86.29e6, 17.564e9), (384, 6, 21.91e6, 4.599e9), (192, 3, 5.648e6, 1.2537e9)],
+)
+def test_dense_shapes_cost_what_is_published(width: int, heads: int, weights: float, macs: float) -> None:
+    config = config_of(width, heads)
+    cost = count(Architecture.dense(config))
+    assert cost.weight_params == pytest.approx(weights, rel=0.003)
+    assert cost.macs == pytest.approx(macs, rel=0.003)
+
+
+def test_the_published_shape_costs_what_is_published() -> None:
+    config: ViTConfig = config_of(768, 12)
+    cost, dense = count(published(config)), count(Architecture.dense(config))
+    assert cost.weight_params == pytest.approx(34.14e6, rel=0.003)
+    assert cost.macs == pytest.approx(6.997e9, rel=0.003)
+    assert dense.macs / cost.macs == pytest.approx(2.51, rel=0.003)
+    assert count(published(config, padded=True)).macs > cost.macs
