@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from hf_vitprune.cli import Commands
@@ -17,6 +18,8 @@ from .settings import MODEL, PREPROCESSINGS, RETRAININGS
 from .tasks import DIGITS, VTAB
 
 console = Console()
+#: wider than any table
+WIDE = console.options.update(max_width=10_000)
 DATA = Path("data/vtab-1k")
 OUTPUT = Path("runs/vtab")
 
@@ -77,7 +80,9 @@ def show_tasks(root: Path) -> None:
         here = f"[green]{source}[/]" if source else "no"
         shown = remark if source else ""
         table.add_row(task.name, task.group, str(task.classes), str(task.test_images), here, shown)
-    console.print(table)
+    # a pipe or a file has no width: a row stays on one line there, so that it can be searched for
+    paper = console if sys.stdout.isatty() else Console(width=Measurement.get(console, WIDE, table).maximum)
+    paper.print(table)
     if missing:
         console.print(f"{len(missing)} tasks are not here. For {missing[0].name}, as an example:")
         console.print(availability(missing[0], root)[1], soft_wrap=True)
