@@ -1,5 +1,6 @@
 """Quiet libraries, one thread, fixed seeds."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -19,3 +20,9 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays for good. The Trainer collects garbage at every training: without all that."""
+    gc.collect()
+    gc.freeze()
