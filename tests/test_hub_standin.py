@@ -1,4 +1,7 @@
-"""The Hub stand-in, seen by the real client: stock transformers and huggingface_hub in processes of their own."""
+"""The Hub stand-in, seen by the real client: stock transformers and huggingface_hub in processes of their own.
+
+What test_hub.py shows with pruned models as well is slow here: every process imports transformers anew.
+"""
 
 from __future__ import annotations
 
@@ -75,6 +78,7 @@ def run_well(script: str, *args: str, env: dict[str, str]) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_model_comes_back_bit_exact_inline(hub: HubStandIn, tmp_path: Path) -> None:
     pushed = run_well(PUSH, REPO, env=hub_environment(hub, tmp_path / "a"))
     assert {"config.json", "model.safetensors", "README.md"} <= set(hub.files(REPO))
@@ -82,6 +86,7 @@ def test_model_comes_back_bit_exact_inline(hub: HubStandIn, tmp_path: Path) -> N
     assert run_well(LOAD, REPO, env=hub_environment(hub, tmp_path / "b", signed_in=False)) == pushed
 
 
+@pytest.mark.slow
 def test_model_comes_back_bit_exact_from_a_private_repo_in_lfs(lfs_hub: HubStandIn, tmp_path: Path) -> None:
     pushed = run_well(PUSH, REPO, "private", env=hub_environment(lfs_hub, tmp_path / "a"))
     weights = lfs_hub.files(REPO)["model.safetensors"]
@@ -95,6 +100,7 @@ def test_model_comes_back_bit_exact_from_a_private_repo_in_lfs(lfs_hub: HubStand
     assert run_well(LOAD, REPO, env=hub_environment(lfs_hub, tmp_path / "c")) == pushed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lfs", [False, True], ids=["inline", "lfs"])
 def test_connection_cut_in_the_commit_leaves_nothing_behind(lfs: bool, tmp_path: Path) -> None:
     with HubStandIn(lfs=lfs) as hub:

@@ -71,3 +71,4 @@ if __name__ == "__main__":
     assert one.kept == int(one.mask.sum()) == len(apart.plan().layers[0].mlp)
     plans["NViT apart"] = apart.plan().to_dict()["layers"]
     (out / f"plans.{rank}.json").write_text(json.dumps(plans))
+    torch.distributed.destroy_process_group()  # gloo's threads, left running, can abort a process that ends
