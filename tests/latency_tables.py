@@ -10,8 +10,9 @@ import numpy as np
 
 from hf_vitprune.architecture import Architecture
 from hf_vitprune.cost.latency import device_name
+from hf_vitprune.cost.latency_coverage import covered_model
 from hf_vitprune.cost.latency_grid import StageAxes, grids_of, stage_axes
-from hf_vitprune.cost.latency_table import LatencyTable, covered_model
+from hf_vitprune.cost.latency_table import LatencyTable
 from hf_vitprune.cost.sampled_grid import SampledGrid
 
 Seconds = Callable[..., float]

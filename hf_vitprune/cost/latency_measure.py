@@ -21,8 +21,9 @@ from ..modeling import build
 from .closed_form import count, layer_parts
 from .latency import environment
 from .latency_blocks import Point, TimedModel, points_of
+from .latency_coverage import covered_model
 from .latency_grid import StageAxes, grids_of, stage_axes
-from .latency_table import LatencyTable, covered_model
+from .latency_table import LatencyTable
 from .rounds import timed_rounds
 from .sampled_grid import SampledGrid
 
