@@ -59,13 +59,13 @@ def test_without_torch_pruning(monkeypatch: pytest.MonkeyPatch) -> None:
         depgraph_plan(adapted(), examples(), 0.5)
 
 
-@pytest.mark.parametrize("adapters", ADAPTERS)
-def test_small_model_is_what_torch_pruning_makes(adapters: str) -> None:
+@pytest.mark.parametrize(("adapters", "embedding"), [*((name, False) for name in ADAPTERS), ("none", True)])
+def test_small_model_is_what_torch_pruning_makes(adapters: str, embedding: bool) -> None:
     """Its own physical pruning of the traced model, with the sizes that it leaves put into the attention modules."""
     tp = pytest.importorskip("torch_pruning")
     model = adapted(adapters=adapters)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plan = depgraph_plan(model, examples(), 0.5)
+    plan = depgraph_plan(model, examples(), 0.5, embedding=embedding)
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())  # the model is left alone
     assert all(parameter.grad is None for parameter in model.parameters())
     small = prune(model, plan).eval()
@@ -86,13 +86,17 @@ def test_small_model_is_what_torch_pruning_makes(adapters: str) -> None:
             pruning_ratio=0.5,
             round_to=2,
             num_heads={linear: 4 for row in linears.values() for linear in row},
-            ignored_layers=[base.vit.embeddings.patch_embeddings.projection, base.classifier],
+            ignored_layers=[
+                base.classifier,
+                *([] if embedding else [base.vit.embeddings.patch_embeddings.projection]),
+            ],
             output_transform=lambda outputs: outputs.logits.sum(),
         )
         pruner.step()
     for module in attention:
         module.head_dim = linears[id(module)][0].out_features // 4
         assert module.head_dim == 4 == plan.architecture.layers[0].qk_dim
+    assert plan.architecture.hidden_size == base.classifier.in_features == (16 if embedding else 32)
     with torch.no_grad(), without_adapters(theirs), without_adapters(small):
         ours, expected = small(batch["pixel_values"]).logits, theirs(batch["pixel_values"]).logits
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

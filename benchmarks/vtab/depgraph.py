@@ -44,17 +44,20 @@ def torch_pruning() -> Any:
     return torch_pruning
 
 
-def depgraph_plan(model: Any, examples: Any, ratio: float, *, round_to: int = ROUND_TO) -> PruningPlan:
+def depgraph_plan(
+    model: Any, examples: Any, ratio: float, *, round_to: int = ROUND_TO, embedding: bool = False
+) -> PruningPlan:
     """What Torch-Pruning keeps of the heads' channels and of the MLP neurons.
 
-    The embedding keeps its width: adapters and head share it. Gradients come from the adapted model; what is scored
-    and traced is the backbone, so that adapters are ignored, as in the comparison of the SLS paper.
+    By default the embedding keeps its width: adapters and head share it. Gradients come from the adapted model; what
+    is scored and traced is the backbone, so that adapters are ignored, as in the comparison of the SLS paper.
 
     Args:
         model: a transformers classifier, or a PeftModel over one.
         examples: training examples; 10 batches of 32 of them, evenly spaced, give the gradients.
         ratio: share of the channels that goes, in (0, 1).
         round_to: kept channels of a head, and kept neurons, are a multiple of this.
+        embedding: prune residual channels as well (a plain model of one width).
 
     Raises:
         MissingExtraError: Torch-Pruning is not installed.
@@ -76,6 +79,9 @@ def depgraph_plan(model: Any, examples: Any, ratio: float, *, round_to: int = RO
         for name in (path.q, path.k, path.v)
     }
     prunable = {named[name] for path in paths for name in (path.q, path.k, path.v, *path.fc1)}
+    ignored = [m for m in subject.modules() if not list(m.children()) and m not in prunable]
+    if embedding:
+        ignored = [unwrap(subject).classifier]
     with warnings.catch_warnings(), subject.disable_adapter() if is_peft(subject) else nullcontext():
         warnings.simplefilter("ignore")  # on tokens and positions, which keep their width
         pruner = tp.pruner.BasePruner(
@@ -87,7 +93,7 @@ def depgraph_plan(model: Any, examples: Any, ratio: float, *, round_to: int = RO
             num_heads=heads,
             prune_num_heads=False,
             prune_head_dims=True,
-            ignored_layers=[m for m in subject.modules() if not list(m.children()) and m not in prunable],
+            ignored_layers=ignored,
             output_transform=lambda outputs: outputs.logits.sum(),
         )
         removed = _removed(pruner, named)
@@ -96,8 +102,12 @@ def depgraph_plan(model: Any, examples: Any, ratio: float, *, round_to: int = RO
         if path.o not in removed or path.fc2 not in removed:
             raise UnsupportedModelError(f"Torch-Pruning finds nothing to prune at {path.layer} of this model")
         layers.append(_cut(entry, shape, removed[path.o], removed[path.fc2]))
+    width = None
+    if embedding:
+        lost = removed[paths[0].q]
+        width = tuple(channel for channel in range(plan.source.hidden_size) if channel not in lost)
     info = {"method": "DepGraph", "ratio": ratio, "round_to": round_to, "torch_pruning": tp.__version__}
-    return replace(plan, layers=tuple(layers), info=info).validated()
+    return replace(plan, layers=tuple(layers), embedding=width, info=info).validated()
 
 
 def _subject(model: Any) -> Any:

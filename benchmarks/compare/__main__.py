@@ -1,0 +1,5 @@
+"""``python -m benchmarks.compare``."""
+
+from .cli import app
+
+app()

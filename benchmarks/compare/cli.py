@@ -1,0 +1,99 @@
+"""Pruning methods against each other: one dense model, one cost, one number of optimizer steps.
+
+    python -m benchmarks.compare run                      # ViT on digits and dSprites, all methods, three seeds
+    python -m benchmarks.compare run --methods nvit --tasks digits --budgets 0.3 --seeds 0
+    python -m benchmarks.compare report
+
+A dense model is trained for every family, task and seed (``models.py``), and kept. Every method gets a copy, a
+fraction of its MACs, and so many optimizer steps for pruning and fine-tuning together (``methods/``). A run is a JSON
+file; those that are there are not repeated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hf_vitprune.cli import Commands
+from hf_vitprune.report import markdown_table
+
+OUTPUT = Path("runs/compare")
+
+console = Console()
+
+
+class CompareCommands(Commands):
+    """Errors are one line, as those of ``hf-vitprune``."""
+
+    program = "benchmarks.compare"
+
+
+app = typer.Typer(
+    cls=CompareCommands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=__doc__,
+)
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of models and results.")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Pruning methods against each other: one dense model, one cost, one number of optimizer steps."""
+
+
+@app.command()
+def run(
+    families: Annotated[str, typer.Option(help="Models, with commas: vit, swin.")] = "vit",
+    tasks: Annotated[
+        str, typer.Option(help="With commas: digits, dsprites_loc, dsprites_ori.")
+    ] = "digits,dsprites_loc",
+    methods: Annotated[str, typer.Option(help="With commas; all by default.")] = "",
+    budgets: Annotated[str, typer.Option(help="Fractions of the MACs that may remain.")] = "0.5,0.3",
+    steps: Annotated[int, typer.Option(help="Optimizer steps of pruning and fine-tuning together.")] = 600,
+    seeds: Annotated[str, typer.Option(help="With commas.")] = "0,1,2",
+    output: Output = OUTPUT,
+) -> None:
+    """Do the runs that are not done yet."""
+    from .methods import METHODS
+    from .runs import do_run, path_of, runs_of, write_record
+
+    chosen = methods.split(",") if methods else list(METHODS)
+    fractions, numbers = [float(b) for b in budgets.split(",")], [int(s) for s in seeds.split(",")]
+    everything = runs_of(families.split(","), tasks.split(","), chosen, fractions, steps, numbers)
+    waiting = [one for one in everything if not path_of(one, output).is_file()]
+    console.print(f"{len(everything) - len(waiting)} of {len(everything)} runs are done already")
+    for number, one in enumerate(waiting, start=1):
+        record = do_run(one, output)
+        write_record(record, path_of(one, output))
+        console.print(
+            f"{number}/{len(waiting)}  {one.name}: {record['accuracy']:.1%}, {record['macs_ratio']:.3f} of the MACs, "
+            f"{record['seconds']:.0f} s",
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def report(
+    output: Output = OUTPUT,
+    validation: Annotated[bool, typer.Option(help="Accuracy on the images that settings are chosen by.")] = False,
+    markdown: Annotated[bool, typer.Option(help="For a README.")] = False,
+) -> None:
+    """Accuracy in percent, mean and deviation over the seeds."""
+    from .report import table_of
+    from .runs import records
+
+    cells = table_of(records(output), "validation" if validation else "accuracy")
+    if markdown:
+        print(markdown_table(cells))
+        return
+    table = Table(*cells[0])
+    for row in cells[1:]:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,44 @@
+"""Methods that train before they decide: a half of the steps for that, the other half to fine-tune."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from hf_vitprune import NViTConfig, VTPConfig, get_pruning_model
+
+from ..tasks import Task
+from ..training import fit, tune
+from .common import GROUP_SIZES, ROUND_TO
+
+#: of the training that decides
+LEARNING_RATE = 3e-4
+
+
+def nvit(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
+    """NViT in two phases: groups go a few at a time, then the small model is fine-tuned."""
+    config = NViTConfig(target=budget, group_sizes=GROUP_SIZES, pruning_share=1.0)
+    wrapped = get_pruning_model(copy.deepcopy(model), config)
+    first = steps // 2
+    fit(
+        wrapped,
+        task,
+        first,
+        LEARNING_RATE,
+        seed,
+        what=f"NViT, {first} steps",
+        schedule="constant",
+        distillation=wrapped.method.distillation,
+    )
+    return tune(wrapped.export(), model, task, steps - first, seed)
+
+
+def vtp(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
+    """VTP: scores that an L1 penalty pulls to zero, then a threshold."""
+    config = VTPConfig(
+        target=budget, sparsity_weight=1e-4, sparsity_warmup=0.2, gate_learning_rate=2e-2, round_to=ROUND_TO
+    )
+    wrapped = get_pruning_model(copy.deepcopy(model), config)
+    first = steps // 2
+    fit(wrapped, task, first, LEARNING_RATE, seed, what=f"VTP, {first} steps")
+    return tune(wrapped.export(), model, task, steps - first, seed)

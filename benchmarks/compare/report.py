@@ -1,0 +1,54 @@
+"""The table: accuracy of every method at every budget, mean and deviation over the seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import fmean, stdev
+from typing import Any
+
+from hf_vitprune.errors import InvalidDataError
+
+from .methods import METHODS
+from .runs import DENSE
+
+NOTHING = "–"
+
+
+def table_of(records: Iterable[dict[str, Any]], measure: str = "accuracy") -> list[list[str]]:
+    """Headings, and a row a family, steps and method; a column a task and budget.
+
+    Args:
+        measure: ``accuracy`` (of the test images) or ``validation``.
+
+    Raises:
+        InvalidDataError: there is nothing to show.
+    """
+    cells: dict[tuple[str, int, str], dict[tuple[str, float], list[float]]] = {}
+    dense: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        if record["method"] == DENSE:
+            dense.setdefault((record["family"], record["task"]), []).append(record[measure])
+        else:
+            row = cells.setdefault((record["family"], record["steps"], record["method"]), {})
+            row.setdefault((record["task"], record["budget"]), []).append(record[measure])
+    if not cells:
+        raise InvalidDataError("there are no finished runs to report on")
+    columns = sorted({column for row in cells.values() for column in row}, key=lambda c: (c[0], -c[1]))
+    order = list(METHODS)
+    headings = ["model, steps", "method", *(f"{task}, {budget:.0%}" for task, budget in columns)]
+    rows = []
+    for family, steps in dict.fromkeys(key[:2] for key in sorted(cells)):
+        name = f"{family}, {steps}"
+        rows.append([name, DENSE, *(_cell(dense.get((family, task), [])) for task, _ in columns)])
+        methods = [key[2] for key in cells if key[:2] == (family, steps)]
+        for method in sorted(methods, key=lambda m: order.index(m) if m in order else len(order)):
+            row = cells[family, steps, method]
+            rows.append([name, method, *(_cell(row.get(column, [])) for column in columns)])
+    return [headings, *rows]
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return NOTHING
+    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * fmean(values):.1f}{spread}"

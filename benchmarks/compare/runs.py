@@ -1,0 +1,124 @@
+"""Runs: a file each, none is done twice."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from hf_vitprune import Architecture, count
+from hf_vitprune.errors import InvalidConfigError, InvalidDataError
+
+from ..vtab.files import write_atomically
+from .methods import METHODS
+from .models import dense_model
+from .tasks import load_task
+from .training import accuracy
+
+#: a pruned model's MACs may be off the budget by this share of it
+TOLERANCE = 0.03
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of a table.
+
+    Attributes:
+        family: of the model.
+        method: ``dense`` for the unpruned model.
+        budget: fraction of the dense model's MACs.
+        steps: optimizer steps, of pruning and fine-tuning together.
+    """
+
+    family: str
+    task: str
+    method: str
+    budget: float
+    steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}-{self.task}-{self.method}-{self.budget:g}-{self.steps}-seed{self.seed}"
+
+
+def runs_of(
+    families: Sequence[str],
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    budgets: Sequence[float],
+    steps: int,
+    seeds: Sequence[int],
+) -> list[Run]:
+    """All cells, and the dense model's, seed by seed.
+
+    Raises:
+        InvalidConfigError: an unknown method.
+    """
+    unknown = sorted(set(methods) - METHODS.keys())
+    if unknown:
+        raise InvalidConfigError(f"methods are {', '.join(METHODS)}; not {', '.join(unknown)}")
+    runs = []
+    for family, task, seed in itertools.product(families, tasks, seeds):
+        runs.append(Run(family, task, DENSE, 1.0, 0, seed))
+        runs += [Run(family, task, method, budget, steps, seed) for budget in budgets for method in methods]
+    return runs
+
+
+def do_run(run: Run, folder: Path) -> dict[str, Any]:
+    """Prune, fine-tune and test.
+
+    Raises:
+        InvalidDataError: the method missed the budget.
+    """
+    task = load_task(run.task)
+    dense = dense_model(run.family, task, run.seed, folder / "dense")
+    started = time.perf_counter()
+    set_seed(run.seed)
+    small = dense
+    if run.method != DENSE:
+        small = METHODS[run.method](copy.deepcopy(dense), task, run.budget, run.steps, run.seed)
+    ratio = count(small).macs / count(dense).macs
+    if abs(ratio / run.budget - 1) > TOLERANCE:
+        raise InvalidDataError(f"{run.name}: {ratio:.3f} of the MACs stay, over {TOLERANCE:.0%} off the budget")
+    return {
+        **asdict(run),
+        "accuracy": accuracy(small, task.test),
+        "validation": accuracy(small, task.validation),
+        "macs_ratio": ratio,
+        "params_ratio": count(small).params / count(dense).params,
+        "architecture": Architecture.of(small).to_dict(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "torch": torch.__version__,
+    }
+
+
+def path_of(run: Run, folder: Path) -> Path:
+    return folder / "runs" / f"{run.name}.json"
+
+
+def write_record(record: dict[str, Any], path: Path) -> None:
+    """Keep what a run gave."""
+    write_atomically(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
+
+
+def records(folder: Path) -> Iterator[dict[str, Any]]:
+    """What the runs gave, in the order of their names.
+
+    Raises:
+        InvalidDataError: a file is damaged.
+    """
+    for path in sorted((folder / "runs").glob("*.json")):
+        try:
+            yield json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise InvalidDataError(f"{path} is damaged ({error}): delete it, and run again") from error

@@ -1,0 +1,80 @@
+"""The comparison of methods: budgets are met with rounded sizes, runs are kept and not repeated, tables are right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoModelForImageClassification
+from typer.testing import CliRunner
+
+from benchmarks.compare import models, runs
+from benchmarks.compare.cli import app
+from benchmarks.compare.methods import METHODS
+from benchmarks.compare.methods.common import ROUND_TO, plan_of_budget
+from benchmarks.compare.report import table_of
+from benchmarks.compare.tasks import Examples, Task
+from hf_vitprune import PruningPlan, count
+
+
+def tiny_task(name: str = "tiny") -> Task:
+    generator = np.random.default_rng(0)
+    labels = np.arange(64) % 4
+    parts = [Examples(generator.standard_normal((64, 1, 16, 16)), labels) for _ in range(3)]
+    return Task(name, 4, 16, *parts)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("budget", [0.5, 0.3])
+def test_rounded_plans_land_on_the_budget(family: str, budget: float) -> None:
+    model = AutoModelForImageClassification.from_config(models.FAMILIES[family](tiny_task()))
+    for plan_at in (
+        lambda ratio: PruningPlan.random(model, ratio, round_to=ROUND_TO),
+        lambda ratio: PruningPlan.magnitude(model, ratio, round_to=ROUND_TO),
+    ):
+        architecture = plan_of_budget(model, budget, plan_at).architecture
+        assert count(architecture).macs / count(model).macs == pytest.approx(budget, rel=runs.TOLERANCE)
+        sizes = [s for shape in architecture.layers for s in (shape.qk_dim, shape.v_dim, shape.mlp)]
+        assert all(size % ROUND_TO == 0 for size in [*sizes, architecture.hidden_size])
+
+
+def test_runs_are_done_once_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "load_task", tiny_task)
+    monkeypatch.setattr(models, "STEPS", 2)
+    methods = [name for name in METHODS if name in ("magnitude", "nvit")]
+    arguments = ["run", "--tasks", "tiny", "--methods", ",".join(methods), "--budgets", "0.5", "--steps", "4"]
+    arguments += ["--seeds", "0", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    records = {path.name: json.loads(path.read_text()) for path in (tmp_path / "runs").iterdir()}
+    assert {record["method"] for record in records.values()} == {"dense", *methods}
+    for record in records.values():
+        assert record["macs_ratio"] == pytest.approx(record["budget"], rel=runs.TOLERANCE)
+    again = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert f"{len(records)} of {len(records)} runs are done already" in again.output
+    shown = CliRunner().invoke(app, ["report", "--markdown", "--output", str(tmp_path)], catch_exceptions=False)
+    assert all(name in shown.output for name in methods)
+
+
+def test_table_has_mean_and_deviation_over_seeds() -> None:
+    def record(method: str, seed: int, accuracy: float, **changes: Any) -> dict[str, Any]:
+        base = {"family": "vit", "task": "t", "method": method, "budget": 0.5, "steps": 9, "seed": seed}
+        return {**base, "accuracy": accuracy, **changes}
+
+    rows = table_of(
+        [
+            record("dense", 0, 0.9, budget=1.0, steps=0),
+            record("nvit", 0, 0.5),
+            record("nvit", 1, 0.7),
+            record("magnitude", 0, 0.25),
+        ]
+    )
+    assert rows == [
+        ["model, steps", "method", "t, 50%"],
+        ["vit, 9", "dense", "90.0"],
+        ["vit, 9", "magnitude", "25.0"],
+        ["vit, 9", "nvit", "60.0 ± 14.1"],
+    ]
