@@ -27,6 +27,7 @@ from hf_vitprune import Architecture, LatencyTable, build, count
 from hf_vitprune.cost.latency import device_name, measure_speed
 from hf_vitprune.cost.latency_measure import measure_table
 from hf_vitprune.layer_shape import LayerShape
+from hf_vitprune.run_report import plot_predictions
 
 
 def vit(config_class: Any, width: int, heads: int, **fields: Any) -> Any:
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="use this table instead of a new one")
     parser.add_argument("--save", type=Path, help="save the new table here")
     parser.add_argument("--json", type=Path, help="write every number here")
+    parser.add_argument("--plot", type=Path, help="draw predicted against measured times into this file")
     args = parser.parse_args()
 
     config = MODELS[args.model]()
@@ -141,6 +143,10 @@ def main() -> None:
         view.add_row(*cells)
     Console().print(view)
     print(f"error: median {median(errors):.1%}, worst {errors[-1]:.1%} (the table took {minutes} minutes)")
+    if args.plot:
+        plot_predictions(
+            [row["predicted ms"] / 1e3 for row in rows], [row["measured ms"] / 1e3 for row in rows], args.plot
+        )
     if args.json:
         record = {"provenance": table.provenance, "rows": rows, "median": median(errors), "worst": errors[-1]}
         args.json.write_text(json.dumps(record, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -70,29 +71,29 @@ def test_removed_weights_stay_zero_after_every_step(case: str, tmp_path: Path) -
         assert relative_error(run(model.eval())["logits"], run(masked)["logits"]) < 1e-5
         model.train()
 
-    trainer(model, tmp_path, callbacks=[EveryStep(check)], max_steps=6, **ADAMW).train()
-    assert 0 < seen[1] < seen[2] < seen[3] == seen[4] == seen[6]
+    trainer(model, tmp_path, callbacks=[EveryStep(check)], max_steps=4, **ADAMW).train()
+    assert 0 < seen[1] < seen[2] == seen[3] == seen[4]
     assert model.method.decided and model.method.reached
     assert relative_error(run(model.eval())["logits"], run(model.export())["logits"]) < 1e-5
     again = state_of(model)
-    trainer(model, tmp_path, max_steps=2, **ADAMW).train()  # masks hold in a second training as well
-    assert (removed_entries(model) == 0).all() and len(removed_entries(model)) == seen[6]
+    trainer(model, tmp_path, max_steps=1, **ADAMW).train()  # masks hold in a second training as well
+    assert (removed_entries(model) == 0).all() and len(removed_entries(model)) == seen[4]
     assert any(not torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", [None, Trainer])
 def test_the_published_schedule_removes_exactly_its_count(kind: Any, tmp_path: Path) -> None:
     extra = {"kind": kind, "callbacks": [PruningCallback()]} if kind else {}
-    model = nvit(target=0.8, eta=0, interval=2, groups_per_step=2)
-    fewest = 8
-    trainer(model, tmp_path, max_steps=40, learning_rate=1e-3, **extra).train()
+    model = nvit(target=0.9, eta=0, interval=2, groups_per_step=2)
+    fewest = 4
+    trainer(model, tmp_path, max_steps=24, learning_rate=1e-3, **extra).train()
     moments = model.method.moments()[1:]
     steps = [moment.step for moment in moments]
     groups = {step: steps.count(step) for step in dict.fromkeys(steps)}
     assert list(groups)[:3] == [2, 4, 6] and len(moments) > fewest
     assert list(groups.values())[:-1] == [1, 1, *[2] * (len(groups) - 3)]
-    assert moments[-1].ratio <= 0.8 < moments[-2].ratio
-    assert steps[-1] < 40  # and nothing went after the target was reached
+    assert moments[-1].ratio <= 0.9 < moments[-2].ratio
+    assert steps[-1] < 24  # and nothing went after the target was reached
 
 
 def test_one_run_or_two_phases(tmp_path: Path) -> None:
@@ -133,19 +134,22 @@ def test_logs(tmp_path: Path) -> None:
     assert {"params_ratio", "scores_not_finite"} <= set(rows[0])
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "magnitude", "random"])
-def test_other_criteria(criterion: str, tmp_path: Path) -> None:
+def test_other_criteria(tmp_path: Path) -> None:
+    """Each gives another plan; only ``random`` depends on the seed, and on nothing else."""
     plans = []
-    for seed in (0, 0, 1):
-        model = nvit(target=0.5, criterion=criterion, seed=seed, eta=0)
-        trainer(model, tmp_path, max_steps=4).train()
+    for criterion in ("squared_taylor", "taylor", "magnitude", "random"):
+        model = nvit(target=0.5, criterion=criterion, eta=0)
+        trainer(model, tmp_path, max_steps=2).train()
         assert model.method.reached
         plans.append(model.plan())
-    assert plans[0] == plans[1]
-    assert (plans[0] == plans[2]) == (criterion != "random")
-    taylor = nvit(target=0.5, eta=0)
-    trainer(taylor, tmp_path, max_steps=4).train()
-    assert taylor.plan() != plans[0]
+    for criterion in ("magnitude", "random"):  # these need no training
+        for seed in (0, 1):
+            model = nvit(target=0.5, criterion=criterion, seed=seed, eta=0)
+            model.decide()
+            plans.append(model.plan())
+    magnitude, magnitude_again, drawn, drawn_otherwise = plans[4:]
+    assert magnitude == magnitude_again and plans[3] == drawn
+    assert all(a != b for a, b in itertools.combinations([*plans[:4], drawn_otherwise], 2))
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "random"])
@@ -193,11 +197,9 @@ def test_gradients_are_those_of_the_small_model(case: str) -> None:
 # ---------------------------------------------------------------------- snapshots
 @pytest.mark.parametrize("case", [VIT, "SwinForImageClassification", "CLIPForImageClassification"])
 def test_any_budget_of_a_run_can_be_had_afterwards(case: str, tmp_path: Path) -> None:
-    kept: dict[int, Any] = {}
     folder = tmp_path / "snapshots"
     model = nvit(case, target=0.4, pruning_share=1.0, snapshots=(0.8, 0.6), snapshot_folder=str(folder))
-    saves = EveryStep(lambda inner, step: kept.update({step: copy.deepcopy(inner.method.choose())}))
-    trainer(model, tmp_path, max_steps=6, callbacks=[saves], learning_rate=1e-2).train()
+    trainer(model, tmp_path, max_steps=4, learning_rate=1e-2).train()
     moments = model.method.moments()
     for budget in (0.8, 0.6):
         moment = next(m for m in moments if m.ratio <= budget)
