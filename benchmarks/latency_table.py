@@ -144,9 +144,8 @@ def main() -> None:
     Console().print(view)
     print(f"error: median {median(errors):.1%}, worst {errors[-1]:.1%} (the table took {minutes} minutes)")
     if args.plot:
-        plot_predictions(
-            [row["predicted ms"] / 1e3 for row in rows], [row["measured ms"] / 1e3 for row in rows], args.plot
-        )
+        predicted, times = ([row[name] / 1e3 for row in rows] for name in ("predicted ms", "measured ms"))
+        plot_predictions(predicted, times, args.plot)
     if args.json:
         record = {"provenance": table.provenance, "rows": rows, "median": median(errors), "worst": errors[-1]}
         args.json.write_text(json.dumps(record, indent=2) + "\n")
