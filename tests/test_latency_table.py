@@ -26,6 +26,8 @@ VIT = "ViTForImageClassification"
 SWIN = "SwinForImageClassification"
 #: as small as a grid can be that spans every shape
 CORNERS = {name: [1] for name in STEPS}
+#: of one point: the dense sizes
+DENSE_ONLY = {name: [10**6] for name in STEPS}
 
 
 def parameters_of(call: functools.partial[Any]) -> int:
@@ -43,7 +45,13 @@ def measured(model: Any, **changes: Any) -> LatencyTable:
 
 
 # ---------------------------------------------------------------------- measuring
-@pytest.mark.parametrize("case", CASES)
+def check_parts_add_up(table: LatencyTable, architecture: Architecture) -> None:
+    """By :func:`weigh`'s clock: a second for each block, and for what is around them."""
+    seconds = table.predict(architecture) - len(architecture.layers) - 1 + len(set(architecture.stages))
+    assert seconds == pytest.approx(count(architecture).params, rel=1e-9)
+
+
+@pytest.mark.parametrize("case", CLASSIFIERS)
 def test_what_is_timed_adds_up_to_the_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters are linear in every size, so a table of them must give those of any shape exactly."""
     model = make(case)
@@ -52,38 +60,40 @@ def test_what_is_timed_adds_up_to_the_model(case: str, monkeypatch: pytest.Monke
     assert table.provenance["dense_seconds"] == 1 + count(model).params
     for name in PLANS:
         plan = plan_named(name, model)
-        if plan is None:
-            continue
-        small = plan.architecture
-        layers, stages = len(small.layers), len(set(small.stages))
-        seconds = table.predict(small) - layers - 1 + stages  # a second for each block, and for what is around them
-        assert seconds == pytest.approx(count(small).params, rel=1e-9), name
-
-
-@pytest.mark.parametrize("case", CLASSIFIERS)
-def test_other_mixers_are_timed_in_the_place_of_attention(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weigh(monkeypatch)
-    model = hybrid(case)
-    architecture = Architecture.of(model)
+        if plan is not None:
+            check_parts_add_up(table, plan.architecture)
+    # other mixers, in the place of attention
+    depth = len(Architecture.of(model).layers)
+    architecture = Architecture.of(hybrid(case, ["conv3x3", "conv1x1", "identity", "attention", "conv3x3"][:depth]))
     assert {"conv3x3", "conv1x1", "identity"} <= {shape.mixer for shape in architecture.layers}
-    table = measured(model)
     for norm in (True, False):
         layers = tuple(replace(s, batch_norm=norm, conv_channels=3) if s.kernel else s for s in architecture.layers)
-        small = architecture.replace(layers=layers)
-        seconds = table.predict(small) - len(layers) - 1 + len(set(small.stages))
-        assert seconds == pytest.approx(count(small).params, rel=1e-9)
+        check_parts_add_up(table, architecture.replace(layers=layers))
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name not in CLASSIFIERS])
+def test_what_is_around_the_blocks_is_timed_for_every_class(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are those of the classifiers, so few shapes of them will do."""
+    model = make(case)
+    weigh(monkeypatch)
+    table = measured(model, grid={**DENSE_ONLY, "embedding": [1]})
+    assert table.provenance["dense_seconds"] == 1 + count(model).params
+    check_parts_add_up(table, Architecture.of(model))
+    plan = plan_named("embedding", model)
+    if plan is not None:
+        check_parts_add_up(table, plan.architecture)
 
 
 def test_other_mixers_really_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds, "warm_up", lambda *_: 1)
     for case in (VIT, SWIN):
         model = hybrid(case)
-        assert measured(model).predict(Architecture.of(model)) > 0
+        assert measured(model, grid=DENSE_ONLY).predict(Architecture.of(model)) > 0
 
 
 def test_windows_are_timed_stage_by_stage_shifted_and_not(monkeypatch: pytest.MonkeyPatch) -> None:
     weigh(monkeypatch)
-    table = measured(make(SWIN))
+    table = measured(make(SWIN), grid=DENSE_ONLY)
     assert [set(row) for row in table.stages] == [set(GRID_AXES)] * 2
     assert table.stages[0]["attention"].axes["shifted"] == (0, 1)
     assert table.stages[1]["mlp"].axes["embedding"] == (32,)
@@ -106,7 +116,7 @@ def test_times_are_of_this_machine_and_in_a_plausible_proportion() -> None:
 def test_further_models_take_turns_with_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     weigh(monkeypatch)
     models = {"small": make(VIT, num_hidden_layers=1), "large": make(VIT, num_hidden_layers=5)}
-    table = measure_table(make(VIT), 2, grid=CORNERS, rounds=1, progress=False, beside=models)
+    table = measure_table(make(VIT), 2, grid=DENSE_ONLY, rounds=1, progress=False, beside=models)
     assert table.provenance["beside_seconds"] == {name: 1 + count(model).params for name, model in models.items()}
     assert table.provenance["dense_seconds"] == 1 + count(make(VIT)).params
     assert "beside_seconds" not in measured(make(VIT)).provenance
@@ -232,12 +242,12 @@ def test_measuring_takes_up_its_partial_file(tmp_path: Path, monkeypatch: pytest
     weigh(monkeypatch)
     file = tmp_path / "partial"
     monkeypatch.setattr(rounds.Path, "unlink", lambda self: None)
-    first = measured(make(VIT), partial=file)
+    first = measured(make(VIT), grid=DENSE_ONLY, partial=file)
     assert len(json.loads(file.read_text())["rounds"]) == 1
     with pytest.raises(LatencyTableError, match="batch_size"):
-        measured(make(VIT), partial=file, batch_size=3)
+        measured(make(VIT), grid=DENSE_ONLY, partial=file, batch_size=3)
     monkeypatch.setattr(rounds, "sample", lambda *_: pytest.fail("all rounds were there"))
-    again = measured(make(VIT), partial=file)
+    again = measured(make(VIT), grid=DENSE_ONLY, partial=file)
     assert again.summary()["digest"] != "" and again.predict(Architecture.of(make(VIT))) == first.predict(
         Architecture.of(make(VIT))
     )
