@@ -10,7 +10,16 @@ from .distillation import DistillationConfig
 from .errors import VitPruneError
 from .fuse import fuse_bn
 from .hub import push_to_hub
-from .methods import LayerSelection, NViTConfig, SLSConfig, TruncationConfig, VTPConfig, select_layers
+from .methods import (
+    LayerSelection,
+    NViTConfig,
+    OneShotScores,
+    OneShotSettings,
+    SLSConfig,
+    TruncationConfig,
+    VTPConfig,
+    select_layers,
+)
 from .model import PruningModel, get_pruning_model
 from .modeling import build
 from .native import to_native
@@ -35,6 +44,8 @@ __all__ = [
     "LatencyTable",
     "LayerSelection",
     "NViTConfig",
+    "OneShotScores",
+    "OneShotSettings",
     "PruningCallback",
     "PruningModel",
     "PruningPlan",

@@ -13,13 +13,35 @@ if TYPE_CHECKING:
     from .methods import PruningConfig
 
 METHODS = ("vtp", "nvit")
+ONE_SHOT = "oneshot"
+TRAIN = ("full", "none")
 
 
 def prune(
-    model: Annotated[str, typer.Argument(help="Model folder or Hub id of an image classifier.")],
-    data: Annotated[str, typer.Argument(help="'digits', a folder with one sub-folder a class, or a Hub dataset.")],
-    output: Annotated[Path, typer.Argument(help="Folder for the pruned model.")],
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "vtp",
+    model: Annotated[str | None, typer.Argument(help="Model folder or Hub id of an image classifier.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Argument(help="'digits', a folder with one sub-folder a class, or a Hub dataset."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Argument(help="Folder for the pruned model; by default named after model and target.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The same as OUTPUT.")] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(help="full, or none: no training and no labels; by default none with --images or --scores."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="For --train none: a folder of images, in sub-folders or not. No labels.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="How many of --images are used, drawn by --seed.", min=1)] = 128,
+    scores: Annotated[
+        Path | None, typer.Option(help="For --train none: what --save-scores wrote, in place of --images.")
+    ] = None,
+    save_scores: Annotated[
+        Path | None, typer.Option(help="Keep the scores here (safetensors), to cut the model to other targets.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}; vtp by default.")] = None,
     target: Annotated[float, typer.Option(help="Fraction of the cost that may remain, in (0, 1).")] = 0.5,
     target_metric: Annotated[str, typer.Option(help="What target counts: macs, params or latency.")] = "macs",
     latency_table: Annotated[
@@ -32,11 +54,64 @@ def prune(
     tune_epochs: Annotated[float, typer.Option(help="Epochs of fine-tuning after it; 0 for none.")] = 10.0,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of both.")] = 1e-4,
     gate_learning_rate: Annotated[float, typer.Option(help="Learning rate of the importance scores (vtp).")] = 1e-2,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images a step, or a forward pass.")] = 32,
     new_head: Annotated[bool, typer.Option(help="Replace the classifier by one for the data's classes.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="For --train none: overwrite what is in OUTPUT.")] = False,
 ) -> None:
-    """Learn what to prune on labelled images, prune, fine-tune, and save a model folder with a card."""
+    """Prune an image classifier, and save a model folder with a card.
+
+    MODEL DATA OUTPUT, with labels: learn what to prune, prune, fine-tune. MODEL OUTPUT --images FOLDER (--train none):
+    from unlabelled images alone, without training, in seconds to minutes; then --scores FILE for other targets.
+    """
+    goal = {
+        "target": target,
+        "target_metric": target_metric,
+        "latency_table": latency_table,
+        "latency_batch_size": latency_batch_size,
+        "allow_other_device": allow_other_device,
+    }
+    unlabelled = images is not None or scores is not None
+    if train not in (None, *TRAIN):
+        raise InvalidConfigError(f"--train is one of {', '.join(TRAIN)}, not {train!r}")
+    if train == "none" or (train is None and unlabelled):
+        from .cli_one_shot import OneShotRun
+
+        if method not in (None, ONE_SHOT):
+            raise InvalidConfigError(f"--method {method} trains; leave it out with --train none")
+        if output is not None or (data is not None and out is not None):
+            raise InvalidConfigError(f"--train none takes no labels: leave out {data!r}, images come from --images")
+        out = out if data is None else Path(data)
+        OneShotRun(model, out, images, num_images, scores, save_scores, goal, round_to, batch_size, seed, force).run()
+        return
+    output = output or out
+    if unlabelled or save_scores is not None:
+        raise InvalidConfigError("--images, --scores and --save-scores are for --train none")
+    if model is None or data is None or output is None:
+        raise InvalidConfigError(
+            "give MODEL, DATA and OUTPUT to prune with training, or MODEL and --images FOLDER to prune without"
+        )
+    _train_and_prune(
+        model, data, output, method or METHODS[0], goal, round_to, epochs, tune_epochs, learning_rate,
+        gate_learning_rate, batch_size, new_head, seed,
+    )  # fmt: skip
+
+
+def _train_and_prune(
+    model: str,
+    data: str,
+    output: Path,
+    method: str,
+    goal: dict[str, Any],
+    round_to: int,
+    epochs: float,
+    tune_epochs: float,
+    learning_rate: float,
+    gate_learning_rate: float,
+    batch_size: int,
+    new_head: bool,
+    seed: int,
+) -> None:
     from rich.console import Console
     from transformers import AutoImageProcessor, set_seed
 
@@ -48,13 +123,6 @@ def prune(
 
     if method not in METHODS:
         raise InvalidConfigError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
-    goal = {
-        "target": target,
-        "target_metric": target_metric,
-        "latency_table": latency_table,
-        "latency_batch_size": latency_batch_size,
-        "allow_other_device": allow_other_device,
-    }
     config = _config(method, goal, round_to, gate_learning_rate)
     set_seed(seed)
     images = load_images(data, seed=seed)

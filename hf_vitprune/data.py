@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from .errors import InvalidDataError
 
@@ -124,6 +126,59 @@ def load_images(
             raise InvalidDataError(f"split {eval_split!r} of {source} has no labels")
         evaluation = evaluation.cast_column(label_column, train.features[label_column])
     return LabelledImages(train, evaluation, names, image_column, label_column, source)
+
+
+def read_folder(folder: str | Path, processor: Any, limit: int | None = None, seed: int = 0) -> torch.Tensor:
+    """Unlabelled images of a folder, through an image processor.
+
+    Args:
+        folder: with image files in it, or in sub-folders of any depth.
+        processor: a transformers image processor.
+        limit: this many of them, drawn at random; None or more than there are: all.
+        seed: of the draw.
+
+    Returns:
+        (images, channels, height, width), in the order of their paths.
+
+    Raises:
+        InvalidDataError: there is no such folder, no image in it, or one that cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InvalidDataError(f"{folder} is no folder; give a folder with image files")
+    known = _image_suffixes()
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
+    if not files:
+        raise InvalidDataError(f"there are no images in {folder} nor below it (.png, .jpg and the like)")
+    if limit is not None and limit < len(files):
+        files = sorted(random.Random(seed).sample(files, limit))
+    pixels = [_read(path, processor) for path in tqdm(files, "reading images", delay=3, leave=False)]
+    sizes = {tuple(image.shape) for image in pixels}
+    if len(sizes) > 1:
+        raise InvalidDataError(
+            f"the image processor gives images of {len(sizes)} sizes ({', '.join(map(str, sorted(sizes)[:3]))}): have "
+            "it resize and crop them to one"
+        )
+    return torch.stack(pixels)
+
+
+def _image_suffixes() -> set[str]:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InvalidDataError("images need Pillow: pip install 'hf_vitprune[vision]'") from error
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} - {".pdf", ".mpg"}
+
+
+def _read(path: Path, processor: Any) -> torch.Tensor:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            pixels: torch.Tensor = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InvalidDataError(f"{path} cannot be read as an image: {error}. Mend it or take it out") from error
+    return pixels
 
 
 def _digits() -> dict[str, Any]:

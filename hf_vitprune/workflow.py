@@ -67,7 +67,7 @@ class PrunedResult:
     Attributes:
         model: the small model, fine-tuned.
         plan: what stayed.
-        accuracy: before any pruning, right after it, and fine-tuned (None without fine-tuning).
+        accuracy: before any pruning, right after it, and fine-tuned (None without fine-tuning); empty without labels.
         macs_ratio, params_ratio: cost of the small model as a fraction of the dense one's.
     """
 
@@ -191,14 +191,15 @@ def compare(
     """
     models = {"dense": dense, **{name: result.model for name, result in results.items()}}
     timings = measure_speed(models, batch_size=batch_size)
-    rows = [_row("dense", dense, dense_accuracy, timings["dense"])]
+    rows = [model_row("dense", dense, dense_accuracy, timings["dense"])]
     for name, result in results.items():
         rows.append({"name": f"{name}, just pruned", "accuracy": result.accuracy["pruned"]})
-        rows.append(_row(f"{name}, final", result.model, result.final_accuracy, timings[name]))
+        rows.append(model_row(f"{name}, final", result.model, result.final_accuracy, timings[name]))
     return rows, timings
 
 
-def _row(name: str, model: Any, accuracy: float, timing: Timing) -> dict[str, Any]:
+def model_row(name: str, model: Any, accuracy: float | None, timing: Timing) -> dict[str, Any]:
+    """A row of ``comparison_table``."""
     cost = count(model)
     return {
         "name": name,
@@ -216,27 +217,28 @@ def save_result(
     processor: Any,
     timings: dict[str, Timing],
     *,
-    dataset: str,
+    dataset: str | None,
     base_model: str | None = None,
 ) -> None:
     """Write the model, its image processor, plan, plot of what was removed, and card.
 
     Args:
         timings: of ``before`` (dense) and ``after``.
-        dataset: what the accuracies were measured on.
+        dataset: what the accuracies were measured on; None where there are none.
         base_model: Hub id of the dense model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     result.model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
     result.plan.save(folder / "plan.json")
     plot_removed(result.plan, folder / "removed.png")
     card = model_card(
         result.model,
         base_model=base_model,
         info=result.plan.info,
-        before={"accuracy": result.accuracy["dense"]},
-        after={"accuracy": result.final_accuracy},
+        before={"accuracy": result.accuracy["dense"]} if result.accuracy else None,
+        after={"accuracy": result.final_accuracy} if result.accuracy else None,
         dataset=dataset,
         timings=timings,
     )

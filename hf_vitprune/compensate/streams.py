@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..architecture import Architecture
 from ..batches import ImageBatches
 from ..plan import PruningPlan
 from .settings import Compensation
@@ -105,11 +106,15 @@ class Streams:
 
     def token_weights(self, hidden: torch.Tensor) -> torch.Tensor:
         """(images * tokens,) weight of every row, one on average."""
-        images, tokens = hidden.shape[:2]
-        weights = torch.ones(tokens, device=hidden.device)
-        source = self.plan.source
-        special = source.family.extra_tokens_of(source.config)
-        if self.settings.token_share is not None and 0 < special < tokens:
-            weights[:special] = tokens * self.settings.token_share / special
-            weights[special:] = tokens * (1 - self.settings.token_share) / (tokens - special)
-        return weights.repeat(images)
+        return token_weights(self.plan.source, self.settings.token_share, hidden)
+
+
+def token_weights(architecture: Architecture, share: float | None, hidden: torch.Tensor) -> torch.Tensor:
+    """(images * tokens,) weight of every row of ``hidden``, one on average: special tokens together have ``share``."""
+    images, tokens = hidden.shape[:2]
+    weights = torch.ones(tokens, device=hidden.device)
+    special = architecture.family.extra_tokens_of(architecture.config)
+    if share is not None and 0 < special < tokens:
+        weights[:special] = tokens * share / special
+        weights[special:] = tokens * (1 - share) / (tokens - special)
+    return weights.repeat(images)

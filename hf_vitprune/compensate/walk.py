@@ -91,12 +91,38 @@ class Layer:
     def context(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the output projection reads: (images, tokens, heads * channels), tokens ordered as in ``hidden``."""
         context = inputs_of(self.part("o"), lambda: self._run(hidden))[0][0]
-        if context.shape[:2] == hidden.shape[:2]:
-            return context
+        return context if context.shape[:2] == hidden.shape[:2] else self._reordered(context, hidden)
+
+    def _reordered(self, context: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         same = self._order_of  # a copy whose sizes were changed cannot run to its end
         if same._order is None:
             same._order = same._token_order(hidden[:1])
         return context.reshape(len(hidden), -1, context.shape[-1])[:, same._order]
+
+    def trace(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What ``q``, ``o`` and ``fc2`` read in one run of the layer, as the methods here give it, and its ``out``."""
+        seen: dict[str, torch.Tensor] = {}
+        parts = [part for part in ("q", "o", "fc2") if self._has(part)]
+        handles = [
+            self.part(part).register_forward_pre_hook(lambda _, args, part=part: seen.update({part: args[0]}))
+            for part in parts
+        ]
+        try:
+            out = self._run(hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        seen["out"] = out[0] if isinstance(out, tuple) else out
+        if "o" in seen and seen["o"].shape[:2] != hidden.shape[:2]:
+            seen["o"] = self._reordered(seen["o"], hidden)
+        return seen
+
+    def _has(self, part: str) -> bool:
+        try:
+            self.part(part)
+        except AttributeError:  # a removed branch, or another mixer
+            return False
+        return True
 
     def _token_order(self, hidden: torch.Tensor) -> torch.Tensor:
         """Where each token's row is in the windows of an image: rows are numbered and followed through the layer."""

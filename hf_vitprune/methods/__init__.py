@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..errors import InvalidConfigError
 from .base import PruningConfig, PruningMethod
 from .nvit import NViT, NViTConfig
+from .oneshot import OneShotScores, OneShotSettings
 from .sls import SLS, LayerSelection, SLSConfig, select_layers
 from .truncation import Truncation, TruncationConfig
 from .vtp import VTP, VTPConfig
@@ -40,6 +41,8 @@ __all__ = [
     "LayerSelection",
     "NViT",
     "NViTConfig",
+    "OneShotScores",
+    "OneShotSettings",
     "PruningConfig",
     "PruningMethod",
     "SLSConfig",

@@ -1,0 +1,96 @@
+"""What a changed layer does to the output of the whole model: a few images, run on from that layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...compensate.walk import Layer, Walk
+from ...peft_twin import whole_shadow
+
+#: new weight and bias of a Linear, by its part of the layer
+Changes = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class Probe:
+    """Errors at the output, measured with the layers above as they are.
+
+    Args:
+        walk: the model.
+        pixels: (images, channels, height, width), a few.
+    """
+
+    def __init__(self, walk: Walk, pixels: torch.Tensor) -> None:
+        self.walk = walk
+        self.pixels = pixels.to(walk.first.device, walk.first.dtype)
+        self.hidden = walk.start(pixels)
+        self.position = 0
+        self._stages = walk.architecture.stages
+        self._readout = whole_shadow(walk.model).eval()
+        self._final = self.hidden
+        self._tuples = isinstance(walk.layers[0]._run(self.hidden[:1]), tuple)
+        names = [layer.paths["layer"] for layer in walk.layers]
+        for name in names:  # behind the layers, the model goes on as always
+            self._readout.get_submodule(name).forward = self._last if name == names[-1] else self._skip
+        self._expected = self._read(self._on(self.hidden, 0))
+
+    def _skip(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden, None) if self._tuples else hidden
+
+    def _last(self, *args: Any, **kwargs: Any) -> Any:
+        return (self._final, None) if self._tuples else self._final
+
+    def _read(self, hidden: torch.Tensor) -> torch.Tensor:
+        self._final = hidden
+        outputs = read_outputs(self._readout(pixel_values=self.pixels))
+        return hidden.flatten(1).double() if outputs is None else outputs
+
+    def _on(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
+        """The stream before layer ``start``, run on behind the last one."""
+        for i in range(start, len(self._stages)):
+            hidden = self._run(self.walk.layers[i], self._bridged(hidden, i))
+        return hidden
+
+    def _bridged(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
+        for below in range(self._stages[layer - 1] if layer else 0, self._stages[layer]):
+            hidden = self.walk.bridge(below, hidden)
+        return hidden
+
+    @staticmethod
+    def _run(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
+        out = layer._run(hidden)
+        return out[0] if isinstance(out, tuple) else out
+
+    def advance(self, layer: int) -> None:
+        """Take the stream past a layer: the next one is up for changes."""
+        self.hidden = self._run(self.walk.layers[layer], self._bridged(self.hidden, layer))
+
+    def error(self, layer: int, changes: Changes) -> float:
+        """Relative squared error of the output with other weights in the layer that is up."""
+        other = self.walk.layers[layer].copy()
+        for part, tensors in changes.items():
+            linear: nn.Linear = other.part(part)
+            for name, new in zip(("weight", "bias"), tensors, strict=True):
+                old = linear._parameters[name]
+                if old is not None:
+                    linear._parameters[name] = nn.Parameter(new.to(old), requires_grad=False)
+        hidden = self._run(other, self._bridged(self.hidden, layer))
+        outputs = self._read(self._on(hidden, layer + 1))
+        return float((outputs - self._expected).square().sum() / self._expected.square().sum())
+
+
+def read_outputs(output: Any) -> torch.Tensor | None:
+    """(images, values) what a model's output is judged by: logits around their mean, or features.
+
+    None for backbones, whose features are recorded inside: they are judged by the last layer's.
+    """
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, torch.Tensor):
+        return (logits - logits.mean(-1, keepdim=True)).double()
+    for name in ("image_embeds", "last_hidden_state", "reconstruction"):
+        value = getattr(output, name, None)
+        if isinstance(value, torch.Tensor):
+            return value.flatten(1).double()
+    return None

@@ -1,0 +1,219 @@
+"""OneShotScores: what every size of every layer costs in accuracy; kept in a file, cut to any budget."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ...architecture import Architecture, unwrap
+from ...batches import ImageBatches
+from ...errors import InvalidDataError, UnsupportedModelError
+from ...peft_twin import is_peft, merged_twin
+from ...plan import PruningPlan
+from .choose import best_plan
+from .measure import Measurement
+from .rebuild import rebuilt
+from .settings import OneShotSettings
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class OneShotScores:
+    """What every size of every layer of a model costs in accuracy.
+
+    Attributes:
+        architecture: of the model.
+        fingerprint: digest of its weights.
+        settings: what they were measured with.
+        images: how many were seen.
+        tensors: ``<layer>.<name>``. ``heads`` and ``neurons``: order of removal. ``values`` (heads kept - 1, sizes),
+            ``queries`` (sizes, head), ``neuron_errors`` (neurons removed): squared errors of what the branch adds, or
+            of the products of queries and keys; ``..._seen`` (probes, 2): some of them with the relative squared
+            error of the model's output that was measured for it. ``qk`` and ``v`` (head, channel): how strong channels
+            are as they are. With ``settings.statistics`` also the moments.
+        model: where it is, where that was said.
+    """
+
+    architecture: Architecture
+    fingerprint: str
+    settings: OneShotSettings
+    images: int
+    tensors: dict[str, torch.Tensor]
+    model: str | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def measure(
+        cls, model: Any, images: Any, settings: OneShotSettings | None = None, *, name: str | None = None
+    ) -> OneShotScores:
+        """Score a model from unlabelled images: forward passes only; the model is not changed.
+
+        Heads and hidden neurons are put in the order in which the others can best make up for them (optimal brain
+        surgeon, arXiv 2203.04466); the errors of values and of queries and keys are those of their best low rank.
+
+        Args:
+            model: stock or pruned transformers model, or a PeftModel over one (with its active adapters).
+            images: unlabelled: anything that ``ImageBatches`` takes, already through the image processor.
+            settings: the defaults where there are none.
+            name: where the model is, kept for ``hf-vitprune prune --scores``.
+
+        Raises:
+            UnsupportedModelError: no family is registered for the model, or it is spread over devices.
+            InvalidDataError: there are no images, the model does not take them, or its features are not finite.
+        """
+        settings = settings or OneShotSettings()
+        base = merged_twin(model) if is_peft(model) else unwrap(model)
+        architecture = Architecture.of(base)
+        if len({parameter.device for parameter in base.parameters()}) > 1:
+            raise UnsupportedModelError("scoring needs the model on one device")
+        batches = ImageBatches(images, settings.batch_size, settings.images)
+        tensors = Measurement(base, batches, settings).run()
+        return cls(architecture, fingerprint(base), settings, batches.images, tensors, name)
+
+    # ------------------------------------------------------------------ what follows from them
+    def plan(
+        self,
+        target: float,
+        target_metric: str = "macs",
+        *,
+        units: Sequence[str] = ("heads", "qk", "v", "mlp"),
+        round_to: int = 8,
+        **goal: Any,
+    ) -> PruningPlan:
+        """The sizes that lose least at a target.
+
+        Args:
+            target: fraction of the model's cost that may remain, in (0, 1).
+            target_metric: ``macs``, ``params`` or ``latency``.
+            units: what may be removed: any of ``heads``, ``qk``, ``v``, ``mlp``.
+            round_to: kept channels and neurons are a multiple of this, or all there are (heads: any number).
+            goal: ``image_size``, ``latency_table``, ``latency_batch_size``, ``allow_other_device`` as in every
+                method's config.
+
+        Returns:
+            The plan. Among all plans that take one of the scored sizes for each branch, it has the least sum of
+            errors. It keeps units as they are: ``prune(model, plan, calibration=images)`` or :meth:`compensate`
+            make up for the rest.
+
+        Raises:
+            UnreachableTargetError: the smallest sizes cost more.
+            InvalidConfigError, UnsupportedUnitError, LatencyTableError: impossible settings.
+        """
+        goal |= {"target": target, "target_metric": target_metric, "units": units, "round_to": round_to}
+        return best_plan(self.architecture, self.tensors, self.settings, goal)
+
+    def compensate(self, model: Any, plan: PruningPlan) -> PruningPlan:
+        """The plan with new weights, from the statistics alone: no images.
+
+        Every branch is fitted on the dense model's own statistics. With images, ``prune(model, plan,
+        calibration=images)`` also makes up for what the layers below lost, and is closer to the dense model.
+
+        Args:
+            model: the one that was scored; plain, without adapters.
+            plan: any that removes heads, q/k or v channels or hidden neurons of it.
+
+        Raises:
+            InvalidDataError: the model is another one, or the statistics were not kept.
+            InvalidPlanError: the plan removes something else, or carries weights or factors.
+        """
+        if is_peft(model):
+            raise UnsupportedModelError(
+                "scores are of the merged weights of a PeftModel: prune it with prune(model, plan, calibration=images)"
+            )
+        base = unwrap(model)
+        self.check(base)
+        if not self.settings.statistics:
+            raise InvalidDataError(
+                "these scores were measured without statistics: measure them again with statistics=True, or pass "
+                "images to prune(model, plan, calibration=images)"
+            )
+        return rebuilt(base, plan, self.tensors, self.settings)
+
+    def check(self, model: Any) -> None:
+        """Refuse another model than the one that was scored.
+
+        Raises:
+            InvalidDataError: the architecture or a weight differs.
+        """
+        base = merged_twin(model) if is_peft(model) else unwrap(model)
+        architecture = Architecture.of(base)
+        if not self.architecture.fits(architecture):
+            raise InvalidDataError(
+                f"the scores are of a {self.architecture.model_type} of {len(self.architecture.layers)} layers and "
+                f"width {self.architecture.hidden_size} with its own layer sizes, not of this "
+                f"{architecture.model_type} of {len(architecture.layers)} layers and width {architecture.hidden_size}"
+            )
+        if fingerprint(base) != self.fingerprint:
+            raise InvalidDataError(
+                "the scores are of a model of this shape with other weights (another checkpoint, dtype, or one that "
+                "was trained since): measure them for this one"
+            )
+
+    # ------------------------------------------------------------------ files
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file.
+
+        Returns:
+            The path.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "version": FORMAT_VERSION,
+            "architecture": self.architecture.to_dict(),
+            "fingerprint": self.fingerprint,
+            "settings": asdict(self.settings),
+            "images": self.images,
+            "model": self.model,
+        }
+        save_file(
+            {k: t.contiguous() for k, t in self.tensors.items()}, path, {"hf_vitprune_scores": json.dumps(record)}
+        )
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> OneShotScores:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InvalidDataError: the file is damaged or something else.
+            OSError: there is no such file.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                record = json.loads((file.metadata() or {})["hf_vitprune_scores"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+            if record["version"] != FORMAT_VERSION:
+                raise InvalidDataError(
+                    f"{path} has version {record['version']!r}, this library reads {FORMAT_VERSION}"
+                )
+            return cls(
+                Architecture.from_dict(record["architecture"]),
+                record["fingerprint"],
+                OneShotSettings(**record["settings"]),
+                record["images"],
+                tensors,
+                record["model"],
+            )
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InvalidDataError):
+                raise
+            raise InvalidDataError(f"{path} is no file of one-shot scores: {error!r}") from error
+
+
+def fingerprint(model: Any) -> str:
+    """Digest of names, kinds and values of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]

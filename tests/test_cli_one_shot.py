@@ -1,0 +1,152 @@
+"""``hf-vitprune prune --train none``: unlabelled images or stored scores in, a model folder out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from hf_vitprune import PruningPlan, count
+from hf_vitprune.data import read_folder
+from hf_vitprune.errors import InvalidDataError
+from test_cli import printed, refused
+from tiny import reset_weights
+
+PROCESSOR = ViTImageProcessorPil(size={"height": 16, "width": 16})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8
+    )
+    folder = tmp_path_factory.mktemp("models") / "digits"
+    reset_weights(ViTForImageClassification(config)).save_pretrained(folder)
+    PROCESSOR.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty digits, at several depths, and a file that is no image."""
+    root = tmp_path_factory.mktemp("digits")
+    for i, image in enumerate(load_digits().images[:40]):
+        path = root / ("a" if i % 2 else "b/c") / f"{i}.{'png' if i % 3 else 'JPG'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15.9375).astype("uint8")).save(path)
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+def ratio(small: Path, dense: Path) -> float:
+    models = (AutoModelForImageClassification.from_pretrained(path) for path in (small, dense))
+    a, b = (count(model).macs for model in models)
+    return a / b
+
+
+def test_images_in_small_model_out_and_other_budgets_from_its_scores(
+    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = tmp_path / "scores.safetensors"
+    shared = ("--num-images", 24, "--seed", 1)
+    text = printed(
+        "prune", model, "--images", folder, "--train", "none", "--target", 0.6, "--save-scores", scores,
+        *shared, "--out", tmp_path / "a",
+    )  # fmt: skip
+    assert "from 24 unlabelled images" in text and "speed-up" in text
+    assert 0.45 < ratio(tmp_path / "a", model) <= 0.6
+    files = {path.name for path in (tmp_path / "a").iterdir()}
+    assert files >= {"model.safetensors", "preprocessor_config.json", "README.md", "plan.json", "removed.png"}
+    assert "OneShot" in (tmp_path / "a" / "README.md").read_text()
+    plan = PruningPlan.load(tmp_path / "a" / "plan.json")
+    assert plan.info["target"] == 0.6 and plan.info["method"] == "OneShot"
+    # the same without --train and as a second argument: the same weights
+    printed("prune", model, tmp_path / "b", "--images", folder, "--target", 0.6, *shared)
+    same = (AutoModelForImageClassification.from_pretrained(tmp_path / name).state_dict() for name in "ab")
+    assert all(torch.equal(x, y) for x, y in zip(*(s.values() for s in same), strict=True))
+    # from scores: the model by its record, its name for an output, and no image is read
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_vitprune.data._read", None)
+    assert "when" in printed("prune", "--scores", scores, "--target", 0.8)
+    assert 0.6 < ratio(tmp_path / "digits-0.8", model) <= 0.8
+    assert "is there already" in refused("prune", "--scores", scores, "--target", 0.8)
+    printed("prune", "--scores", scores, "--target", 0.8, "--force")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--train", "none"), "needs --images FOLDER (unlabelled images) or --scores FILE"),
+        (("--images", "{digits}", "--scores", "s"), "takes only one of them"),
+        (("--images", "{digits}", "--train", "half"), "--train is one of full, none"),
+        (("--images", "{digits}", "--train", "full"), "are for --train none"),
+        (("--save-scores", "s"), "are for --train none"),
+        (("out", "--images", "{digits}", "--out", "o"), "leave out 'out'"),
+        (("digits", "out", "--images", "{digits}"), "leave out 'digits'"),
+        (("--images", "{digits}", "--method", "vtp"), "--method vtp trains"),
+        (("--scores", "{digits}/notes.txt", "--save-scores", "s"), "in a file already"),
+        (("--scores", "{digits}/notes.txt"), "no file of one-shot scores"),
+        (("--scores", "{digits}/nothing"), "nothing"),
+        (("--images", "{digits}/nowhere"), "is no folder"),
+        (("--images", "{digits}", "--target", 0.01), "cannot be reached"),
+        (("--images", "{digits}", "--target", 1.5), "target must lie strictly between 0 and 1"),
+        (("--images", "{digits}", "--target-metric", "latency"), "go together"),
+        ((), "or MODEL and --images FOLDER to prune without"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    arguments: tuple[object, ...],
+    message: str,
+    model: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    filled = [str(argument).replace("{digits}", str(folder)) for argument in arguments]
+    assert message in refused("prune", model, *filled)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_of_another_model_and_a_model_without_a_processor(model: Path, folder: Path, tmp_path: Path) -> None:
+    scores, out = tmp_path / "s.safetensors", tmp_path / "out"
+    printed(
+        "prune", model, tmp_path / "a", "--images", folder, "--num-images", 8, "--save-scores", scores, "--target", 0.7
+    )
+    other = AutoModelForImageClassification.from_pretrained(model)
+    other.classifier.bias.data += 1
+    other.save_pretrained(tmp_path / "other")
+    assert "other weights" in refused("prune", tmp_path / "other", out, "--scores", scores)
+    assert "no usable image processor" in refused("prune", tmp_path / "other", out, "--images", folder)
+    assert not out.exists()
+
+
+# ---------------------------------------------------------------------- folders
+def test_images_are_drawn_by_the_seed_and_read_as_the_processor_says(folder: Path) -> None:
+    everything = read_folder(folder, PROCESSOR)
+    assert everything.shape == (40, 3, 16, 16)
+    some = read_folder(folder, PROCESSOR, limit=10, seed=3)
+    assert torch.equal(some, read_folder(folder, PROCESSOR, limit=10, seed=3)) and len(some) == 10
+    assert not torch.equal(some, read_folder(folder, PROCESSOR, limit=10, seed=4))
+    assert all(any(torch.equal(image, known) for known in everything) for image in some)
+
+
+def test_folders_without_usable_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidDataError, match="no images in"):
+        read_folder(tmp_path, PROCESSOR)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG and no more")
+    with pytest.raises(InvalidDataError, match=r"broken\.png cannot be read as an image"):
+        read_folder(tmp_path, PROCESSOR)
+    with pytest.raises(InvalidDataError, match="no folder"):
+        read_folder(tmp_path / "broken.png", PROCESSOR)
+    (tmp_path / "broken.png").unlink()
+    for i, size in enumerate(((8, 9), (9, 8))):
+        Image.fromarray(np.zeros((*size, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    uncropped = ViTImageProcessorPil(do_resize=False)
+    with pytest.raises(InvalidDataError, match="images of 2 sizes"):
+        read_folder(tmp_path, uncropped)
