@@ -7,11 +7,26 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from hf_vitprune.architecture import Architecture
 from hf_vitprune.plan import PAD, LayerPlan, PruningPlan
+
+#: two draws, for tests that are slow or run over many cases
+few = settings(
+    max_examples=2,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def without_scales(plan: PruningPlan) -> PruningPlan:
+    return plan.with_layers(replace(entry, scales={}) for entry in plan.layers)
 
 
 def each_layer(plan: PruningPlan, change: Callable[[LayerPlan], LayerPlan]) -> PruningPlan:

@@ -169,7 +169,7 @@ def test_a_classifier_outlives_its_merged_adapter() -> None:
     }
 
 
-def test_new_weights_of_the_plan_replace_adapted_layers() -> None:
+def test_new_weights_of_the_plan_are_those_of_layer_and_adapter_together() -> None:
     model = adapted(make(VIT), "lora")
     plan = PruningPlan.random(model, 0.4, ["mlp"])
     weights = {
@@ -177,7 +177,11 @@ def test_new_weights_of_the_plan_replace_adapted_layers() -> None:
         "vit.layers.1.mlp.fc2.bias": torch.randn(32),
         "classifier.weight": torch.randn(5, 32),
     }
-    check(model, replace(plan, weights=weights), merged=2)
+    small = check(model, replace(plan, weights=weights))
+    fc2 = small.get_base_model().vit.layers[0].mlp.fc2
+    effective = fc2.get_base_layer().weight + fc2.get_delta_weight("default")
+    assert relative_error(effective, weights["vit.layers.0.mlp.fc2.weight"]) < 1e-6
+    assert not torch.allclose(fc2.get_base_layer().weight, effective, rtol=1e-2)
 
 
 def test_two_adapters_cannot_be_merged() -> None:

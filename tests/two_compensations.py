@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,15 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_vitprune import Compensation, PruningPlan, compensate_plan
+from pruning_runs import gated, scatter_scores
 from tiny import images, make
 
 CASES = {"ViTForImageClassification": None, "SwinForImageClassification": ["heads", "qk", "v", "mlp"]}
+EXPORT = "export on the first process alone"
 
 
-def made(case: str) -> dict[str, torch.Tensor]:
+def made(case: str, rank: int = 0) -> dict[str, torch.Tensor]:
     """Weights from 10 images in batches of 3: the two processes get 2 batches each, of different sizes."""
-    model = make(case).double()
-    plan = PruningPlan.random(model, 0.4, CASES[case])
+    if case == EXPORT:
+        model = scatter_scores(gated()).double()
+        model.decide()
+        return {} if rank else dict(model.export(calibration=images(10).double()).state_dict())
+    plan = PruningPlan.random(model := make(case).double(), 0.4, CASES[case])
     settings = Compensation(batch_size=3, reselect=True)
     return compensate_plan(model, plan, images(10).double(), settings).weights
 
@@ -32,15 +38,26 @@ def agreed(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """What one process gets; two others leave theirs in the folder."""
     here = Path(__file__).parent
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]), "OMP_NUM_THREADS": "1"}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(folder)]
-    done = subprocess.run([sys.executable, *command], env=settings, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)], env=settings, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    return {case: made(case) for case in CASES}
+    return {case: made(case) for case in (*CASES, EXPORT)}
 
 
-if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo")
-    for name in CASES:
-        weights = {key: tensor.contiguous() for key, tensor in made(name).items()}
-        save_file(weights, f"{sys.argv[1]}/{name}.{torch.distributed.get_rank()}.safetensors")
+def one_of_two(folder: str, rank: int) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for name in (*CASES, EXPORT):
+        weights = {key: tensor.contiguous() for key, tensor in made(name, rank).items()}
+        save_file(weights, f"{folder}/{name}.{rank}.safetensors")
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":  # forked after the imports, which take longer than all the rest
+    fork = multiprocessing.get_context("fork")
+    pair = [fork.Process(target=one_of_two, args=(sys.argv[1], rank)) for rank in (0, 1)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(120)
+    sys.exit(any(process.exitcode != 0 for process in pair))

@@ -18,6 +18,7 @@ from ..peft_methods.branch import BranchLayer
 from ..peft_methods.convpass import ConvpassLayer
 from ..peft_twin import tuner_layers
 from ..plan import PruningPlan
+from .absorb import can_absorb
 from .configs import changes_base
 from .slicing import LayerCut, Tensors, adapter_tensors, slice_layer, vera_as_lora
 from .types import kind_of
@@ -34,6 +35,8 @@ class Carried:
     layer: BaseTunerLayer
     cut: LayerCut
     tensors: Tensors
+    #: the plan has new weights for the layer: those under its adapters make up the difference
+    absorbs: bool = False
 
 
 @dataclass
@@ -79,14 +82,14 @@ def decide(model: Any, stock: Any, plan: PruningPlan, cuts: dict[str, Cut]) -> D
         decision.kind = "LORA"
     shared = bool(shared_tensors(model)) and decision.kind == kind and cut_somewhere
     for old, new, layer, cut, replaced in parts:
-        converted = decision.kind != kind
-        tensors = (
-            None if replaced or shared else vera_as_lora(layer, cut) if converted else slice_layer(kind, layer, cut)
-        )
+        tensors: Tensors | None = None
+        fits = not replaced or can_absorb(decision.kind, layer, plan.weights.get(f"{new}.weight"))
+        if fits and not shared:
+            tensors = vera_as_lora(layer, cut) if decision.kind != kind else slice_layer(kind, layer, cut)
         if tensors is None:
             decision.merged.append(old)
         else:
-            decision.carried.append(Carried(old, new, layer, cut, tensors))
+            decision.carried.append(Carried(old, new, layer, cut, tensors, absorbs=replaced))
     _check_merges(model, decision)
     return decision
 

@@ -11,9 +11,10 @@ from peft.utils.other import ModulesToSaveWrapper
 
 from ..cuts import Cut, find_cuts
 from ..errors import AdapterError
-from ..peft_twin import check_peft_model, peft_model_in, plain_twin, saved_modules, tuner_layers
+from ..peft_twin import check_peft_model, merged_twin, peft_model_in, plain_twin, saved_modules, tuner_layers
 from ..plan import PruningPlan
 from ..transplant import check_plan, empty_like, prune_plain
+from .absorb import absorb, active_of
 from .configs import check_config, lora_config_for_vera, pruned_config
 from .decide import Decision, altered_weights, decide, shared_tensors
 from .record import pruning_record
@@ -30,6 +31,9 @@ def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False) 
     LoRA (rsLoRA, DoRA, lora_bias), AdaLoRA, IA3, LoHa and HiRA are sliced. VeRA becomes LoRA of the same rank where
     its layers lose rows or columns. Other types stay where their layer loses nothing, and are merged into its weights
     where it does, with a warning and a note in the base config's record. Adapters of removed layers are dropped.
+
+    New weights of the plan (compensation) are those with the active adapters: what is sliced stays an adapter, and
+    the weight under it becomes the new weight less the adapter's part of it.
 
     Returns:
         A PeftModel of the same class with adapters of type ``VITPRUNE_<TYPE>`` under the same names; the plain pruned
@@ -64,6 +68,7 @@ def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False) 
         return small.train(model.training)
     result = _inject(model, small, made)
     _fill_layers(result, decision, made)
+    _fill_weights(result, model, plan, decision)
     _fill_wrappers(result, wrappers, cuts, plan)
     _copy_shared(model, result, decision)
     _activate(model, result)
@@ -139,7 +144,18 @@ def _fill_layers(result: Any, decision: Decision, configs: dict[str, Any]) -> No
             values = getattr(layer, "scaling", None)
             if isinstance(values, dict):
                 values.update({name: old.scaling[name] for name in adapters if name in values})
-        verify_layer(carried.old, old, layer, adapters, carried.cut)
+        if not carried.absorbs:
+            verify_layer(carried.old, old, layer, adapters, carried.cut)
+
+
+def _fill_weights(result: Any, model: Any, plan: PruningPlan, decision: Decision) -> None:
+    """The plan's new weights are those of layers and adapters together."""
+    absorbing = [carried for carried in decision.carried if carried.absorbs]
+    if absorbing:
+        made = tuner_layers(result.get_base_model())
+        effective = prune_plain(merged_twin(model), plan, allow_unchanged=True)
+        for one in absorbing:
+            absorb(decision.kind, one.new, made[one.new], active_of(one.layer), effective.get_submodule(one.new))
 
 
 def _without_dropped_ranks(tensor: torch.Tensor, name: str, layer: str, configs: dict[str, Any]) -> torch.Tensor:

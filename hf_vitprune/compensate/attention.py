@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .algebra import obs, qk_maps, ridge_solve, value_map
+from .algebra import obs, qk_maps, value_map
 from .fits import refit
 from .moments import Moments, Statistics
 from .readers import Inputs, attention_inputs
@@ -106,7 +106,6 @@ def _queries_and_keys(site: Site, inputs: Inputs, moved: bool) -> None:
             maps[:, rows, head * size + torch.tensor([row[p] for p in there], device=maps.device)] = 1
     for part, matrix, weight, bias in (("q", maps[0], wq, bq), ("k", maps[1], wk, bk)):
         site.write(part, matrix @ weight, matrix @ bias)
-        site.keep_map(part, "output", matrix)
 
 
 def _loses_qk(site: Site) -> bool:
@@ -167,8 +166,6 @@ def _values(site: Site, inputs: Inputs, moved: bool) -> None:
     fit = refit(small, start, site.scale("scale1"), settings.ridge)
     site.write("o", fit.weight, fit.bias)
     site.record("attention", fit)
-    back = ridge_solve(small.xx, stats.xx @ down.T, fit.ridge)
-    site.keep_map("o", "input", _at_rows(back, site.head_rows, site.source.heads * size))
 
 
 def _selection(site: Site) -> torch.Tensor:
@@ -185,11 +182,6 @@ def _selection(site: Site) -> torch.Tensor:
 def _write_values(site: Site, inputs: Inputs, down: torch.Tensor) -> None:
     weight, bias = inputs.weights(site, "v")
     site.write("v", down @ weight[site.head_rows], down @ bias[site.head_rows])
-    site.keep_map("v", "output", _at_rows(down.T, site.head_rows, len(weight)).T)
-
-
-def _at_rows(matrix: torch.Tensor, rows: torch.Tensor, total: int) -> torch.Tensor:
-    return matrix.new_zeros(total, matrix.shape[1]).index_copy(0, rows, matrix)
 
 
 def _loses_values(site: Site) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .algebra import obs, ridge_solve
+from .algebra import obs
 from .fits import refit
 from .moments import Moments, Statistics
 from .readers import Inputs, mlp_inputs
@@ -33,8 +33,7 @@ def compensate_mlp(site: Site) -> None:
     site.ledger.lossy = True
     output = site.kept_rows(site.weights(site.dense, "fc2")[0])
     scale = site.scale("scale2")
-    adapted = site.follows("fc2")
-    layer = _widened(site, inputs) if reselect or adapted else site.small
+    layer = _widened(site, inputs) if reselect else site.small
     kept = torch.tensor(site.entry.mlp, device=output.device)
     stats = _hidden_moments(site, layer, len(output))
     if reselect:
@@ -47,8 +46,6 @@ def compensate_mlp(site: Site) -> None:
     fit = refit(small, output[:, kept], scale, settings.ridge)
     site.write("fc2", fit.weight, fit.bias)
     site.record("mlp", fit)
-    if adapted:
-        site.keep_map("fc2", "input", ridge_solve(small.xx, stats.xx[:, kept], fit.ridge))
 
 
 def _write_hidden(site: Site, inputs: Inputs) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import InvalidDataError
+from ..processes import distributed
 
 
 class Statistics(NamedTuple):
@@ -36,17 +37,6 @@ class Statistics(NamedTuple):
 def precise_device(device: torch.device) -> torch.device:
     """Where double precision is to be had: the device itself, but for those that have none."""
     return torch.device("cpu") if device.type == "mps" else device
-
-
-def distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def shard() -> tuple[int, int]:
-    """(rank, processes) of this process."""
-    if not distributed():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 class Moments:

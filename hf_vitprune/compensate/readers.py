@@ -68,10 +68,7 @@ def _inputs(site: Site, attention: bool, kept: tuple[int, ...] | None, readers: 
         weights = site.streams.token_weights(small) if rows == small.shape[:2] else x.new_ones(rows.numel())
         moments.add(x.flatten(0, 1), t.flatten(0, 1), weights)
     centred = all(site.dense.part(name).bias is not None for name in readers)
-    fitted = fold(moments.total(centred), prior, site.settings.ridge)
-    for name in readers:
-        site.keep_map(name, "input", fitted[0])
-    return Inputs(*fitted)
+    return Inputs(*fold(moments.total(centred), prior, site.settings.ridge))
 
 
 def selection(kept: torch.Tensor, size: int, device: torch.device) -> torch.Tensor:

@@ -16,11 +16,11 @@ from ..cuts import Cut, find_cuts
 from ..errors import InvalidPlanError, UnsupportedModelError
 from ..peft_twin import is_peft, merged_twin
 from ..plan import PruningPlan
+from ..processes import shard
 from ..transplant import check_plan, prune_plain
 from .attention import compensate_attention
 from .head import compensate_head
 from .mlp import compensate_mlp
-from .moments import shard
 from .settings import Compensation
 from .site import Ledger, Site
 from .streams import Streams

@@ -9,8 +9,9 @@ import torch
 
 from ..layer_plan import PAD, LayerPlan
 from ..layer_shape import LayerShape
+from ..processes import distributed
 from .fits import Fit
-from .moments import distributed, precise_device
+from .moments import precise_device
 from .settings import Compensation
 from .streams import Streams
 from .walk import Layer
@@ -22,16 +23,11 @@ class Ledger:
 
     Attributes:
         lossy: something was lost so far, so that the two streams differ.
-        maps: ``<module>.input`` and ``<module>.output`` of the small model -> the linear map that went into its
-            weights; kept for modules with adapters.
-        adapted: names of those modules in the small model.
         rows: what was fitted, layer by layer, with errors before and after.
         notes: what could not be made up for, and why.
     """
 
     lossy: bool = False
-    maps: dict[str, torch.Tensor] = field(default_factory=dict)
-    adapted: frozenset[str] = frozenset()
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -116,10 +112,6 @@ class Site:
             if parameter is not None and new is not None:
                 put(parameter, new)
 
-    def follows(self, part: str) -> bool:
-        """Whether adapters have to follow what happens to a Linear of the small model."""
-        return self.small.paths[part] in self.ledger.adapted
-
     def record(self, part: str, fit: Fit) -> None:
         """One line of the report."""
         row = {"layer": self.entry.index, "part": part, "before": fit.before, "after": fit.after}
@@ -128,12 +120,6 @@ class Site:
         if fit.starved:
             self.ledger.note("there are fewer tokens than features: fits are damped strongly; more images would help")
         self.ledger.rows.append({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()})
-
-    def keep_map(self, part: str, side: str, matrix: torch.Tensor) -> None:
-        """Remember what went into the weights of a Linear of the small model, where adapters have to follow."""
-        path = self.small.paths[part]
-        if self.follows(part):
-            self.ledger.maps[f"{path}.{side}"] = matrix.to(torch.float32)
 
 
 def put(parameter: torch.Tensor, value: torch.Tensor) -> None:
