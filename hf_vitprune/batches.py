@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from transformers import default_data_collator
@@ -79,6 +82,21 @@ class ImageBatches:
         for start in range(rank * self.batch_size, self.images, processes * self.batch_size):
             examples = [self.dataset[i] for i in range(start, min(start + self.batch_size, self.images))]
             yield _checked(self.collate_fn([_as_mapping(example) for example in examples]))
+
+
+@contextlib.contextmanager
+def fixed_randomness(seed: int = 0) -> Iterator[None]:
+    """The same random numbers every time, for data sets that augment their images; the caller's are left alone."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _as_mapping(example: Any) -> Any:

@@ -62,6 +62,7 @@ class PruningCallback(TrainerCallback):
                 "callbacks=[PruningCallback(images=<evaluation set>)]"
             )
         if method.decided:
+            model.tuned = True
             logger.warning("what to prune is decided already: this training tunes what stays and changes no choice")
 
     def on_pre_optimizer_step(

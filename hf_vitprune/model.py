@@ -13,22 +13,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapters.configs import check_config
-from .architecture import Architecture, task_of, unwrap
+from .architecture import Architecture, unwrap
 from .batches import ImageBatches
+from .compensate import Compensation
 from .errors import (
     AdapterError,
     InvalidConfigError,
     InvalidDataError,
-    MissingLabelsError,
     ResumeError,
     UnsupportedModelError,
 )
+from .exporting import compensated
 from .methods import PruningConfig, method_for
 from .peft_methods.convpass import ConvpassLayer
 from .peft_twin import check_peft_model, is_peft, tuner_layers
 from .plan import PruningPlan
 from .processes import broadcast
 from .surgery import prune
+from .task_loss import is_classifier, task_loss
 
 
 def get_pruning_model(model: Any, config: PruningConfig) -> PruningModel:
@@ -59,6 +61,9 @@ class PruningModel(nn.Module):
         model: the wrapped model.
         method: scores, penalty and decision.
         training_images: of the last training, in the order of its data set; None before.
+        compensate: what :meth:`export` does about the loss when it is given no images: ``"none"``, until a
+            ``PruningTrainer`` says otherwise.
+        tuned: it was trained after the decision.
     """
 
     #: tells the Trainer that the loss below is normalised by num_items_in_batch
@@ -75,6 +80,8 @@ class PruningModel(nn.Module):
         self.model = model
         self.method = method_for(config)(config, base)
         self.training_images: ImageBatches | None = None
+        self.compensate: Any = "none"
+        self.tuned = False
         if is_peft(model) and not self.method.removes_layers_only:
             _check_sliceable(model, self.pruning_config.method_name)
         self._handles = self.method.attach(base)
@@ -95,6 +102,8 @@ class PruningModel(nn.Module):
         ``num_items_in_batch`` (their gradients then grow with accumulation), and DeiT's two-headed one takes no
         labels at all.
         """
+        if self.training and torch.is_grad_enabled() and self.method.decided:
+            self.tuned = True
         if not self._classifies:
             if labels is not None and self._takes_labels:
                 kwargs["labels"] = labels
@@ -208,11 +217,18 @@ class PruningModel(nn.Module):
             self.decide()
         return self.method.choose()
 
-    def export(self, native: bool = False) -> Any:
-        """The small model: same outputs as this one in eval mode, no gates.
+    def export(self, native: bool = False, *, calibration: Any = None, compensate: Any = "auto") -> Any:
+        """The small model, without gates.
+
+        Without compensation it computes what this model computes in eval mode. With it, the shape is the same, and
+        the weights make up for what the decision took away: they bring it close to the model as it was trained, all
+        units there. That is done from ``calibration``, or after a training by ``PruningTrainer`` from 128 images of
+        its training set.
 
         Args:
             native: a stock transformers model that loads without this library, where the shape allows it.
+            calibration: unlabelled images (anything that ``ImageBatches`` takes; about 128 are enough).
+            compensate: as in ``hf_vitprune.prune``; ``"none"`` or False for plain slices, with images and without.
 
         Returns:
             A ``Pruned<X>...`` model; a PeftModel over one if the wrapped model is a PeftModel; a stock model if
@@ -221,14 +237,29 @@ class PruningModel(nn.Module):
         Raises:
             NativeExportError: ``native`` and the shape does not allow it; the message says why.
             InvalidPlanError: the decision removes nothing, and the method is not one that may keep everything.
+            AdapterError: ``calibration`` for adapters over layers that are whole.
+            InvalidDataError: the images are none, or not for this model.
+            InvalidConfigError: ``compensate`` asks for something, and there are no images.
         """
-        plan = self.plan()
+        plan = self._compensated(calibration, compensate)
         small = prune(self.model, plan, allow_unchanged=self.method.may_keep_everything)
         if native:
             from .native import to_native
 
             return to_native(small)
         return small
+
+    def _compensated(self, calibration: Any, compensate: Any) -> PruningPlan:
+        plan, asked = self.plan(), calibration is not None
+        if not asked and compensate == "auto":
+            compensate = "none" if self.training_images is None else self.compensate
+        settings = Compensation.of(compensate)
+        images = calibration if asked else self.training_images
+        if settings is None:
+            return plan
+        if images is None:
+            raise InvalidConfigError(f"compensate={compensate!r} needs images: pass calibration=<images>")
+        return compensated(self.model, self.method, plan, images, compensate, asked=asked, tuned=self.tuned)
 
     def unload(self) -> Any:
         """The wrapped model without gates, as it was (its weights as trained)."""
@@ -249,35 +280,6 @@ class PruningModel(nn.Module):
         )
 
     push_to_hub = save_pretrained
-
-
-def is_classifier(model: Any) -> bool:
-    """Whether the transformers model inside classifies images: then :func:`task_loss` is its loss."""
-    base = unwrap(model)
-    return isinstance(base, PreTrainedModel) and task_of(base).startswith("ForImageClassification")
-
-
-def task_loss(
-    model: Any, labels: torch.Tensor | None, logits: torch.Tensor, num_items: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """The loss that a classifier of transformers has on these logits, exact under gradient accumulation.
-
-    Args:
-        model: the transformers model; its config says what problem it is.
-        labels: (batch,) classes, or (batch, classes) for several labels.
-        logits: (batch, classes).
-        num_items: labels in all micro-batches of the update; the loss is then a sum over this one, divided by it.
-
-    Raises:
-        MissingLabelsError: there are no labels.
-    """
-    if labels is None:
-        raise MissingLabelsError("training needs labels: the batch has none")
-    scale = {} if num_items is None else {"num_items_in_batch": num_items}
-    loss = model.loss_function(labels, logits, model.config, **scale)
-    if num_items is not None and model.config.problem_type in ("regression", "multi_label_classification"):
-        loss = loss * labels.numel() / num_items  # these two take the mean whatever they are given
-    return loss
 
 
 def _check_adapters(model: Any) -> None:

@@ -32,7 +32,7 @@ def prune(
         calibration: unlabelled images (a tensor, data set, list or loader; about 128 are enough), from which the
             loss of what is removed is made up for; None: weights are sliced and nothing else.
         compensate: what ``calibration`` is used for: ``"auto"``, names of parts, or a ``Compensation``; ``"none"``
-            for nothing. See :func:`hf_vitprune.compensate.compensate_plan`.
+            (or False) for nothing. See :func:`hf_vitprune.compensate.compensate_plan`.
         allow_unchanged: accept a plan that removes nothing.
 
     Returns:
@@ -47,7 +47,7 @@ def prune(
     """
     if calibration is not None:
         plan = compensate_plan(model, plan, calibration, compensate)
-    elif compensate not in ("auto", "none"):
+    elif compensate is not False and compensate not in ("auto", "none"):
         raise InvalidConfigError(f"compensate={compensate!r} needs calibration images: pass calibration=<images>")
     if is_peft(model):
         return prune_peft(model, plan, allow_unchanged=allow_unchanged)

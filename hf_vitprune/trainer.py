@@ -12,12 +12,14 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .architecture import unwrap
 from .callback import PruningCallback, check_setup, pruning_model_of
+from .compensate import Compensation
 from .distillation import DistillationConfig, Teacher, distillation_loss
 from .errors import InvalidConfigError, MissingLabelsError
 from .gates import strip_gates
 from .hub import push_to_hub
-from .model import PruningModel, is_classifier, task_loss
+from .model import PruningModel
 from .resume import enable_exact_resume
+from .task_loss import is_classifier, task_loss
 
 
 class PruningTrainer(Trainer):
@@ -29,6 +31,8 @@ class PruningTrainer(Trainer):
             each applied to the loss that the one before gave.
         teacher: image classifier to learn from, of any architecture; a list of them for a list above. By default
             (None) a frozen copy of the wrapped model as it is now, for a PruningModel; required for other models.
+        compensate: what a PruningModel's ``export()`` does afterwards about what pruning took away, with images of
+            the training set: ``"auto"``, or anything that ``hf_vitprune.prune`` takes; False for plain slices.
         Everything else as ``transformers.Trainer``.
 
     Raises:
@@ -44,14 +48,17 @@ class PruningTrainer(Trainer):
         *,
         distillation: DistillationConfig | Sequence[DistillationConfig] | None = None,
         teacher: Any = None,
+        compensate: Any = "auto",
         **kwargs: Any,
     ) -> None:
+        Compensation.of(compensate)  # raises
         lessons = _paired(distillation, teacher)
         self.lessons: list[tuple[DistillationConfig, Teacher]] = []
         super().__init__(model=model, args=args, **kwargs)
         self._gated = isinstance(self.model, PruningModel)
         if self._gated:
             check_setup(self.args)
+            pruning_model_of(self.model).compensate = compensate
             self._put_callback_first()
         if is_classifier(self.model) and not self.label_names:
             self.label_names = ["labels"]  # DeiT's two-headed classifier takes none by itself

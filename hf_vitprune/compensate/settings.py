@@ -57,16 +57,19 @@ class Compensation:
 
     @classmethod
     def of(cls, choice: Any) -> Compensation | None:
-        """Settings for what users write: ``"auto"``, ``"none"``, names of parts, or settings. None stands for none.
+        """Settings for what users write: ``"auto"`` or True, ``"none"`` or False, names of parts, or settings.
+
+        Returns:
+            None for ``"none"`` and False.
 
         Raises:
             InvalidConfigError: anything else.
         """
         if isinstance(choice, Compensation):
             return choice
-        if choice == "auto":
+        if choice is True or choice == "auto":
             return cls()
-        if choice == "none":
+        if choice is False or choice == "none":
             return None
         if isinstance(choice, (list, tuple)):
             return cls(parts=tuple(choice))

@@ -150,6 +150,8 @@ class PruningMethod(nn.Module):
     needs_held_out_images = False
     zeroes_weights = False
     distillation: DistillationConfig | None = None
+    #: why :meth:`reference` gives None
+    no_reference = "what this method trains has no removed units left that could be made up for"
     removes_layers_only = False
     may_keep_everything = False
 
@@ -209,6 +211,17 @@ class PruningMethod(nn.Module):
     def choose(self) -> PruningPlan:
         """The plan that the current scores give."""
         raise NotImplementedError
+
+    def reference(self) -> PruningPlan | None:
+        """The model whose outputs an export is to keep, as a plan for the wrapped one: removed units and all.
+
+        Compensation brings the small model to where that one is. It is what was trained up to the decision: nothing
+        removed, where removing is all that the decision does; with ``scales`` for factors that the model runs with.
+
+        Returns:
+            None where there is no such model: the method trains without what it removes, say.
+        """
+        return None
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
         """Fix what :meth:`choose` says; the first process's decision is then broadcast.

@@ -100,6 +100,10 @@ class DepthMethod(PruningMethod):
         plan = PruningPlan.dense(self.architecture).keep_layers(range(self.depth.layers))
         return replace(plan, info={**self.config.to_dict(), **self.report()})
 
+    def reference(self) -> PruningPlan:
+        """All layers."""
+        return PruningPlan.dense(self.architecture)
+
     def report(self) -> dict[str, Any]:
         """What the decision came from, for the plan's info; JSON only."""
         return {}

@@ -46,6 +46,9 @@ class NViT(PruningMethod):
 
     config: NViTConfig
     distillation = DistillationConfig(kind="kl", weight=100.0, temperature=3.0)
+    no_reference = (
+        "NViT removed all groups while the model trained, and has tuned what stays; their weights are zero by now"
+    )
     zeroes_weights = True
 
     def __init__(self, config: NViTConfig, model: PreTrainedModel) -> None:
@@ -62,6 +65,7 @@ class NViT(PruningMethod):
         self._zeroed: ZeroedWeights | None = None
         self._decided = False
         self._step = 0
+        self._trained_without: int | None = None
         assert config.target is not None
         self.target = config.target
         self._check_target()
@@ -239,6 +243,7 @@ class NViT(PruningMethod):
                     f"beside {self.groups} so far, go at once to reach {self.target:.3f}. A longer training removes "
                     "them one by one"
                 )
+            self._trained_without = self.groups
             self._remove(model, missing)
             self._decided = True
             self._settle()
@@ -248,6 +253,12 @@ class NViT(PruningMethod):
     def choose(self) -> PruningPlan:
         """The plan of the current masks."""
         return self._plan(self.trajectory.groups)
+
+    def reference(self) -> PruningPlan | None:
+        """The model with the masks of the training, where the decision removed more groups after it."""
+        if self._trained_without in (None, self.groups):
+            return None
+        return self._plan(self._trained_without)
 
     def moments(self) -> list[Moment]:
         """Cost after every removal so far, and the step of it: the run's trajectory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,8 @@ from ..base import PruningMethod
 from .config import VTPConfig
 
 _Sets = dict[str, torch.Tensor]
+#: point of a gate -> what its scores scale in a plan
+TARGETS = {"attention_in": "attention_in", "attention_out": "v", "mlp_in": "mlp_in", "mlp_hidden": "mlp"}
 
 
 class VTP(PruningMethod):
@@ -72,6 +75,18 @@ class VTP(PruningMethod):
 
     def _gates(self) -> dict[str, Gate]:
         return {name: gate for name, gate in self.gates.items() if isinstance(gate, Gate)}
+
+    def reference(self) -> PruningPlan:
+        """All channels, each times its score: the model in training."""
+        plan = PruningPlan.dense(self.architecture)
+        return plan.with_layers(self._all_scores(entry) for entry in plan.layers)
+
+    def _all_scores(self, entry: LayerPlan) -> LayerPlan:
+        for point, target in TARGETS.items():
+            name = gate_name(entry.index, point)
+            if name in self.gates:
+                entry = self._with_scores(entry, target, name, range(len(self._gates()[name].score)))
+        return entry
 
     # ------------------------------------------------------------------ decision
     def choose(self) -> PruningPlan:
@@ -174,6 +189,9 @@ class VTP(PruningMethod):
         """Fold the kept scores: surgery multiplies them into the columns behind the gate."""
         if self.config.binarize:
             return entry
+        return self._with_scores(entry, target, name, kept)
+
+    def _with_scores(self, entry: LayerPlan, target: str, name: str, kept: Iterable[int]) -> LayerPlan:
         factors = self._gates()[name].score.detach().double().cpu().tolist()
         return replace(entry, scales={**entry.scales, target: tuple(0.0 if c == PAD else factors[c] for c in kept)})
 
