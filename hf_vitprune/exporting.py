@@ -12,7 +12,7 @@ from .architecture import unwrap
 from .batches import ImageBatches, fixed_randomness
 from .compensate import Compensation, compensate_plan
 from .errors import AdapterError
-from .lineage import removes_only_layers
+from .lineage import lineage_of, removes_only_layers
 from .methods import PruningMethod
 from .peft_twin import is_peft, merged_twin
 from .plan import PruningPlan
@@ -67,6 +67,11 @@ def compensated(
     with by_itself(), fixed_randomness():
         reference = None if plain else mask_plain(base, whole)
         return compensate_plan(model, plan, ImageBatches(images), settings, reference=reference)
+
+
+def is_compensated(small: Any) -> bool:
+    """Whether an exported model (or PeftModel) has weights that make up for something."""
+    return bool(lineage_of(unwrap(small).config).get("compensation", {}).get("fits"))
 
 
 def _nothing_to_do(method: PruningMethod, whole: PruningPlan | None, tuned: bool) -> str | None:

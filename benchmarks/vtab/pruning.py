@@ -139,7 +139,7 @@ def _learned(name: str, target: Any, situation: Situation) -> Pruned:
         trainer = PruningTrainer(gated, arguments, train_dataset=situation.examples)
         use_quiet_progress(trainer, f"{LEARNED[name].removesuffix('Config')}: learning what to prune")
         trainer.train()
-    small, plan = gated.export(), gated.plan()
+    small, plan = gated.export(compensate=False), gated.plan()  # choices are compared, and nothing else
     return Pruned(small, len(plan.layers), {"target": target, "method": name}, shared_backbone=False)
 
 

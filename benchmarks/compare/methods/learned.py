@@ -30,7 +30,7 @@ def nvit(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
         schedule="constant",
         distillation=wrapped.method.distillation,
     )
-    return tune(wrapped.export(), model, task, steps - first, seed)
+    return tune(wrapped.export(compensate=False), model, task, steps - first, seed)
 
 
 def vtp(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
@@ -41,4 +41,4 @@ def vtp(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
     wrapped = get_pruning_model(copy.deepcopy(model), config)
     first = steps // 2
     fit(wrapped, task, first, LEARNING_RATE, seed, what=f"VTP, {first} steps")
-    return tune(wrapped.export(), model, task, steps - first, seed)
+    return tune(wrapped.export(compensate=False), model, task, steps - first, seed)
