@@ -87,6 +87,12 @@ class PruningCallback(TrainerCallback):
         pruning_model = pruning_model_of(model)
         pruning_model.method.after_step(pruning_model.model, state.global_step + 1, state.max_steps)
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if pruning_model_of(model).method.finished:
+            control.should_training_stop = True
+
     def on_log(
         self,
         args: TrainingArguments,

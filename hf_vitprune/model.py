@@ -77,6 +77,11 @@ class PruningModel(nn.Module):
         Architecture.of(base)  # raises for unknown families
         if is_peft(model):
             _check_adapters(model)
+            if not method_for(config).takes_adapters:
+                raise AdapterError(
+                    f"{config.method_name} makes new weights of the frozen ones, which adapters would no longer fit: "
+                    "merge them first (model.merge_and_unload()), and train adapters on the exported model"
+                )
         self.model = model
         self.method = method_for(config)(config, base)
         self.training_images: ImageBatches | None = None
@@ -217,7 +222,9 @@ class PruningModel(nn.Module):
             self.decide()
         return self.method.choose()
 
-    def export(self, native: bool = False, *, calibration: Any = None, compensate: Any = "auto") -> Any:
+    def export(
+        self, native: bool = False, *, calibration: Any = None, compensate: Any = "auto", weights: Any = None
+    ) -> Any:
         """The small model, without gates.
 
         Without compensation it computes what this model computes in eval mode. With it, the shape is the same, and
@@ -229,6 +236,8 @@ class PruningModel(nn.Module):
             native: a stock transformers model that loads without this library, where the shape allows it.
             calibration: unlabelled images (anything that ``ImageBatches`` takes; about 128 are enough).
             compensate: as in ``hf_vitprune.prune``; ``"none"`` or False for plain slices, with images and without.
+            weights: a model of the wrapped one's shape, whose weights the small one gets (those from before the
+                training, say); not compensated.
 
         Returns:
             A ``Pruned<X>...`` model; a PeftModel over one if the wrapped model is a PeftModel; a stock model if
@@ -241,8 +250,15 @@ class PruningModel(nn.Module):
             InvalidDataError: the images are none, or not for this model.
             InvalidConfigError: ``compensate`` asks for something, and there are no images.
         """
-        plan = self._compensated(calibration, compensate)
-        small = prune(self.model, plan, allow_unchanged=self.method.may_keep_everything)
+        if weights is None:
+            plan = self._compensated(calibration, compensate)
+        elif calibration is not None:
+            raise InvalidConfigError("weights of another model are not compensated: leave calibration or weights out")
+        else:
+            self.plan()
+            plan = self.method.choose_for(unwrap(weights))
+        source = self.model if weights is None else weights
+        small = prune(source, plan, allow_unchanged=self.method.may_keep_everything)
         if native:
             from .native import to_native
 

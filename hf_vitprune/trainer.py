@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .architecture import unwrap
@@ -116,6 +117,28 @@ class PruningTrainer(Trainer):
             optimizer.add_param_group({"params": gates, "weight_decay": 0.0, **({} if rate is None else {"lr": rate})})
         return optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the parent's; gates whose method wants it keep the learning rate that they start with.
+
+        Raises:
+            InvalidConfigError: the schedule cannot leave a group alone.
+        """
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if not self._gated or not pruning_model_of(self.model).method.constant_gate_rate:
+            return scheduler
+        gates = {id(p) for p in pruning_model_of(self.model).method.gate_parameters()}
+        if not isinstance(scheduler, LambdaLR):
+            raise InvalidConfigError(
+                f"gates keep their learning rate, and lr_scheduler_type {self.args.lr_scheduler_type!s} changes all "
+                "alike: use constant, linear, cosine or polynomial"
+            )
+        for i, group in enumerate(scheduler.optimizer.param_groups):
+            if gates & {id(p) for p in group["params"]}:
+                scheduler.lr_lambdas[i] = _constant
+                group["lr"] = group["initial_lr"]  # a warm-up has set it already
+                scheduler._last_lr[i] = group["lr"]
+        return scheduler
+
     # ------------------------------------------------------------------ loss
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -212,6 +235,10 @@ def _paired(distillation: Any, teacher: Any) -> list[tuple[DistillationConfig, A
             "(None for the unpruned model itself)"
         )
     return [(config, one) for config, one in zip(configs, teachers, strict=True) if config.kind != "none"]
+
+
+def _constant(step: int) -> float:
+    return 1.0
 
 
 def _ungated_copy(model: PruningModel) -> Any:

@@ -103,6 +103,9 @@ class Family:
     convolutions: bool = False
     #: mixin for layers that cut the grid into windows: hands the whole grid to convolution mixers
     grid_layer: type[InPlaceMixin] | None = None
+    #: (layer, tokens of the grid (B, rows * columns, C), (rows, columns)) -> the same in the windows that the layer's
+    #: attention sees, for families that cut the grid
+    windows: Callable[[Any, Any, tuple[int, int]], Any] | None = None
     #: (module, attention_mask, input_shape) -> additive mask, for families with a learned position bias
     attention_bias: Callable[..., Any] | None = None
     #: model classes with more than one encoder or a wrapped one, that this family does not take

@@ -24,6 +24,14 @@ def window_bias(module: Any, attention_mask: Any, input_shape: tuple[int, ...]) 
     return bias + mask.reshape(images * windows, 1, length, length)
 
 
+def cut_windows(layer: Any, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(B, rows * columns, C) of the grid, padded, shifted and cut as a layer does: (B * windows, side * side, C)."""
+    padded, _ = layer.maybe_pad(tokens.unflatten(1, grid), *grid)
+    side = layer.window_size
+    shifted = layer.cyclic_shift(padded).unflatten(2, (-1, side)).unflatten(1, (-1, side))
+    return shifted.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
 class WholeGridMixin(InPlaceMixin):
     """A Swin layer whose mixer takes the whole grid of its stage: no windows, no shift, no padding."""
 
@@ -152,4 +160,5 @@ SWIN = SwinFamily(
     attention_bias=window_bias,
     convolutions=True,
     grid_layer=WholeGridMixin,
+    windows=cut_windows,
 )

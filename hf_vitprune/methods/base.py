@@ -142,6 +142,8 @@ class PruningMethod(nn.Module):
         may_keep_everything: a decision that removes nothing is no mistake.
         zeroes_weights: training sets removed weights to zero, so that the unloaded model teaches nobody: take a copy
             from before.
+        takes_adapters: works on PeftModels.
+        constant_gate_rate: gates keep their learning rate, whatever the Trainer's schedule does to the others.
         distillation: what the method's authors train with beside the labels; None: nothing.
     """
 
@@ -152,6 +154,8 @@ class PruningMethod(nn.Module):
     distillation: DistillationConfig | None = None
     #: why :meth:`reference` gives None
     no_reference = "what this method trains has no removed units left that could be made up for"
+    takes_adapters = True
+    constant_gate_rate = False
     removes_layers_only = False
     may_keep_everything = False
 
@@ -208,6 +212,11 @@ class PruningMethod(nn.Module):
             step: updates made so far, of ``max_steps``.
         """
 
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to learn about what to prune: the training stops."""
+        return False
+
     def choose(self) -> PruningPlan:
         """The plan that the current scores give."""
         raise NotImplementedError
@@ -222,6 +231,10 @@ class PruningMethod(nn.Module):
             None where there is no such model: the method trains without what it removes, say.
         """
         return None
+
+    def choose_for(self, model: PreTrainedModel) -> PruningPlan:
+        """The same plan for a model of the same shape with other weights, where plans hold weights."""
+        return self.choose()
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
         """Fix what :meth:`choose` says; the first process's decision is then broadcast.

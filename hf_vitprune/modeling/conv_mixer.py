@@ -61,22 +61,34 @@ class ConvMixer(nn.Module):
         Raises:
             TokenGridError: no grid is given, or the tokens do not form it.
         """
-        special = self.special_tokens
-        if patch_grid is None:
-            raise TokenGridError(
-                "a convolution mixer was not told the grid of patches; call the model itself (not its forward, "
-                "encoder or layers) with pixel_values"
-            )
-        rows, columns = patch_grid
-        if hidden_states.shape[1] != special + rows * columns:
-            raise TokenGridError(
-                f"a convolution mixer got {hidden_states.shape[1]} tokens, which are not {special} special ones and a "
-                f"grid of {rows} x {columns} patches; tokens cannot be added, dropped or merged in such a model"
-            )
-        patches = hidden_states[:, special:].transpose(1, 2).contiguous()
-        mixed = F.relu(self.norm(self.conv(patches.unflatten(2, (rows, columns)))))
+        special, patches = split_tokens(hidden_states, self.special_tokens, patch_grid)
+        assert patch_grid is not None
+        patches = patches.transpose(1, 2).contiguous()
+        mixed = F.relu(self.norm(self.conv(patches.unflatten(2, patch_grid))))
         output = getattr(self, self.output_name)(mixed.flatten(2).transpose(1, 2))
-        return torch.cat([hidden_states[:, :special], output], dim=1) if special else output, None
+        return torch.cat([special, output], dim=1) if self.special_tokens else output, None
+
+
+def split_tokens(
+    hidden_states: torch.Tensor, special: int, patch_grid: tuple[int, int] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(special tokens, patches) of (B, special + rows * columns, C).
+
+    Raises:
+        TokenGridError: no grid is given, or the tokens do not form it.
+    """
+    if patch_grid is None:
+        raise TokenGridError(
+            "a convolution mixer was not told the grid of patches; call the model itself (not its forward, "
+            "encoder or layers) with pixel_values"
+        )
+    rows, columns = patch_grid
+    if hidden_states.shape[1] != special + rows * columns:
+        raise TokenGridError(
+            f"a convolution mixer got {hidden_states.shape[1]} tokens, which are not {special} special ones and a "
+            f"grid of {rows} x {columns} patches; tokens cannot be added, dropped or merged in such a model"
+        )
+    return hidden_states[:, :special], hidden_states[:, special:]
 
 
 class IdentityMixer(nn.Module):
@@ -89,12 +101,12 @@ class IdentityMixer(nn.Module):
 def follow_grid(encoder: nn.Module) -> None:
     """Let an encoder tell its layers the grid of patches of its images, where it has convolution mixers."""
     if any(isinstance(module, ConvMixer) for module in encoder.modules()) and (
-        _give_grid not in encoder._forward_pre_hooks.values()
+        give_grid not in encoder._forward_pre_hooks.values()
     ):
-        encoder.register_forward_pre_hook(_give_grid, with_kwargs=True)
+        encoder.register_forward_pre_hook(give_grid, with_kwargs=True)
 
 
-def _give_grid(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def give_grid(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hook in front of the encoder. As an argument, unlike as state, the grid stays with its batch in a backward pass.
 
     Raises:
