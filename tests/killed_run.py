@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import TrainerCallback
 
-from hf_vitprune import DistillationConfig, PruningModel, VTPConfig, get_pruning_model
+from hf_vitprune import DistillationConfig, PruningModel, SPViTConfig, VTPConfig, get_pruning_model
 from hf_vitprune.methods import NViT
 from pruning_runs import DROPOUT, VIT, Images, gated, lora_model, make, nvit, trainer
 
@@ -44,12 +44,19 @@ def pruning_on_the_way() -> PruningModel:
     return nvit(VIT, DROPOUT, target=0.3, interval=2, pruning_share=1.0)
 
 
+def search() -> PruningModel:
+    """Gates are drawn at random, their temperature falls, BatchNorms count."""
+    config = SPViTConfig(target=0.6, gate_learning_rate=0.4, final_temperature=0.5, cost_warmup=0.5, patience=3)
+    return get_pruning_model(make(VIT, **DROPOUT), config)
+
+
 #: name -> the model, the step after which the run dies, settings of the Trainer
 KILLED: dict[str, tuple[Callable[[], PruningModel], int, dict[str, Any]]] = {
     "vit": (vit, 3, {"distillation": DistillationConfig("soft", weight=0.5)}),
     "lora": (lora, 5, {}),
     "decided": (decided, 2, {}),
     "nvit": (pruning_on_the_way, 3, {"distillation": NViT.distillation}),
+    "spvit": (search, 4, {"distillation": DistillationConfig("hard", weight=0.5)}),
 }
 
 

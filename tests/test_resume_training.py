@@ -52,7 +52,7 @@ def check_resumed(name: str, killed: Path, tmp_path: Path) -> None:
         assert set(steps) == {0, 2, 4, 6} and steps == [m.step for m in whole.model.method.moments()]
     else:
         assert any(key.endswith("score") for key in moved)
-        assert any(key.endswith("mask") for key in moved) == (name != "decided")
+        assert any(key.endswith(("mask", "kept")) for key in moved) == (name != "decided")
     assert_same(run(again.model.export().eval()), run(whole.model.export().eval()))
 
 

@@ -7,6 +7,7 @@ from .base import PruningConfig, PruningMethod
 from .nvit import NViT, NViTConfig
 from .oneshot import OneShotScores, OneShotSettings
 from .sls import SLS, LayerSelection, SLSConfig, select_layers
+from .spvit import SPViT, SPViTConfig
 from .truncation import Truncation, TruncationConfig
 from .vtp import VTP, VTPConfig
 
@@ -33,6 +34,7 @@ def method_for(config: PruningConfig) -> type[PruningMethod]:
 register_method(NViTConfig, NViT)
 register_method(VTPConfig, VTP)
 register_method(SLSConfig, SLS)
+register_method(SPViTConfig, SPViT)
 register_method(TruncationConfig, Truncation)
 
 __all__ = [
@@ -46,6 +48,8 @@ __all__ = [
     "PruningConfig",
     "PruningMethod",
     "SLSConfig",
+    "SPViT",
+    "SPViTConfig",
     "Truncation",
     "TruncationConfig",
     "VTPConfig",

@@ -1,0 +1,7 @@
+"""SPViT: self-attention pruned into convolution, in a single path (arXiv 2111.11802)."""
+
+from .config import SPViTConfig
+from .method import SPViT
+from .random_search import random_plan
+
+__all__ = ["SPViT", "SPViTConfig", "random_plan"]

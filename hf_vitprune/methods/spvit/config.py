@@ -1,0 +1,120 @@
+"""Settings of SPViT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import InvalidConfigError
+from ..base import PruningConfig, check_number
+
+#: settings that the paper searched its models with: (weight of the cost, 10^9 multiply-adds, learning rate of gates)
+PUBLISHED = {
+    "deit-tiny": (20.0, 1.0, 1e-3),
+    "deit-small": (3.0, 3.2, 5e-4),
+    "deit-base": (0.08, 6.0, 1e-3),
+    "deit-base-10g": (0.06, 10.0, 1e-3),
+    "swin-tiny": (2.8, 3.2, 5e-4),
+    "swin-small": (0.4, 5.5, 5e-4),
+    "swin-base": (0.1, 10.0, 5e-4),
+}
+
+
+@dataclass
+class SPViTConfig(PruningConfig):
+    """Self-attention pruned into convolution, in a single path (He et al., arXiv 2111.11802).
+
+    While the model trains, three nested gates a layer choose what mixes its tokens (nothing < ``conv1x1`` <
+    ``conv3x3`` < ``attention``), and one gate a neuron what stays of its MLP. The convolutions are made of the
+    attention's own weights.
+
+    Give ``target`` (a share of the dense model's cost: one ``cost_weight`` then suits every size) or
+    ``target_gmacs`` (the paper's absolute form, of which :meth:`published` has the settings).
+
+    Attributes:
+        target_gmacs: 10^9 multiply-adds that may remain; the cost is then counted in that unit.
+        cost_weight: lambda of the cost term ``lambda * (cost - target)^2``.
+        cost_warmup: share of the search over which lambda grows from 0, in [0, 1]; 0 starts at full weight.
+        initial_score: theta of every gate at the start; a gate is on with probability ``sigmoid(theta)`` (paper: 1.5).
+        temperature: of the logistic relaxation that gradients come from.
+        final_temperature: temperature at the end of the search, which it moves to geometrically; None: constant.
+        mixing_temperature: tau of the table that mixes heads into convolution kernels; None: 0.01, and 100 for Swin.
+        single_path: convolutions share the attention's weights. False is the paper's baseline: every candidate has
+            weights of its own, drawn at random.
+        round_to: neurons that an MLP keeps are a multiple of this (none is one too).
+        tolerance: the target counts as met within this fraction of it.
+        patience: the search stops once the target has been met and no mixer has changed for so many steps; None: a
+            twentieth of the planned ones. 0: it never stops early.
+        gate_learning_rate: of the gates, constant and without weight decay (paper: 1e-3; 5e-4 for DeiT-S and Swin).
+    """
+
+    gate_learning_rate: float | None = 1e-3
+    target_gmacs: float | None = None
+    cost_weight: float = 40.0
+    cost_warmup: float = 0.0
+    initial_score: float = 1.5
+    temperature: float = 1.0
+    final_temperature: float | None = None
+    mixing_temperature: float | None = None
+    single_path: bool = True
+    round_to: int = 8
+    tolerance: float = 0.02
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_target()
+        check_number("cost_warmup", self.cost_warmup, highest=1)
+        check_number("tolerance", self.tolerance, highest=1)
+        for name in ("cost_weight", "initial_score", "temperature", "final_temperature", "mixing_temperature"):
+            value = getattr(self, name)
+            if value is not None:
+                check_positive(name, value)
+        if not isinstance(self.single_path, bool):
+            raise InvalidConfigError(f"single_path is True or False, not {self.single_path!r}")
+        if type(self.round_to) is not int or self.round_to < 1:
+            raise InvalidConfigError(f"round_to is a whole number of at least 1, not {self.round_to!r}")
+        if self.patience is not None and (type(self.patience) is not int or self.patience < 0):
+            raise InvalidConfigError(f"patience is a number of steps, not negative, or None; not {self.patience!r}")
+
+    def _check_target(self) -> None:
+        if (self.target is None) == (self.target_gmacs is None):
+            raise InvalidConfigError(
+                "give either target (share of the dense cost) or target_gmacs (10^9 multiply-adds), not "
+                + ("both" if self.target is not None else "none")
+            )
+        if self.target_metric == "latency":
+            raise InvalidConfigError(
+                "SPViT learns by a cost that has a gradient: target_metric is macs or params, not latency"
+            )
+        if self.target_gmacs is not None:
+            check_positive("target_gmacs", self.target_gmacs)
+            if self.target_metric != "macs":
+                raise InvalidConfigError("target_gmacs counts multiply-adds: leave target_metric at macs")
+
+    @classmethod
+    def published(cls, name: str, **changes: Any) -> SPViTConfig:
+        """The settings of a model of the paper: ``deit-tiny``, ``deit-small``, ``deit-base``, ``deit-base-10g``
+        (the larger of its two), ``swin-tiny``, ``swin-small`` or ``swin-base``.
+
+        Args:
+            name: of the model.
+            changes: further settings, or other values.
+
+        Raises:
+            InvalidConfigError: there is no such model.
+        """
+        if name not in PUBLISHED:
+            raise InvalidConfigError(f"no published settings for {name!r}; known: {', '.join(PUBLISHED)}")
+        weight, gmacs, rate = PUBLISHED[name]
+        settings = {"cost_weight": weight, "target_gmacs": gmacs, "gate_learning_rate": rate, "round_to": 1}
+        return cls(**{**settings, **changes})
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises:
+    InvalidConfigError: ``value`` is not a finite number over 0.
+    """
+    check_number(name, value)
+    if value == 0:
+        raise InvalidConfigError(f"{name} must be positive, not 0")

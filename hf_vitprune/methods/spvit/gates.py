@@ -1,0 +1,130 @@
+"""Binary gates: sampled in training, taken at their likelier value in evaluation, fixed by a decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+#: what gates choose from, by how many of the three nested gates are on
+LEVELS = ("none", "conv1x1", "conv3x3", "attention")
+
+
+@dataclass
+class Annealing:
+    """What all gates of a model share: the temperature of their relaxation now."""
+
+    temperature: float
+
+
+class BinaryGates(nn.Module):
+    """Gates of 0 and 1, each on with probability ``sigmoid(score)`` until a decision is taken.
+
+    Attributes:
+        score: (units,) parameter, theta.
+        kept: (units,) buffer of booleans: the decision; all on before.
+    """
+
+    kept: torch.Tensor
+
+    def __init__(self, units: int, initial: float, annealing: Annealing, device: torch.device) -> None:
+        super().__init__()
+        self.score = nn.Parameter(torch.full((units,), float(initial), device=device))
+        self.register_buffer("kept", torch.ones(units, dtype=torch.bool, device=device))
+        self.annealing = annealing
+        self.decided = False
+
+    def probabilities(self) -> torch.Tensor:
+        """(units,) chance of every gate to be on."""
+        return self.score.sigmoid()
+
+    def sample(self) -> torch.Tensor:
+        """(units,) draws of 0 and 1, with the gradients of the logistic relaxation (straight through)."""
+        uniform = torch.rand_like(self.score).clamp(1e-6, 1 - 1e-6)
+        relaxed = ((self.score + uniform.logit()) / self.annealing.temperature).sigmoid()
+        return (relaxed > 0.5).to(relaxed.dtype) + (relaxed - relaxed.detach())
+
+    def likelier(self) -> torch.Tensor:
+        """(units,) 1 where P > .5, with the gradients of ``sigmoid(P - .5)``: what the cost term counts."""
+        probability = self.probabilities()
+        soft = (probability - 0.5).sigmoid()
+        return (probability > 0.5).to(soft.dtype) + (soft - soft.detach())
+
+    def decide(self, kept: torch.Tensor) -> None:
+        """Fix the gates for good.
+
+        Args:
+            kept: (units,) booleans.
+        """
+        self.kept.copy_(kept)
+        self.decided = True
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Whether a decision was taken (a tensor: safetensors holds nothing else)."""
+        return torch.tensor([self.decided])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.decided = bool(state.item())
+
+
+class MixerGates(BinaryGates):
+    """The three nested gates of a layer: 1 x 1, 3 x 3, attention."""
+
+    def __init__(self, initial: float, annealing: Annealing, device: torch.device) -> None:
+        super().__init__(3, initial, annealing, device)
+
+    def level(self, threshold: float = 0.0) -> int:
+        """How many gates are on, from the simplest up to the first that is off: an index of :data:`LEVELS`.
+
+        Args:
+            threshold: scores over this are on; 0 is P > .5. What was decided stays.
+        """
+        on = self.kept if self.decided else self.score.detach() > threshold
+        return sum(on.cumprod(0).tolist())
+
+    def decide_level(self, level: int) -> None:
+        self.decide(torch.arange(3, device=self.kept.device) < level)
+
+
+class NeuronGates(BinaryGates):
+    """One gate for every hidden neuron of an MLP."""
+
+    def __init__(self, units: int, initial: float, annealing: Annealing, device: torch.device, round_to: int) -> None:
+        super().__init__(units, initial, annealing, device)
+        self.round_to = round_to
+
+    def count(self, threshold: float = 0.0) -> int:
+        """How many neurons stay: those over the threshold, rounded.
+
+        Args:
+            threshold: of the scores; 0 is P > .5. What was decided stays.
+        """
+        if self.decided:
+            return int(self.kept.sum())
+        count, size = int((self.score.detach() > threshold).sum()), len(self.score)
+        return count if count == size else min(round(count / self.round_to) * self.round_to, size)
+
+    def on(self, threshold: float = 0.0) -> torch.Tensor:
+        """(units,) booleans: the neurons that stay, the ones most likely to be on."""
+        if self.decided:
+            return self.kept
+        order = self.score.detach().argsort(descending=True, stable=True)
+        kept = torch.zeros_like(self.kept)
+        kept[order[: self.count(threshold)]] = True
+        return kept
+
+
+def nested(gates: torch.Tensor) -> torch.Tensor:
+    """Cumulative products of (..., 3) gates: a more complex mixer needs the simpler ones to be on.
+
+    While a product is on, the gates of the simpler ones get no gradient: only the most complex mixer that is on, and
+    those above it, are in question.
+    """
+    first, second, third = gates.unbind(-1)
+    with torch.no_grad():
+        two = first * second > 0.5
+        three = two & (third > 0.5)
+    first = torch.where(two, first.detach(), first)
+    second = torch.where(three, second.detach(), second)
+    return torch.stack([first, first * second, first * second * third], dim=-1)

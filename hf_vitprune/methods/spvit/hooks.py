@@ -1,0 +1,219 @@
+"""The search in a running model: hooks on the attention that mix in the convolutions, and gated MLP columns.
+
+Nothing of the model is replaced: removing the handles gives back what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ...architecture import Architecture
+from ...families import Family, LayerPaths
+from ...gates import ForwardOverride, GateHook
+from ...modeling.conv_mixer import GRID, give_grid, split_tokens
+from ...modeling.structure import get
+from .branches import Attention, Branches, Grid
+from .gates import LEVELS, MixerGates, NeuronGates, nested
+
+#: (layer, (B, rows * columns, C), grid) -> the same tokens as the layer's attention sees them
+Windows = Callable[[Any, torch.Tensor, Grid], torch.Tensor]
+
+
+class MixerSearch:
+    """What one layer may mix its tokens with, and how much of each counts now.
+
+    Attributes:
+        gates: the layer's.
+        branches: its convolutions.
+        attention: its attention.
+        special: tokens in front of the grid.
+    """
+
+    def __init__(self, gates: MixerGates, branches: Branches, attention: Attention, special: int) -> None:
+        self.gates, self.branches = gates, branches
+        self.attention, self.special = attention, special
+
+    def mix(self, attended: torch.Tensor, tokens: torch.Tensor, grid: Grid, as_attended: Any = None) -> torch.Tensor:
+        """Output of the searched mixer: g3 MSA + g2 (1 - g3) Conv3 + g1 (1 - g2) (1 - g3) Conv1 (equation 8).
+
+        Branches without a part in the output or a gradient are not computed.
+
+        Args:
+            attended: what the attention gave.
+            tokens: (B, special + rows * columns, C), the layer's normalised input.
+            grid: (rows, columns).
+            as_attended: brings (B, rows * columns, C) into the order of ``attended``; None: it is the same.
+        """
+        if not self.gates.training or self.gates.decided:
+            kind = LEVELS[self.gates.level()]
+            if kind == "attention":
+                return attended
+            if kind == "none":
+                return torch.zeros_like(attended)
+            return self._brought(self._convolved({kind: 1.0}, tokens, grid), attended, as_attended)
+        drawn = self.gates.sample()
+        simple, middle, attention = nested(drawn)
+        shares = {"conv3x3": middle * (1 - attention), "conv1x1": simple * (1 - middle) * (1 - attention)}
+        ones = [value > 0.5 for value in drawn.tolist()]
+        needed = _needed(*ones) if torch.is_grad_enabled() else {LEVELS[sum(_prefix(ones))]}
+        mixed = attention * attended
+        convolutions = {kind: share for kind, share in shares.items() if kind in needed}
+        if convolutions:
+            mixed = mixed + self._brought(self._convolved(convolutions, tokens, grid), attended, as_attended)
+        return mixed
+
+    def _convolved(self, shares: dict[str, Any], tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Weighted sum of convolution branches; special tokens pass them as they are."""
+        special, patches = split_tokens(tokens, self.special, grid)
+        parts = [share * self.branches.convolve(kind, patches, grid, self.attention) for kind, share in shares.items()]
+        mixed = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        if not self.special:
+            return mixed
+        return torch.cat([sum(shares.values()) * special.to(mixed.dtype), mixed], dim=1)
+
+    def _brought(self, mixed: torch.Tensor, attended: torch.Tensor, as_attended: Any) -> torch.Tensor:
+        return (mixed if as_attended is None else as_attended(mixed)).to(attended.dtype)
+
+
+def _prefix(ones: list[bool]) -> list[bool]:
+    return [all(ones[: i + 1]) for i in range(len(ones))]
+
+
+def _needed(simple: bool, middle: bool, attention: bool) -> set[str]:
+    """Convolutions whose output counts, or enters the gradient of a gate that gets one, at this draw."""
+    needed = set()
+    if not (simple and middle and attention):
+        needed.add("conv1x1")
+    if simple or middle:
+        needed.add("conv3x3")
+    return needed
+
+
+# ---------------------------------------------------------------------- hooks of models without windows
+class _TellGrid(GateHook):
+    """In front of the encoder: hands the grid of patches down, as models with convolution mixers do."""
+
+    def __call__(self, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return give_grid(encoder, args, kwargs)
+
+
+class _TakeGrid(GateHook):
+    """In front of an attention, which does not know the word."""
+
+    def __init__(self) -> None:
+        self.grid: Grid | None = None
+
+    def __call__(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.grid = kwargs.get(GRID)
+        return args, {name: value for name, value in kwargs.items() if name != GRID}
+
+
+class _Mix(GateHook):
+    """Behind an attention."""
+
+    def __init__(self, search: MixerSearch, taken: _TakeGrid) -> None:
+        self.search, self.taken = search, taken
+
+    def __call__(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        tokens = args[0] if args else kwargs["hidden_states"]
+        grid, self.taken.grid = self.taken.grid, None
+        return (self.search.mix(output[0], tokens, grid), *output[1:])  # type: ignore[arg-type]  # checked there
+
+
+# ---------------------------------------------------------------------- hooks of models with windows
+class _LayerInput(GateHook):
+    """In front of a layer of windows, and behind its norm: keeps the grid, and the tokens before they are cut."""
+
+    def __init__(self) -> None:
+        self.layer: Any = None
+        self.grid: Grid = (0, 0)
+        self.tokens: torch.Tensor | None = None
+
+    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layer, self.grid = layer, args[1] if len(args) > 1 else kwargs["input_dimensions"]
+
+
+class _NormOutput(GateHook):
+    def __init__(self, place: _LayerInput) -> None:
+        self.place = place
+
+    def __call__(self, norm: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        self.place.tokens = output
+
+
+class _MixWindows(GateHook):
+    """Behind an attention in windows: the convolutions run on the whole grid, and are cut into windows after."""
+
+    def __init__(self, search: MixerSearch, place: _LayerInput, windows: Windows) -> None:
+        self.search, self.place, self.windows = search, place, windows
+
+    def __call__(self, attention: Any, args: tuple[Any, ...], output: Any) -> Any:
+        place, tokens = self.place, self.place.tokens
+        place.tokens = None
+        assert tokens is not None
+        cut = _Cut(self.windows, place.layer, place.grid)
+        return (self.search.mix(output[0], tokens, place.grid, cut), *output[1:])
+
+
+class _Cut:
+    def __init__(self, windows: Windows, layer: Any, grid: Grid) -> None:
+        self.windows, self.layer, self.grid = windows, layer, grid
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.windows(self.layer, tokens, self.grid)
+
+
+def attach_mixers(
+    model: PreTrainedModel, architecture: Architecture, searches: dict[int, MixerSearch], paths: list[LayerPaths]
+) -> list[RemovableHandle]:
+    """Hook the searches into ``model``, by number of the layer."""
+    family: Family = architecture.family
+    handles: list[RemovableHandle] = []
+    for i, search in searches.items():
+        attention = search.attention.module
+        if family.windows is not None:
+            place = _LayerInput()
+            handles += [
+                get(model, paths[i].layer).register_forward_pre_hook(place, with_kwargs=True),
+                get(model, paths[i].norm1).register_forward_hook(_NormOutput(place)),
+                attention.register_forward_hook(_MixWindows(search, place, family.windows)),
+            ]
+        else:
+            taken = _TakeGrid()
+            handles += [
+                attention.register_forward_pre_hook(taken, with_kwargs=True),
+                attention.register_forward_hook(_Mix(search, taken), with_kwargs=True),
+            ]
+    if searches and family.windows is None:
+        encoder = get(model, family.encoder_path(model).rstrip("."))
+        handles.append(encoder.register_forward_pre_hook(_TellGrid(), with_kwargs=True))
+    return handles
+
+
+# ---------------------------------------------------------------------- MLP
+class GatedColumns(ForwardOverride):
+    """The second Linear of an MLP, its columns multiplied by the neurons' gates.
+
+    That is the activation multiplied by them, and costs no tensor of an activation's size. An MLP without a neuron
+    contributes nothing: its bias is gone too.
+    """
+
+    def __init__(self, linear: nn.Linear, gates: NeuronGates) -> None:
+        super().__init__(linear)
+        self.gates = gates
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        linear, gates = self.module, self.gates
+        weight, bias = linear.weight, linear.bias
+        if gates.training and not gates.decided:
+            return F.linear(input, weight * gates.sample().to(weight.dtype), bias)
+        on = gates.on()
+        bias = None if bias is None else bias * on.any().to(bias.dtype)
+        return F.linear(input, weight * on.to(weight.dtype), bias)

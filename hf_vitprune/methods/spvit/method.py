@@ -1,0 +1,316 @@
+"""SPViT: gates over mixers and neurons that learn with the weights (arXiv 2111.11802)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import logging
+
+from ...architecture import Architecture
+from ...batches import ImageBatches
+from ...cost.meter import ClosedFormMeter
+from ...errors import InvalidConfigError, InvalidPlanError, UnreachableTargetError, UnsupportedModelError
+from ...families import LayerPaths
+from ...layer_plan import LayerPlan
+from ...layer_shape import KERNELS
+from ...modeling.conv_mixer import ConvMixer
+from ...modeling.structure import get, layer_paths
+from ...plan import PruningPlan
+from ...targets import reach_target
+from ..base import PruningMethod
+from .branches import Attention, Branches, OwnBranches, SharedBranches
+from .config import SPViTConfig
+from .cost import SearchCost, mixer_shape
+from .gates import LEVELS, Annealing, MixerGates, NeuronGates
+from .hooks import GatedColumns, MixerSearch, attach_mixers
+
+logger = logging.get_logger(__name__)
+
+#: temperature of the mixing table, by family; others as ViT
+MIXING_TEMPERATURES = {"swin": 100.0}
+MIXING_TEMPERATURE = 0.01
+
+
+class SPViT(PruningMethod):
+    """Search, decision and convolutions of SPViT.
+
+    Attributes:
+        searches: what every layer of attention may mix its tokens with, by number of the layer.
+    """
+
+    config: SPViTConfig
+    takes_adapters = False
+    no_reference = "a search trains with mixers and neurons off, as the small model has them"
+    constant_gate_rate = True
+    may_keep_everything = True  # a search may end in a model whose layers only change their kind
+
+    def __init__(self, config: SPViTConfig, model: PreTrainedModel) -> None:
+        super().__init__(config, model)
+        family = self.architecture.family
+        if not family.convolutions:
+            raise UnsupportedModelError(
+                f"SPViT turns attention into convolutions, and the grid of patches of {family.model_type} models is "
+                "not known: set convolutions in their family"
+            )
+        self.annealing = Annealing(config.temperature)
+        # named as gates are, so without weight decay, which would draw the mixing tables towards equal shares
+        self.branches_norm = nn.ModuleDict()
+        self.branches = nn.ModuleDict()
+        self._device = next(model.parameters()).device
+        self._paths = layer_paths(model, self.architecture)
+        self.searches: dict[int, MixerSearch] = {}
+        self._columns: dict[int, GatedColumns] = {}
+        for i, paths in enumerate(self._paths):
+            self._add_layer(model, i, paths)
+        if not self.gates:
+            raise InvalidConfigError("no layer has attention or an MLP: there is nothing to search")
+        mixers = {i: search.gates for i, search in self.searches.items()}
+        neurons = {i: columns.gates for i, columns in self._columns.items()}
+        self._meter = config.meter(self.architecture)
+        self.cost = SearchCost(self.architecture, mixers, neurons, self._meter, self._device)
+        unit = 1e9 / self.cost.total
+        self.target = config.target if config.target is not None else (config.target_gmacs or 0.0) * unit
+        # the weight of a squared difference: in units of the whole model, or of 10^9 multiply-adds
+        self._weight = config.cost_weight / (1.0 if config.target_gmacs is None else unit**2)
+        self._check_target()
+        self._step = self._steps = self._stable = 0
+        self._levels: list[int] = []
+
+    def _add_layer(self, model: PreTrainedModel, i: int, paths: LayerPaths) -> None:
+        config, shape = self.config, self.architecture.layers[i]
+        if shape.mixer == "attention":
+            gates = MixerGates(config.initial_score, self.annealing, self._device)
+            attention = Attention(
+                get(model, paths.attention),
+                _linear(model, paths.v),
+                _linear(model, paths.o),
+                self.architecture.family.o,
+                self.architecture.width(i),
+            )
+            special = self.architecture.family.extra_tokens_of(self.architecture.config)
+            branches = self._branches(i, special)
+            self.gates[f"layer{i}_mixer"] = gates
+            (self.branches_norm if config.single_path else self.branches)[f"layer{i}"] = branches
+            self.searches[i] = MixerSearch(gates, branches, attention, special)
+        if shape.mlp:
+            neurons = NeuronGates(shape.mlp, config.initial_score, self.annealing, self._device, config.round_to)
+            self.gates[f"layer{i}_neurons"] = neurons
+            self._columns[i] = GatedColumns(_linear(model, paths.fc2), neurons)
+
+    def _branches(self, i: int, special: int) -> Branches:
+        shape, family = self.architecture.layers[i], self.architecture.family
+        if self.config.single_path:
+            tau = self.config.mixing_temperature
+            tau = MIXING_TEMPERATURES.get(family.model_type, MIXING_TEMPERATURE) if tau is None else tau
+            return SharedBranches(shape.heads, shape.v_dim, tau, self._device)
+        width = self.architecture.width(i)
+        # they see patches only
+        own = {kind: ConvMixer(mixer_shape(shape, kind), width, 0, family.o).to(self._device) for kind in KERNELS}
+        return OwnBranches(own)
+
+    def _check_target(self) -> None:
+        """A target that cannot be met says so before any training."""
+        if self.target >= 1:
+            raise InvalidConfigError(
+                f"target_gmacs={self.config.target_gmacs} is not under the {self.cost.total / 1e9:.3f} of the model"
+            )
+        if self.cost.lowest > self.target:
+            raise UnreachableTargetError(
+                f"a target of {self.target:.3f} of the {self.config.target_metric} cannot be reached: with every "
+                f"mixer skipped and every MLP gone, {self.cost.lowest:.3f} remains. Raise the target"
+            )
+
+    def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        handles: list[Any] = list(attach_mixers(model, self.architecture, self.searches, self._paths))
+        return handles + [columns.attach() for columns in self._columns.values()]
+
+    # ------------------------------------------------------------------ training
+    def check_training(self, args: TrainingArguments, max_steps: int) -> None:
+        """Refuse a search that is too short for any gate to turn over."""
+        config = self.config
+        rate = args.learning_rate if config.gate_learning_rate is None else config.gate_learning_rate
+        bounded = str(getattr(args.optim, "value", args.optim)).startswith("adamw")
+        if bounded and not self.decided and rate * max_steps < config.initial_score:
+            raise InvalidConfigError(
+                f"gates start at {config.initial_score} and AdamW moves them by about {rate:g} a step: in {max_steps} "
+                f"steps none turns over. Raise gate_learning_rate (to {4 * config.initial_score / max_steps:.2g}, "
+                "say), or train longer"
+            )
+
+    def penalty(self, progress: float) -> torch.Tensor | None:
+        """lambda * (cost - target)^2, lambda growing over the warm-up."""
+        if self.decided:
+            return None
+        warmup = self.config.cost_warmup
+        weight = self._weight * (min(1.0, progress / warmup) if warmup else 1.0)
+        return weight * (self.cost.expected() - self.target).square()
+
+    def after_step(self, model: Any, step: int, max_steps: int) -> None:
+        """Anneal, and see whether the architecture still changes."""
+        if self.decided:
+            return
+        self._step, self._steps = step, max_steps
+        self._anneal()
+        levels = [search.gates.level() for search in self.searches.values()]
+        counts = [columns.gates.count() for columns in self._columns.values()]
+        met = abs(self.cost.at(levels, counts) - self.target) <= self.config.tolerance * self.target
+        self._stable = self._stable + 1 if met and levels == self._levels else 0
+        self._levels = levels
+
+    def _anneal(self) -> None:
+        first, last = self.config.temperature, self.config.final_temperature
+        progress = self._step / max(self._steps, 1)
+        self.annealing.temperature = first if last is None else first * (last / first) ** progress
+
+    @property
+    def finished(self) -> bool:
+        """Whether the target is met and the architecture has been stable: the search need not go on."""
+        patience = self.config.patience
+        if patience is None:
+            patience = max(1, self._steps // 20)
+        ramped = self._step >= self.config.cost_warmup * self._steps
+        return not self.decided and 0 < patience <= self._stable and ramped
+
+    def logs(self) -> dict[str, float]:
+        """Chance of every mixer gate, mean chance of every MLP's, and the cost."""
+        numbers = {}
+        for i, search in self.searches.items():
+            for kind, chance in zip(LEVELS[1:], search.gates.probabilities().tolist(), strict=True):
+                numbers[f"gate_layer{i}_{kind}"] = chance
+        for i, columns in self._columns.items():
+            numbers[f"gate_layer{i}_mlp"] = columns.gates.probabilities().mean().item()
+        now = self._shapes().architecture
+        for metric in ("macs", "params"):
+            meter = ClosedFormMeter(metric, self.architecture, self.config.image_size)
+            numbers[f"{metric}_ratio"] = meter.ratio(now)
+        return {**numbers, "stable_steps": self._stable}
+
+    # ------------------------------------------------------------------ decision
+    @property
+    def decided(self) -> bool:
+        return any(gates.decided for gates in self._all_gates())
+
+    def choose(self) -> PruningPlan:
+        """The architecture that the gates say now, with its convolutions made of the wrapped model's weights."""
+        return self._with_weights({i: search.attention for i, search in self.searches.items()})
+
+    def choose_for(self, model: PreTrainedModel) -> PruningPlan:
+        """The same architecture, with convolutions made of the weights of another model of the same shape.
+
+        Mixing tables and BatchNorms are those of the search.
+
+        Raises:
+            InvalidPlanError: it is of another shape.
+        """
+        if not self.architecture.fits(Architecture.of(model)):
+            raise InvalidPlanError("the architecture was searched for a model of another shape")
+        attentions = {}
+        for i, search in self.searches.items():
+            paths, known = self._paths[i], search.attention
+            parts = (get(model, paths.attention), get(model, paths.v), get(model, paths.o))
+            attentions[i] = Attention(*parts, known.output_name, known.width)
+        return self._with_weights(attentions)
+
+    def decide(self, model: Any, images: ImageBatches | None = None) -> None:
+        """Fix the gates at their likelier values.
+
+        Where these cost more than the target, the least likely ones that are on go as well.
+
+        Raises:
+            InvalidPlanError: there was no search yet, or a score is not finite.
+        """
+        if self.decided:
+            return
+        scores = torch.cat([gates.score.detach() for gates in self._all_gates()])
+        if not scores.isfinite().all():
+            raise InvalidPlanError("there are gates that are not finite: the training diverged; lower its rates")
+        if bool((scores == scores[0]).all()):
+            raise InvalidPlanError("SPViT has not searched yet, all gates are alike: train the PruningModel first")
+        plan = self._plan_for_goal(scores)
+        for entry in plan.layers:
+            i = entry.index
+            if i in self.searches:
+                self.searches[i].gates.decide_level(LEVELS.index(entry.mixer))
+            if i in self._columns:
+                gates = self._columns[i].gates
+                gates.decide(torch.isin(torch.arange(len(gates.kept)), torch.tensor(entry.mlp, dtype=torch.long)))
+
+    def _plan_for_goal(self, scores: torch.Tensor) -> PruningPlan:
+        """What the gates say, or with the lowest threshold of scores under which the cost is the target's."""
+        plan = self._shapes()
+        found = self._meter.ratio(plan.architecture)
+        if found <= self.target * (1 + self.config.tolerance):
+            return plan
+        logger.warning(
+            f"the search ended at {found:.3f} of the {self._meter.metric}, over the target of {self.target:.3f}: the "
+            "gates least likely to be on go at once. A longer search, a higher gate_learning_rate or cost_weight gets "
+            "there by itself"
+        )
+        thresholds = [0.0, *scores[scores > 0].unique().tolist()]
+        return reach_target(
+            lambda strength: self._shapes(thresholds[strength]), len(thresholds) - 1, self.target, self._meter
+        )
+
+    def _shapes(self, threshold: float = 0.0) -> PruningPlan:
+        """The plan without the weights of its convolutions."""
+        plan = PruningPlan.dense(self.architecture)
+        return plan.with_layers(self._layer(entry, threshold) for entry in plan.layers)
+
+    def _layer(self, entry: LayerPlan, threshold: float) -> LayerPlan:
+        i = entry.index
+        if i in self._columns:
+            on = self._columns[i].gates.on(threshold)
+            entry = replace(entry, mlp=tuple(on.nonzero().squeeze(1).tolist()))
+            if not entry.mlp:
+                entry = replace(entry, mlp_in=None)
+        if i in self.searches:
+            kind = LEVELS[self.searches[i].gates.level(threshold)]
+            if kind != "attention":
+                channels = self.architecture.layers[i].v_dim if kind in KERNELS else None
+                entry = entry.with_mixer(kind, channels)
+        return entry
+
+    @torch.no_grad()
+    def _with_weights(self, attentions: dict[int, Attention]) -> PruningPlan:
+        """The plan, with convolutions made of these weights; their names are those of the small model, which keeps
+        every layer.
+        """
+        plan = self._shapes()
+        weights: dict[str, torch.Tensor] = {}
+        for entry in plan.layers:
+            if entry.index in self.searches and entry.mixer in KERNELS:
+                made = self.searches[entry.index].branches.weights(entry.mixer, attentions[entry.index])
+                weights |= {f"{self._paths[entry.index].attention}.{name}": tensor for name, tensor in made.items()}
+        return replace(plan, weights=weights, info=self.config.to_dict()).validated()
+
+    def _all_gates(self) -> Iterator[Any]:
+        yield from self.gates.values()
+
+    # ------------------------------------------------------------------ checkpoints
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor([self._step, self._steps, self._stable, *self._levels])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self._step, self._steps, self._stable, *self._levels = state.tolist()
+        self._anneal()
+
+
+def _linear(model: PreTrainedModel, path: str) -> nn.Linear:
+    """A Linear whose weights can be multiplied by gates.
+
+    Raises:
+        UnsupportedModelError: it is something else, or quantised.
+    """
+    module = get(model, path)
+    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+        raise UnsupportedModelError(
+            f"SPViT makes convolutions of the weights of {path}, a {type(module).__name__}: load the model in "
+            "floating point, without quantisation or adapters"
+        )
+    return module

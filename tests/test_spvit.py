@@ -1,0 +1,507 @@
+"""SPViT: gates, nesting, cost and decision by numbers worked out by hand; the search in training; refusals."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from hf_vitprune import (
+    Architecture,
+    DistillationConfig,
+    PruningCallback,
+    PruningModel,
+    PruningTrainer,
+    SPViTConfig,
+    VTPConfig,
+    count,
+    get_pruning_model,
+    prune,
+)
+from hf_vitprune.errors import (
+    AdapterError,
+    InvalidConfigError,
+    InvalidPlanError,
+    TokenGridError,
+    UnreachableTargetError,
+    UnsupportedModelError,
+)
+from hf_vitprune.methods.spvit import random_plan
+from hf_vitprune.methods.spvit.gates import Annealing, BinaryGates, MixerGates, NeuronGates, nested
+from pruning_runs import DROPOUT, VIT, Patterns, scatter_scores, state_of, trainer
+from tiny import CLASSIFIERS, SIZE, assert_same, images, make, relative_error, run, total_loss
+
+SWIN = "SwinForImageClassification"
+SWIGLU = "Dinov2ForImageClassification-swiglu"
+ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "per_device_train_batch_size": 10, "train_dataset": Patterns()}
+
+
+def spvit(case: str = VIT, model_changes: dict[str, Any] | None = None, **settings: Any) -> PruningModel:
+    """A PruningModel with SPViT over a tiny model; weights of branches that differ from one another."""
+    model = get_pruning_model(make(case, **(model_changes or {})), SPViTConfig(**{"target": 0.7, **settings}))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, tensor in [*model.method.named_parameters(), *model.method.named_buffers()]:
+            if "branches" in name and tensor.is_floating_point():
+                noise = torch.rand(tensor.shape, generator=generator)
+                # shares of the heads are anything between equal and one head alone
+                tensor.copy_(1 + 0.02 * noise if name.endswith("table") else 0.5 + noise)
+    return model
+
+
+# ---------------------------------------------------------------------- gates
+#: draws -> products, and the gates that get a gradient: not those under a product that is on
+NESTED = {
+    (1, 1, 1): ((1, 1, 1), (False, False, True)),
+    (1, 1, 0): ((1, 1, 0), (False, True, True)),
+    (1, 0, 1): ((1, 0, 0), (True, True, True)),
+    (1, 0, 0): ((1, 0, 0), (True, True, True)),
+    (0, 1, 1): ((0, 0, 0), (True, True, True)),
+    (0, 0, 0): ((0, 0, 0), (True, True, True)),
+}
+
+
+@pytest.mark.parametrize("drawn", NESTED)
+def test_a_mixer_needs_the_simpler_ones_and_stops_their_gradient(drawn: tuple[int, ...]) -> None:
+    products, learning = NESTED[drawn]
+    gates = torch.tensor(drawn, dtype=torch.float64, requires_grad=True)
+    out = nested(gates)
+    assert out.tolist() == list(products)
+    first, second, third = drawn
+    # the products are a, ab, abc; weighed 1, 10, 100
+    out.dot(torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)).backward()
+    expected = [1 + 10 * second + 100 * second * third, 10 * first + 100 * first * third, 100 * first * second]
+    assert gates.grad is not None
+    assert gates.grad.tolist() == [value * learns for value, learns in zip(expected, learning, strict=True)]
+
+
+def test_samples_are_of_the_logistic_relaxation() -> None:
+    gates = BinaryGates(20000, 1.5, Annealing(2.0), torch.device("cpu"))
+    torch.manual_seed(0)
+    drawn = gates.sample()
+    assert set(drawn.tolist()) == {0.0, 1.0}
+    assert abs(drawn.mean().item() - 0.8176) < 0.01  # sigmoid(1.5)
+    drawn.sum().backward()
+    torch.manual_seed(0)
+    uniform = torch.rand(20000).clamp(1e-6, 1 - 1e-6)
+    relaxed = 1 / (1 + torch.exp(-(1.5 + torch.log(uniform / (1 - uniform))) / 2))
+    assert torch.equal(drawn, (relaxed > 0.5).float())
+    torch.testing.assert_close(gates.score.grad, relaxed * (1 - relaxed) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_the_likelier_value_and_its_gradient() -> None:
+    gates = BinaryGates(3, 0.0, Annealing(1.0), torch.device("cpu"))
+    gates.score.data = torch.tensor([-1.0, 0.0, 2.0])
+    value = gates.likelier()
+    assert value.tolist() == [0.0, 0.0, 1.0]
+    value.sum().backward()
+    # at 2: P = .880797, sigmoid(P - .5) = .594065; .594065 * .405935 * .880797 * .119203
+    assert gates.score.grad is not None
+    assert gates.score.grad[2].item() == pytest.approx(0.0253194, rel=1e-4)
+    # at 0: .25 * .25
+    assert gates.score.grad[1].item() == pytest.approx(0.0625)
+
+
+def test_levels_and_counts() -> None:
+    mixer = MixerGates(1.5, Annealing(1.0), torch.device("cpu"))
+    for scores, level in (([1, 1, 1], 3), ([1, 1, -1], 2), ([1, -1, 1], 1), ([-1, 1, 1], 0), ([1, 0, 1], 1)):
+        mixer.score.data = torch.tensor(scores, dtype=torch.float32)
+        assert mixer.level() == level
+    mixer.score.data = torch.tensor([0.5, 0.3, 0.2])
+    assert [mixer.level(threshold) for threshold in (0.1, 0.2, 0.4, 0.5)] == [3, 2, 1, 0]
+    mixer.decide_level(2)
+    mixer.score.data.fill_(-1)
+    assert mixer.level() == 2
+
+    neurons = NeuronGates(10, 1.5, Annealing(1.0), torch.device("cpu"), round_to=4)
+    neurons.score.data = torch.tensor([1.0, -1, 3, 2, -2, 4, -3, -4, -5, -6])
+    assert neurons.count() == 4 and neurons.on().nonzero().flatten().tolist() == [0, 2, 3, 5]
+    neurons.score.data[0] = -0.5  # three on: rounded up, the likeliest of the rest joins
+    assert neurons.on().nonzero().flatten().tolist() == [0, 2, 3, 5]
+    assert neurons.count(3.5) == 0 and not neurons.on(3.5).any()
+    neurons.score.data.fill_(1.0)
+    assert neurons.count() == 10  # all stay all
+
+
+# ---------------------------------------------------------------------- the mixer
+def literal(search: Any, drawn: torch.Tensor, attended: Any, tokens: Any, grid: Any) -> torch.Tensor:
+    """Equation 8 with every branch computed; the convolutions as the sums over kernel positions that they are."""
+    a, b, c = nested(drawn).unbind()
+    special = search.special
+    heads = len(search.branches.table)
+    v = search.attention.v(tokens[:, special:]).unflatten(-1, (heads, -1))
+    v = v - search.attention.v.bias.view(heads, -1)
+    around = torch.nn.functional.pad(v.unflatten(1, grid), (0, 0, 0, 0, 1, 1, 1, 1))
+    shares = (search.branches.table / search.branches.temperature).softmax(0)
+    o = search.attention.o.weight.unflatten(1, (heads, -1))
+    outputs = []
+    for kind, positions in (("conv3x3", range(9)), ("conv1x1", [4])):
+        hidden, back = 0, 0
+        for j in positions:
+            down, across = j % 3, j // 3
+            shifted = around[:, down : down + grid[0], across : across + grid[1]]
+            hidden = hidden + torch.einsum("h,byxhc->byxc", shares[:, j], shifted)
+            hidden = hidden + shares[:, j] @ search.attention.v.bias.view(heads, -1)
+            back = back + torch.einsum("h,dhc->dc", shares[:, j], o)
+        norm = copy.deepcopy(search.branches.norms[kind])
+        mixed = norm(hidden.permute(0, 3, 1, 2)).relu().flatten(2).transpose(1, 2)
+        out = torch.nn.functional.linear(mixed, back, search.attention.o.bias)
+        outputs.append(torch.cat([tokens[:, :special], out], 1))
+    return c * attended + b * (1 - c) * outputs[0] + a * (1 - b) * (1 - c) * outputs[1]
+
+
+@pytest.mark.parametrize("case", ["ViTForImageClassification", "DeiTForImageClassification"])
+def test_the_searched_mixer_is_equation_8(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients of gates, table and weights, for every draw: branches that are left out take no part."""
+    model = spvit(case).double().train()
+    search = model.method.searches[1]
+    tokens = torch.randn(2, search.special + 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    parameters = [search.attention.v.weight, search.attention.o.weight, search.attention.v.bias, search.branches.table]
+    for bits in itertools.product((0.0, 1.0), repeat=3):
+        results = []
+        for ours in (True, False):
+            drawn = torch.tensor(bits, dtype=torch.float64, requires_grad=True)
+            monkeypatch.setattr(search.gates, "sample", lambda drawn=drawn: drawn)
+            # stands for what attention makes of the values
+            attended = search.attention.o(search.attention.v(tokens).tanh())
+            inputs = (attended, tokens, (2, 3))
+            out = search.mix(*inputs) if ours else literal(search, drawn, *inputs)
+            grads = torch.autograd.grad(out.sin().sum(), [drawn, *parameters], allow_unused=True)
+            results.append([out.detach(), *(torch.zeros(1) if g is None else g for g in grads)])
+        for mine, expected in zip(*results, strict=True):
+            torch.testing.assert_close(mine.expand_as(expected).double(), expected.double(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", [VIT, "Dinov2WithRegistersForImageClassification", SWIN])
+def test_any_image_size_and_checkpointing(case: str, tmp_path: Path) -> None:
+    """Grids that are not square, in training too; a second forward pass of a layer draws and counts nothing anew."""
+    pixels = images(3, (SIZE, 2 * SIZE)).double()
+    known = {} if case == SWIN else {"interpolate_pos_encoding": True}
+    if case.startswith("Dinov2"):
+        known = {}
+    ends = []
+    for checkpointed in (False, True):
+        model = spvit(case, DROPOUT).double().train()
+        if checkpointed:
+            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        loss = model(pixel_values=pixels, **known).logits.sin().sum()
+        loss.backward()
+        ends.append(([p.grad for p in model.parameters()], [b.clone() for b in model.method.buffers()]))
+    for plain, again in zip(*ends[0:2], strict=True):
+        for a, b in zip(plain, again, strict=True):
+            assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-9, atol=1e-12))
+    scatter_scores(model).eval()
+    small = model.export()
+    assert relative_error(run(model, pixels, **known)["logits"], run(small, pixels, **known)["logits"]) < 1e-9
+
+
+def test_a_model_that_was_pruned_before(tmp_path: Path) -> None:
+    """Attention that reads some channels, with other sizes a layer: convolutions read the same channels."""
+    once = scatter_scores(get_pruning_model(make(VIT), VTPConfig(pruning_ratio=0.3, round_to=4))).eval().export()
+    model = get_pruning_model(once, SPViTConfig(target=0.95)).eval()
+    for search in model.method.searches.values():
+        search.gates.score.data = torch.tensor([1.0, 1.0, -1.0])
+    small = model.export()
+    assert {shape.mixer for shape in Architecture.of(small).layers} == {"conv3x3"}
+    assert {shape.conv_channels for shape in Architecture.of(small).layers} != {8}
+    assert relative_error(run(model)["logits"], run(small)["logits"]) < 1e-5
+
+
+def test_mixed_precision_and_no_gradient() -> None:
+    model = spvit().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = total_loss(model)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert run(model)["logits"].isfinite().all()
+    half = get_pruning_model(make(VIT).bfloat16(), SPViTConfig(target=0.7))
+    total_loss(half, images().bfloat16()).backward()
+    small = scatter_scores(half).eval().export()
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+    pixels = images().bfloat16()
+    assert relative_error(run(half, pixels)["logits"].float(), run(small, pixels)["logits"].float()) < 0.05
+
+
+# ---------------------------------------------------------------------- cost
+def test_cost_of_a_layer_by_hand() -> None:
+    """d = 32, 4 heads of 8, 2 x 2 patches, 5 tokens, 48 neurons, 3 layers."""
+    model = spvit()
+    cost = model.method.cost
+    unit = count(make(VIT)).macs
+    attention = 4 * 5 * 32**2 + 2 * 32 * 5**2
+    steps = (torch.tensor([2 * 32 * 8 * 4, 8 * 32 * 8 * 4, 0]) / unit).tolist()  # 1 x 1; 3 x 3 has 10 d d_h HW in all
+    steps[2] = attention / unit - steps[0] - steps[1]
+    for level in range(4):
+        saved = attention / unit - sum(steps[:level])
+        assert cost.at([level, 3, 3], [48] * 3) == pytest.approx(1 - saved)
+    assert cost.at([3] * 3, [47, 48, 48]) == pytest.approx(1 - 2 * 32 * 5 / unit)
+    assert cost.lowest == pytest.approx(1 - 3 * (attention + 2 * 32 * 48 * 5) / unit)
+
+
+@pytest.mark.parametrize("metric", ["macs", "params"])
+@pytest.mark.parametrize("case", [VIT, SWIN, SWIGLU, "SiglipForImageClassification"])
+def test_expected_cost_is_the_count(case: str, metric: str) -> None:
+    model = spvit(case, target=0.97, target_metric=metric, round_to=1)
+    dense = getattr(count(model.model), metric)
+    for seed in range(4):
+        scatter_scores(model, seed)
+        method = model.method
+        now = getattr(count(method.choose().architecture), metric)
+        assert method.cost.expected().item() == pytest.approx(now / dense, rel=1e-12)
+        counts = [columns.gates.count() for columns in method._columns.values()]
+        levels = [search.gates.level() for search in method.searches.values()]
+        assert method.cost.at(levels, counts) == pytest.approx(now / dense, rel=1e-12)
+
+
+def test_the_penalty_in_both_forms() -> None:
+    """And its gradient: an attention that is on is asked about, not the convolutions below it."""
+    for settings in ({"target": 0.6, "cost_weight": 3.0}, {"target_gmacs": 1e-4, "target": None, "cost_weight": 2e6}):
+        model = spvit(**{**settings, "cost_warmup": 0.5})
+        macs = count(model.model).macs
+        goal = 0.6 * macs if settings["target"] else 1e5
+        difference = (macs - goal) / macs if settings["target"] else (macs - goal) / 1e9
+        for progress, ramp in ((0.1, 0.2), (0.5, 1.0), (1.0, 1.0)):
+            expected = settings["cost_weight"] * ramp * difference**2
+            assert model.method.penalty(progress).item() == pytest.approx(expected, rel=1e-6)
+        model.method.penalty(1.0).backward()
+        for name, gate in model.method.gates.items():
+            moved = (gate.score.grad > 0).tolist()
+            assert moved == ([False, False, True] if name.endswith("mixer") else [True] * 48)
+
+
+# ---------------------------------------------------------------------- decision
+def test_what_is_over_the_target_goes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hf_vitprune.methods.spvit.method.logger.warning", said.append)
+    model = spvit(target=0.5, round_to=1).eval()
+    generator = torch.Generator().manual_seed(0)
+    for gate in model.method.gates.values():
+        gate.score.data = torch.rand(gate.score.shape, generator=generator) + 0.1  # all on
+    model.decide()
+    plan = model.plan()
+    ratio = count(plan.architecture).macs / count(model.model).macs
+    assert len(said) == 1 and 0.48 < ratio <= 0.5
+    # it is a threshold: nothing that went was likelier than anything that stayed
+    gates = [g for g in model.method.gates.values() if isinstance(g, NeuronGates)]
+    gone = max(g.score[~g.kept].max() for g in gates if not g.kept.all())
+    assert all((g.score[g.kept] > gone).all() for g in gates)
+    assert relative_error(run(model)["logits"], run(model.export())["logits"]) < 1e-5
+
+
+def test_an_mlp_without_neurons_and_a_layer_without_anything() -> None:
+    model = spvit(target=0.9).eval()
+    model.method.gates["layer1_mixer"].score.data.fill_(-1.0)
+    model.method.gates["layer1_neurons"].score.data.fill_(-1.0)
+    before = run(model)
+    small = model.export()
+    shape = Architecture.of(small).layers[1]
+    assert (shape.mixer, shape.mlp) == ("none", 0)
+    assert relative_error(before["logits"], run(small)["logits"]) < 1e-5
+
+
+def test_export_from_other_weights() -> None:
+    """The found architecture on the weights from before the search, or on any of the same shape."""
+    model = scatter_scores(spvit(target=0.9), seed=3).eval()
+    assert {layer.mixer for layer in model.plan().layers} & {"conv3x3", "conv1x1"}
+    small, same = model.export(), model.export(weights=model.model)
+    assert relative_error(run(small)["logits"], run(same)["logits"]) == 0
+    other = make(VIT, seed=9)
+    tuned = model.export(weights=other)
+    assert Architecture.of(tuned) == Architecture.of(small)
+    assert torch.equal(tuned.classifier.weight, other.classifier.weight)
+    i, mixer = next((i, e.mixer) for i, e in enumerate(model.plan().layers) if e.mixer.startswith("conv"))
+    assert not torch.equal(tuned.vit.layers[i].attention.conv.weight, small.vit.layers[i].attention.conv.weight)
+    # the same as if the search had been over these weights
+    searched = copy.deepcopy(model)
+    searched.model.load_state_dict(other.state_dict())
+    assert relative_error(run(searched)["logits"], run(tuned)["logits"]) < 1e-5
+    with pytest.raises(InvalidPlanError, match="another shape"):
+        model.export(weights=make(VIT, num_hidden_layers=2))
+
+
+# ---------------------------------------------------------------------- the search in training
+def test_a_search_meets_its_target_stops_and_is_logged(tmp_path: Path) -> None:
+    settings = {"target": 0.7, "gate_learning_rate": 0.1, "round_to": 1, "patience": 10, "initial_score": 1.0}
+    model = spvit(final_temperature=0.5, **settings)
+    run_ = trainer(
+        model, tmp_path, max_steps=200, logging_strategy="steps", lr_scheduler_type="cosine", warmup_steps=5,
+        weight_decay=0.1, **{**ADAMW, "logging_steps": 5},
+    )  # fmt: skip
+    before = state_of(model)
+    run_.train()
+    assert run_.state.global_step < 200  # it stopped by itself
+    rows = [row for row in run_.state.log_history if "macs_ratio" in row]
+    assert len(rows) >= 3 and {"gate_layer0_conv1x1", "gate_layer2_attention", "gate_layer1_mlp"} <= rows[0].keys()
+    assert rows[0]["gate_layer0_mlp"] == pytest.approx(0.7, abs=0.15) and rows[0]["macs_ratio"] > 0.9
+    ratio = count(model.plan().architecture).macs / count(model.model).macs
+    assert abs(ratio / 0.7 - 1) <= 0.02
+    progress = run_.state.global_step / 200
+    assert model.method.annealing.temperature == pytest.approx(0.5**progress, rel=1e-6)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any(name.endswith("table") for name in moved) and any("running_mean" in name for name in moved)
+
+    groups = run_.optimizer.param_groups
+    gates = {id(p) for p in model.method.gate_parameters()}
+    own = [group for group in groups if {id(p) for p in group["params"]} & gates]
+    assert (
+        len(own) == 1 and own[0]["lr"] == 0.1 and own[0]["weight_decay"] == 0 and len(own[0]["params"]) == len(gates)
+    )
+    assert all(group["lr"] < 1e-3 for group in groups if group is not own[0])
+    tables = {id(p) for name, p in model.named_parameters() if name.endswith("table")}
+    assert all(not group["weight_decay"] for group in groups if {id(p) for p in group["params"]} & tables)
+    # tuned on, masked, then as the small model: the architecture stays
+    plan = model.plan()
+    trainer(model, tmp_path, max_steps=2, **ADAMW).train()
+    assert model.plan() == plan
+    assert relative_error(run(model.eval())["logits"], run(model.export().eval())["logits"]) < 1e-5
+    student = model.export(weights=make(VIT))
+    lessons = {"teacher": make(VIT), "distillation": DistillationConfig("hard")}
+    trainer(student, tmp_path, max_steps=2, **ADAMW, **lessons).train()
+    assert Architecture.of(student) == plan.architecture
+
+
+def test_a_schedule_that_changes_every_rate_is_refused(tmp_path: Path) -> None:
+    settings = {**ADAMW, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(InvalidConfigError, match="gates keep their learning rate"):
+        trainer(spvit(gate_learning_rate=1.0), tmp_path, **settings, eval_dataset=Patterns()).train()
+
+
+def test_trainings_that_cannot_search_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfigError, match=r"start at 1\.5 .*in 10 steps none turns over"):
+        trainer(spvit(), tmp_path, max_steps=10, **ADAMW).train()
+    with pytest.raises(InvalidConfigError, match="use PruningTrainer"):
+        kind = {"kind": Trainer, "callbacks": [PruningCallback()]}
+        trainer(spvit(gate_learning_rate=1.0), tmp_path, max_steps=10, **ADAMW, **kind).train()
+    slow = spvit(gate_learning_rate=1.0, patience=0, tolerance=1.0)
+    trainer(slow, tmp_path, max_steps=4, **ADAMW).train()
+    assert slow.method._step == 4  # a patience of 0 never stops
+
+
+def test_random_architectures_of_one_cost() -> None:
+    for case in (VIT, SWIN):
+        model = make(case)
+        dense = count(model).macs
+        plans = [random_plan(model, 0.6, seed=seed, round_to=2) for seed in range(4)]
+        assert all(0.57 < count(plan.architecture).macs / dense <= 0.6 for plan in plans)
+        assert len({str(plan.architecture) for plan in plans}) == 4
+        assert plans[0] == random_plan(model, 0.6, seed=0, round_to=2)
+        kinds = {layer.mixer for plan in plans for layer in plan.layers}
+        assert kinds >= {"conv3x3", "conv1x1", "none"}
+        assert run(prune(model, plans[0]))["logits"].isfinite().all()
+    with pytest.raises(UnreachableTargetError, match=r"0\.010 of the macs"):
+        random_plan(make(VIT), 0.01, seed=0)
+
+
+# ---------------------------------------------------------------------- refusals
+def config(**settings: Any) -> Callable[[], Any]:
+    return lambda: SPViTConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (config(), InvalidConfigError, "either target .* or target_gmacs .* not none"),
+        (config(target=0.5, target_gmacs=1.0), InvalidConfigError, "not both"),
+        (config(target=0.5, target_metric="latency", latency_table="x"), InvalidConfigError, "latency"),
+        (config(target_gmacs=1.0, target_metric="params"), InvalidConfigError, "leave target_metric at macs"),
+        (config(target_gmacs=0), InvalidConfigError, "target_gmacs must be positive"),
+        (config(target=0.5, cost_weight=0), InvalidConfigError, "cost_weight must be positive"),
+        (config(target=0.5, temperature=float("nan")), InvalidConfigError, "temperature is a number"),
+        (config(target=0.5, final_temperature=0), InvalidConfigError, "final_temperature must be positive"),
+        (config(target=0.5, mixing_temperature=-1), InvalidConfigError, "mixing_temperature is a number"),
+        (config(target=0.5, initial_score=-1.5), InvalidConfigError, "initial_score is a number, not negative"),
+        (config(target=0.5, cost_warmup=2), InvalidConfigError, "cost_warmup is a number, between 0 and 1"),
+        (config(target=0.5, single_path=1), InvalidConfigError, "single_path is True or False"),
+        (config(target=0.5, round_to=0), InvalidConfigError, "round_to is a whole number"),
+        (config(target=0.5, patience=-1), InvalidConfigError, "patience is a number of steps"),
+        (config(target=0.5, tolerance=True), InvalidConfigError, "tolerance is a number"),
+        (lambda: SPViTConfig.published("vit-huge"), InvalidConfigError, "known: deit-tiny"),
+        (lambda: spvit(target=0.05), UnreachableTargetError, "with every mixer skipped and every MLP gone"),
+        (lambda: spvit(target=None, target_gmacs=1.0), InvalidConfigError, r"is not under the 0\.000"),
+        (lambda: spvit().plan(), InvalidPlanError, "has not searched yet"),
+    ],
+)
+def test_refusals(wrong: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        wrong()
+
+
+def test_published_settings() -> None:
+    tiny = SPViTConfig.published("deit-tiny", patience=5)
+    assert (tiny.cost_weight, tiny.target_gmacs, tiny.gate_learning_rate, tiny.patience) == (20.0, 1.0, 1e-3, 5)
+    assert SPViTConfig.published("swin-small").gate_learning_rate == 5e-4
+
+
+def test_adapters_are_merged_first() -> None:
+    adapted = get_peft_model(make(VIT), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    with pytest.raises(AdapterError, match="merge_and_unload"):
+        get_pruning_model(adapted, SPViTConfig(target=0.7))
+    merged = get_pruning_model(adapted.merge_and_unload(), SPViTConfig(target=0.7))
+    small = scatter_scores(merged).eval().export()
+    again = get_peft_model(small, LoraConfig(r=2, target_modules=["fc1", "fc2"]))
+    assert run(again)["logits"].isfinite().all()
+
+
+def test_diverged_gates_quantised_weights_and_wrong_tokens() -> None:
+    model = spvit()
+    model.method.gates["layer0_mixer"].score.data[0] = float("nan")
+    with pytest.raises(InvalidPlanError, match="not finite"):
+        model.decide()
+    quantised = make(VIT)
+    quantised.vit.layers[0].attention.v_proj.weight = torch.nn.Parameter(
+        torch.zeros(32, 32, dtype=torch.int8), requires_grad=False
+    )
+    with pytest.raises(UnsupportedModelError, match=r"v_proj.*without quantisation"):
+        get_pruning_model(quantised, SPViTConfig(target=0.7))
+    model = spvit().train()
+    with pytest.raises(TokenGridError, match="not told the grid"):
+        for _ in range(20):  # until a convolution is drawn
+            model.model.vit.layers[0](torch.randn(2, 5, 32))
+    model.model.vit.embeddings.register_forward_hook(lambda module, args, output: output[:, :-1])
+    with pytest.raises(TokenGridError, match="4 tokens, which are not 1 special ones and a grid of 2 x 2"):
+        for _ in range(20):
+            model(pixel_values=images())
+
+
+def test_every_family_with_a_grid_can_be_searched() -> None:
+    assert all(get_pruning_model(make(case), SPViTConfig(target=0.95)).method.searches for case in CLASSIFIERS)
+
+
+def test_distillation_from_the_ungated_self(tmp_path: Path) -> None:
+    """The default teacher is a copy without gates: it computes what the stock model did."""
+    model = spvit(gate_learning_rate=1.0)
+    expected = run(make(VIT))
+    trained = trainer(model, tmp_path, distillation=DistillationConfig("soft"), max_steps=2, **ADAMW)
+    teacher = trained.lessons[0][1]
+    assert isinstance(trained, PruningTrainer)
+    assert relative_error(teacher(pixel_values=images()), expected["logits"]) < 1e-6
+    trained.train()
+
+
+@pytest.mark.slow
+def test_two_processes_end_alike(tmp_path: Path) -> None:
+    """Though each draws its own gates: weights, gates, statistics and the exported model."""
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
+    done = subprocess.run(
+        [*launch, str(here / "two_searches.py"), str(tmp_path)],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("shared", "own", "checkpointed"):
+        for part in ("", ".small"):
+            first, second = (load_file(tmp_path / f"{name}{part}.{rank}.safetensors") for rank in (0, 1))
+            assert_same(first, second)
