@@ -202,6 +202,8 @@ def _measured_on(dataset: str | None, split: str | None, timings: Mapping[str, T
 
 def _settings(info: Mapping[str, Any]) -> str:
     def text(value: Any) -> str:
+        if isinstance(value, Mapping):  # of a compensation, not every layer's error
+            value = {k: v for k, v in value.items() if k != "fits"}
         return value if isinstance(value, str) else json.dumps(value, default=str)
 
     return "\n".join(f"- {key.replace('_', ' ')}: `{text(value)}`" for key, value in info.items() if value is not None)

@@ -16,6 +16,7 @@ from .card import model_card
 from .cost import count
 from .cost.latency import Timing, measure_speed
 from .distillation import DistillationConfig
+from .exporting import is_compensated
 from .methods import PruningConfig, method_for
 from .model import get_pruning_model
 from .plan import PruningPlan
@@ -67,7 +68,9 @@ class PrunedResult:
     Attributes:
         model: the small model, fine-tuned.
         plan: what stayed.
-        accuracy: before any pruning, right after it, and fine-tuned (None without fine-tuning); empty without labels.
+        accuracy: ``dense`` before any pruning; ``pruned`` right after the decision, by plain slices; ``compensated``
+            (where there was something to make up for) and ``tuned`` (where it was fine-tuned) from there. Empty
+            without labels.
         macs_ratio, params_ratio: cost of the small model as a fraction of the dense one's.
     """
 
@@ -79,7 +82,7 @@ class PrunedResult:
 
     @property
     def final_accuracy(self) -> float:
-        return self.accuracy.get("tuned", self.accuracy["pruned"])
+        return next(self.accuracy[stage] for stage in ("tuned", "compensated", "pruned") if stage in self.accuracy)
 
 
 def accuracy_of(prediction: Any) -> dict[str, float]:
@@ -158,12 +161,16 @@ def prune_and_tune(
     wrapped = get_pruning_model(model, config)
     name = config.method_name
     taught = wrapped.method.distillation
-    train(wrapped, learn, train_set, eval_set, what=f"{name}: learning what to prune", distillation=taught)
+    # what the gated model computes after its decision is what plain slices do
+    accuracy["pruned"] = train(
+        wrapped, learn, train_set, eval_set, what=f"{name}: learning what to prune", distillation=taught
+    )
     plan = wrapped.plan()
     small = wrapped.export()
     teacher = wrapped.unload()
     teacher = teacher if before is None else before
-    accuracy["pruned"] = evaluate(small, eval_set)
+    if is_compensated(small):
+        accuracy["compensated"] = evaluate(small, eval_set)
     if tune is not None:
         accuracy["tuned"] = train(
             small,
@@ -193,7 +200,9 @@ def compare(
     timings = measure_speed(models, batch_size=batch_size)
     rows = [model_row("dense", dense, dense_accuracy, timings["dense"])]
     for name, result in results.items():
-        rows.append({"name": f"{name}, just pruned", "accuracy": result.accuracy["pruned"]})
+        for stage, what in (("pruned", "just pruned"), ("compensated", "compensated")):
+            if stage in result.accuracy:
+                rows.append({"name": f"{name}, {what}", "accuracy": result.accuracy[stage]})
         rows.append(model_row(f"{name}, final", result.model, result.final_accuracy, timings[name]))
     return rows, timings
 

@@ -36,6 +36,8 @@ def test_the_demo_prints_what_it_measured(short_demo):
         pruned = by_name[f"{method}, final"]
         assert pruned["macs"] <= 0.5 * dense["macs"] and pruned["params"] < 0.6 * dense["params"]
     assert by_name["SLS, final"]["macs"] <= dense["macs"]
+    assert {"VTP, just pruned", "VTP, compensated"} <= by_name.keys()
+    assert "SLS, compensated" not in by_name  # adapters on a backbone that other tasks share
     for row in (dense, pruned, by_name["SLS, final"]):
         assert f"{row['accuracy']:.1%}" in text and row["latency_ms"] > 0
 

@@ -21,6 +21,7 @@ from hf_vitprune import (
     TruncationConfig,
     VTPConfig,
     get_pruning_model,
+    model_card,
 )
 from hf_vitprune.errors import AdapterError, InvalidConfigError, InvalidDataError
 from pruning_runs import SMALL_GROUPS, VIT, Patterns, gated, lora_model, nvit, scatter_scores, state_of, trainer
@@ -64,6 +65,7 @@ def test_a_compensated_export_is_closer_to_what_was_trained(case: str, method: s
     assert Architecture.of(small) == Architecture.of(plain) == model.plan().architecture
     assert distance(logits(small), trained) < distance(logits(plain), trained)
     assert record(small)["images"] == 48 and record(small)["fits"]
+    assert '"images": 48' in (card := str(model_card(small))) and "before" not in card.split("images")[-1]
     assert_same(state_of(model.model), before)
     same = model.export(calibration=pixels(), compensate=False)
     assert_same(dict(same.state_dict()), dict(plain.state_dict()))
