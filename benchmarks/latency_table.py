@@ -68,7 +68,7 @@ def random_architecture(config: Any, generator: random.Random) -> Architecture:
     return dense.replace(layers=layers, hidden_size=width)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="vit-small")
     parser.add_argument("--architectures", type=int, default=10)
@@ -84,56 +84,37 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="save the new table here")
     parser.add_argument("--json", type=Path, help="write every number here")
     parser.add_argument("--plot", type=Path, help="draw predicted against measured times into this file")
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    config = MODELS[args.model]()
-    if args.image_size:
-        config.image_size = args.image_size
-    dense = Architecture.dense(config)
-    generator = random.Random(args.seed)
-    shapes = {"dense": dense}
-    shapes |= {f"random {i}": random_architecture(config, generator) for i in range(args.architectures)}
+
+def measured(args: argparse.Namespace, config: Any, models: dict[str, Any]) -> tuple[LatencyTable, dict[str, float]]:
+    """A table, and seconds of every model: in one run with a new table, or by themselves with an old one."""
     kind = getattr(torch, args.dtype)
-    models: dict[str, Any] = {name: build(config, shape) for name, shape in shapes.items()}
     if args.table:
         table = LatencyTable.load(args.table)
-        table.check(dense, args.image_size, args.batch_size)
+        table.check(Architecture.dense(config), args.image_size, args.batch_size)
         table.check_device()
         ready = {name: model.to(args.device, kind) for name, model in models.items()}
         timings = measure_speed(ready, batch_size=args.batch_size, rounds=args.rounds)
-        measured = {name: timing.seconds for name, timing in timings.items()}
-    else:
-        table = measure_table(
-            config,
-            args.batch_size,
-            args.image_size,
-            kind,
-            args.device,
-            args.grid,
-            args.rounds,
-            monotone=not args.no_monotone,
-            beside=models,
-        )
-        measured = table.provenance["beside_seconds"]
-        if args.save:
-            table.save(args.save)
+        return table, {name: timing.seconds for name, timing in timings.items()}
+    table = measure_table(
+        config,
+        args.batch_size,
+        args.image_size,
+        kind,
+        args.device,
+        args.grid,
+        args.rounds,
+        monotone=not args.no_monotone,
+        beside=models,
+    )
+    if args.save:
+        table.save(args.save)
+    return table, table.provenance["beside_seconds"]
 
-    rows = []
-    for name, shape in shapes.items():
-        seconds, predicted = measured[name], table.predict(shape)
-        rows.append(
-            {
-                "architecture": name,
-                "width": shape.hidden_size,
-                "GMACs": count(shape).macs / 1e9,
-                "predicted ms": 1e3 * predicted,
-                "measured ms": 1e3 * seconds,
-                "error": predicted / seconds - 1,
-            }
-        )
-    errors = sorted(abs(row["error"]) for row in rows[1:])
-    minutes = table.provenance["minutes"]
-    view = Table(title=f"{args.model} on {device_name(args.device)}, batch {args.batch_size}, {args.dtype}")
+
+def show(rows: list[dict[str, Any]], title: str) -> None:
+    view = Table(title=title)
     for column in rows[0]:
         view.add_column(column, justify="left" if column == "architecture" else "right")
     for row in rows:
@@ -142,6 +123,31 @@ def main() -> None:
         ]
         view.add_row(*cells)
     Console().print(view)
+
+
+def main() -> None:
+    args = arguments()
+    config = MODELS[args.model]()
+    if args.image_size:
+        config.image_size = args.image_size
+    generator = random.Random(args.seed)
+    shapes = {"dense": Architecture.dense(config)}
+    shapes |= {f"random {i}": random_architecture(config, generator) for i in range(args.architectures)}
+    table, seconds = measured(args, config, {name: build(config, shape) for name, shape in shapes.items()})
+    rows = [
+        {
+            "architecture": name,
+            "width": shape.hidden_size,
+            "GMACs": count(shape).macs / 1e9,
+            "predicted ms": 1e3 * table.predict(shape),
+            "measured ms": 1e3 * seconds[name],
+            "error": table.predict(shape) / seconds[name] - 1,
+        }
+        for name, shape in shapes.items()
+    ]
+    errors = sorted(abs(row["error"]) for row in rows[1:])
+    show(rows, f"{args.model} on {device_name(args.device)}, batch {args.batch_size}, {args.dtype}")
+    minutes = table.provenance["minutes"]
     print(f"error: median {median(errors):.1%}, worst {errors[-1]:.1%} (the table took {minutes} minutes)")
     if args.plot:
         predicted, times = ([row[name] / 1e3 for row in rows] for name in ("predicted ms", "measured ms"))

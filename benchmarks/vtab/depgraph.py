@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from hf_vitprune import PruningPlan
-from hf_vitprune.architecture import unwrap
+from hf_vitprune.architecture import Architecture, unwrap
 from hf_vitprune.batches import ImageBatches
 from hf_vitprune.errors import MissingExtraError, UnsupportedModelError
 from hf_vitprune.layer_plan import LayerPlan
@@ -67,36 +68,8 @@ def depgraph_plan(
     tp = torch_pruning()
     check_ratio(ratio)
     plan = PruningPlan.dense(model)
-    subject = _subject(model)
-    batches = ImageBatches(examples, BATCH_SIZE, limit=BATCHES * BATCH_SIZE)
-    device = next(subject.parameters()).device
-    pixels = _add_gradients(subject, batches, device)
-    named = {name.replace(".base_layer", ""): module for name, module in unwrap(subject).named_modules()}
-    paths = layer_paths(unwrap(subject), plan.source)
-    heads = {
-        named[name]: shape.heads
-        for path, shape in zip(paths, plan.source.layers, strict=True)
-        for name in (path.q, path.k, path.v)
-    }
-    prunable = {named[name] for path in paths for name in (path.q, path.k, path.v, *path.fc1)}
-    ignored = [m for m in subject.modules() if not list(m.children()) and m not in prunable]
-    if embedding:
-        ignored = [unwrap(subject).classifier]
-    with warnings.catch_warnings(), subject.disable_adapter() if is_peft(subject) else nullcontext():
-        warnings.simplefilter("ignore")  # on tokens and positions, which keep their width
-        pruner = tp.pruner.BasePruner(
-            subject,
-            {"pixel_values": pixels},
-            importance=tp.importance.GroupTaylorImportance(),
-            pruning_ratio=ratio,
-            round_to=round_to,
-            num_heads=heads,
-            prune_num_heads=False,
-            prune_head_dims=True,
-            ignored_layers=ignored,
-            output_transform=lambda outputs: outputs.logits.sum(),
-        )
-        removed = _removed(pruner, named)
+    paths = layer_paths(unwrap(model), plan.source)
+    removed = _removed(model, plan.source, paths, examples, embedding, pruning_ratio=ratio, round_to=round_to)
     layers = []
     for entry, path, shape in zip(plan.layers, paths, plan.source.layers, strict=True):
         if path.o not in removed or path.fc2 not in removed:
@@ -126,15 +99,42 @@ def _add_gradients(subject: Any, batches: ImageBatches, device: torch.device) ->
     return inputs["pixel_values"][:1]
 
 
-def _removed(pruner: Any, named: dict[str, nn.Module]) -> dict[str, set[int]]:
-    """Name of a Linear -> inputs that go. The groups are only looked at, not pruned."""
+def _removed(
+    model: Any, source: Architecture, paths: Sequence[Any], examples: Any, embedding: bool, **settings: Any
+) -> dict[str, set[int]]:
+    """Name of a Linear -> inputs that go. Torch-Pruning's groups are only looked at, not pruned."""
+    tp = torch_pruning()
+    subject = _subject(model)
+    batches = ImageBatches(examples, BATCH_SIZE, limit=BATCHES * BATCH_SIZE)
+    pixels = _add_gradients(subject, batches, next(subject.parameters()).device)
+    named = {name.replace(".base_layer", ""): module for name, module in unwrap(subject).named_modules()}
     names = {module: name for name, module in named.items()}
+    heads = {
+        named[name]: shape.heads
+        for path, shape in zip(paths, source.layers, strict=True)
+        for name in (path.q, path.k, path.v)
+    }
+    prunable = {named[name] for path in paths for name in (path.q, path.k, path.v, *path.fc1)}
+    ignored = [m for m in subject.modules() if not list(m.children()) and m not in prunable]
     removed: dict[str, set[int]] = {}
-    for group in pruner.step(interactive=True):
-        for dependency, indices in group:
-            module = dependency.target.module
-            if isinstance(module, nn.Linear) and pruner.DG.is_in_channel_pruning_fn(dependency.handler):
-                removed.setdefault(names[module], set()).update(indices)
+    with warnings.catch_warnings(), subject.disable_adapter() if is_peft(subject) else nullcontext():
+        warnings.simplefilter("ignore")  # on tokens and positions
+        pruner = tp.pruner.BasePruner(
+            subject,
+            {"pixel_values": pixels},
+            importance=tp.importance.GroupTaylorImportance(),
+            num_heads=heads,
+            prune_num_heads=False,
+            prune_head_dims=True,
+            ignored_layers=[unwrap(subject).classifier] if embedding else ignored,
+            output_transform=lambda outputs: outputs.logits.sum(),
+            **settings,
+        )
+        for group in pruner.step(interactive=True):
+            for dependency, indices in group:
+                module = dependency.target.module
+                if isinstance(module, nn.Linear) and pruner.DG.is_in_channel_pruning_fn(dependency.handler):
+                    removed.setdefault(names[module], set()).update(indices)
     return removed
 
 
