@@ -11,7 +11,7 @@ from .adapters.absorb import why_merged
 from .architecture import unwrap
 from .batches import ImageBatches, fixed_randomness
 from .compensate import Compensation, compensate_plan
-from .errors import AdapterError
+from .errors import AdapterError, InvalidConfigError
 from .lineage import lineage_of, removes_only_layers
 from .methods import PruningMethod
 from .peft_twin import is_peft, merged_twin
@@ -25,30 +25,51 @@ logger = logging.get_logger(__name__)
 TRAINING_IMAGES = 128
 
 
-def compensated(
-    model: Any, method: PruningMethod, plan: PruningPlan, images: Any, compensate: Any, *, asked: bool, tuned: bool
-) -> PruningPlan:
-    """The plan of a method's decision with weights that make up for it, or with the reason why it has none.
+def export_plan(pruning_model: Any, calibration: Any, compensate: Any, weights: Any = None) -> PruningPlan:
+    """The plan of a PruningModel's decision with what ``PruningModel.export`` was asked for.
 
     Each process works by itself on all images, so that an export may be called on one of several.
 
     Args:
-        model: the wrapped model.
-        method: has decided ``plan``.
-        images: anything that ``ImageBatches`` takes.
-        compensate: as in :func:`hf_vitprune.prune`.
-        asked: the caller gave the images; what cannot be done is then said aloud.
-        tuned: the model was trained after the decision.
+        pruning_model: decides first where it has not.
+        calibration, compensate, weights: as in ``PruningModel.export``.
 
     Raises:
         AdapterError: images were given for a PeftModel that only loses layers.
-        InvalidDataError, UnsupportedModelError, InvalidConfigError: as :func:`hf_vitprune.compensate_plan`.
+        InvalidConfigError: ``compensate`` asks for something, and there are no images.
+        InvalidDataError, UnsupportedModelError: as :func:`hf_vitprune.compensate_plan`.
     """
+    asked, images = calibration is not None, calibration
+    if not asked and weights is None:
+        images = pruning_model.training_images
+    if not asked and compensate == "auto":
+        compensate = "none" if images is None else pruning_model.compensate
     settings = Compensation.of(compensate)
+    plan = pruning_model.plan()
+    if weights is not None:
+        plan = pruning_model.method.choose_for(unwrap(weights))
     if settings is None or plan.removes_nothing:
         return plan
+    if images is None:
+        raise InvalidConfigError(f"compensate={compensate!r} needs images: pass calibration=<images>")
     if compensate in ("auto", True) and not asked:
         settings = settings.replace(images=TRAINING_IMAGES)
+    if weights is not None:
+        return _followed(weights, plan, _factors(pruning_model.method), images, settings)
+    return _compensated(pruning_model, plan, images, settings, asked)
+
+
+def _factors(method: PruningMethod) -> PruningPlan | None:
+    """What a method trains, where that is all units times factors, whatever the weights."""
+    whole = method.reference()
+    return whole if whole is not None and whole.removes_nothing else None
+
+
+def _compensated(
+    pruning_model: Any, plan: PruningPlan, images: Any, settings: Compensation, asked: bool
+) -> PruningPlan:
+    """The plan with weights, or with the reason why it has none; said aloud where the caller gave the images."""
+    model, method = pruning_model.model, pruning_model.method
     if is_peft(model) and removes_only_layers(plan):
         if asked:
             raise AdapterError(
@@ -57,15 +78,21 @@ def compensated(
             )
         return plan
     whole = method.reference()
-    reason = _nothing_to_do(method, whole, tuned) or (None if asked else _left_alone(model))
+    reason = _nothing_to_do(method, whole, pruning_model.tuned) or (None if asked else _left_alone(model))
     if reason is not None:
         logger.log(logging.WARNING if asked else logging.INFO, f"the export is not compensated: {reason}")
         return replace(plan, info={**plan.info, "compensation": {"skipped": reason}})
-    assert whole is not None
+    return _followed(model, plan, whole, images, settings)
+
+
+def _followed(
+    model: Any, plan: PruningPlan, whole: PruningPlan | None, images: Any, settings: Compensation
+) -> PruningPlan:
+    """The plan with the weights that bring it to the model under the plan ``whole`` (None: to the model itself)."""
     base = merged_twin(model) if is_peft(model) else unwrap(model)
-    plain = whole.removes_nothing and not any(entry.scales for entry in whole.layers)
+    plain = whole is None or (whole.removes_nothing and not any(entry.scales for entry in whole.layers))
     with by_itself(), fixed_randomness():
-        reference = None if plain else mask_plain(base, whole)
+        reference = None if plain or whole is None else mask_plain(base, whole)
         return compensate_plan(model, plan, ImageBatches(images), settings, reference=reference)
 
 

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from .adapters.configs import check_config
 from .architecture import Architecture, unwrap
 from .batches import ImageBatches
-from .compensate import Compensation
 from .errors import (
     AdapterError,
     InvalidConfigError,
@@ -23,7 +22,7 @@ from .errors import (
     ResumeError,
     UnsupportedModelError,
 )
-from .exporting import compensated
+from .exporting import export_plan
 from .methods import PruningConfig, method_for
 from .peft_methods.convpass import ConvpassLayer
 from .peft_twin import check_peft_model, is_peft, tuner_layers
@@ -237,7 +236,7 @@ class PruningModel(nn.Module):
             calibration: unlabelled images (anything that ``ImageBatches`` takes; about 128 are enough).
             compensate: as in ``hf_vitprune.prune``; ``"none"`` or False for plain slices, with images and without.
             weights: a model of the wrapped one's shape, whose weights the small one gets (those from before the
-                training, say); not compensated.
+                training, say), and which ``calibration`` then brings it close to.
 
         Returns:
             A ``Pruned<X>...`` model; a PeftModel over one if the wrapped model is a PeftModel; a stock model if
@@ -250,13 +249,7 @@ class PruningModel(nn.Module):
             InvalidDataError: the images are none, or not for this model.
             InvalidConfigError: ``compensate`` asks for something, and there are no images.
         """
-        if weights is None:
-            plan = self._compensated(calibration, compensate)
-        elif calibration is not None:
-            raise InvalidConfigError("weights of another model are not compensated: leave calibration or weights out")
-        else:
-            self.plan()
-            plan = self.method.choose_for(unwrap(weights))
+        plan = export_plan(self, calibration, compensate, weights)
         source = self.model if weights is None else weights
         small = prune(source, plan, allow_unchanged=self.method.may_keep_everything)
         if native:
@@ -264,18 +257,6 @@ class PruningModel(nn.Module):
 
             return to_native(small)
         return small
-
-    def _compensated(self, calibration: Any, compensate: Any) -> PruningPlan:
-        plan, asked = self.plan(), calibration is not None
-        if not asked and compensate == "auto":
-            compensate = "none" if self.training_images is None else self.compensate
-        settings = Compensation.of(compensate)
-        images = calibration if asked else self.training_images
-        if settings is None:
-            return plan
-        if images is None:
-            raise InvalidConfigError(f"compensate={compensate!r} needs images: pass calibration=<images>")
-        return compensated(self.model, self.method, plan, images, compensate, asked=asked, tuned=self.tuned)
 
     def unload(self) -> Any:
         """The wrapped model without gates, as it was (its weights as trained)."""

@@ -18,6 +18,7 @@ from hf_vitprune import (
     NViTConfig,
     PruningCallback,
     PruningModel,
+    SPViTConfig,
     TruncationConfig,
     VTPConfig,
     get_pruning_model,
@@ -153,6 +154,28 @@ def _one_group() -> Any:
     return Schedule.of(nvit(target=0.5, groups_per_step=1, interval=1).pruning_config, 10)
 
 
+def test_spvit_is_without_what_its_gates_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What went at once to reach the target is made up for; so is the architecture on weights from before."""
+    monkeypatch.setattr("hf_vitprune.methods.spvit.method.logger.warning", lambda _: None)
+    over, under = (get_pruning_model(make(VIT), SPViTConfig(target=t, round_to=1)).double().eval() for t in (0.6, 0.9))
+    for model, lowest in ((over, 0.1), (under, -0.4)):
+        generator = torch.Generator().manual_seed(2)
+        for gates in model.method.gates.values():
+            gates.score.data = torch.rand(gates.score.shape, generator=generator).double() + lowest
+    trained = logits(over)
+    plain, small = over.export(), over.export(calibration=pixels())
+    assert distance(logits(small), trained) < distance(logits(plain), trained)
+    assert Architecture.of(small) == Architecture.of(plain) and record(small)["fits"]
+
+    small = under.export(calibration=pixels())
+    assert "switched gates off" in record(small)["skipped"]
+    assert relative_error(logits(small), logits(under)) < 1e-10
+    before = make(VIT, seed=4).double()
+    plain, small = under.export(weights=before), under.export(weights=before, calibration=pixels())
+    assert {layer.mixer for layer in Architecture.of(small).layers} & {"conv3x3", "conv1x1"}
+    assert distance(logits(small), logits(before)) < distance(logits(plain), logits(before))
+
+
 # ---------------------------------------------------------------------- adapters
 def test_adapters_stay_and_the_base_is_compensated(tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -210,6 +233,8 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
     model: PruningModel = scatter_scores(gated())
     with pytest.raises(InvalidConfigError, match="needs images"):
         model.export(compensate=("mlp",))
+    with pytest.raises(InvalidConfigError, match="needs images"):
+        model.export(compensate=True, weights=make(VIT))
     with pytest.raises(InvalidConfigError, match="compensate is"):
         trainer(model, tmp_path, compensate="some")
     with pytest.raises(InvalidDataError, match="empty"):

@@ -48,6 +48,7 @@ class SPViT(PruningMethod):
     takes_adapters = False
     no_reference = "a search trains with mixers and neurons off, as the small model has them"
     constant_gate_rate = True
+    no_reference = "SPViT has switched gates off while the model trained: it is without those units already"
     may_keep_everything = True  # a search may end in a model whose layers only change their kind
 
     def __init__(self, config: SPViTConfig, model: PreTrainedModel) -> None:
@@ -81,6 +82,7 @@ class SPViT(PruningMethod):
         self._check_target()
         self._step = self._steps = self._stable = 0
         self._levels: list[int] = []
+        self._searched: PruningPlan | None = None
 
     def _add_layer(self, model: PreTrainedModel, i: int, paths: LayerPaths) -> None:
         config, shape = self.config, self.architecture.layers[i]
@@ -198,7 +200,16 @@ class SPViT(PruningMethod):
 
     def choose(self) -> PruningPlan:
         """The architecture that the gates say now, with its convolutions made of the wrapped model's weights."""
-        return self._with_weights({i: search.attention for i, search in self.searches.items()})
+        return self._with_weights(self._shapes(), self._attentions())
+
+    def reference(self) -> PruningPlan | None:
+        """What the gates had come to in training, where the decision took more away to reach the target."""
+        if self._searched is None or self._searched == self._shapes():
+            return None
+        return self._with_weights(self._searched, self._attentions())
+
+    def _attentions(self) -> dict[int, Attention]:
+        return {i: search.attention for i, search in self.searches.items()}
 
     def choose_for(self, model: PreTrainedModel) -> PruningPlan:
         """The same architecture, with convolutions made of the weights of another model of the same shape.
@@ -215,7 +226,7 @@ class SPViT(PruningMethod):
             paths, known = self._paths[i], search.attention
             parts = (get(model, paths.attention), get(model, paths.v), get(model, paths.o))
             attentions[i] = Attention(*parts, known.output_name, known.width)
-        return self._with_weights(attentions)
+        return self._with_weights(self._shapes(), attentions)
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
         """Fix the gates at their likelier values.
@@ -232,6 +243,7 @@ class SPViT(PruningMethod):
             raise InvalidPlanError("there are gates that are not finite: the training diverged; lower its rates")
         if bool((scores == scores[0]).all()):
             raise InvalidPlanError("SPViT has not searched yet, all gates are alike: train the PruningModel first")
+        self._searched = self._shapes()
         plan = self._plan_for_goal(scores)
         for entry in plan.layers:
             i = entry.index
@@ -277,11 +289,10 @@ class SPViT(PruningMethod):
         return entry
 
     @torch.no_grad()
-    def _with_weights(self, attentions: dict[int, Attention]) -> PruningPlan:
+    def _with_weights(self, plan: PruningPlan, attentions: dict[int, Attention]) -> PruningPlan:
         """The plan, with convolutions made of these weights; their names are those of the small model, which keeps
         every layer.
         """
-        plan = self._shapes()
         weights: dict[str, torch.Tensor] = {}
         for entry in plan.layers:
             if entry.index in self.searches and entry.mixer in KERNELS:
