@@ -40,8 +40,10 @@ class Images(torch.utils.data.Dataset):
 class Patterns(torch.utils.data.Dataset):
     """Images whose class is a pattern under some noise, so that every layer can tell the classes apart."""
 
-    def __init__(self, length: int = 20, noise: float = 0.1, **columns: Any) -> None:
-        self.length, self.noise, self.columns = length, noise, columns
+    def __init__(
+        self, length: int = 20, noise: float = 0.1, dtype: torch.dtype = torch.float32, **columns: Any
+    ) -> None:
+        self.length, self.noise, self.dtype, self.columns = length, noise, dtype, columns
 
     def __len__(self) -> int:
         return self.length
@@ -49,7 +51,8 @@ class Patterns(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         pattern = torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(i % LABELS))
         noise = torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(1000 + i))
-        return {"pixel_values": pattern + noise * self.noise, "labels": i % LABELS, **self.columns}
+        pixels = (pattern + noise * self.noise).to(self.dtype)
+        return {"pixel_values": pixels, "labels": i % LABELS, **self.columns}
 
 
 def gated(case: str = VIT, model_changes: dict[str, Any] | None = None, **settings: Any) -> PruningModel:

@@ -16,9 +16,18 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 import two_processes
-from hf_vitprune import DistillationConfig, PruningCallback, PruningTrainer, VTPConfig, count, get_pruning_model
+from hf_vitprune import (
+    DistillationConfig,
+    PruningCallback,
+    PruningTrainer,
+    SLSConfig,
+    VTPConfig,
+    count,
+    get_pruning_model,
+    select_layers,
+)
 from hf_vitprune.errors import InvalidConfigError, MissingLabelsError
-from pruning_runs import VIT, Images, gated, lora_model, nvit, scatter_scores, state_of, trainer
+from pruning_runs import VIT, Images, Patterns, gated, lora_model, nvit, scatter_scores, state_of, trainer
 from tiny import LABELS, assert_same, make, relative_error, run
 
 DOUBLE = torch.float64
@@ -158,7 +167,10 @@ def test_two_processes_end_like_one(tmp_path: Path) -> None:
             theirs = load_file(tmp_path / f"{name}.{rank}.safetensors")
             assert_close(theirs, state)
         assert kept_units(plans[0][name]) == kept_units(plan)
-    assert plans[0].keys() == {*two_processes.runs(), "apart", "NViT apart"}
+    config = SLSConfig(iterations=250, perplexity=3.0)
+    kept = [select_layers(make(VIT), Patterns(noise=noise), config).kept_layers for noise in (0.1, 5.0)]
+    assert len(plans[1]["SLS apart"]["layers"]) == kept[0] != kept[1]
+    assert plans[0].keys() == {*two_processes.runs(), "apart", "NViT apart", "SLS apart"}
 
 
 # ---------------------------------------------------------------------- the optimizer

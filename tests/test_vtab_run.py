@@ -175,7 +175,8 @@ def test_records_say_everything(root: Path, settings: Settings, tmp_path: Path) 
     assert records["sls:alpha=0.9"]["results"]["last_epoch"]["kept_layers"] == selection.kept_layers
 
 
-SLOW = ("dora", "adalora", "ia3", "vera", "loha", "repadapter", "full")
+#: the other sweeps adapt by LoRA and by the head alone
+SLOW = ("lora", "linear", "dora", "adalora", "ia3", "vera", "loha", "repadapter", "full")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_every_adaptation_is_pruned_and_retrained(peft: str, root: Path, setting
         assert cut["cost"]["stored"]["params"] - 68 == pytest.approx(own / 3)
 
 
-@pytest.mark.parametrize("pruning", ["vtp:target=0.6", "depgraph:ratio=0.5"])
+@pytest.mark.parametrize("pruning", ["vtp:target=0.6", "nvit:target=0.9", "depgraph:ratio=0.5"])
 def test_width_pruning_stores_whole_models(pruning: str, root: Path, settings: Settings, tmp_path: Path) -> None:
     if pruning.startswith("depgraph"):
         pytest.importorskip("torch_pruning")

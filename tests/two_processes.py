@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import Trainer
 
-from hf_vitprune import DistillationConfig, NViTConfig, PruningCallback, PruningModel, get_pruning_model
+from hf_vitprune import DistillationConfig, NViTConfig, PruningCallback, PruningModel, SLSConfig, get_pruning_model
 from hf_vitprune.methods import NViT
-from pruning_runs import SMALL_GROUPS, Images, gated, lora_model, nvit, scatter_scores, state_of, trainer
+from pruning_runs import SMALL_GROUPS, Images, Patterns, gated, lora_model, nvit, scatter_scores, state_of, trainer
 
 Run = tuple[PruningModel, dict[str, Any], dict[str, Any]]
 
@@ -32,6 +32,11 @@ def runs() -> dict[str, Run]:
         config = NViTConfig(target=0.4, group_sizes=SMALL_GROUPS, pruning_share=1.0)
         return get_pruning_model(lora_model(dropout=False), config).double()
 
+    def layers() -> PruningModel:
+        torch.manual_seed(5)
+        config = SLSConfig(alpha=0.5, iterations=250, perplexity=3.0)
+        return get_pruning_model(lora_model(dropout=False), config).double()
+
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     plain = {"kind": Trainer, "callbacks": [PruningCallback()]}
     checkpointed = {"distillation": soft, "activation_checkpointing": True, "max_grad_norm": 0.5}
@@ -45,6 +50,7 @@ def runs() -> dict[str, Run]:
             halves,
         ),
         "NViT, adapters": (adapters(), {**common, **plain, "learning_rate": 1e-3}, halves),
+        "SLS, adapters": (layers(), {**common, **plain, "train_dataset": Patterns(dtype=torch.float64)}, halves),
     }
 
 
@@ -70,5 +76,8 @@ if __name__ == "__main__":
     one = apart.method.masks["layer0_mlp_hidden"]
     assert one.kept == int(one.mask.sum()) == len(apart.plan().layers[0].mlp)
     plans["NViT apart"] = apart.plan().to_dict()["layers"]
+    apart = get_pruning_model(gated().unload(), SLSConfig(iterations=250, perplexity=3.0))
+    apart.decide(Patterns(noise=0.1 if rank == 0 else 5.0))
+    plans["SLS apart"] = apart.plan().to_dict()
     (out / f"plans.{rank}.json").write_text(json.dumps(plans))
     torch.distributed.destroy_process_group()  # gloo's threads, left running, can abort a process that ends
