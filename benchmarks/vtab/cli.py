@@ -224,18 +224,20 @@ def _layers(task: str, peft: str, seed: int, data: Path, output: Path, probe_ima
 @app.command()
 def pretrain(
     folder: Annotated[Path, typer.Argument(help="Folder for the model.")],
-    images: Annotated[int, typer.Option(help="Training images.")] = 20_000,
-    epochs: Annotated[int, typer.Option(help="Passes over them.")] = 5,
-    learning_rate: Annotated[float, typer.Option(help="Peak, of AdamW.")] = 2e-3,
+    images: Annotated[int | None, typer.Option(help="Training images; as local by default.", min=1)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over them; as local by default.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
     cpu: Annotated[bool, typer.Option("--cpu", help="Leave an accelerator alone.")] = False,
 ) -> None:
     """A small ViT pretrained on dSprites images outside the splits of VTAB-1k, as a stock model folder."""
     from . import pretrain as source
-    from .settings import Machine, Recipe
+    from .local import Local
+    from .settings import Machine
 
-    recipe = Recipe(epochs, 0 if epochs == 1 else 1, learning_rate, 0.05, 64)
-    reached, trained = source.pretrain(folder, images=images, recipe=recipe, seed=seed, machine=Machine(cpu=cpu))
+    sizes = Local()
+    recipe = sizes.source_recipe if epochs is None else sizes.source_recipe.of_length(epochs)
+    count = sizes.source_images if images is None else images
+    reached, trained = source.pretrain(folder, images=count, recipe=recipe, seed=seed, machine=Machine(cpu=cpu))
     console.print(f"{folder}: {reached:.1%} on other images of the source task, {trained.seconds:.0f} s")
 
 

@@ -36,7 +36,7 @@ class Local:
     """
 
     source_images: int = 20_000
-    source_recipe: Recipe = field(default_factory=lambda: Recipe(5, 1, 2e-3, 0.05, 64))
+    source_recipe: Recipe = field(default_factory=lambda: Recipe(8, 1, 1e-3, 0.05, 32))
     recipe: Recipe = field(default_factory=lambda: Recipe(30, 3, 3e-3, 1e-4, 64))
     test_limit: int = 2000
     rank: int = 8
