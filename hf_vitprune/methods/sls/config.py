@@ -38,10 +38,10 @@ class SLSConfig(PruningConfig):
         min_layers: never keep fewer layers.
         max_samples: score with at most this many images, evenly spaced over the data; None: all.
         batch_size: images a forward pass.
-        fast: let a cheap t-SNE pass the layers that are far over the threshold, and stop the full one halfway where
-            that settles it; the last layer is always scored in full. Decides as without, unless a score is off by
-            more than the margins.
-        margin: with ``fast``: a layer passes when its cheap score is over the threshold by this share of the last
+        fast: let a cheap t-SNE judge the layers that are far from the threshold; the last layer and those near it
+            are scored in full. Decides as without, unless a cheap score is off by more than the margin. For up to
+            3000 images; with more, it changes nothing.
+        margin: with ``fast``: a cheap score counts when it is further from the threshold than this share of the last
             layer's score.
         threads: threads of t-SNE, which its last digits (and so the decision, when it is close) depend on. None:
             what scikit-learn uses, but two at most, since with more the digits change from run to run.
@@ -60,7 +60,7 @@ class SLSConfig(PruningConfig):
     max_samples: int | None = None
     batch_size: int = 64
     fast: bool = False
-    margin: float = 0.15
+    margin: float = 0.1
     threads: int | None = None
 
     def __post_init__(self) -> None:

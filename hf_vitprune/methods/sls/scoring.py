@@ -37,8 +37,7 @@ def tsne_map(features: np.ndarray, config: SLSConfig) -> np.ndarray:
     if not np.ptp(features, axis=0).any():
         return np.zeros((len(features), 2), dtype=features.dtype)  # all alike: there is nothing to lay out
     with _threads(config.threads):
-        if config.pca_dims is not None and config.pca_dims < min(features.shape):
-            features = PCA(config.pca_dims, random_state=config.seed).fit_transform(features)
+        features = principal(features, config)
         tsne = TSNE(
             n_components=2,
             perplexity=effective_perplexity(len(features), config),
@@ -50,6 +49,13 @@ def tsne_map(features: np.ndarray, config: SLSConfig) -> np.ndarray:
     if not np.isfinite(coordinates).all():
         raise InvalidDataError("t-SNE gave coordinates that are not finite; the features may be too large for float32")
     return coordinates
+
+
+def principal(features: np.ndarray, config: SLSConfig) -> np.ndarray:
+    """The features, or where ``pca_dims`` says so their first principal components."""
+    if config.pca_dims is None or config.pca_dims >= min(features.shape):
+        return features
+    return PCA(config.pca_dims, random_state=config.seed).fit_transform(features)
 
 
 def map_score(coordinates: np.ndarray, labels: np.ndarray, config: SLSConfig) -> float:
@@ -69,6 +75,14 @@ def unit_square(coordinates: np.ndarray) -> np.ndarray:
 def effective_perplexity(images: int, config: SLSConfig) -> float:
     """The config's, or (images - 1) / 3 where that is less."""
     return min(config.perplexity, (images - 1) / 3)
+
+
+def thread_count(config: SLSConfig) -> int:
+    """Threads that scores are made with: the config's, or those of OpenMP, but two at most."""
+    if config.threads is not None:
+        return config.threads
+    counts = [pool["num_threads"] for pool in ThreadpoolController().info() if pool["user_api"] == "openmp"]
+    return min(MOST_THREADS, max(counts, default=1))
 
 
 def _threads(count: int | None) -> contextlib.AbstractContextManager[Any]:

@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from ...architecture import Architecture
 from ...errors import InvalidConfigError, InvalidDataError
 from ..depth import fewest_layers
-from .config import MIN_ITERATIONS, SLSConfig
+from .config import SLSConfig
 from .features import check_features, check_labels, extract_features
 from .scoring import layer_score
-from .screening import Score, Screened, estimated_score
+from .screening import MOST_IMAGES, Score, Screened, estimated_score
 
 logger = logging.getLogger(__name__)
 
@@ -121,18 +121,9 @@ def select_layers(features_or_model: Any, labels_or_dataset: Any, config: SLSCon
     def score(number: int) -> float:
         return layer_score(arrays[number], classes, config)
 
-    if not config.fast:
+    if not config.fast or len(classes) > MOST_IMAGES:
         return walk(score, total, config, floor)
-    half = config.iterations // 2
-    # the first MIN_ITERATIONS are exaggerated: a map that has had few others says nothing yet
-    stopped = replace(config, iterations=half) if half >= 2 * MIN_ITERATIONS else None
-    screened = Screened(
-        score,
-        None if stopped is None else lambda number: layer_score(arrays[number], classes, stopped),
-        lambda number: estimated_score(arrays[number], classes, config),
-        total,
-        config,
-    )
+    screened = Screened(score, lambda number: estimated_score(arrays[number], classes, config), total, config)
     return replace(walk(screened, total, config, floor), estimated=tuple(screened.estimated))
 
 
