@@ -454,6 +454,17 @@ def test_the_command_runs_and_says_errors_in_one_line(source: Path, root: Path, 
         "kitti--linear--none--seed7.json",
         "kitti--linear--truncate-k=1--seed7.json",
     ]
+    # speed is measured again, and nothing else changes
+    file = tmp_path / "runs" / "kitti--linear--truncate-k=1--seed7.json"
+    before = json.loads(file.read_text())
+    before["results"]["last_epoch"]["cost"] |= {"speedup": -1.0, "images_per_second": -1.0}
+    file.write_text(json.dumps(before))
+    again = CliRunner().invoke(app, ["speed", "--output", str(tmp_path), "--data", str(root), "--cpu"])
+    assert again.exit_code == 0 and "kitti--linear--truncate-k=1--seed7: " in again.output, again.output
+    after = json.loads(file.read_text())
+    for name in ("speedup", "images_per_second"):
+        assert after["results"]["last_epoch"]["cost"].pop(name) > 0 > before["results"]["last_epoch"]["cost"].pop(name)
+    assert after == before
     wrong = CliRunner().invoke(app, ["run", "--tasks", "kity"])
     assert wrong.exit_code == 1
     assert wrong.stderr.startswith("benchmarks.vtab: there is no task 'kity' (did you mean kitti?)")

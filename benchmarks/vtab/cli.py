@@ -185,6 +185,20 @@ def _report(output: Path) -> None:
 
 
 @app.command()
+def speed(
+    data: Data = DATA,
+    output: Output = OUTPUT,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Leave an accelerator alone.")] = False,
+) -> None:
+    """Measure the speed of all finished runs again, on a quiet machine for instance, and report."""
+    from .settings import Machine
+    from .sweep import measure_again
+
+    measure_again(output, data, Machine(cpu=cpu), console)
+    _report(output)
+
+
+@app.command()
 def layers(
     task: Annotated[str, typer.Argument(help="Task of an adapted model in OUTPUT.")],
     peft: Annotated[str, typer.Option(help="How it was adapted.")] = "lora",

@@ -13,22 +13,20 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoImageProcessor
 
-from hf_vitprune import Architecture, SLSConfig, count, select_layers, truncate
-from hf_vitprune.architecture import unwrap
-from hf_vitprune.cost.latency import environment, measure_speed
-from hf_vitprune.errors import AdapterError, InvalidConfigError
+from hf_vitprune import Architecture, SLSConfig, select_layers, truncate
+from hf_vitprune.cost.latency import environment
+from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.families import family_of
 from hf_vitprune.families.base import pair
-from hf_vitprune.peft_twin import is_peft, merged_twin, plain_twin
 from hf_vitprune.retraining import fresh_adapters
 
-from .adapters import FULL, HEAD, adapt, load_pretrained, load_trained, set_trainable, trained_tensors
-from .choices import Choice
+from .adapters import FULL, adapt, load_pretrained, load_trained, set_trainable, trained_tensors
+from .choices import LEARNED, Choice
+from .costs import sizes_of, speed_of
 from .data import TaskData
 from .preprocess import Checkpoint, Examples, Literature, Preprocessing
 from .pruning import Pruned, Situation, apply
 from .settings import BEST, LAST, RESULTS, Machine, Recipe, Run, Settings
-from .storage import stored
 from .store import Store
 from .tasks import TEST, TRAIN, VALIDATION
 from .training import Trained, accuracy, train
@@ -94,16 +92,8 @@ class Experiment:
         model, before = self.adapted(run, split)
         layers = len(Architecture.of(model).layers)
         result: dict[str, Any] = {"accuracy_before": before["accuracy"], "layers": layers}
-        situation = Situation(
-            run,
-            copy.deepcopy(model),
-            self.examples(split),
-            self.settings.recipe,
-            self.machine,
-            lambda alpha: self.selection(run, split, alpha, model),
-        )
         start = time.perf_counter()
-        pruned = apply(choice, situation)
+        pruned = apply(choice, self._situation(run, split, model))
         result |= {"kept_layers": pruned.kept_layers, "decision": pruned.info}
         result["seconds_to_prune"] = time.perf_counter() - start
         if pruned.model is None:
@@ -121,6 +111,16 @@ class Experiment:
         return Outcome(run, model, small, pruned, result)
 
     # ------------------------------------------------------------------ the parts
+    def _situation(self, run: Run, split: str, model: Any) -> Situation:
+        return Situation(
+            run,
+            copy.deepcopy(model),
+            self.examples(split),
+            self.settings.recipe,
+            self.machine,
+            lambda alpha: self.selection(run, split, alpha, model),
+        )
+
     def adapted(self, run: Run, split: str) -> tuple[Any, dict[str, Any]]:
         """(adapted model, its record): trained now, or taken from the store."""
         name = f"{run.adapted_name}--{split}"
@@ -200,27 +200,31 @@ class Experiment:
 
     def _cost(self, outcome: Outcome) -> dict[str, Any]:
         """Parameters, multiply-adds and speed of the small model, beside those of the adapted one."""
-        size = self.settings.image_size
-        dense, small = count(outcome.adapted, size), count(outcome.model, size)
-        head = sum(p.numel() for p in plain_twin(unwrap(outcome.adapted)).get_submodule(HEAD).parameters())
-        models = {"dense": _as_deployed(outcome.adapted)}
-        if outcome.pruned.model is not None:
-            models["pruned"] = _as_deployed(outcome.model)
-        timings = measure_speed(
-            models, self.settings.speed_batch, size, self.settings.speed_rounds, progress=self.store.main
-        )
         shared = outcome.pruned.shared_backbone and outcome.run.peft != FULL
+        small = None if outcome.pruned.model is None else outcome.model
         return {
-            "params": small.params,
-            "dense_params": dense.params,
-            "backbone_params": dense.params - head,
-            "macs": small.macs,
-            "dense_macs": dense.macs,
-            "stored": stored(outcome.model, shared),
-            "images_per_second": timings[list(models)[-1]].images_per_second,
-            "speedup": timings[list(models)[-1]].speedup,
-            "adapters_merged": not is_peft(list(models.values())[-1]),
+            **sizes_of(outcome.adapted, outcome.model, shared, self.settings.image_size),
+            **self._speed(outcome.adapted, small),
         }
+
+    def _speed(self, adapted: Any, small: Any) -> dict[str, Any]:
+        return speed_of(adapted, small, self.settings, progress=self.store.main)
+
+    def speed(self, run: Run) -> dict[str, dict[str, Any]]:
+        """Speed of a finished run's model, measured again: result -> numbers. Its shape is made anew, not its weights.
+
+        Raises:
+            InvalidConfigError: the pruning learns in a training, so that its shape cannot be had without one.
+        """
+        choice = Choice.parse(run.pruning)
+        if choice.name in LEARNED:
+            raise InvalidConfigError(f"{run.name}: the shape comes out of a training, which is not repeated")
+        measured = {}
+        for name in (LAST, BEST) if self.settings.selection else (LAST,):
+            model, _ = self.adapted(run, RESULTS[name])
+            pruned = apply(choice, self._situation(run, RESULTS[name], model))
+            measured[name] = self._speed(model, pruned.model)
+        return measured
 
 
 @dataclass(frozen=True)
@@ -259,14 +263,6 @@ def preprocessing_of(settings: Settings) -> Preprocessing:
             f"{settings.model} takes images of {height} x {width}: say --image-size, or --preprocessing checkpoint"
         )
     return Literature(height)
-
-
-def _as_deployed(model: Any) -> Any:
-    """Adapters merged, where they can be."""
-    try:
-        return merged_twin(model) if is_peft(model) else model
-    except AdapterError:
-        return model
 
 
 def _versions() -> dict[str, str]:

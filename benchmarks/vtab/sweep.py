@@ -9,16 +9,16 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
 
-from hf_vitprune.errors import VitPruneError
+from hf_vitprune.errors import InvalidDataError, VitPruneError
 
 from .adapters import check_peft
 from .choices import Choice
 from .data import TaskData, load_task
 from .experiment import Experiment
 from .pruning import check_possible
-from .settings import Machine, Run, Settings
+from .settings import LAST, Machine, Run, Settings
 from .store import Store
-from .tasks import find_tasks
+from .tasks import find_task, find_tasks
 
 
 def runs_of(tasks: Iterable[str], pefts: Sequence[str], prunings: Sequence[str], seeds: Sequence[int]) -> list[Run]:
@@ -89,3 +89,43 @@ def run_sweep(
             f"{result['layers']} layers, {result['cost']['speedup']:.2f}x, {record['seconds']:.0f} s"
         )
     return failed
+
+
+def measure_again(output: Path, root: Path, machine: Machine, console: Console) -> list[tuple[Run, VitPruneError]]:
+    """Measure the speed of all finished runs again (on a quiet machine, say) and put it into their records.
+
+    Args:
+        output: results folder.
+        root: folder with the tasks' folders.
+        machine: where it runs.
+        console: gets a line a run.
+
+    Returns:
+        The runs whose speed stays as it was, and why.
+
+    Raises:
+        InvalidDataError: there are no results, or a task is not here.
+    """
+    PartialState(cpu=machine.cpu)
+    store = Store(output)
+    settings = store.settings()
+    records = list(store.records())
+    if settings is None or not records:
+        raise InvalidDataError(f"there are no finished runs in {output}")
+    left, experiment = [], None
+    for record in records:
+        run = Run(*(record[name] for name in ("task", "peft", "pruning", "seed")))
+        if experiment is None or experiment.data.task.name != run.task:
+            data = load_task(find_task(run.task), root, settings.source, any_size=settings.any_size)
+            experiment = Experiment(settings, data, store, machine)
+        try:
+            measured = experiment.speed(run)
+        except VitPruneError as error:
+            left.append((run, error))
+            console.print(f"[yellow]{escape(str(error))}[/]")
+            continue
+        for name, speed in measured.items():
+            record["results"][name]["cost"] |= speed
+        store.write(run, record)
+        console.print(f"{run.name}: {measured[LAST]['speedup']:.2f}x")
+    return left
