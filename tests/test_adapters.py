@@ -75,10 +75,18 @@ def test_sliced(kind: str, plan_name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "plan_name"),
-    [("lora", "everything"), ("lora", "layers"), ("lora", "narrow inputs"), ("dora", "everything"), ("ia3", "scaled")],
+    ("case", "kind", "plan_name"),
+    [
+        *((c, "lora", plan) for c in CLASSIFIERS if c != VIT for plan in ("everything", "layers", "narrow inputs")),
+        # other kinds take what the family says in the same way: one family by default
+        *(
+            pytest.param(c, *row, marks=[] if c == "SwinForImageClassification" else [pytest.mark.slow])
+            for c in CLASSIFIERS
+            if c != VIT
+            for row in (("dora", "everything"), ("ia3", "scaled"))
+        ),
+    ],
 )
-@pytest.mark.parametrize("case", [c for c in CLASSIFIERS if c != VIT])
 def test_families(case: str, kind: str, plan_name: str) -> None:
     model = make(case)
     plan = plan_named(plan_name, model)
@@ -88,7 +96,7 @@ def test_families(case: str, kind: str, plan_name: str) -> None:
 
 @pytest.mark.parametrize("kind", SLICED)
 @settings(
-    max_examples=4,
+    max_examples=3,
     deadline=None,
     derandomize=True,
     database=None,
@@ -214,14 +222,22 @@ TARGETS: dict[str, dict[str, Any]] = {
     "DoRA of patches": {"target_modules": ["projection", "classifier"], "use_dora": True},
     "PiSSA": {"target_modules": ["q_proj", "fc1"], "init_lora_weights": "pissa"},
 }
+NAMING = ("regex", "some layers", "excluded", "ranks", "a whole MLP")
 CUTS: dict[str, Callable[[PruningPlan], PruningPlan]] = {
     **{name: PLANS[name] for name in ("everything", "removed branches")},
     "last layers": lambda plan: plan.keep_layers([1, 2]),
 }
 
 
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        # layers and branches that go matter where a config names layers or holds whole modules
+        pytest.param(name, cut, marks=[] if cut == "everything" or name in NAMING else [pytest.mark.slow])
+        for name in TARGETS
+        for cut in CUTS
+    ],
+)
 def test_targets(name: str, cut: str) -> None:
     model = adapted(make(VIT), LoraConfig(r=3, **TARGETS[name]))
     small = check(model, CUTS[cut](PruningPlan.dense(model)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,16 @@ def injected(base: Any, folder: Path) -> Any:
 
 
 # ---------------------------------------------------------------------- whole layers: the dense checkpoint will do
-@pytest.mark.parametrize("kind", CONFIGS)
+#: kinds that are stored like another one that is not among them
+LIKE_OTHERS = ("rslora", "loha", "hira", "lokr", "boft", "hra", "fourierft", "c3a", "randlora", "shira")
+
+
+def kinds(names: Iterable[str]) -> list[Any]:
+    """All, those like others only in the slow tests."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_OTHERS else []) for name in names]
+
+
+@pytest.mark.parametrize("kind", kinds(CONFIGS))
 def test_depth_on_the_dense_base(kind: str, tmp_path: Path) -> None:
     model = adapted(load(dense(tmp_path)), kind)
     small = prune(model, PruningPlan.dense(model).keep_layers([0, 2]))
@@ -108,7 +118,7 @@ def test_only_its_own_layers(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- sizes: the pruned base comes along
-@pytest.mark.parametrize("kind", SLICED)
+@pytest.mark.parametrize("kind", kinds(SLICED))
 def test_sizes_with_their_base(kind: str, tmp_path: Path) -> None:
     model = adapted(load(dense(tmp_path)), kind)
     small = prune(model, PruningPlan.random(model, 0.4))
