@@ -36,7 +36,8 @@ CONFIGS: dict[str, Callable[[str], Any]] = {
     "NViT": lambda case: NViTConfig(target=0.6, group_sizes=SMALL_GROUPS, eta=1.0),
     "Truncation": lambda case: TruncationConfig(layers=4 if case == SWIN else 2),
 }
-PAIRS = [(case, "VTP") for case in CLASSIFIERS] + [(case, m) for m in list(CONFIGS)[1:] for case in (VIT, SWIN)]
+PAIRS = [(case, "VTP") for case in CLASSIFIERS] + [(VIT, method) for method in list(CONFIGS)[1:]]
+PAIRS += [(SWIN, "NViT"), (SWIN, "Truncation")]
 
 
 def pixels(count: int = 48, seed: int = 1) -> torch.Tensor:
