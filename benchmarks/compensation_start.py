@@ -1,0 +1,182 @@
+"""Compensation as a start for fine-tuning: steps until the small model is within half a point of the dense one.
+
+    python -m benchmarks.compensation_start RESULTS                # every model, seed and method that is not there yet
+    python -m benchmarks.compensation_start RESULTS --seeds 1 --subjects "ViT, digits"
+
+A dense model is pruned by every method to about a share of its multiply-adds (truncation: of its layers), once as
+plain slices and once compensated (128 training images, no labels), and both are fine-tuned from there with AdamW. Test
+accuracy is looked at every ten steps; the number of steps is that of the first look at which it is within half a point
+of the dense model's, at the better of two learning rates. One JSON file a model, share, method and seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainingArguments, set_seed
+
+from benchmarks.trained import SUBJECTS as MODELS
+from benchmarks.trained import Split, accuracy_of, batches, logits_of, read, trained
+from hf_vitprune import (
+    NViTConfig,
+    PruningPlan,
+    PruningTrainer,
+    TruncationConfig,
+    VTPConfig,
+    count,
+    get_pruning_model,
+    prune,
+)
+from hf_vitprune.batches import ImageBatches
+
+SUBJECTS = ("ViT, digits", "ViT, dSprites")
+#: share of the multiply-adds that stays
+KEPT = (0.5, 0.25)
+METHODS = ("magnitude", "VTP", "NViT", "NViT at once", "truncation")
+STARTS = ("plain", "compensated")
+RATES = (2e-4, 1e-3)
+#: steps of a learning method before it decides; most steps of a fine-tuning; steps between two looks
+LEARN, MOST, EVERY = 180, 200, 10
+GROUPS = {"embedding": 4, "heads": 1, "qk": 4, "v": 4, "mlp": 8}
+
+
+def accuracy(model: Any, split: Split) -> float:
+    return accuracy_of(logits_of(model.eval(), split.pixels), split.labels)
+
+
+def starts(method: str, kept: float, dense: Any, train: Split, seed: int) -> dict[str, Any]:
+    """Both small models."""
+    examples = [{"pixel_values": x, "labels": int(y)} for x, y in zip(train.pixels, train.labels, strict=True)]
+    if method == "magnitude":
+        plan = PruningPlan.magnitude(dense, 1 - kept, ["qk", "v", "mlp"])
+        images = ImageBatches(examples, limit=128)
+        return {"plain": prune(dense, plan), "compensated": prune(dense, plan, calibration=images)}
+    model = copy.deepcopy(dense)
+    if method == "truncation":
+        wrapped = get_pruning_model(model, TruncationConfig(layers=math.ceil(kept * len(dense.vit.layers))))
+        wrapped.decide()
+        images = ImageBatches(examples, limit=128)
+        return {"plain": wrapped.export(), "compensated": wrapped.export(calibration=images)}
+    if method == "NViT at once":
+        wrapped = get_pruning_model(model, NViTConfig(target=kept, group_sizes=GROUPS, criterion="magnitude"))
+        wrapped.decide()
+        images = ImageBatches(examples, limit=128)
+        return {"plain": wrapped.export(), "compensated": wrapped.export(calibration=images)}
+    if method == "VTP":
+        config: Any = VTPConfig(target=kept, sparsity_weight=1e-4, sparsity_warmup=0.2, gate_learning_rate=2e-2)
+    else:
+        config = NViTConfig(target=kept, group_sizes=GROUPS)
+    wrapped = get_pruning_model(model, config)
+    set_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder, max_steps=LEARN, learning_rate=3e-4, per_device_train_batch_size=64, lr_scheduler_type="cosine",
+            warmup_steps=0.1, report_to=[], save_strategy="no", logging_strategy="no", seed=seed, use_cpu=True,
+            disable_tqdm=True,
+        )  # fmt: skip
+        PruningTrainer(wrapped, args, train_dataset=examples).train()
+    return {"plain": wrapped.export(compensate=False), "compensated": wrapped.export()}
+
+
+def fine_tune(model: Any, train: Split, test: Split, goal: float, rate: float, seed: int) -> tuple[int | None, float]:
+    """Steps until the goal (None: not in the steps there are), and the best accuracy seen."""
+    model = copy.deepcopy(model)
+    best = accuracy(model, test)
+    if best >= goal:
+        return 0, best
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
+    for step, batch in zip(range(1, MOST + 1), batches(train, 64, seed), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, step / 10)
+        model.train()(pixel_values=batch.pixels, labels=batch.labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % EVERY == 0:
+            best = max(best, accuracy(model, test))
+            if best >= goal:
+                return step, best
+    return None, best
+
+
+def measure(subject: str, kept: float, method: str, seed: int) -> dict[str, Any]:
+    dense = trained(subject, seed)
+    data = read(MODELS[subject].data)
+    train, test = data["train"], data["test"].part(slice(1000))
+    top = accuracy(dense, test)
+    row: dict[str, Any] = {"subject": subject, "kept": kept, "seed": seed, "method": method, "dense": top}
+    for start, small in starts(method, kept, dense, train, seed).items():
+        note = small.config.pruning_config["info"].get("compensation", {}).get("skipped")
+        if note is not None:  # the same model again
+            row[start] = {**row["plain"], "note": note}
+            continue
+        runs = [fine_tune(small, train, test, top - 0.5, rate, seed) for rate in RATES]
+        reached = [steps for steps, _ in runs if steps is not None]
+        row[start] = {
+            "macs": count(small).macs / count(dense).macs,
+            "accuracy": accuracy(small, test),
+            "steps": min(reached, default=None),
+            "best": max(best for _, best in runs),
+            "note": None,
+        }
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    made = Table(title=f"within 0.5 points of dense; {MOST} steps at the most; mean over seeds")
+    for name in ("model", "method", "MACs", "dense", "just pruned", "compensated", "steps, plain", "steps, comp."):
+        made.add_column(name)
+    cells = defaultdict(list)
+    for row in rows:
+        cells[row["subject"], row["kept"], row["method"]].append(row)
+    for (subject, _, method), group in cells.items():
+
+        def percent(start: str, group: list[dict[str, Any]] = group) -> str:
+            return f"{mean(row[start]['accuracy'] for row in group):.1f}"
+
+        def steps(start: str, group: list[dict[str, Any]] = group) -> str:
+            found = [row[start]["steps"] for row in group]
+            return ", ".join(f"> {MOST}" if n is None else str(n) for n in found)
+
+        macs = mean(row["plain"]["macs"] for row in group)
+        dense = mean(row["dense"] for row in group)
+        skipped = any(row["compensated"]["note"] for row in group)
+        made.add_row(
+            subject, method, f"{macs:.2f}", f"{dense:.1f}", percent("plain"),
+            "nothing to do" if skipped else percent("compensated"), steps("plain"), steps("compensated"),
+        )  # fmt: skip
+    return made
+
+
+def main(
+    results: Annotated[Path, typer.Argument(help="Folder for one JSON file a run.")],
+    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... of everything.")] = 3,
+    subjects: Annotated[list[str], typer.Option(help="Models.")] = list(SUBJECTS),  # noqa: B006
+    methods: Annotated[list[str], typer.Option(help="Methods.")] = list(METHODS),  # noqa: B006
+    kept: Annotated[list[float], typer.Option(help="Shares of the multiply-adds that stay.")] = list(KEPT),  # noqa: B006
+) -> None:
+    results.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for subject, share, method, seed in itertools.product(subjects, kept, methods, range(seeds)):
+        file = results / f"{subject}-{share}-{method}-{seed}.json".replace(", ", "-").replace(" ", "_")
+        if not file.exists():
+            file.write_text(json.dumps(measure(subject, share, method, seed), indent=1))
+            print(file.name, flush=True)
+        rows.append(json.loads(file.read_text()))
+    Console(width=120).print(table(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
