@@ -56,7 +56,7 @@ def run(
     ] = "digits,dsprites_loc",
     methods: Annotated[str, typer.Option(help="With commas; all by default.")] = "",
     budgets: Annotated[str, typer.Option(help="Fractions of the MACs that may remain.")] = "0.5,0.3",
-    steps: Annotated[int, typer.Option(help="Optimizer steps of pruning and fine-tuning together.")] = 600,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of pruning and fine-tuning together.")] = 150,
     seeds: Annotated[str, typer.Option(help="With commas.")] = "0,1,2",
     output: Output = OUTPUT,
 ) -> None:
