@@ -97,6 +97,7 @@ def do_run(run: Run, folder: Path) -> dict[str, Any]:
         "macs_ratio": ratio,
         "params_ratio": count(small).params / count(dense).params,
         "architecture": Architecture.of(small).to_dict(),
+        "search_seconds": getattr(small, "search_seconds", None),
         "seconds": round(time.perf_counter() - started, 1),
         "torch": torch.__version__,
     }

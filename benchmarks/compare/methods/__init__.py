@@ -13,6 +13,7 @@ from typing import Any
 from ..tasks import Task
 from .baselines import magnitude, random_units
 from .learned import nvit, vtp
+from .spvit import multi_path, random_search, spvit
 from .taylor import torch_pruning_taylor
 
 Method = Callable[[Any, Task, float, int, int], Any]
@@ -23,4 +24,7 @@ METHODS: dict[str, Method] = {
     "torch-pruning": torch_pruning_taylor,
     "vtp": vtp,
     "nvit": nvit,
+    "spvit": spvit,
+    "spvit-multi-path": multi_path,
+    "spvit-random-search": random_search,
 }
