@@ -134,8 +134,9 @@ def test_fresh_weights_and_statistics(case: str) -> None:
 
 
 # ---------------------------------------------------------------------- numbers and kernels
-@pytest.mark.parametrize("case", CLASSIFIERS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, torch.bfloat16) for case in CLASSIFIERS), (VIT_CASE, torch.float16)]
+)
 def test_half_precision(case: str, dtype: torch.dtype) -> None:
     exact = run(hybrid(case))["logits"]
     logits = run(hybrid(case).to(dtype), images().to(dtype))["logits"]
@@ -176,7 +177,7 @@ def test_gradient_checkpointing(case: str, reentrant: bool) -> None:
     assert mixers_of(plain)[0].norm.num_batches_tracked == 2
 
 
-@pytest.mark.parametrize("case", [VIT_CASE, "SwinForImageClassification"])
+@pytest.mark.parametrize("case", [VIT_CASE, pytest.param("SwinForImageClassification", marks=pytest.mark.slow)])
 def test_torch_export(case: str) -> None:
     model = hybrid(case)
     program = torch.export.export(model, (), {"pixel_values": images()}, strict=False)
@@ -275,9 +276,18 @@ def with_new_weights(model: Any, plan: PruningPlan) -> PruningPlan:
     return replace(plan, weights=weights)
 
 
-@pytest.mark.parametrize("embedding", [False, True])
-@pytest.mark.parametrize("source", ["dense", "hybrid"])
-@pytest.mark.parametrize("case", CLASSIFIERS)
+#: every family from both sources, and narrowed where it can be; crossed in full for one
+CROSSED = [
+    pytest.param(
+        case, source, narrow, marks=[] if case == VIT_CASE or narrow == (source == "dense") else pytest.mark.slow
+    )
+    for case in CLASSIFIERS
+    for source in ("dense", "hybrid")
+    for narrow in (False, True)
+]
+
+
+@pytest.mark.parametrize(("case", "source", "embedding"), CROSSED)
 def test_mixers_are_made(case: str, source: str, embedding: bool) -> None:
     """Out of attention, and out of other mixers, whose layers may be gone."""
     model = make(case) if source == "dense" else hybrid(case)
