@@ -9,6 +9,12 @@ The run has two stages, each an ordinary Trainer run with checkpoints of its own
 gates, decide what goes) and ``<output_dir>/tune`` (fine-tune the small model). Started again with
 ``--resume_from_checkpoint True``, it goes on in whichever stage it was.
 
+    python examples/run_image_classification_pruning.py --dataset beans --output_dir vit-beans-spvit --method spvit \
+        --model_name_or_path facebook/deit-tiny-patch16-224 --weights pretrained --distillation hard
+
+searches for the layers that can do with a convolution in place of attention, and fine-tunes what it found from the
+pre-trained weights; ``architecture.png`` and ``gates.png`` show it.
+
     python examples/run_image_classification_pruning.py --dataset digits --output_dir /tmp/out --revit_hidden_size 64
 
 trains a model of ReViT's shape from scratch instead.
@@ -39,14 +45,17 @@ from hf_vitprune import (
     DistillationConfig,
     NViTConfig,
     PruningTrainer,
+    SPViTConfig,
     VTPConfig,
     build,
     count,
     get_pruning_model,
     revit,
 )
+from hf_vitprune.block_report import plot_architecture
 from hf_vitprune.data import DIGITS, load_images
 from hf_vitprune.demo import IMAGE_SIZE, tiny_vit
+from hf_vitprune.run_report import plot_gates
 from hf_vitprune.workflow import accuracy_of
 
 
@@ -72,7 +81,7 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "model folder or Hub id; a small untrained ViT for the digits by default"}
     )
-    method: str = field(default="vtp", metadata={"help": "pruning method: vtp, nvit"})
+    method: str = field(default="vtp", metadata={"help": "pruning method: vtp, nvit, spvit"})
     method_config: str = field(
         default="{}", metadata={"help": 'JSON of further settings of the method, e.g. {"uneven": true}'}
     )
@@ -85,7 +94,13 @@ class ModelArguments:
         default=None,
         metadata={"help": "train a ReViT of this width from scratch instead, with no pruning; the model gives depth"},
     )
-    gate_learning_rate: float = field(default=1e-2, metadata={"help": "learning rate of the gates (vtp)"})
+    gate_learning_rate: float | None = field(
+        default=None, metadata={"help": "learning rate of the gates (vtp: 1e-2, spvit: 1e-3)"}
+    )
+    weights: str = field(
+        default="searched",
+        metadata={"help": "what the small model is cut out of: searched, or pretrained (before the first stage)"},
+    )
     lora_rank: int = field(
         default=0, metadata={"help": "train LoRA adapters of this rank instead of all weights; 0: all"}
     )
@@ -102,7 +117,24 @@ class ModelArguments:
     native: bool = field(default=False, metadata={"help": "save a stock model, where the pruned shape allows it"})
 
 
-METHODS = {"vtp": VTPConfig, "nvit": NViTConfig}
+METHODS = {"vtp": VTPConfig, "nvit": NViTConfig, "spvit": SPViTConfig}
+#: learning rate of the gates, where the method has not got its own
+GATE_LEARNING_RATES = {"vtp": 1e-2}
+
+
+def make_config(args: ModelArguments) -> Any:
+    """The method's settings, those of ``method_config`` above all."""
+    rate = GATE_LEARNING_RATES.get(args.method) if args.gate_learning_rate is None else args.gate_learning_rate
+    settings: dict[str, Any] = {
+        "target": args.target,
+        "target_metric": args.target_metric,
+        "latency_table": args.latency_table,
+        **({} if rate is None else {"gate_learning_rate": rate}),
+        **json.loads(args.method_config),
+    }
+    if "target_gmacs" in settings:
+        del settings["target"]
+    return METHODS[args.method](**settings)
 
 
 def load_model(args: ModelArguments, label_names: list[str]) -> tuple[Any, Any]:
@@ -186,25 +218,26 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if model_args.revit_hidden_size is not None:
         return train_from_scratch(model, processor, sets, model_args, data_args, training_args)
 
-    config = METHODS[model_args.method](
-        target=model_args.target,
-        target_metric=model_args.target_metric,
-        latency_table=model_args.latency_table,
-        **({"gate_learning_rate": model_args.gate_learning_rate} if model_args.method == "vtp" else {}),
-        **json.loads(model_args.method_config),
-    )
+    if model_args.weights not in ("searched", "pretrained"):
+        raise ValueError(f"--weights is searched or pretrained, not {model_args.weights}")
+    if model_args.weights == "pretrained" and model_args.model_name_or_path is None:
+        raise ValueError("--weights pretrained needs a pre-trained model: give --model_name_or_path")
+    config = make_config(model_args)
     dense_cost = count(model)
 
     # stage 1: train with gates; at the end the callback decides what stays
     pretrained = model_args.model_name_or_path is not None  # an untrained model teaches nothing
-    full = copy.deepcopy(model) if pretrained else None
+    before = copy.deepcopy(model)
+    full = before if pretrained else None
     pruning_model = get_pruning_model(model, config)
     method = pruning_model.method
     other = other_teacher(model_args)
     lessons = [*other, *([(method.distillation, full)] if method.distillation and full is not None else [])]
     learner = PruningTrainer(pruning_model, stage_arguments(training_args, "learn"), **sets, **taught_by(lessons))
     learned = run_stage(learner, training_args)
-    small = pruning_model.export()
+    if learner.is_world_process_zero():
+        draw(learner, pruning_model, Path(training_args.output_dir))
+    small = pruning_model.export(weights=before if model_args.weights == "pretrained" else None)
     teacher = pruning_model.unload() if not method.zeroes_weights else full
 
     # stage 2: fine-tune the small model, taught by the full one
@@ -227,6 +260,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         save(small, processor, summary, model_args, training_args, data_args)
         print(json.dumps(summary, indent=2))
     return summary
+
+
+def draw(learner: PruningTrainer, pruning_model: Any, folder: Path) -> None:
+    """Draw the blocks that stay, and where there are any in the log, how the gates moved."""
+    plot_architecture(pruning_model.plan().architecture, folder / "architecture.png")
+    if any("gate_layer" in key for row in learner.state.log_history for key in row):
+        plot_gates(learner.state.log_history, folder / "gates.png")
 
 
 def train_from_scratch(

@@ -12,7 +12,7 @@ from .errors import InvalidConfigError
 if TYPE_CHECKING:
     from .methods import PruningConfig
 
-METHODS = ("vtp", "nvit")
+METHODS = ("vtp", "nvit", "spvit")
 ONE_SHOT = "oneshot"
 TRAIN = ("full", "none")
 
@@ -53,7 +53,9 @@ def prune(
     epochs: Annotated[float, typer.Option(help="Epochs of the training that learns what to prune.")] = 3.0,
     tune_epochs: Annotated[float, typer.Option(help="Epochs of fine-tuning after it; 0 for none.")] = 10.0,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of both.")] = 1e-4,
-    gate_learning_rate: Annotated[float, typer.Option(help="Learning rate of the importance scores (vtp).")] = 1e-2,
+    gate_learning_rate: Annotated[
+        float | None, typer.Option(help="Of the importance scores (vtp: 1e-2) or gates (spvit: 1e-3).")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step, or a forward pass.")] = 32,
     new_head: Annotated[bool, typer.Option(help="Replace the classifier by one for the data's classes.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
@@ -107,7 +109,7 @@ def _train_and_prune(
     epochs: float,
     tune_epochs: float,
     learning_rate: float,
-    gate_learning_rate: float,
+    gate_learning_rate: float | None,
     batch_size: int,
     new_head: bool,
     seed: int,
@@ -141,13 +143,17 @@ def _train_and_prune(
     Console().print(f"saved to {output}")
 
 
-def _config(method: str, goal: dict[str, Any], round_to: int, gate_learning_rate: float) -> PruningConfig:
-    from .methods import NViTConfig, VTPConfig
+def _config(method: str, goal: dict[str, Any], round_to: int, gate_learning_rate: float | None) -> PruningConfig:
+    from .methods import NViTConfig, SPViTConfig, VTPConfig
+
+    if method == "spvit":
+        rate: dict[str, Any] = {} if gate_learning_rate is None else {"gate_learning_rate": gate_learning_rate}
+        return SPViTConfig(**goal, round_to=round_to, **rate)
 
     if method == "nvit":
         sizes = {unit: round_to for unit in ("embedding", "qk", "v", "mlp")}
         return NViTConfig(**goal, group_sizes={**sizes, "heads": 1})
-    return VTPConfig(**goal, round_to=round_to, gate_learning_rate=gate_learning_rate)
+    return VTPConfig(**goal, round_to=round_to, gate_learning_rate=gate_learning_rate or 1e-2)
 
 
 def _classifier(model: str, label_names: list[str], new_head: bool) -> Any:

@@ -16,7 +16,7 @@ from .cost.latency import device_name
 from .data import DIGITS, LabelledImages, load_images
 from .distillation import DistillationConfig
 from .errors import VitPruneError
-from .methods import NViTConfig, PruningConfig, SLSConfig, VTPConfig
+from .methods import NViTConfig, PruningConfig, SLSConfig, SPViTConfig, VTPConfig
 from .report import comparison_table
 from .workflow import PrunedResult, Schedule, compare, evaluate, prune_and_tune, save_result, train
 
@@ -43,6 +43,7 @@ METHODS = (
         "VTP", lambda: VTPConfig(target=0.5, sparsity_weight=1e-4, sparsity_warmup=0.2, gate_learning_rate=2e-2)
     ),
     DemoMethod("NViT", lambda: NViTConfig(target=0.5, group_sizes=GROUP_SIZES)),
+    DemoMethod("SPViT", lambda: SPViTConfig(target=0.5, gate_learning_rate=6e-2, patience=0)),
     DemoMethod("SLS", lambda: SLSConfig(max_samples=500), lora=True),
 )
 

@@ -1,4 +1,4 @@
-"""Figures of a pruning run: cost against step, and predicted against measured latency."""
+"""Figures of a pruning run: cost and gates against step, and predicted against measured latency."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .block_report import COLOURS
 from .methods.nvit.trajectory import Moment
 from .report import new_figure, save_figure
 
@@ -35,6 +36,44 @@ def plot_run(
     panel.grid(alpha=0.3)
     if any(named):
         panel.legend(fontsize="small")
+    return save_figure(figure, path)
+
+
+def plot_gates(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Draw how the gates of a search (SPViT) moved: a panel a layer, the chance of each to be on against the step.
+
+    Args:
+        log_history: ``trainer.state.log_history`` of the search.
+        path: file to write; its suffix says the format (png, svg, pdf).
+
+    Raises:
+        ValueError: no gates were logged: the run was none of a search, or had no ``logging_steps``.
+        MissingExtraError: matplotlib is not installed.
+    """
+    rows = [row for row in log_history if any(key.startswith("gate_layer") for key in row)]
+    if not rows:
+        raise ValueError("the log has no gates: train a search with logging_strategy='steps'")
+    keys = [key.removeprefix("gate_layer").split("_") for key in rows[0] if key.startswith("gate_layer")]
+    layers = sorted({int(layer) for layer, _ in keys})
+    columns = min(4, len(layers))
+    lines = -(-len(layers) // columns)
+    figure = new_figure(2.3 * columns, 1.9 * lines)
+    panels: Any = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    steps = [row["step"] for row in rows]
+    for panel, layer in zip(panels.flat, layers, strict=False):
+        for kind, colour in COLOURS.items():
+            key = f"gate_layer{layer}_{kind.lower()}"
+            if key in rows[0]:
+                colour = "#3d3d3d" if kind == "MLP" else colour  # its mean: a bar's grey would not be seen
+                panel.plot(steps, [row[key] for row in rows], color=colour, linewidth=1.2, label=kind)
+        panel.axhline(0.5, color="grey", linewidth=0.6, linestyle="--")
+        panel.set_title(f"layer {layer}", fontsize="small")
+        panel.set(ylim=(0, 1))
+        panel.grid(alpha=0.3)
+    for panel in panels.flat[len(layers) :]:
+        panel.set_axis_off()
+    panels[-1][0].set(xlabel="optimizer step", ylabel="chance to be on")
+    panels[0][0].legend(fontsize="xx-small")
     return save_figure(figure, path)
 
 

@@ -90,8 +90,11 @@ class PruningTrainer(Trainer):
         return norm
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent's, which takes one step too many when it resumes after the last one of ``max_steps``."""
-        if self.state.global_step >= self.state.max_steps:
+        """As the parent's, which takes one step too many when it resumes after the last one: of ``max_steps``, or of a
+        search that was finished.
+        """
+        finished = self._gated and pruning_model_of(self.model).method.finished
+        if finished or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)

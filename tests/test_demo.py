@@ -32,7 +32,7 @@ def test_the_demo_prints_what_it_measured(short_demo):
     by_name = {row["name"]: row for row in rows}
     dense = by_name["dense"]
     assert dense["accuracy"] > 0.3  # four epochs; guessing gives 0.1
-    for method in ("VTP", "NViT"):
+    for method in ("VTP", "NViT", "SPViT"):
         pruned = by_name[f"{method}, final"]
         assert pruned["macs"] <= 0.5 * dense["macs"] and pruned["params"] < 0.6 * dense["params"]
     assert by_name["SLS, final"]["macs"] <= dense["macs"]

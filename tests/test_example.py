@@ -105,6 +105,37 @@ def test_nvit_with_another_teacher(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["learn", "tune"])
+def test_a_killed_search_resumes_to_the_same_model(tmp_path, stage):
+    """SPViT, fine-tuned from the weights of before the search; the architecture goes from stage to stage by itself."""
+    images = hf_vitprune.demo.load_images("digits")
+    model = tmp_path / "dense"
+    hf_vitprune.demo.tiny_vit(images.label_names).save_pretrained(model)
+    hf_vitprune.demo.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(model)
+    options = [
+        *(
+            "--method",
+            "spvit",
+            "--gate_learning_rate",
+            "0.5",
+            "--weights",
+            "pretrained",
+            "--model_name_or_path",
+            model,
+        ),
+        *("--distillation", "hard", "--logging_steps", "2"),
+    ]
+    expected = summary_of(run(SCRIPT, *ARGUMENTS, *options, "--output_dir", tmp_path / "whole"))
+    assert expected["macs_ratio"] <= 0.5
+    assert {"architecture.png", "gates.png"} <= {path.name for path in (tmp_path / "whole").iterdir()}
+    run("-c", KILLED, stage, 4, *ARGUMENTS, *options, "--output_dir", tmp_path / "killed", expected=9)
+    resumed = ["--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "True"]
+    assert summary_of(run(SCRIPT, *ARGUMENTS, *options, *resumed)) == expected
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.slow
 def test_two_processes_give_one_result(tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     output = run(*launcher, SCRIPT, *ARGUMENTS, "--lora_rank", "2", "--output_dir", tmp_path / "out")

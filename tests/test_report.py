@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_vitprune.architecture import Architecture
-from hf_vitprune.block_report import COLOURS, block_macs, plot_architecture, removed_macs
+from hf_vitprune.block_report import COLOURS, plot_architecture
 from hf_vitprune.cost import count
+from hf_vitprune.cost.blocks import block_macs, removed_macs
 from hf_vitprune.errors import MissingExtraError
 from hf_vitprune.plan import PruningPlan
 from hf_vitprune.report import (

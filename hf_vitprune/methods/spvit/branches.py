@@ -53,7 +53,7 @@ class Branches(nn.Module, ABC):
 
 
 class SharedBranches(Branches):
-    """Single path: heads of the attention, mixed by a learned table (section 3.2); a BatchNorm for each branch.
+    """Single path: heads of the attention, mixed by a learned table; a BatchNorm for each branch.
 
     Attributes:
         table: (heads, 9) parameter, m.

@@ -42,7 +42,8 @@ class SPViTConfig(PruningConfig):
         single_path: convolutions share the attention's weights. False is the paper's baseline: every candidate has
             weights of its own, drawn at random.
         round_to: neurons that an MLP keeps are a multiple of this (none is one too).
-        tolerance: the target counts as met within this fraction of it.
+        tolerance: a search counts as having met the target within this fraction of it; what it is over then goes from
+            the MLPs.
         patience: the search stops once the target has been met and no mixer has changed for so many steps; None: a
             twentieth of the planned ones. 0: it never stops early.
         gate_learning_rate: of the gates, constant and without weight decay (paper: 1e-3; 5e-4 for DeiT-S and Swin).

@@ -1,4 +1,4 @@
-"""The cost of a search as a function of its gates (arXiv 2111.11802, section 3.4): in multiply-adds or parameters.
+"""The cost of a search as a function of its gates (arXiv 2111.11802): in multiply-adds or parameters.
 
 It is what ``count`` gives, written as a sum over gates: a layer's mixer costs ``g1 c1 + g2 (c3 - c1) + g3 (cm - c3)``
 with the costs of its candidates, an MLP its neurons.

@@ -41,7 +41,7 @@ class MixerSearch:
         self.attention, self.special = attention, special
 
     def mix(self, attended: torch.Tensor, tokens: torch.Tensor, grid: Grid, as_attended: Any = None) -> torch.Tensor:
-        """Output of the searched mixer: g3 MSA + g2 (1 - g3) Conv3 + g1 (1 - g2) (1 - g3) Conv1 (equation 8).
+        """Output of the searched mixer: g3 MSA + g2 (1 - g3) Conv3 + g1 (1 - g2) (1 - g3) Conv1.
 
         Branches without a part in the output or a gradient are not computed.
 

@@ -14,27 +14,24 @@ from transformers.utils import logging
 
 from ...architecture import Architecture
 from ...batches import ImageBatches
+from ...cost.blocks import removed_macs
 from ...cost.meter import ClosedFormMeter
 from ...errors import InvalidConfigError, InvalidPlanError, UnreachableTargetError, UnsupportedModelError
 from ...families import LayerPaths
 from ...layer_plan import LayerPlan
 from ...layer_shape import KERNELS
-from ...modeling.conv_mixer import ConvMixer
-from ...modeling.structure import get, layer_paths
+from ...modeling.structure import layer_paths
 from ...plan import PruningPlan
 from ...targets import reach_target
 from ..base import PruningMethod
-from .branches import Attention, Branches, OwnBranches, SharedBranches
+from .branches import Attention
+from .build import attention_of, checked_linear, mixer_search
 from .config import SPViTConfig
-from .cost import SearchCost, mixer_shape
-from .gates import LEVELS, Annealing, MixerGates, NeuronGates
+from .cost import SearchCost
+from .gates import LEVELS, Annealing, NeuronGates
 from .hooks import GatedColumns, MixerSearch, attach_mixers
 
 logger = logging.get_logger(__name__)
-
-#: temperature of the mixing table, by family; others as ViT
-MIXING_TEMPERATURES = {"swin": 100.0}
-MIXING_TEMPERATURE = 0.01
 
 
 class SPViT(PruningMethod):
@@ -46,7 +43,6 @@ class SPViT(PruningMethod):
 
     config: SPViTConfig
     takes_adapters = False
-    no_reference = "a search trains with mixers and neurons off, as the small model has them"
     constant_gate_rate = True
     no_reference = "SPViT has switched gates off while the model trained: it is without those units already"
     may_keep_everything = True  # a search may end in a model whose layers only change their kind
@@ -87,34 +83,14 @@ class SPViT(PruningMethod):
     def _add_layer(self, model: PreTrainedModel, i: int, paths: LayerPaths) -> None:
         config, shape = self.config, self.architecture.layers[i]
         if shape.mixer == "attention":
-            gates = MixerGates(config.initial_score, self.annealing, self._device)
-            attention = Attention(
-                get(model, paths.attention),
-                _linear(model, paths.v),
-                _linear(model, paths.o),
-                self.architecture.family.o,
-                self.architecture.width(i),
-            )
-            special = self.architecture.family.extra_tokens_of(self.architecture.config)
-            branches = self._branches(i, special)
-            self.gates[f"layer{i}_mixer"] = gates
-            (self.branches_norm if config.single_path else self.branches)[f"layer{i}"] = branches
-            self.searches[i] = MixerSearch(gates, branches, attention, special)
+            search = mixer_search(model, self.architecture, i, paths, config, self.annealing)
+            self.gates[f"layer{i}_mixer"] = search.gates
+            (self.branches_norm if config.single_path else self.branches)[f"layer{i}"] = search.branches
+            self.searches[i] = search
         if shape.mlp:
             neurons = NeuronGates(shape.mlp, config.initial_score, self.annealing, self._device, config.round_to)
             self.gates[f"layer{i}_neurons"] = neurons
-            self._columns[i] = GatedColumns(_linear(model, paths.fc2), neurons)
-
-    def _branches(self, i: int, special: int) -> Branches:
-        shape, family = self.architecture.layers[i], self.architecture.family
-        if self.config.single_path:
-            tau = self.config.mixing_temperature
-            tau = MIXING_TEMPERATURES.get(family.model_type, MIXING_TEMPERATURE) if tau is None else tau
-            return SharedBranches(shape.heads, shape.v_dim, tau, self._device)
-        width = self.architecture.width(i)
-        # they see patches only
-        own = {kind: ConvMixer(mixer_shape(shape, kind), width, 0, family.o).to(self._device) for kind in KERNELS}
-        return OwnBranches(own)
+            self._columns[i] = GatedColumns(checked_linear(model, paths.fc2), neurons)
 
     def _check_target(self) -> None:
         """A target that cannot be met says so before any training."""
@@ -159,7 +135,7 @@ class SPViT(PruningMethod):
             return
         self._step, self._steps = step, max_steps
         self._anneal()
-        levels = [search.gates.level() for search in self.searches.values()]
+        levels = self._levels_now()
         counts = [columns.gates.count() for columns in self._columns.values()]
         met = abs(self.cost.at(levels, counts) - self.target) <= self.config.tolerance * self.target
         self._stable = self._stable + 1 if met and levels == self._levels else 0
@@ -193,6 +169,11 @@ class SPViT(PruningMethod):
             numbers[f"{metric}_ratio"] = meter.ratio(now)
         return {**numbers, "stable_steps": self._stable}
 
+    def decision_logs(self) -> dict[str, float]:
+        """The share of the multiply-adds that is gone from attention and from MLPs, and attention's part of it."""
+        mixers, mlps, part = removed_macs(self._shapes().architecture, self.config.image_size).values()
+        return {"attention_removed": mixers, "mlp_removed": mlps, "attention_part_of_removed": part}
+
     # ------------------------------------------------------------------ decision
     @property
     def decided(self) -> bool:
@@ -221,17 +202,14 @@ class SPViT(PruningMethod):
         """
         if not self.architecture.fits(Architecture.of(model)):
             raise InvalidPlanError("the architecture was searched for a model of another shape")
-        attentions = {}
-        for i, search in self.searches.items():
-            paths, known = self._paths[i], search.attention
-            parts = (get(model, paths.attention), get(model, paths.v), get(model, paths.o))
-            attentions[i] = Attention(*parts, known.output_name, known.width)
+        attentions = {i: attention_of(model, self.architecture, i, self._paths[i]) for i in self.searches}
         return self._with_weights(self._shapes(), attentions)
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
         """Fix the gates at their likelier values.
 
-        Where these cost more than the target, the least likely ones that are on go as well.
+        Where these cost more than the target, the least likely ones that are on go as well; within the tolerance of
+        it, neurons only.
 
         Raises:
             InvalidPlanError: there was no search yet, or a score is not finite.
@@ -257,32 +235,45 @@ class SPViT(PruningMethod):
         """What the gates say, or with the lowest threshold of scores under which the cost is the target's."""
         plan = self._shapes()
         found = self._meter.ratio(plan.architecture)
-        if found <= self.target * (1 + self.config.tolerance):
+        if found <= self.target:
             return plan
-        logger.warning(
-            f"the search ended at {found:.3f} of the {self._meter.metric}, over the target of {self.target:.3f}: the "
-            "gates least likely to be on go at once. A longer search, a higher gate_learning_rate or cost_weight gets "
-            "there by itself"
-        )
+        close = found <= self.target * (1 + self.config.tolerance)
+        if not close:
+            logger.warning(
+                f"the search ended at {found:.3f} of the {self._meter.metric}, over the target of {self.target:.3f}: "
+                "the gates least likely to be on go at once. A longer search, a higher gate_learning_rate or "
+                "cost_weight gets there by itself"
+            )
+        elif self.cost.at(self._levels_now(), [0] * len(self._columns)) > self.target:
+            close = False
+        # a search that is as good as there gives some neurons, and keeps its mixers
+        if close:
+            scores = torch.cat([columns.gates.score.detach() for columns in self._columns.values()])
         thresholds = [0.0, *scores[scores > 0].unique().tolist()]
         return reach_target(
-            lambda strength: self._shapes(thresholds[strength]), len(thresholds) - 1, self.target, self._meter
+            lambda strength: self._shapes(thresholds[strength], 0.0 if close else thresholds[strength]),
+            len(thresholds) - 1,
+            self.target,
+            self._meter,
         )
 
-    def _shapes(self, threshold: float = 0.0) -> PruningPlan:
-        """The plan without the weights of its convolutions."""
-        plan = PruningPlan.dense(self.architecture)
-        return plan.with_layers(self._layer(entry, threshold) for entry in plan.layers)
+    def _levels_now(self) -> list[int]:
+        return [search.gates.level() for search in self.searches.values()]
 
-    def _layer(self, entry: LayerPlan, threshold: float) -> LayerPlan:
+    def _shapes(self, neurons: float = 0.0, mixers: float = 0.0) -> PruningPlan:
+        """The plan without the weights of its convolutions, of the gates over these thresholds."""
+        plan = PruningPlan.dense(self.architecture)
+        return plan.with_layers(self._layer(entry, neurons, mixers) for entry in plan.layers)
+
+    def _layer(self, entry: LayerPlan, neurons: float, mixers: float) -> LayerPlan:
         i = entry.index
         if i in self._columns:
-            on = self._columns[i].gates.on(threshold)
+            on = self._columns[i].gates.on(neurons)
             entry = replace(entry, mlp=tuple(on.nonzero().squeeze(1).tolist()))
             if not entry.mlp:
                 entry = replace(entry, mlp_in=None)
         if i in self.searches:
-            kind = LEVELS[self.searches[i].gates.level(threshold)]
+            kind = LEVELS[self.searches[i].gates.level(mixers)]
             if kind != "attention":
                 channels = self.architecture.layers[i].v_dim if kind in KERNELS else None
                 entry = entry.with_mixer(kind, channels)
@@ -310,18 +301,3 @@ class SPViT(PruningMethod):
     def set_extra_state(self, state: torch.Tensor) -> None:
         self._step, self._steps, self._stable, *self._levels = state.tolist()
         self._anneal()
-
-
-def _linear(model: PreTrainedModel, path: str) -> nn.Linear:
-    """A Linear whose weights can be multiplied by gates.
-
-    Raises:
-        UnsupportedModelError: it is something else, or quantised.
-    """
-    module = get(model, path)
-    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
-        raise UnsupportedModelError(
-            f"SPViT makes convolutions of the weights of {path}, a {type(module).__name__}: load the model in "
-            "floating point, without quantisation or adapters"
-        )
-    return module

@@ -11,9 +11,10 @@ from ...architecture import Architecture, unwrap
 from ...cost.meter import ClosedFormMeter
 from ...errors import UnreachableTargetError
 from ...layer_shape import KERNELS
-from ...modeling.structure import get, layer_paths
+from ...modeling.structure import layer_paths
 from ...plan import PruningPlan
-from .branches import Attention, SharedBranches
+from .branches import SharedBranches
+from .build import attention_of
 from .gates import LEVELS
 
 
@@ -102,13 +103,11 @@ def _cut_to(
 @torch.no_grad()
 def _uniform_weights(model: Any, plan: PruningPlan) -> dict[str, torch.Tensor]:
     """Convolutions of all heads alike."""
-    family = plan.source.family
     weights: dict[str, torch.Tensor] = {}
     for entry, paths in zip(plan.layers, layer_paths(model, plan.source), strict=True):
         shape = plan.source.layers[entry.index]
         if entry.mixer in KERNELS and entry.replaces_mixer(shape):
-            parts = (get(model, paths.attention), get(model, paths.v), get(model, paths.o))
-            attention = Attention(*parts, family.o, plan.source.width(entry.index))
+            attention = attention_of(model, plan.source, entry.index, paths)
             branches = SharedBranches(shape.heads, shape.v_dim, 1.0, next(model.parameters()).device)
             made = branches.weights(entry.mixer, attention)
             weights |= {f"{paths.attention}.{name}": tensor for name, tensor in made.items()}
