@@ -265,7 +265,7 @@ def local(
 ) -> None:
     """Everything on this machine, without a download: pretrain, LoRA, SLS and its rivals, retraining, report, figure.
 
-    About 25 minutes on two cores. Started again, it goes on where it was.
+    About 25 minutes on one core. Started again, it goes on where it was.
     """
     from .local import TASKS, Local, run_local, shortened
     from .settings import Machine

@@ -23,7 +23,7 @@ PRUNINGS = ("none", "sls", "truncate:k=random", "truncate:k=sls", "depgraph")
 
 @dataclass(frozen=True)
 class Local:
-    """Sizes of the run; the defaults take about 25 minutes on two cores.
+    """Sizes of the run; the defaults take about 25 minutes on one core.
 
     Attributes:
         source_images: that the model is pretrained on.
