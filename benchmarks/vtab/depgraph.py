@@ -46,7 +46,13 @@ def torch_pruning() -> Any:
 
 
 def depgraph_plan(
-    model: Any, examples: Any, ratio: float, *, round_to: int = ROUND_TO, embedding: bool = False
+    model: Any,
+    examples: Any,
+    ratio: float,
+    *,
+    round_to: int = ROUND_TO,
+    embedding: bool = False,
+    importance: str = "taylor",
 ) -> PruningPlan:
     """What Torch-Pruning keeps of the heads' channels and of the MLP neurons.
 
@@ -59,6 +65,7 @@ def depgraph_plan(
         ratio: share of the channels that goes, in (0, 1).
         round_to: kept channels of a head, and kept neurons, are a multiple of this.
         embedding: prune residual channels as well (a plain model of one width).
+        importance: of its groups, ``taylor`` or ``l2`` (the norm of their weights).
 
     Raises:
         MissingExtraError: Torch-Pruning is not installed.
@@ -69,7 +76,9 @@ def depgraph_plan(
     check_ratio(ratio)
     plan = PruningPlan.dense(model)
     paths = layer_paths(unwrap(model), plan.source)
-    removed = _removed(model, plan.source, paths, examples, embedding, pruning_ratio=ratio, round_to=round_to)
+    kinds = {"taylor": tp.importance.GroupTaylorImportance, "l2": tp.importance.GroupMagnitudeImportance}
+    settings = {"importance": kinds[importance](), "pruning_ratio": ratio, "round_to": round_to}
+    removed = _removed(model, plan.source, paths, examples, embedding, **settings)
     layers = []
     for entry, path, shape in zip(plan.layers, paths, plan.source.layers, strict=True):
         if path.o not in removed or path.fc2 not in removed:
@@ -79,7 +88,8 @@ def depgraph_plan(
     if embedding:
         lost = removed[paths[0].q]
         width = tuple(channel for channel in range(plan.source.hidden_size) if channel not in lost)
-    info = {"method": "DepGraph", "ratio": ratio, "round_to": round_to, "torch_pruning": tp.__version__}
+    info = {"method": "DepGraph", "ratio": ratio, "round_to": round_to, "importance": importance}
+    info["torch_pruning"] = tp.__version__
     return replace(plan, layers=tuple(layers), embedding=width, info=info).validated()
 
 
@@ -122,7 +132,6 @@ def _removed(
         pruner = tp.pruner.BasePruner(
             subject,
             {"pixel_values": pixels},
-            importance=tp.importance.GroupTaylorImportance(),
             num_heads=heads,
             prune_num_heads=False,
             prune_head_dims=True,

@@ -1,0 +1,116 @@
+"""Accuracy without training: compensation and one-shot pruning on small trained models, next to Torch-Pruning.
+
+    python -m benchmarks.compensation run                  # all methods, three models and draws: see also --methods
+    python -m benchmarks.compensation run --images 8 --methods one-shot    # accuracy against the number of images
+    python -m benchmarks.compensation report
+    python -m benchmarks.compensation cost                 # seconds and memory at the shape of ViT-B/16
+
+The models are those of ``benchmarks.compare``, trained where they are not there yet. A run is a JSON file; those that
+are there are not repeated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hf_vitprune.cli import Commands
+from hf_vitprune.report import markdown_table
+
+OUTPUT = Path("runs/compensation")
+console = Console(width=200)
+
+
+class CompensationCommands(Commands):
+    """Errors are one line, as those of ``hf-vitprune``."""
+
+    program = "benchmarks.compensation"
+
+
+app = typer.Typer(
+    cls=CompensationCommands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=__doc__,
+)
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of results.")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Compensation and one-shot pruning without training."""
+
+
+@app.command()
+def run(
+    subjects: Annotated[str, typer.Option(help="With semicolons; all by default.")] = "",
+    methods: Annotated[str, typer.Option(help="With semicolons; all by default.")] = "",
+    seeds: Annotated[int, typer.Option(help="Models of every kind.")] = 3,
+    draws: Annotated[int, typer.Option(help="Draws of calibration images.")] = 3,
+    images: Annotated[int, typer.Option(help="Calibration images.")] = 128,
+    models: Annotated[Path, typer.Option(help="Folder of benchmarks.compare with the trained models.")] = Path(
+        "runs/compare"
+    ),
+    output: Output = OUTPUT,
+) -> None:
+    """Do the runs that are not done yet."""
+    from ..trained import SUBJECTS
+    from .methods import METHODS
+    from .runs import do_all, runs_of
+
+    chosen = methods.split(";") if methods else list(METHODS)
+    for name in chosen:
+        if name not in METHODS:
+            raise typer.BadParameter(f"methods are {'; '.join(METHODS)}, not {name!r}")
+    everything = runs_of(subjects.split(";") if subjects else list(SUBJECTS), chosen, seeds, draws, images)
+    for number, (one, record) in enumerate(do_all(everything, output, models), start=1):
+        if record is not None:
+            found = ", ".join(f"{row['accuracy']:.1f} ({row['error']:.3f})" for row in record["rows"])
+            console.print(
+                f"{number}/{len(everything)} {one.subject}, seed {one.seed}, draw {one.draw}, {one.method}: "
+                f"{record['dense']:.1f} -> {found}",
+                highlight=False,
+            )
+
+
+@app.command()
+def report(output: Output = OUTPUT, markdown: Annotated[bool, typer.Option(help="For a README.")] = False) -> None:
+    """Accuracy in percent / relative error of the logits."""
+    from .report import by_images, tables, verdicts
+    from .runs import records
+
+    found = records(output)
+    for title, cells in {**tables(found), "25 % of MACs against images": by_images(found)}.items():
+        if markdown:
+            print(f"\n{title}\n\n{markdown_table(cells)}")
+            continue
+        table = Table(*cells[0], title=title)
+        for row in cells[1:]:
+            table.add_row(*row)
+        console.print(table)
+    for line in verdicts(found):
+        console.print(line, highlight=False)
+
+
+@app.command()
+def cost(
+    images: Annotated[int, typer.Option(help="Calibration images.")] = 128,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
+    shapes: Annotated[str, typer.Option(help="width x layers, with commas.")] = "768x12",
+    statistics: Annotated[bool, typer.Option(help="Keep what --save-scores keeps.")] = False,
+) -> None:
+    """Seconds and peak memory of scoring, choosing and compensating, each shape in a process of its own."""
+    from .cost import measured
+
+    table = Table(
+        "shape", "params", "score, s", "choose, s", "compensate, s", "peak / loaded", "peak - loaded / model"
+    )
+    for shape in shapes.split(","):
+        width, layers = map(int, shape.split("x"))
+        table.add_row(shape, *measured(width, layers, images, threads, statistics))
+    console.print(table)

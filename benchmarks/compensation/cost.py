@@ -1,0 +1,65 @@
+"""Seconds and memory of one-shot pruning on a ViT of random weights, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+
+from hf_vitprune.report import human
+
+
+def measured(width: int, layers: int, images: int, threads: int, statistics: bool) -> list[str]:
+    """Cells of a row of the table."""
+    command = [sys.executable, "-m", __spec__.name, *map(str, (width, layers, images, threads, int(statistics)))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    row = json.loads(done.stdout.splitlines()[-1])
+    times = [f"{row[name]:.1f}" for name in ("score", "choose", "compensate")]
+    added = (row["peak"] - row["loaded"]) / row["model"]
+    return [human(row["params"]), *times, f"{row['peak'] / row['loaded']:.2f}", f"{added:.2f}"]
+
+
+def _peak() -> float:
+    """Bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _here(width: int, layers: int, images: int, threads: int, statistics: bool) -> dict[str, Any]:
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from hf_vitprune import OneShotScores, OneShotSettings, prune
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    config = ViTConfig(  # type: ignore[call-arg]
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        intermediate_size=4 * width,
+        num_labels=1000,
+    )
+    model = ViTForImageClassification(config).eval()
+    pixels = torch.randn(images, 3, 224, 224)
+    with torch.no_grad():
+        model(pixel_values=pixels[:32])  # the model with its images, and one batch: what any use of it takes
+    row: dict[str, Any] = {"loaded": _peak(), "model": sum(4 * p.numel() for p in model.parameters())}
+    row["params"] = row["model"] // 4
+    start = time.perf_counter()
+    scores = OneShotScores.measure(model, pixels, OneShotSettings(images=None, statistics=statistics))
+    row["score"] = time.perf_counter() - start
+    start = time.perf_counter()
+    plan = scores.plan(0.5)
+    row["choose"] = time.perf_counter() - start
+    start = time.perf_counter()
+    prune(model, plan, calibration=pixels)
+    row["compensate"] = time.perf_counter() - start
+    return {**row, "peak": _peak()}
+
+
+if __name__ == "__main__":
+    numbers = [int(argument) for argument in sys.argv[1:]]
+    print(json.dumps(_here(*numbers[:4], statistics=bool(numbers[4]))))
