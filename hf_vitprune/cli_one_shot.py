@@ -32,6 +32,7 @@ class OneShotRun:
 
         from .architecture import Architecture
         from .cli import empty_output, load_config, model_class_of
+        from .compensate import Compensation
         from .cost.latency import device_name, measure_speed
         from .methods import OneShotSettings
         from .methods.oneshot import check_target
@@ -52,7 +53,8 @@ class OneShotRun:
         if pixels is None:
             small = prune(dense, scores.compensate(dense, plan))
         else:
-            small = prune(dense, plan, calibration=pixels)
+            everything = Compensation(images=None, batch_size=self.batch_size)
+            small = prune(dense, plan, calibration=pixels, compensate=everything)
         timings = measure_speed({"dense": dense, "pruned": small}, batch_size=8)
         rows = [model_row(key, model, None, timings[key]) for key, model in (("dense", dense), ("pruned", small))]
         macs, params = (rows[1][key] / rows[0][key] for key in ("macs", "params"))

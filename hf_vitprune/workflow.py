@@ -200,10 +200,12 @@ def compare(
     timings = measure_speed(models, batch_size=batch_size)
     rows = [model_row("dense", dense, dense_accuracy, timings["dense"])]
     for name, result in results.items():
+        tuned = "tuned" in result.accuracy
         for stage, what in (("pruned", "just pruned"), ("compensated", "compensated")):
-            if stage in result.accuracy:
+            if tuned and stage in result.accuracy:
                 rows.append({"name": f"{name}, {what}", "accuracy": result.accuracy[stage]})
-        rows.append(model_row(f"{name}, final", result.model, result.final_accuracy, timings[name]))
+        last = f"{name}, {'final' if tuned else 'without fine-tuning'}"
+        rows.append(model_row(last, result.model, result.final_accuracy, timings[name]))
     return rows, timings
 
 

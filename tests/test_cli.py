@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -204,11 +205,15 @@ assert not {"torch", "transformers", "numpy"} & sys.modules.keys()
     assert all(command in done.stdout for command in ("inspect", "export", "card", "prune", "demo", "--debug"))
 
 
-def test_console_script(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hf_vitprune.cli", "inspect", str(tmp_path / "nothing")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"hf-vitprune: there is no folder {tmp_path / 'nothing'}\n"
+def test_console_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The entry point as the shell calls it: arguments from sys.argv, and an exit status."""
+    monkeypatch.setattr(sys, "argv", ["hf-vitprune", "inspect", str(tmp_path / "nothing")])
+    monkeypatch.delitem(sys.modules, "hf_vitprune.cli")
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("hf_vitprune.cli", run_name="__main__")
+    printed = capsys.readouterr()
+    assert (exit.value.code, printed.out) == (1, "")
+    assert printed.err == f"hf-vitprune: there is no folder {tmp_path / 'nothing'}\n"
 
 
 def test_inspect_draws_the_layers(tmp_path: Path) -> None:

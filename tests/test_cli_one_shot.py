@@ -12,18 +12,20 @@ from sklearn.datasets import load_digits
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from hf_vitprune import PruningPlan, count
+from hf_vitprune.cost import latency
 from hf_vitprune.data import read_folder
 from hf_vitprune.errors import InvalidDataError
 from test_cli import printed, refused
 from tiny import reset_weights
 
+PAGE = Path(__file__).parent.parent / "docs" / "compensation.md"
 PROCESSOR = ViTImageProcessorPil(size={"height": 16, "width": 16})
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=16, patch_size=8
     )
     folder = tmp_path_factory.mktemp("models") / "digits"
     reset_weights(ViTForImageClassification(config)).save_pretrained(folder)
@@ -43,39 +45,61 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plot and one round of timing: both are tested elsewhere."""
+    monkeypatch.setattr("hf_vitprune.workflow.plot_removed", lambda *_: None)
+    measure = latency.measure_speed
+    monkeypatch.setattr(latency, "measure_speed", lambda *args, **kwargs: measure(*args, **kwargs, rounds=1))
+
+
 def ratio(small: Path, dense: Path) -> float:
     models = (AutoModelForImageClassification.from_pretrained(path) for path in (small, dense))
     a, b = (count(model).macs for model in models)
     return a / b
 
 
-def test_images_in_small_model_out_and_other_budgets_from_its_scores(
+def test_the_commands_of_the_documentation(
     model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = tmp_path / "scores.safetensors"
-    shared = ("--num-images", 24, "--seed", 1)
-    text = printed(
-        "prune", model, "--images", folder, "--train", "none", "--target", 0.6, "--save-scores", scores,
-        *shared, "--out", tmp_path / "a",
-    )  # fmt: skip
-    assert "from 24 unlabelled images" in text and "speed-up" in text
-    assert 0.45 < ratio(tmp_path / "a", model) <= 0.6
-    files = {path.name for path in (tmp_path / "a").iterdir()}
-    assert files >= {"model.safetensors", "preprocessor_config.json", "README.md", "plan.json", "removed.png"}
-    assert "OneShot" in (tmp_path / "a" / "README.md").read_text()
-    plan = PruningPlan.load(tmp_path / "a" / "plan.json")
-    assert plan.info["target"] == 0.6 and plan.info["method"] == "OneShot"
-    # the same without --train and as a second argument: the same weights
-    printed("prune", model, tmp_path / "b", "--images", folder, "--target", 0.6, *shared)
+    """In their order: a model from images, the same with its scores kept, another one from the scores alone."""
+    monkeypatch.chdir(tmp_path)
+    commands = [
+        line.split("#")[0].split()[1:] for line in PAGE.read_text().splitlines() if line.startswith("hf-vitprune ")
+    ]
+    assert len(commands) == 3
+    written: list[set[str]] = []
+    for command in commands:
+        before = {path.name for path in tmp_path.iterdir()}
+        names = {"MODEL": model, "FOLDER": folder}
+        force = ["--force"] if "small" in command and (tmp_path / "small").exists() else []
+        if "--scores" in command:
+            monkeypatch.setattr("hf_vitprune.data._read", None)  # no image is read
+        text = printed(*(names.get(word, word) for word in command), *force)
+        assert "speed-up" in text and "from 40 unlabelled images" in text
+        written.append({path.name for path in tmp_path.iterdir()} - before)
+    assert written == [{"small"}, {"scores.safetensors"}, {"smaller"}]
+    for name, target in (("small", 0.6), ("smaller", 0.4)):
+        assert target - 0.15 < ratio(tmp_path / name, model) <= target
+        files = {path.name for path in (tmp_path / name).iterdir()}
+        assert files >= {"model.safetensors", "preprocessor_config.json", "README.md", "plan.json", "removed.png"}
+        plan = PruningPlan.load(tmp_path / name / "plan.json")
+        assert plan.info["target"] == target and plan.info["method"] == "OneShot"
+    assert "OneShot" in (tmp_path / "small" / "README.md").read_text()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits-0.8").mkdir()
+    (tmp_path / "digits-0.8" / "mine").touch()
+    assert "digits-0.8 is there already" in refused("prune", "--scores", "scores.safetensors", "--target", 0.8)
+
+
+def test_the_seed_decides_and_nothing_else(model: Path, folder: Path, tmp_path: Path, quick: None) -> None:
+    """Without --train, with the folder as a second argument, and over what is there."""
+    arguments = ("--images", folder, "--target", 0.6, "--num-images", 12, "--seed")
+    for name, seed in (("a", 1), ("b", 0), ("b", 1)):
+        printed("prune", model, tmp_path / name, *arguments, seed, "--force")
     same = (AutoModelForImageClassification.from_pretrained(tmp_path / name).state_dict() for name in "ab")
     assert all(torch.equal(x, y) for x, y in zip(*(s.values() for s in same), strict=True))
-    # from scores: the model by its record, its name for an output, and no image is read
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_vitprune.data._read", None)
-    assert "when" in printed("prune", "--scores", scores, "--target", 0.8)
-    assert 0.6 < ratio(tmp_path / "digits-0.8", model) <= 0.8
-    assert "is there already" in refused("prune", "--scores", scores, "--target", 0.8)
-    printed("prune", "--scores", scores, "--target", 0.8, "--force")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +137,9 @@ def test_what_cannot_be_done_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_scores_of_another_model_and_a_model_without_a_processor(model: Path, folder: Path, tmp_path: Path) -> None:
+def test_scores_of_another_model_and_a_model_without_a_processor(
+    model: Path, folder: Path, tmp_path: Path, quick: None
+) -> None:
     scores, out = tmp_path / "s.safetensors", tmp_path / "out"
     printed(
         "prune", model, tmp_path / "a", "--images", folder, "--num-images", 8, "--save-scores", scores, "--target", 0.7

@@ -1,6 +1,7 @@
 """The demo and `hf-vitprune prune`, shortened: real data, real training, real files."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,14 +18,21 @@ from test_data import image_folder
 
 @pytest.fixture(scope="module")
 def short_demo(tmp_path_factory):
-    """(rows, folder, printed text) of a demo that trains for four epochs a stage."""
+    """(rows, folder, printed text) of a demo that trains for four epochs, then for one a stage."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("PRETRAIN", "LEARN", "TUNE"):
-            patch.setattr(demo, name, Schedule(epochs=4, learning_rate=2e-3))
+        for name, epochs in (("PRETRAIN", 4), ("LEARN", 1), ("TUNE", 1)):
+            patch.setattr(demo, name, Schedule(epochs=epochs, learning_rate=2e-3))
+        patch.setattr(demo, "METHODS", tuple(_shortened(method) for method in demo.METHODS))
         console = Console(record=True, width=120)
         folder = tmp_path_factory.mktemp("demo")
         rows = demo.run_demo(folder, console=console)
         yield rows, folder, console.export_text()
+
+
+def _shortened(method):
+    """SLS with fewer samples: its t-SNE takes half of the time of a short demo."""
+    config = method.config()
+    return method._replace(config=lambda: replace(config, max_samples=120)) if method.name == "SLS" else method
 
 
 def test_the_demo_prints_what_it_measured(short_demo):
@@ -38,7 +46,9 @@ def test_the_demo_prints_what_it_measured(short_demo):
     assert by_name["SLS, final"]["macs"] <= dense["macs"]
     assert {"VTP, just pruned", "VTP, compensated"} <= by_name.keys()
     assert "SLS, compensated" not in by_name  # adapters on a backbone that other tasks share
-    for row in (dense, pruned, by_name["SLS, final"]):
+    one_shot = by_name["one-shot, without fine-tuning"]
+    assert one_shot["macs"] <= 0.5 * dense["macs"] and one_shot["accuracy"] > dense["accuracy"] - 0.02
+    for row in (dense, pruned, by_name["SLS, final"], one_shot):
         assert f"{row['accuracy']:.1%}" in text and row["latency_ms"] > 0
 
 
@@ -56,6 +66,7 @@ def test_the_demo_leaves_a_complete_model_folder(short_demo):
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
     model = AutoModelForImageClassification.from_pretrained(folder / "vtp")
     assert hf_vitprune.Architecture.of(model) == PruningPlan.load(folder / "vtp" / "plan.json").architecture
+    assert {path.name for path in folder.iterdir()} == {"vtp", "nvit", "sls", "one-shot"}
 
 
 def test_every_stage_of_the_demo_trains():

@@ -2,6 +2,7 @@
 
 import json
 import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -54,13 +55,16 @@ def summary_of(output):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """(folder, summary) of a run that nothing happened to."""
+    """(folder, summary, files on the Hub) of a run that nothing happened to, and that pushes its model."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    return folder, summary_of(run(SCRIPT, *ARGUMENTS, "--output_dir", folder))
+    with HubStandIn() as hub:
+        push = ["--push_to_hub", "--hub_model_id", "tester/digits-small", "--output_dir", folder]
+        output = run(SCRIPT, *ARGUMENTS, *push, env=hub_environment(hub, tmp_path_factory.mktemp("home")))
+        return folder, summary_of(output), dict(hub.files("tester/digits-small"))
 
 
 def test_the_summary_is_of_a_model_at_the_target(undisturbed):
-    folder, summary = undisturbed
+    folder, summary, _ = undisturbed
     assert 0.4 < summary["macs_ratio"] <= 0.5
     assert {"README.md", "config.json", "preprocessor_config.json"} <= {path.name for path in folder.iterdir()}
 
@@ -74,18 +78,15 @@ def test_a_killed_run_resumes_to_the_same_model(undisturbed, tmp_path, stage):
     run("-c", KILLED, stage, step, *ARGUMENTS, "--output_dir", tmp_path, expected=9)
     assert not (tmp_path / "model.safetensors").exists()
     output = run(SCRIPT, *ARGUMENTS, "--output_dir", tmp_path, "--resume_from_checkpoint", "True")
-    folder, summary = undisturbed
+    folder, summary, _ = undisturbed
     assert summary_of(output) == summary
     expected, resumed = (load_file(path / "model.safetensors") for path in (folder, tmp_path))
     assert expected.keys() == resumed.keys()
     assert all(expected[name].equal(resumed[name]) for name in expected)
 
 
-def test_it_pushes_the_model_with_its_card(tmp_path):
-    with HubStandIn() as hub:
-        push = ["--push_to_hub", "--hub_model_id", "tester/digits-small", "--output_dir", tmp_path / "out"]
-        run(SCRIPT, *ARGUMENTS, *push, env=hub_environment(hub, tmp_path))
-        files = hub.files("tester/digits-small")
+def test_it_pushes_the_model_with_its_card(undisturbed):
+    _, _, files = undisturbed
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= set(files)
     assert b"hf_vitprune" in files["README.md"]
 
@@ -143,8 +144,11 @@ def test_two_processes_give_one_result(tmp_path):
     assert summary_of(output)["macs_ratio"] <= 0.5
 
 
-def test_redistributed_model_from_scratch(tmp_path):
-    summary = summary_of(run(SCRIPT, *ARGUMENTS, "--revit_hidden_size", "32", "--output_dir", tmp_path))
+def test_redistributed_model_from_scratch(tmp_path, monkeypatch, capsys):
+    arguments = [SCRIPT, *ARGUMENTS, "--revit_hidden_size", "32", "--output_dir", tmp_path]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    runpy.run_path(str(SCRIPT), run_name="__main__")  # a process of its own would import for longer than it trains
+    summary = summary_of(capsys.readouterr().out)
     base = hf_vitprune.demo.tiny_vit([str(i) for i in range(10)]).config
     base.num_attention_heads = 1
     expected = hf_vitprune.count(hf_vitprune.revit(base, 32))

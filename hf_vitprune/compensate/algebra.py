@@ -90,7 +90,10 @@ def obs(
     """
     n = len(cov)
     scale = cov.diagonal().mean().clamp(min=torch.finfo(cov.dtype).tiny)
-    inverse = torch.linalg.inv(cov + ridge * scale * torch.eye(n, dtype=cov.dtype, device=cov.device))
+    damped = cov.clone()
+    damped.diagonal().add_(ridge * scale)
+    inverse = torch.linalg.inv(damped)
+    del damped  # one of these is as large as an MLP's weights twice over
     weights = weights.clone()
     alive = torch.arange(n // group, device=cov.device)
     order: list[torch.Tensor] = []
@@ -133,7 +136,9 @@ def _eliminate(
     gone = _columns(groups, group)
     stay = _without(torch.arange(len(inverse), device=inverse.device), gone)
     gain = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])
-    return weights[:, stay] - weights[:, gone] @ gain, inverse[stay][:, stay] - inverse[stay][:, gone] @ gain
+    left = inverse[stay[:, None], stay]
+    left -= inverse[stay[:, None], gone] @ gain
+    return weights[:, stay] - weights[:, gone] @ gain, left
 
 
 def _scores(weights: torch.Tensor, inverse: torch.Tensor, group: int) -> torch.Tensor:

@@ -147,7 +147,7 @@ class Measurement:
     def _mlp(self, index: int, layer: Layer, stats: Statistics) -> None:
         branch = self._branch(layer, "fc2", "scale2", stats)
         size = len(stats.xx)
-        gone, found = obs(branch.effect, stats.xx, 1, ridge=self.settings.ridge)
+        gone, found = obs(branch.effect, stats.xx, 1, ridge=self.settings.ridge, block=max(32, size // 16))
         errors = torch.cat([found.new_zeros(1), found])
         order = gone.tolist() + sorted({*range(size)} - {*gone.tolist()})
         seen = []
