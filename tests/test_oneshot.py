@@ -27,6 +27,7 @@ from hf_vitprune.methods.oneshot import check_target
 from hf_vitprune.methods.oneshot.allocate import Options, allocate, undominated
 from hf_vitprune.methods.oneshot.choose import _attention, _branch_cost, _mlp, at_output
 from hf_vitprune.methods.oneshot.probe import read_outputs
+from hf_vitprune.peft_twin import is_peft, merged_twin
 from latency_tables import made_table
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run
 from tiny_adapters import adapted
@@ -202,6 +203,15 @@ def test_a_pruned_model_can_be_scored() -> None:
     model = prune(make(VIT), PruningPlan.random(make(VIT), 0.4, ["heads", "qk", "mlp"]))
     plan = OneShotScores.measure(model, images(16), FEW).plan(0.7, round_to=1)
     assert plan.architecture.layers[0].heads <= 2 and not plan.removes_nothing
+
+
+def test_a_peft_model_is_scored_with_its_adapters_and_keeps_them() -> None:
+    model = adapted(make(VIT), "lora")
+    scores = OneShotScores.measure(model, images(16), FEW)
+    merged = OneShotScores.measure(merged_twin(model), images(16), FEW)
+    assert_same(scores.tensors, merged.tensors)
+    small = prune(model, scores.plan(0.6, round_to=2), calibration=images(16))
+    assert is_peft(small) and count(small).macs <= 0.6 * count(model).macs
 
 
 # ---------------------------------------------------------------------- elastic

@@ -24,10 +24,10 @@ class OneShotSettings:
     """
 
     images: int | None = 128
-    batch_size: int = 32
+    batch_size: int = 16
     ridge: float = Compensation.ridge
     token_share: float | None = Compensation.token_share
-    probe_images: int = 16
+    probe_images: int = 8
     sizes: int = 8
     statistics: bool = True
 
