@@ -108,7 +108,7 @@ def cost(
     from .cost import measured
 
     table = Table(
-        "shape", "params", "score, s", "choose, s", "compensate, s", "peak / loaded", "peak - loaded / model"
+        "shape", "params", "score, s", "choose, s", "compensate, s", "peak of scoring", "of all", "added / model"
     )
     for shape in shapes.split(","):
         width, layers = map(int, shape.split("x"))

@@ -18,8 +18,8 @@ def measured(width: int, layers: int, images: int, threads: int, statistics: boo
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     row = json.loads(done.stdout.splitlines()[-1])
     times = [f"{row[name]:.1f}" for name in ("score", "choose", "compensate")]
-    added = (row["peak"] - row["loaded"]) / row["model"]
-    return [human(row["params"]), *times, f"{row['peak'] / row['loaded']:.2f}", f"{added:.2f}"]
+    peaks = [f"{row[name] / row['loaded']:.2f}" for name in ("scored", "peak")]
+    return [human(row["params"]), *times, *peaks, f"{(row['peak'] - row['loaded']) / row['model']:.2f}"]
 
 
 def _peak() -> float:
@@ -50,7 +50,7 @@ def _here(width: int, layers: int, images: int, threads: int, statistics: bool) 
     row["params"] = row["model"] // 4
     start = time.perf_counter()
     scores = OneShotScores.measure(model, pixels, OneShotSettings(images=None, statistics=statistics))
-    row["score"] = time.perf_counter() - start
+    row["score"], row["scored"] = time.perf_counter() - start, _peak()
     start = time.perf_counter()
     plan = scores.plan(0.5)
     row["choose"] = time.perf_counter() - start

@@ -151,7 +151,7 @@ class Measurement:
         errors = torch.cat([found.new_zeros(1), found])
         order = gone.tolist() + sorted({*range(size)} - {*gone.tolist()})
         seen = []
-        for kept in (size // 2, size // 8, size // 64):
+        for kept in (size // 2, size // 16):
             if kept:
                 fit = neurons_left(branch, sorted(order[size - kept :]), self.settings.ridge)
                 weight = torch.zeros_like(branch.weight)
@@ -164,8 +164,8 @@ class Measurement:
 
 
 def probed(count: int) -> list[int]:
-    """Positions among ``count`` sizes (the last is all) that are probed: a half, a quarter, an eighth."""
-    return sorted({j for share in (2, 4, 8) if (j := count // share - 1) >= 0} or {0}, reverse=True)
+    """Positions among ``count`` sizes (the last is all) that are probed: a half and an eighth."""
+    return sorted({j for share in (2, 8) if (j := count // share - 1) >= 0} or {0}, reverse=True)
 
 
 def _packed(name: str, stats: Statistics) -> dict[str, torch.Tensor]:

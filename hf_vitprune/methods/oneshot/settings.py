@@ -17,7 +17,7 @@ class OneShotSettings:
         images: at most this many, evenly spaced over the data; None takes all.
         batch_size: images a forward pass.
         ridge, token_share: as in :class:`Compensation`.
-        probe_images: of them, how many run on to the output to see what a smaller branch does there (nine sizes a
+        probe_images: of them, how many run on to the output to see what a smaller branch does there (six sizes a
             layer).
         sizes: q/k and v channels of a head are scored at this many sizes, evenly spaced.
         statistics: keep the covariances too, from which :meth:`OneShotScores.compensate` works without images.
@@ -27,7 +27,7 @@ class OneShotSettings:
     batch_size: int = 16
     ridge: float = Compensation.ridge
     token_share: float | None = Compensation.token_share
-    probe_images: int = 8
+    probe_images: int = 4
     sizes: int = 8
     statistics: bool = True
 
