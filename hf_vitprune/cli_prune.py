@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -66,54 +67,41 @@ def prune(
     MODEL DATA OUTPUT, with labels: learn what to prune, prune, fine-tune. MODEL OUTPUT --images FOLDER (--train none):
     from unlabelled images alone, without training, in seconds to minutes; then --scores FILE for other targets.
     """
-    goal = {
-        "target": target,
-        "target_metric": target_metric,
-        "latency_table": latency_table,
-        "latency_batch_size": latency_batch_size,
-        "allow_other_device": allow_other_device,
-    }
-    unlabelled = images is not None or scores is not None
-    if train not in (None, *TRAIN):
-        raise InvalidConfigError(f"--train is one of {', '.join(TRAIN)}, not {train!r}")
-    if train == "none" or (train is None and unlabelled):
-        from .cli_one_shot import OneShotRun
+    _prune(SimpleNamespace(**locals()))
 
-        if method not in (None, ONE_SHOT):
-            raise InvalidConfigError(f"--method {method} trains; leave it out with --train none")
-        if output is not None or (data is not None and out is not None):
-            raise InvalidConfigError(f"--train none takes no labels: leave out {data!r}, images come from --images")
-        out = out if data is None else Path(data)
-        OneShotRun(model, out, images, num_images, scores, save_scores, goal, round_to, batch_size, seed, force).run()
+
+def _prune(o: Any) -> None:
+    """``o``: the arguments and options of ``prune``."""
+    names = ("target", "target_metric", "latency_table", "latency_batch_size", "allow_other_device")
+    goal = {name: getattr(o, name) for name in names}
+    unlabelled = o.images is not None or o.scores is not None
+    if o.train not in (None, *TRAIN):
+        raise InvalidConfigError(f"--train is one of {', '.join(TRAIN)}, not {o.train!r}")
+    if o.train == "none" or (o.train is None and unlabelled):
+        if o.method not in (None, ONE_SHOT):
+            raise InvalidConfigError(f"--method {o.method} trains; leave it out with --train none")
+        if o.output is not None or (o.data is not None and o.out is not None):
+            raise InvalidConfigError(f"--train none takes no labels: leave out {o.data!r}, images come from --images")
+        _one_shot(o, goal)
         return
-    output = output or out
-    if unlabelled or save_scores is not None:
+    if unlabelled or o.save_scores is not None:
         raise InvalidConfigError("--images, --scores and --save-scores are for --train none")
-    if model is None or data is None or output is None:
+    if o.model is None or o.data is None or (o.output or o.out) is None:
         raise InvalidConfigError(
             "give MODEL, DATA and OUTPUT to prune with training, or MODEL and --images FOLDER to prune without"
         )
-    _train_and_prune(
-        model, data, output, method or METHODS[0], goal, round_to, epochs, tune_epochs, learning_rate,
-        gate_learning_rate, batch_size, new_head, seed,
-    )  # fmt: skip
+    _train_and_prune(o, goal)
 
 
-def _train_and_prune(
-    model: str,
-    data: str,
-    output: Path,
-    method: str,
-    goal: dict[str, Any],
-    round_to: int,
-    epochs: float,
-    tune_epochs: float,
-    learning_rate: float,
-    gate_learning_rate: float | None,
-    batch_size: int,
-    new_head: bool,
-    seed: int,
-) -> None:
+def _one_shot(o: Any, goal: dict[str, Any]) -> None:
+    from .cli_one_shot import OneShotRun
+
+    out = o.out if o.data is None else Path(o.data)
+    images = o.images, o.num_images, o.scores, o.save_scores
+    OneShotRun(o.model, out, *images, goal, o.round_to, o.batch_size, o.seed, o.force).run()
+
+
+def _train_and_prune(o: Any, goal: dict[str, Any]) -> None:
     from rich.console import Console
     from transformers import AutoImageProcessor, set_seed
 
@@ -123,23 +111,25 @@ def _train_and_prune(
     from .report import comparison_table
     from .workflow import Schedule, compare, prune_and_tune, save_result
 
+    method = o.method or METHODS[0]
     if method not in METHODS:
         raise InvalidConfigError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
-    config = _config(method, goal, round_to, gate_learning_rate)
-    set_seed(seed)
-    images = load_images(data, seed=seed)
-    classifier = _classifier(model, images.label_names, new_head)
-    processor = AutoImageProcessor.from_pretrained(model)
+    config = _config(method, goal, o.round_to, o.gate_learning_rate)
+    set_seed(o.seed)
+    images = load_images(o.data, seed=o.seed)
+    classifier = _classifier(o.model, images.label_names, o.new_head)
+    processor = AutoImageProcessor.from_pretrained(o.model)
     train_set, eval_set = images.processed(processor)
-    learn = Schedule(epochs, learning_rate, batch_size, seed=seed)
-    tune = Schedule(tune_epochs, learning_rate, batch_size, seed=seed) if tune_epochs else None
+    learn = Schedule(o.epochs, o.learning_rate, o.batch_size, seed=o.seed)
+    tune = Schedule(o.tune_epochs, o.learning_rate, o.batch_size, seed=o.seed) if o.tune_epochs else None
     result = prune_and_tune(
         classifier, config, train_set, eval_set, learn=learn, tune=tune, distillation=DistillationConfig()
     )
     rows, timings = compare(classifier, result.accuracy["dense"], {config.method_name: result}, batch_size=8)
     pair = {"before": timings["dense"], "after": timings[config.method_name]}
-    save_result(output, result, processor, pair, dataset=data, base_model=model)
-    Console().print(comparison_table(rows, title=f"{model} on {data}, measured on {device_name()}, batch 8"))
+    output = o.output or o.out
+    save_result(output, result, processor, pair, dataset=o.data, base_model=o.model)
+    Console().print(comparison_table(rows, title=f"{o.model} on {o.data}, measured on {device_name()}, batch 8"))
     Console().print(f"saved to {output}")
 
 
