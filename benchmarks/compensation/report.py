@@ -13,7 +13,7 @@ NOTHING = "–"
 
 
 def tables(records: Iterable[dict[str, Any]]) -> dict[str, list[list[str]]]:
-    """Subject -> cells: a row a method, a column a goal. Accuracy is the mean over models of the mean over draws."""
+    """Subject -> cells: a row a method, a column a goal; points against each run's own dense model, and the error."""
     subjects: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if record["images"] == IMAGES:
@@ -23,21 +23,29 @@ def tables(records: Iterable[dict[str, Any]]) -> dict[str, list[list[str]]]:
 
 def _table(records: list[dict[str, Any]]) -> list[list[str]]:
     dense = {record["seed"]: record["dense"] for record in records}
-    cells = [["", *(goal.name for goal in GOALS)], ["dense", *[f"{fmean(dense.values()):.1f}"] * len(GOALS)]]
+    cells = [["", "models, runs", *(goal.name for goal in GOALS)]]
+    cells.append(["dense", str(len(dense)), *[f"{fmean(dense.values()):.1f} %"] * len(GOALS)])
     for method in METHODS:
         found = [record for record in records if record["method"] == method]
         if found:
-            cells.append([method, *(_cell(found, goal) for goal in GOALS)])
+            size = f"{len({record['seed'] for record in found})}, {len(found)}"
+            cells.append([method, size, *(_cell(found, goal) for goal in GOALS)])
     return cells
 
 
+def _lost(records: Iterable[dict[str, Any]], goal: Goal) -> list[float]:
+    """Points of accuracy that every run gained against its dense model."""
+    rows = [(record, row) for record in records for row in record["rows"] if (row["kind"], row["value"]) == goal]
+    return [row["accuracy"] - record["dense"] for record, row in rows]
+
+
 def _cell(records: list[dict[str, Any]], goal: Goal) -> str:
-    rows = [row for record in records for row in record["rows"] if (row["kind"], row["value"]) == goal]
-    if not rows:
+    points = _lost(records, goal)
+    if not points:
         return NOTHING
-    accuracies = [row["accuracy"] for row in rows]
-    spread = f" ({min(accuracies):.1f}..{max(accuracies):.1f})" if len(rows) > 1 else ""
-    return f"{fmean(accuracies):.1f}{spread} / {fmean(row['error'] for row in rows):.3f}"
+    errors = [row["error"] for record in records for row in record["rows"] if (row["kind"], row["value"]) == goal]
+    spread = f" ({min(points):+.1f} to {max(points):+.1f})" if len(points) > 1 else ""
+    return f"{fmean(points):+.1f}{spread} / {fmean(errors):.3f}"
 
 
 def by_images(records: Iterable[dict[str, Any]], method: str = "one-shot") -> list[list[str]]:
@@ -53,23 +61,19 @@ def by_images(records: Iterable[dict[str, Any]], method: str = "one-shot") -> li
 
 
 def verdicts(records: Iterable[dict[str, Any]]) -> list[str]:
-    """How far the one-shot plan is from the dense model and from Torch-Pruning, subject by subject and budget."""
+    """How far the one-shot plan is from the dense model, and Torch-Pruning, subject by subject and budget."""
     lines = []
     records = [record for record in records if record["images"] == IMAGES]
     for subject in dict.fromkeys(record["subject"] for record in records):
         for goal in GOALS[:2]:
             means = {}
             for method in METHODS:
-                mine = [r for r in records if r["subject"] == subject and r["method"] == method]
-                rows = [x for r in mine for x in r["rows"] if (x["kind"], x["value"]) == goal]
-                if rows:
-                    means[method] = fmean(row["accuracy"] for row in rows)
-            mine = [r for r in records if r["subject"] == subject and r["method"] == "one-shot"]
-            if not mine:
-                continue
-            lost = fmean(r["dense"] for r in mine) - means["one-shot"]
-            peers = {m: a for m, a in means.items() if m.endswith("150 steps")}
-            best = max(peers, key=lambda m: peers[m], default=None)
-            peer = "" if best is None else f"; {means['one-shot'] - peers[best]:+.2f} against {best}"
-            lines.append(f"{subject}, {goal.name}: {lost:.2f} points under dense{peer}")
+                points = _lost([r for r in records if r["subject"] == subject and r["method"] == method], goal)
+                if points:
+                    means[method] = fmean(points)
+            peers = {method: points for method, points in means.items() if method.endswith("150 steps")}
+            best = max(peers, key=lambda method: peers[method], default=None)
+            peer = "" if best is None else f"; {best}: {peers[best]:+.2f}"
+            if "one-shot" in means:
+                lines.append(f"{subject}, {goal.name}: one-shot {means['one-shot']:+.2f} points{peer}")
     return lines
