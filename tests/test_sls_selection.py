@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -223,18 +222,17 @@ def test_estimates_are_near_the_scores(signal: float) -> None:
     assert screening.estimated_score(features, classes, SLSConfig()) == pytest.approx(exact, abs=0.05)
 
 
-def test_estimates_follow_the_settings_and_not_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimates_follow_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screening, "PLAIN_STEPS", 40)
     (features,), labels = blobs(1, 90, 4, [0.6])
     features, classes = features.numpy(), labels.numpy()
-    plain, *same = (screening.estimated_score(features, classes, SLSConfig(threads=n)) for n in (1, 2, 3))
-    assert same == [plain, plain]
+    plain = screening.estimated_score(features, classes, SLSConfig())
     for settings in ({"perplexity": 5.0}, {"init": "random"}, {"pca_dims": 2}, {"silhouette_metric": "cosine"}):
         assert screening.estimated_score(features, classes, SLSConfig(**settings)) != plain
     assert screening.estimated_score(np.ones((20, 4)), np.arange(20) % 2, SLSConfig()) == 0
 
 
-def test_the_gradient_is_that_of_the_divergence() -> None:
+def test_the_gradient_is_that_of_the_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of Kullback and Leibler, between the joint probabilities and Student's kernel; by autograd."""
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(150, 2, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -243,9 +241,8 @@ def test_the_gradient_is_that_of_the_divergence() -> None:
     kernel = (1 / (1 + (points[:, None] - points).square().sum(-1))).fill_diagonal_(0)
     off = ~torch.eye(150, dtype=torch.bool)
     (wanted[off] * (wanted[off] / (kernel / kernel.sum())[off]).log()).sum().backward()
-    forces = screening._Forces(wanted.numpy())
-    with ThreadPoolExecutor(2) as threads:
-        made = forces.gradient(points.detach().numpy(), 1.0, threads)
+    monkeypatch.setattr(screening, "ROWS", 64)  # the last rows are fewer
+    made = screening._Forces(wanted.numpy()).gradient(points.detach().numpy(), 1.0)
     np.testing.assert_allclose(made, points.grad.numpy(), rtol=1e-8, atol=1e-12)
 
 
@@ -289,6 +286,8 @@ def scoring_joint(points: np.ndarray, perplexity: float) -> np.ndarray:
         ([0.9, 0.9, 0.0, 0.8, 0.5], [0.9, 0.9, 0.9, 0.9, 0.9], 4, [5, 4, 3]),
         ([0.9, 0.9, 0.0, 0.8, 0.9], [0.9, 0.9, 0.9, 0.0, 0.5], 4, [5, 4, 3]),
         ([0.9, 0.9, 0.2, 0.8, 0.0], [0.9, 0.9, 0.2, 0.8, 0.8], 5, [5]),
+        # where all scores are low, they are as far from certain as anywhere
+        ([0.1, 0.1, 0.1, 0.02, 0.1], [0.1, 0.1, 0.1, 0.1, 0.1], 5, [5, 4]),
     ],
 )
 def test_estimates_decide_where_they_are_far_from_the_threshold(
@@ -307,6 +306,18 @@ def test_estimates_decide_where_they_are_far_from_the_threshold(
     assert seen == full and sorted(screened.estimated + full, reverse=True) == list(made.scores)
 
 
+def test_estimates_are_made_once_and_none_too_low() -> None:
+    made: list[int] = []
+
+    def estimate(number: int) -> float:
+        made.append(number)
+        return number / 10
+
+    estimates = screening.Estimates(estimate, lowest=3, threads=3)
+    assert [estimates(number) for number in (8, 7, 6)] == [0.8, 0.7, 0.6] and sorted(made) == [6, 7, 8]
+    assert [estimates(number) for number in (4, 3)] == [0.4, 0.3] and sorted(made) == [3, 4, 6, 7, 8]
+
+
 def test_fast_decides_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = CASES["falling"]
     known: dict[int, float] = {}  # full scores are made once; every layer has a width of its own
@@ -323,6 +334,8 @@ def test_fast_decides_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fast.scores[len(features)] == full.scores[len(features)] and fast.threshold == full.threshold
     assert all((fast.scores[n] == full.scores[n]) != (n in fast.estimated) for n in full.scores)
     assert fast.estimated == tuple(sorted(fast.estimated, reverse=True))
+    for threads in (1, 3):  # how many layers are estimated at once shows nowhere
+        assert select_layers(features, labels, SLSConfig(fast=True, threads=threads)) == fast
     assert select_layers(features, labels, SLSConfig(fast=True, margin=9)) == full
     monkeypatch.setattr(selection, "MOST_IMAGES", 90)  # of 95
     assert select_layers(features, labels, SLSConfig(fast=True)) == full

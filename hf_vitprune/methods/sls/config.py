@@ -41,8 +41,8 @@ class SLSConfig(PruningConfig):
         fast: let a cheap t-SNE judge the layers that are far from the threshold; the last layer and those near it
             are scored in full. Decides as without, unless a cheap score is off by more than the margin. For up to
             3000 images; with more, it changes nothing.
-        margin: with ``fast``: a cheap score counts when it is further from the threshold than this share of the last
-            layer's score.
+        margin: with ``fast``: a cheap score counts when it is further from the threshold than this. Scores lie in
+            [-1, 1], and cheap ones err by as much where all are low as where all are high.
         threads: threads of t-SNE, which its last digits (and so the decision, when it is close) depend on. None:
             what scikit-learn uses, but two at most, since with more the digits change from run to run.
     """
@@ -60,7 +60,7 @@ class SLSConfig(PruningConfig):
     max_samples: int | None = None
     batch_size: int = 64
     fast: bool = False
-    margin: float = 0.15
+    margin: float = 0.125
     threads: int | None = None
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 
 from .config import SLSConfig
-from .scoring import effective_perplexity, map_score, principal, thread_count
+from .scoring import effective_perplexity, map_score, principal
 
 #: with more images, matrices of all pairs are no cheaper than scikit-learn's tree
 MOST_IMAGES = 3000
@@ -26,7 +26,7 @@ MOST_PRECISION = 1e30
 #: spread of the first coordinates, as scikit-learn's
 FIRST_SPREAD = 1e-4
 #: rows of the matrices of all pairs that are worked on at once, so that they stay in a core's cache
-ROWS = 64
+ROWS = 250
 
 #: of a layer, by its number from 1
 Score = Callable[[int], float]
@@ -35,9 +35,8 @@ Score = Callable[[int], float]
 class Screened:
     """Scores of layers from the top, as cheaply as the decision allows.
 
-    A cheap score counts where it is further from the threshold than ``margin`` times the last layer's score; otherwise
-    the full one is taken. The last layer is always scored in full. If its cheap score is off by more than that, cheap
-    scores are not used.
+    A cheap score counts where it is further from the threshold than ``margin``; otherwise the full one is taken. The
+    last layer is always scored in full. If its cheap score is off by more than that, cheap scores are not used.
 
     Args:
         score: the full score.
@@ -60,7 +59,7 @@ class Screened:
             self.top = self.score(number)
             return self.top
         assert self.top is not None, "layers are scored from the top"
-        threshold, margin = self.config.alpha * self.top, self.config.margin * self.top
+        threshold, margin = self.config.alpha * self.top, self.config.margin
         if self.trusted is None:
             self.trusted = abs(self.estimate(self.layers) - self.top) <= margin
         if self.trusted:
@@ -69,6 +68,28 @@ class Screened:
                 self.estimated.append(number)
                 return guess
         return self.score(number)
+
+
+class Estimates:
+    """Cheap scores of several layers at once, one a thread; each is made once, whatever the number of threads.
+
+    Args:
+        estimate: the cheap score of a layer.
+        lowest: the lowest layer that may be asked for.
+        threads: layers at once, from the one asked for downwards, as the walk goes.
+    """
+
+    def __init__(self, estimate: Score, lowest: int, threads: int) -> None:
+        self.estimate, self.lowest, self.threads = estimate, lowest, threads
+        self.known: dict[int, float] = {}
+
+    def __call__(self, number: int) -> float:
+        if number not in self.known:
+            batch = range(number, max(number - self.threads, self.lowest - 1), -1)
+            # all of them end here: scikit-learn's t-SNE crawls where another thread works beside it
+            with ThreadPoolExecutor(len(batch)) as threads, threadpool_limits(1, "blas"):
+                self.known.update(zip(batch, threads.map(self.estimate, batch), strict=True))
+        return self.known[number]
 
 
 def estimated_score(features: np.ndarray, labels: np.ndarray, config: SLSConfig) -> float:
@@ -86,19 +107,18 @@ def quick_map(features: np.ndarray, perplexity: float, config: SLSConfig) -> np.
     points = _first_points(features, config)
     rate = max(len(features) / EXAGGERATION, 50.0)
     forces = _Forces(wanted)
-    with ThreadPoolExecutor(thread_count(config)) as threads, threadpool_limits(1, "blas"):
-        for steps, factor, momentum in ((EXAGGERATED_STEPS, EXAGGERATION, 0.5), (PLAIN_STEPS, 1.0, 0.8)):
-            step, gains = np.zeros_like(points), np.ones_like(points)
-            for _ in range(steps):
-                gradient = forces.gradient(points, factor, threads)
-                gains = np.maximum(np.where(step * gradient < 0, gains + 0.2, gains * 0.8), 0.01)
-                step = momentum * step - rate * gains * gradient
-                points = (points + step).astype(np.float32)
+    for steps, factor, momentum in ((EXAGGERATED_STEPS, EXAGGERATION, 0.5), (PLAIN_STEPS, 1.0, 0.8)):
+        step, gains = np.zeros_like(points), np.ones_like(points)
+        for _ in range(steps):
+            gradient = forces.gradient(points, factor)
+            gains = np.maximum(np.where(step * gradient < 0, gains + 0.2, gains * 0.8), 0.01)
+            step = momentum * step - rate * gains * gradient
+            points = (points + step).astype(np.float32)
     return points
 
 
 class _Forces:
-    """The gradient, some rows of the matrix of all pairs at a time: the same sums whatever the number of threads.
+    """The gradient, some rows of the matrix of all pairs at a time.
 
     Args:
         wanted: (images, images) joint probabilities.
@@ -106,29 +126,28 @@ class _Forces:
 
     def __init__(self, wanted: np.ndarray) -> None:
         self.parts = [wanted[start : start + ROWS] for start in range(0, len(wanted), ROWS)]
-        self.space = [(np.empty_like(part), np.empty_like(part)) for part in self.parts]
+        self.space = np.empty((2, *self.parts[0].shape), wanted.dtype)
 
-    def gradient(self, points: np.ndarray, factor: float, threads: ThreadPoolExecutor) -> np.ndarray:
+    def gradient(self, points: np.ndarray, factor: float) -> np.ndarray:
         """(images, 2) of the divergence of the map from the joint probabilities times ``factor``."""
         squares = (points**2).sum(1, keepdims=True)
         ones = np.ones_like(squares)
         left = np.hstack([-2 * points, 1 + squares, ones])
         right = np.ascontiguousarray(np.hstack([points, ones, squares]).T)
         weights = np.hstack([points, ones])
-
-        def pulls(number: int) -> tuple[np.ndarray, np.ndarray, float]:
-            similarity, product = self.space[number]
+        together, apart, total = np.empty_like(weights), np.empty_like(weights), -float(len(points))
+        for number, part in enumerate(self.parts):
+            rows = slice(number * ROWS, number * ROWS + len(part))
+            similarity, product = self.space[:, : len(part)]
             # 1 + squared distance, as one product; then Student's kernel
-            np.matmul(left[number * ROWS : (number + 1) * ROWS], right, out=similarity)
+            np.matmul(left[rows], right, out=similarity)
             np.reciprocal(similarity, out=similarity)
-            np.multiply(similarity, self.parts[number], out=product)
-            together = product @ weights
+            total += float(similarity.sum())  # an image is no neighbour of its own
+            np.multiply(similarity, part, out=product)
+            np.matmul(product, weights, out=together[rows])
             np.multiply(similarity, similarity, out=product)
-            return together, product @ weights, float(similarity.sum())
-
-        together, apart, sums = zip(*threads.map(pulls, range(len(self.parts))), strict=True)
-        total = sum(sums) - len(points)  # an image is no neighbour of its own
-        pull = factor * np.concatenate(together) - np.concatenate(apart) / total
+            np.matmul(product, weights, out=apart[rows])
+        pull = factor * together - apart / total
         return 4 * (points * pull[:, 2:] - pull[:, :2])
 
 

@@ -17,8 +17,8 @@ from ...errors import InvalidConfigError, InvalidDataError
 from ..depth import fewest_layers
 from .config import SLSConfig
 from .features import check_features, check_labels, extract_features
-from .scoring import layer_score
-from .screening import MOST_IMAGES, Score, Screened, estimated_score
+from .scoring import layer_score, thread_count
+from .screening import MOST_IMAGES, Estimates, Score, Screened, estimated_score
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,11 @@ def select_layers(features_or_model: Any, labels_or_dataset: Any, config: SLSCon
 
     if not config.fast or len(classes) > MOST_IMAGES:
         return walk(score, total, config, floor)
-    screened = Screened(score, lambda number: estimated_score(arrays[number], classes, config), total, config)
+
+    def estimate(number: int) -> float:
+        return estimated_score(arrays[number], classes, config)
+
+    screened = Screened(score, Estimates(estimate, floor, thread_count(config)), total, config)
     return replace(walk(screened, total, config, floor), estimated=tuple(screened.estimated))
 
 
