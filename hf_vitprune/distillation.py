@@ -115,23 +115,24 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 
 class Teacher:
-    """A frozen image classifier that a student learns from.
+    """An image classifier that a student learns from.
 
     Deliberately no `nn.Module`: kept as an attribute of a model or a Trainer, it is not saved with the student, not
     given to the optimizer, not wrapped by DDP, and `student.train()` does not switch its dropout on.
 
-    The given model is itself frozen and put in eval mode, not copied.
+    The given model is put in eval mode, not copied. No gradient goes through it, and its parameters keep their
+    ``requires_grad``: a model that is pruned after it has taught is one that can be trained.
 
     Args:
         model: Any module that takes `pixel_values` and returns something with `.logits`.
         student: Checked against the teacher when given: same number of classes, in the same order where both configs
-            name their classes alike, and no shared tensors (freezing the teacher would freeze the student).
+            name their classes alike, and no shared tensors (a teacher that changes with its student teaches nothing).
     """
 
     def __init__(self, model: nn.Module, student: nn.Module | None = None) -> None:
         if student is not None:
             _check_pair(model, student)
-        self.model = model.requires_grad_(False).eval()
+        self.model = model.eval()
 
     def __call__(
         self, pixel_values: Tensor, *, autocast: AbstractContextManager[Any] | None = None, **kwargs: Any

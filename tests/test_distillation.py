@@ -200,7 +200,7 @@ def test_a_teacher_stays_out_of_the_student():
     model.train()  # a teacher that somebody else switched
     assert torch.equal(student.teacher(images), student.teacher(images))
     assert not student.teacher(images).requires_grad
-    assert not any(p.requires_grad for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())  # it may be trained, or pruned, afterwards
 
 
 def test_a_teacher_may_be_of_another_family_and_precision():

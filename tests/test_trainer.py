@@ -452,7 +452,7 @@ def test_the_default_teacher_is_the_model_as_it_was(model: str, tmp_path: Path) 
     assert torch.equal(run(teacher)["logits"], dense)
     assert relative_error(run(wrapped.eval())["logits"], dense) > 1e-3
     theirs = {id(p) for p in teacher.parameters()}
-    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
     assert not theirs & {id(p) for p in wrapped.parameters()}
     assert not theirs & {id(p) for group in run_.optimizer.param_groups for p in group["params"]}
     assert set(wrapped.state_dict()) == names == set(load_file(tmp_path / "checkpoint-2" / "model.safetensors"))
