@@ -107,9 +107,8 @@ def cost(
     """Seconds and peak memory of scoring, choosing and compensating, each shape in a process of its own."""
     from .cost import measured
 
-    table = Table(
-        "shape", "params", "score, s", "choose, s", "compensate, s", "peak of scoring", "of all", "added / model"
-    )
+    times = "score, s", "choose, s", "compensate, s", "all, s"
+    table = Table("shape", "params", *times, "loaded", "peak of scoring / loaded", "of all", "added / model")
     for shape in shapes.split(","):
         width, layers = map(int, shape.split("x"))
         table.add_row(shape, *measured(width, layers, images, threads, statistics))

@@ -8,8 +8,10 @@ import torch
 ROUNDS = 3
 
 
-def ridge_solve(cov: torch.Tensor, cross: torch.Tensor, ridge: float, rounds: int = ROUNDS) -> torch.Tensor:
-    """X that makes ``X cov - cross`` small: (m, n) for ``cov`` (n, n) and ``cross`` (m, n).
+def ridge_solve(
+    cov: torch.Tensor, cross: torch.Tensor, ridge: float, rounds: int = ROUNDS
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """X that makes ``X cov - cross`` small: (m, n) for ``cov`` (n, n) and ``cross`` (m, n); and ``cross - X cov``.
 
     Iterated Tikhonov: every round fits what is left of the one before. Directions well above the ridge are fitted to
     ``ridge ** rounds``, those below it hardly at all, and no round raises the squared error.
@@ -18,19 +20,28 @@ def ridge_solve(cov: torch.Tensor, cross: torch.Tensor, ridge: float, rounds: in
         cov: symmetric, positive semi-definite.
         ridge: in units of the mean of its diagonal.
     """
-    scale = cov.diagonal().mean()
-    if not bool(scale > 0):
-        return torch.zeros_like(cross)
-    damped = cov + ridge * scale * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    while bool(failed):
-        ridge = max(10 * ridge, 1e-12)
-        damped = cov + ridge * scale * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
-        factor, failed = torch.linalg.cholesky_ex(damped)
     x = torch.zeros_like(cross)
+    if not bool(cov.diagonal().mean() > 0):
+        return x, cross
+    factor, damping = _damped_factor(cov, ridge)
+    left = cross
     for _ in range(rounds):
-        x += torch.cholesky_solve((cross - x @ cov).T, factor).T
-    return x
+        step = torch.cholesky_solve(left.T, factor).T
+        x += step
+        left = damping * step  # left - step @ cov, as step @ (cov + damping) is left
+    return x, left
+
+
+def _damped_factor(cov: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]:
+    """Cholesky factor of ``cov`` with a ridge, and the ridge: a larger one where rounding left ``cov`` indefinite."""
+    scale = float(cov.diagonal().mean())
+    while True:
+        damped = cov.clone()
+        damped.diagonal().add_(ridge * scale)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            return factor, ridge * scale
+        ridge = max(10 * ridge, 1e-12)
 
 
 def roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,35 +99,56 @@ def obs(
     Returns:
         Groups in the order of their removal, and the consumer's squared error after each (removals,).
     """
-    n = len(cov)
-    scale = cov.diagonal().mean().clamp(min=torch.finfo(cov.dtype).tiny)
-    damped = cov.clone()
-    damped.diagonal().add_(ridge * scale)
-    inverse = torch.linalg.inv(damped)
-    del damped  # one of these is as large as an MLP's weights twice over
-    weights = weights.clone()
-    alive = torch.arange(n // group, device=cov.device)
+    alive = torch.arange(len(cov) // group, device=cov.device)
+    if len(alive) <= keep or not bool(cov.diagonal().mean() > 0):  # where nothing varies, nothing is lost
+        gone = alive[: max(0, len(alive) - keep)]
+        return gone, cov.new_zeros(len(gone))
+    inverse = torch.cholesky_inverse(_damped_factor(cov, ridge)[0])
     order: list[torch.Tensor] = []
     errors: list[torch.Tensor] = []
     while len(alive) > keep:
-        candidates = _scores(weights, inverse, group).topk(min(block, len(alive)), largest=False).indices
+        w = weights.T.reshape(len(alive), group, -1)
+        scores = _scores(w @ w.mT, _blocks(inverse, group))
+        candidates = scores.topk(min(block, len(alive)), largest=False).indices
         columns = _columns(candidates, group)
-        w, c, left = weights[:, columns], inverse[columns][:, columns], candidates
-        gone: list[torch.Tensor] = []
-        for _ in range(min(max(1, len(candidates) // 2), len(alive) - keep)):
-            scores = _scores(w, c, group)
-            lowest = scores.argmin()
-            errors.append(scores[lowest])
-            gone.append(left[lowest])
-            left = _without(left, lowest[None])
-            w, c = _eliminate(w, c, lowest[None], group)
-        removed = torch.stack(gone)
+        products = weights[:, columns].T @ weights[:, columns]
+        count = min(max(1, len(candidates) // 2), len(alive) - keep)
+        first, added = _lowest(products, inverse[columns[:, None], columns], count, group)
+        removed = candidates[first]
         order.append(alive[removed])
+        errors.append(added)
         alive = _without(alive, removed)
-        weights, inverse = _eliminate(weights, inverse, removed, group)
-    if not order:
-        return alive[:0], cov.new_zeros(0)
-    return torch.cat(order), torch.stack(errors).cumsum(0)
+        weights, inverse = _eliminate(weights, inverse, _columns(removed, group))
+    return torch.cat(order), torch.cat(errors).cumsum(0)
+
+
+def _lowest(
+    products: torch.Tensor, inverse: torch.Tensor, count: int, group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` groups that go first, one after the other, and the error that each adds.
+
+    Args:
+        products: (k, k) of the consumer's weights with each other.
+        inverse: (k, k) inverse covariance; both are overwritten.
+    """
+    gone: list[torch.Tensor] = []
+    errors: list[torch.Tensor] = []
+    dead = torch.zeros(len(inverse) // group, dtype=torch.bool, device=inverse.device)
+    for _ in range(count):
+        scores = _scores(_blocks(products, group), _blocks(inverse, group)).masked_fill(dead, torch.inf)
+        lowest = scores.argmin()
+        gone.append(lowest)
+        errors.append(scores[lowest])
+        dead[lowest] = True
+        at = _columns(lowest[None], group)
+        corner = inverse[at[:, None], at]
+        gain = torch.linalg.solve(corner, inverse[at])
+        # W -> W - W_g gain, so that W^T W changes by these
+        half = gain.T @ (products[at] - products[at[:, None], at] @ gain / 2)
+        products -= half + half.T
+        inverse -= inverse[:, at] @ gain
+        inverse[at[:, None], at] = corner  # out of play, and not singular
+    return torch.stack(gone), torch.stack(errors)
 
 
 def _columns(groups: torch.Tensor, group: int) -> torch.Tensor:
@@ -129,23 +161,22 @@ def _without(items: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return items[stay]
 
 
-def _eliminate(
-    weights: torch.Tensor, inverse: torch.Tensor, groups: torch.Tensor, group: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and inverse covariance of what is left when the rest takes over from some groups."""
-    gone = _columns(groups, group)
+def _eliminate(weights: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and inverse covariance of what is left when the rest takes over; ``inverse`` is overwritten."""
     stay = _without(torch.arange(len(inverse), device=inverse.device), gone)
-    gain = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])
-    left = inverse[stay[:, None], stay]
-    left -= inverse[stay[:, None], gone] @ gain
-    return weights[:, stay] - weights[:, gone] @ gain, left
+    gain = torch.linalg.solve(inverse[gone[:, None], gone], inverse[gone])
+    inverse.addmm_(inverse[:, gone], gain, alpha=-1)
+    return weights.addmm(weights[:, gone], gain, alpha=-1)[:, stay], inverse[stay[:, None], stay]
 
 
-def _scores(weights: torch.Tensor, inverse: torch.Tensor, group: int) -> torch.Tensor:
-    """Error that removing each group adds: trace of ``W_g [inverse_gg]^-1 W_g^T``."""
-    if group == 1:
-        return weights.square().sum(0) / inverse.diagonal()
-    count = weights.shape[1] // group
-    w = weights.view(len(weights), count, group).permute(1, 2, 0)
-    blocks = inverse.view(count, group, count, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    return (w * torch.linalg.solve(blocks, w)).sum((1, 2))
+def _blocks(matrix: torch.Tensor, group: int) -> torch.Tensor:
+    """(groups, group, group) on the diagonal."""
+    count = len(matrix) // group
+    return matrix.view(count, group, count, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _scores(products: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Error that removing each group adds: trace of ``W_g [inverse_gg]^-1 W_g^T``, from ``W_g^T W_g``."""
+    if inverse.shape[1] == 1:
+        return products[:, 0, 0] / inverse[:, 0, 0]
+    return torch.linalg.solve(inverse, products).diagonal(dim1=1, dim2=2).sum(1)

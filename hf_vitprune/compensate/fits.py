@@ -43,7 +43,7 @@ def fold(stats: Statistics, prior: torch.Tensor, ridge: float) -> tuple[torch.Te
         stats: of kept features (n) and, as targets, of all (m).
         prior: (m, n) what is used without a fold; the fit shrinks towards it.
     """
-    found = prior + ridge_solve(stats.xx, stats.tx - prior @ stats.xx, damping(stats, ridge))
+    found = prior + ridge_solve(stats.xx, stats.tx - prior @ stats.xx, damping(stats, ridge))[0]
     return found, stats.t - found @ stats.x
 
 
@@ -58,18 +58,21 @@ def refit(stats: Statistics, weight: torch.Tensor, scale: torch.Tensor | None, r
     factors = torch.ones_like(stats.t) if scale is None else scale.to(stats.t)
     prior = factors[:, None] * weight
     damped = damping(stats, ridge)
-    found = prior + ridge_solve(stats.xx, stats.tx - prior @ stats.xx, damped)
+    missing = stats.tx - prior @ stats.xx
+    step, left = ridge_solve(stats.xx, missing, damped)
+    found = prior + step
     bias = stats.t - found @ stats.x
     usable = factors.abs() > SMALLEST_SCALE * factors.abs().max()
     divisor = torch.where(usable, factors, torch.ones_like(factors))
     new = torch.where(usable[:, None], found / divisor[:, None], weight)
     starved = stats.rows < len(stats.xx)
-    return Fit(
-        new, torch.where(usable, bias / divisor, 0.0), _error(stats, prior), _error(stats, found), damped, starved
+    before, after = (
+        (lost / stats.tt.sum().clamp(min=torch.finfo(lost.dtype).tiny)).sqrt()
+        for lost in (squared_error(stats, prior, missing), squared_error(stats, found, left))
     )
+    return Fit(new, torch.where(usable, bias / divisor, 0.0), float(before), float(after), damped, starved)
 
 
-def _error(stats: Statistics, weight: torch.Tensor) -> float:
-    total = stats.tt.sum()
-    lost = total - 2 * (weight * stats.tx).sum() + ((weight @ stats.xx) * weight).sum()
-    return float((lost.clamp(min=0) / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt())
+def squared_error(stats: Statistics, weight: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """Of ``weight`` (m, n), over all targets, where ``left`` is ``stats.tx - weight @ stats.xx``."""
+    return (stats.tt.sum() - (weight * (stats.tx + left)).sum()).clamp(min=0)

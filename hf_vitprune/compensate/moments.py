@@ -39,11 +39,16 @@ def precise_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+#: rows and columns of a product at a time: bounds what a batch takes beside the sums
+ROWS, COLUMNS = 4096, 768
+
+
 class Moments:
     """Sums for :class:`Statistics`, added to batch by batch.
 
     Products of a batch are taken in its own precision (half types in single) and around the first batch's mean, so
-    that large means cost no digits; sums are kept in float64.
+    that large means cost no digits; sums are kept in float64. Of the features' products only the lower triangle of
+    blocks is computed.
     """
 
     def __init__(self, features: int, targets: int, device: torch.device) -> None:
@@ -53,19 +58,26 @@ class Moments:
         self._sums = [torch.zeros(size, dtype=torch.float64, device=self.device) for size in sizes]
 
     def add(self, x: torch.Tensor, t: torch.Tensor, weights: torch.Tensor) -> None:
-        """``x``: (rows, features); ``t``: (rows, targets); ``weights``: (rows,)."""
+        """``x``: (rows, features); ``t``: (rows, targets); ``weights``: (rows,), none negative."""
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, t, w = x.to(kind), t.to(kind), weights.to(kind)[:, None]
         if self._shift is None:
-            self._shift = x.mean(0), t.mean(0)
-        x, t = x - self._shift[0], t - self._shift[1]
-        wx = x * w
-        parts = w.sum(), w.square().sum(), wx.sum(0), (t * w).sum(0), x.T @ wx, t.T @ wx, (t.square() * w).sum(0)
+            self._shift = x.mean(0, dtype=kind), t.mean(0, dtype=kind)
+        for rows in zip(x.split(ROWS), t.split(ROWS), weights.split(ROWS), strict=True):
+            self._add(*(part.to(kind) for part in rows))
+
+    def _add(self, x: torch.Tensor, t: torch.Tensor, weights: torch.Tensor) -> None:
+        assert self._shift is not None
+        root = weights.sqrt()
+        x, t = ((part - shift).mul_(root[:, None]) for part, shift in zip((x, t), self._shift, strict=True))
+        parts = weights.sum(), weights.square().sum(), root @ x, root @ t, None, t.T @ x, t.square().sum(0)
         for total, part in zip(self._sums, parts, strict=True):
-            total += part.to(self.device)
+            if part is not None:
+                total += part.to(self.device)
+        for at in range(0, x.shape[1], COLUMNS):
+            self._sums[4][at:, at : at + COLUMNS] += (x[:, at:].T @ x[:, at : at + COLUMNS]).to(self.device)
 
     def total(self, centred: bool = True) -> Statistics:
-        """The statistics over the batches of all processes.
+        """The statistics over the batches of all processes. The sums are used up: it can be had once.
 
         Args:
             centred: False for consumers without a bias: second moments instead of covariances, means of zero.
@@ -74,26 +86,31 @@ class Moments:
             InvalidDataError: the features are not finite, or there are none.
         """
         count, squares, x, t, xx, tx, tt = self._sums
+        self._sums = []
+        for at in range(0, len(x), COLUMNS):
+            xx[at : at + COLUMNS, at + COLUMNS :] = xx[at + COLUMNS :, at : at + COLUMNS].T
         if self._shift is not None:  # other processes have another first batch: bring the sums to a common origin
             sx, st = (s.to(self.device, torch.float64) for s in self._shift)
-            xx += torch.outer(x, sx) + torch.outer(sx, x) + count * torch.outer(sx, sx)
-            tx += torch.outer(t, sx) + torch.outer(st, x) + count * torch.outer(st, sx)
-            tt += 2 * t * st + count * st.square()
-            x += count * sx
-            t += count * st
-            self._shift = None
+            whole = float(count)
+            xx.addr_(x, sx).addr_(sx, x).addr_(sx, sx, alpha=whole)
+            tx.addr_(t, sx).addr_(st, x).addr_(st, sx, alpha=whole)
+            tt += 2 * t * st + whole * st.square()
+            x += whole * sx
+            t += whole * st
+        sums = count, squares, x, t, xx, tx, tt
         if distributed():
-            for total in self._sums:
+            for total in sums:
                 torch.distributed.all_reduce(total)
         n = float(count)
         if n <= 0:
             raise InvalidDataError("there are no calibration images that count")
         rows = n**2 / float(squares)
-        x, t, xx, tx, tt = x / n, t / n, xx / n, tx / n, tt / n
-        if not all(bool(part.isfinite().all()) for part in (xx, tx, tt)):
+        for total in sums[2:]:
+            total /= n
+        if not all(bool(part.sum().isfinite()) for part in (xx, tx, tt)):
             raise InvalidDataError("features of the calibration images are not finite numbers")
         if not centred:
             return Statistics(rows, torch.zeros_like(x), torch.zeros_like(t), xx, tx, tt)
-        xx -= torch.outer(x, x)
-        tx -= torch.outer(t, x)
-        return Statistics(rows, x, t, (xx + xx.T) / 2, tx, (tt - t.square()).clamp(min=0))
+        xx.addr_(x, x, alpha=-1)
+        tx.addr_(t, x, alpha=-1)
+        return Statistics(rows, x, t, xx, tx, (tt - t.square()).clamp(min=0))

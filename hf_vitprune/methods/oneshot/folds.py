@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...compensate.algebra import ridge_solve, value_map
-from ...compensate.fits import Fit, damping, refit
+from ...compensate.fits import Fit, damping, refit, squared_error
 from ...compensate.moments import Statistics
 
 
@@ -86,9 +86,7 @@ def _shifted(branch: Branch, fit: Fit) -> Fit:
 
 def error_of(stats: Statistics, ridge: float) -> float:
     """Squared error, over all outputs, of the best Linear on the inputs of ``stats``."""
-    found = ridge_solve(stats.xx, stats.tx, damping(stats, ridge))
-    lost = stats.tt.sum() - 2 * (found * stats.tx).sum() + ((found @ stats.xx) * found).sum()
-    return float(lost.clamp(min=0))
+    return float(squared_error(stats, *ridge_solve(stats.xx, stats.tx, damping(stats, ridge))))
 
 
 def value_errors(
