@@ -6,12 +6,15 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import milp
 
 from hf_vitprune import Architecture, OneShotScores, OneShotSettings, PruningPlan, count, mask, prune
 from hf_vitprune.errors import (
@@ -19,6 +22,7 @@ from hf_vitprune.errors import (
     InvalidDataError,
     InvalidPlanError,
     LatencyTableError,
+    SolverError,
     UnreachableTargetError,
     UnsupportedModelError,
     UnsupportedUnitError,
@@ -80,6 +84,27 @@ def test_allocation_is_the_best_there_is(groups: list, share: float, scale: floa
 def test_an_impossible_budget_is_refused() -> None:
     with pytest.raises(UnreachableTargetError, match="cheapest"):
         allocate([Options(np.array([2.0, 3.0]), np.array([1.0, 0.0]))], 1.9)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_solver_that_fails_is_not_taken_for_the_cheapest_choice(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HiGHS ends with a solve error on some inputs; it is asked again without presolve, and then given up."""
+    calls: list[bool] = []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["options"]["presolve"])
+        return SimpleNamespace(x=None, status=4, message="error") if len(calls) <= failures else milp(*args, **kwargs)
+
+    monkeypatch.setattr("hf_vitprune.methods.oneshot.allocate.milp", failing)
+    groups = [Options(np.array([1.0, 2.0, 3.0]), np.array([9.0, 2.0, 0.0])) for _ in range(2)]
+    if failures == 2:
+        with pytest.raises(SolverError, match="slightly different target"):
+            allocate(groups, 4.5)
+    else:
+        assert allocate(groups, 4.5) == [1, 1]
+    assert calls == [True, False]
 
 
 def test_dominated_options_go() -> None:

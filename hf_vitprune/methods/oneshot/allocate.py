@@ -9,7 +9,10 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
-from ...errors import UnreachableTargetError
+from ...errors import SolverError, UnreachableTargetError
+
+#: of scipy's milp
+OPTIMAL, INFEASIBLE = 0, 2
 
 
 class Options(NamedTuple):
@@ -34,6 +37,7 @@ def allocate(groups: Sequence[Options], budget: float) -> list[int]:
 
     Raises:
         UnreachableTargetError: the cheapest options cost more than the budget.
+        SolverError: the solver failed, twice.
     """
     kept = [undominated(group) for group in groups]
     choices = [Options(g.costs[k], g.errors[k]) for g, k in zip(groups, kept, strict=True)]
@@ -48,14 +52,19 @@ def allocate(groups: Sequence[Options], budget: float) -> list[int]:
     sizes = [len(c.costs) for c in choices]
     rows = np.repeat(np.arange(len(sizes)), sizes)
     one_each = csr_matrix((np.ones(len(rows)), (rows, np.arange(len(rows)))))
-    found = milp(
-        errors / (errors.max() or 1.0),
-        integrality=np.ones(len(rows)),
-        bounds=Bounds(0, np.where(costs > 1, 0, 1)),  # what does not fit on its own never does
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(csr_matrix(costs), -np.inf, 1 - 1e-6)],
-        options={"mip_rel_gap": 0.0},
-    )
-    if found.x is None:  # within the solver's tolerance of the cheapest
+    for presolve in (True, False):  # HiGHS fails now and then on what it presolved, and not without
+        found = milp(
+            errors / (errors.max() or 1.0),
+            integrality=np.ones(len(rows)),
+            bounds=Bounds(0, np.where(costs > 1, 0, 1)),  # what does not fit on its own never does
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(csr_matrix(costs), -np.inf, 1 - 1e-6)],
+            options={"mip_rel_gap": 0.0, "presolve": presolve},
+        )
+        if found.status in (OPTIMAL, INFEASIBLE):
+            break
+    else:
+        raise SolverError(f"the solver found no choice of sizes ({found.message}): try a slightly different target")
+    if found.status == INFEASIBLE:  # within the solver's tolerance of the cheapest
         return [int(k[0]) for k in kept]
     chosen, start = [], 0
     for size, positions in zip(sizes, kept, strict=True):
