@@ -32,8 +32,8 @@ def undominated(options: Options) -> np.ndarray:
 def allocate(groups: Sequence[Options], budget: float) -> list[int]:
     """An option of each group: the sum of costs within ``budget``, the sum of errors the least possible.
 
-    A mixed-integer program (HiGHS), solved to a gap of zero; costs and errors are brought to the scale of the budget
-    and of the largest choice first.
+    A mixed-integer program (HiGHS), solved to its tolerance: a millionth of the largest choice. Costs and errors are
+    brought to the scale of the budget and of the largest choice first.
 
     Raises:
         UnreachableTargetError: the cheapest options cost more than the budget.
