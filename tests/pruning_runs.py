@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_vitprune import NViTConfig, PruningModel, PruningTrainer, VTPConfig, get_pruning_model
+from hf_vitprune import NViTConfig, PruningModel, PruningTrainer, SPViTConfig, VTPConfig, get_pruning_model
 from hf_vitprune.methods import NViT
 from tiny import LABELS, SIZE, make, reset_weights
 
@@ -68,6 +68,19 @@ def nvit(case: str = VIT, model_changes: dict[str, Any] | None = None, **setting
     return get_pruning_model(make(case, **(model_changes or {})), NViTConfig(**settings))
 
 
+def spvit(case: str = VIT, model_changes: dict[str, Any] | None = None, **settings: Any) -> PruningModel:
+    """A PruningModel with SPViT over a tiny model; weights of branches that differ from one another."""
+    model = get_pruning_model(make(case, **(model_changes or {})), SPViTConfig(**{"target": 0.7, **settings}))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, tensor in [*model.method.named_parameters(), *model.method.named_buffers()]:
+            if "branches" in name and tensor.is_floating_point():
+                noise = torch.rand(tensor.shape, generator=generator)
+                # shares of the heads are anything between equal and one head alone
+                tensor.copy_(1 + 0.02 * noise if name.endswith("table") else 0.5 + noise)
+    return model
+
+
 def score_tensors(model: PruningModel) -> list[torch.Tensor]:
     """What the method decides by: learned scores, or (NViT) those collected since the last prune step."""
     method = model.method
@@ -121,5 +134,5 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 __all__ = [
     "DROPOUT", "SMALL_GROUPS", "VIT", "Images", "Patterns", "arguments", "gated", "lora_model", "nvit",
-    "reset_weights", "scatter_scores", "score_tensors", "state_of", "trainer",
+    "reset_weights", "scatter_scores", "score_tensors", "spvit", "state_of", "trainer",
 ]  # fmt: skip

@@ -25,7 +25,7 @@ from hf_vitprune.methods.nvit import model_at
 from hf_vitprune.methods.nvit.snapshots import snapshot_path
 from hf_vitprune.modeling.blocks import layer_norm_over
 from pruning_runs import SMALL_GROUPS, VIT, Images, nvit, scatter_scores, state_of, trainer
-from test_trainer import NoLabels
+from test_trainer_setup import NoLabels
 from tiny import CLASSIFIERS, LABELS, SIZE, images, make, relative_error, run, total_loss
 
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.1}

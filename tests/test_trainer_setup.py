@@ -1,0 +1,162 @@
+"""What a pruning training is set up with: the optimizer's groups, and what is refused before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from hf_vitprune import (
+    DistillationConfig,
+    PruningCallback,
+    PruningTrainer,
+    VTPConfig,
+    get_pruning_model,
+)
+from hf_vitprune.errors import InvalidConfigError, MissingLabelsError
+from pruning_runs import VIT, Images, gated, lora_model, state_of, trainer
+from tiny import LABELS, assert_same, make
+
+TWO_HEADS = "DeiTForImageClassificationWithTeacher"
+SOFT = DistillationConfig("soft", weight=0.3, temperature=2.0)
+
+
+# ---------------------------------------------------------------------- the optimizer
+@pytest.mark.parametrize("model", ["vit", "lora"])
+@pytest.mark.parametrize("kind", [Trainer, PruningTrainer])
+def test_optimizer_groups(kind: type[Trainer], model: str, tmp_path: Path) -> None:
+    config = VTPConfig(pruning_ratio=0.4, gate_learning_rate=0.5 if kind is PruningTrainer else None)
+    wrapped = get_pruning_model(make(VIT) if model == "vit" else lora_model(), config)
+    settings = {"kind": kind, "optim": "adamw_torch", "weight_decay": 0.1, "learning_rate": 0.01}
+    run = trainer(wrapped, tmp_path, callbacks=[PruningCallback()], **settings)
+    groups = run.create_optimizer().param_groups
+    place = {id(p): group for group in groups for p in group["params"]}
+    live = [p for p in wrapped.parameters() if p.requires_grad]
+    assert place.keys() == {id(p) for p in live}
+    assert sum(len(group["params"]) for group in groups) == len(live)
+    for score in wrapped.method.gate_parameters():
+        assert place[id(score)]["weight_decay"] == 0.0
+        assert place[id(score)]["lr"] == (0.5 if kind is PruningTrainer else 0.01)
+    others = [p for p in live if id(p) not in {id(s) for s in wrapped.method.gate_parameters()}]
+    assert {place[id(p)]["lr"] for p in others} == {0.01}
+    assert {place[id(p)]["weight_decay"] for p in others} == {0.0, 0.1}
+
+
+def test_gates_keep_their_learning_rate_through_a_schedule(tmp_path: Path) -> None:
+    model = gated(gate_learning_rate=0.5, sparsity_weight=0.01)
+    rates: list[list[float]] = []
+
+    class Recorder(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, optimizer: Any, **kwargs: Any) -> None:
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    trainer(model, tmp_path, callbacks=[Recorder()], lr_scheduler_type="linear", max_steps=4).train()
+    assert [row[-1] for row in rates] == pytest.approx([0.5, 0.375, 0.25, 0.125])
+    assert [row[0] for row in rates] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+
+
+def test_gates_outside_the_optimizer_are_refused(tmp_path: Path) -> None:
+    model = gated()
+    for kind in (Trainer, PruningTrainer):
+        without = torch.optim.SGD(model.model.parameters(), lr=0.1)
+        wrong = trainer(model, tmp_path, kind=kind, callbacks=[PruningCallback()], optimizers=(without, None))
+        with pytest.raises(InvalidConfigError, match="12 gates are not in the optimizer"):
+            wrong.train()
+    whole = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer(model, tmp_path, kind=Trainer, callbacks=[PruningCallback()], optimizers=(whole, None)).train()
+    given = {
+        "params": [{"params": list(model.model.parameters())}, {"params": model.method.gate_parameters(), "lr": 3.0}]
+    }
+    own = trainer(model, tmp_path, optimizer_cls_and_kwargs=(torch.optim.SGD, {**given, "lr": 0.1}))
+    assert [group["lr"] for group in own.create_optimizer().param_groups] == [0.1, 3.0]
+
+
+def test_a_gate_learning_rate_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
+    plain = trainer(gated(gate_learning_rate=0.5), tmp_path, kind=Trainer, callbacks=[PruningCallback()])
+    with pytest.raises(InvalidConfigError, match=r"gate_learning_rate is 0\.5.*\[0\.1\].*PruningTrainer"):
+        plain.train()
+
+
+# ---------------------------------------------------------------------- refusals
+def test_the_callback_needs_a_pruning_model(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfigError, match="get_pruning_model.*ViTForImageClassification"):
+        trainer(make(VIT), tmp_path, kind=Trainer, callbacks=[PruningCallback()]).train()
+
+
+CHECKPOINTING = {"activation_checkpointing": False, "activation_checkpointing_kwargs": None}
+
+
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        ({"deepspeed": "zero3.json"}, "DeepSpeed and FSDP are not supported, DDP is"),
+        ({"deepspeed_plugin": object()}, "DeepSpeed and FSDP are not supported, DDP is"),
+        ({"fsdp": True}, "DeepSpeed and FSDP are not supported, DDP is"),
+        ({"n_gpu": 2}, "DataParallel.*torchrun"),
+    ],
+)
+def test_setups_without_whole_gradients_are_refused(setup: dict[str, Any], message: str) -> None:
+    fine = {**CHECKPOINTING, "deepspeed": None, "deepspeed_plugin": None, "fsdp": None, "n_gpu": 1}
+    state = SimpleNamespace(max_steps=1)
+    PruningCallback().on_train_begin(SimpleNamespace(**fine), state, None, model=gated())
+    with pytest.raises(InvalidConfigError, match=message):
+        PruningCallback().on_train_begin(SimpleNamespace(**{**fine, **setup}), state, None, model=gated())
+
+
+def test_fsdp_of_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    args = SimpleNamespace(**CHECKPOINTING, deepspeed=None, fsdp=None, n_gpu=1)
+    with pytest.raises(InvalidConfigError, match="FSDP"):
+        PruningCallback().on_train_begin(args, None, None, model=gated())
+
+
+class NoLabels(Images):
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"pixel_values": super().__getitem__(i)["pixel_values"]}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, data: Images) -> None:
+        self.data = data
+
+    def __iter__(self) -> Any:
+        return iter(self.data[i] for i in range(len(self.data)))
+
+
+@pytest.mark.parametrize("data", [NoLabels(), Stream(NoLabels())])
+def test_missing_labels_are_found_before_the_first_step(data: Any, tmp_path: Path) -> None:
+    for model in (gated(), make(VIT), make(TWO_HEADS)):
+        before = state_of(model)
+        with pytest.raises(MissingLabelsError, match="labels"):
+            trainer(model, tmp_path, train_dataset=data).train()
+        assert_same(model.state_dict(), before)
+
+
+def test_labels_may_have_other_names_and_models_other_tasks(tmp_path: Path) -> None:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pixels = torch.stack([row["pixel_values"] for row in rows])
+        return {"pixel_values": pixels, "labels": torch.tensor([row["fine"] for row in rows])}
+
+    fine = NoLabels()
+    fine_row = lambda i: {**NoLabels.__getitem__(fine, i), "fine": i % LABELS}  # noqa: E731
+    rows = [fine_row(i) for i in range(8)]
+    trainer(gated(), tmp_path, train_dataset=rows, data_collator=collate, remove_unused_columns=False).train()
+    rows = [{"pixel_values": row["pixel_values"], "label": row["fine"]} for row in rows]
+    trainer(gated(), tmp_path, train_dataset=rows).train()
+
+    rows = [{**NoLabels()[i], "bool_masked_pos": torch.arange(4) % 2} for i in range(8)]
+    masked = gated("ViTForMaskedImageModeling")
+    trainer(masked, tmp_path, train_dataset=rows, remove_unused_columns=False).train()
+    assert masked.method.decided
+
+
+def test_a_teacher_is_needed_to_distil_into_another_model(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfigError, match="teacher="):
+        trainer(make(VIT), tmp_path, distillation=SOFT)
+    model = gated()
+    with pytest.raises(InvalidConfigError, match="share tensors"):
+        trainer(model, tmp_path, teacher=model.model)
