@@ -25,7 +25,7 @@ def convert(
     from rich.console import Console
 
     from .checkpoint_file import read_checkpoint
-    from .cli import empty_output, load_config
+    from .cli_app import empty_output, load_config
     from .convert import convert_spvit_checkpoint
     from .report import layer_table
 

@@ -43,7 +43,7 @@ def latency(
     if Path(model).is_file():
         table = LatencyTable.load(model)
     else:
-        from .cli import empty_output, load_architecture
+        from .cli_app import empty_output, load_architecture
 
         empty_output(out, force)
         table = LatencyTable.measure(

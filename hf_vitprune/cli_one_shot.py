@@ -31,7 +31,7 @@ class OneShotRun:
         from rich.console import Console
 
         from .architecture import Architecture
-        from .cli import empty_output, load_config, model_class_of
+        from .cli_app import empty_output, load_config, model_class_of
         from .compensate import Compensation
         from .cost.latency import device_name, measure_speed
         from .methods import OneShotSettings

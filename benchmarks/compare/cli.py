@@ -18,27 +18,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hf_vitprune.cli import Commands
+from hf_vitprune.cli_app import make_app
 from hf_vitprune.report import markdown_table
 
 OUTPUT = Path("runs/compare")
 
 console = Console()
 
-
-class CompareCommands(Commands):
-    """Errors are one line, as those of ``hf-vitprune``."""
-
-    program = "benchmarks.compare"
-
-
-app = typer.Typer(
-    cls=CompareCommands,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help=__doc__,
-)
+app = make_app("benchmarks.compare", __doc__)
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of models and results.")]
 

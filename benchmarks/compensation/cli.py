@@ -18,26 +18,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hf_vitprune.cli import Commands
+from hf_vitprune.cli_app import make_app
 from hf_vitprune.report import markdown_table
 
 OUTPUT = Path("runs/compensation")
 console = Console(width=200)
 
-
-class CompensationCommands(Commands):
-    """Errors are one line, as those of ``hf-vitprune``."""
-
-    program = "benchmarks.compensation"
-
-
-app = typer.Typer(
-    cls=CompensationCommands,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help=__doc__,
-)
+app = make_app("benchmarks.compensation", __doc__)
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of results.")]
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from hf_vitprune.cli import Commands
+from hf_vitprune.cli_app import make_app
 
 from .settings import MODEL, PREPROCESSINGS, RETRAININGS
 from .tasks import DIGITS, VTAB
@@ -23,20 +23,7 @@ WIDE = console.options.update(max_width=10_000)
 DATA = Path("data/vtab-1k")
 OUTPUT = Path("runs/vtab")
 
-
-class VtabCommands(Commands):
-    """Errors are one line, as those of ``hf-vitprune``."""
-
-    program = "benchmarks.vtab"
-
-
-app = typer.Typer(
-    cls=VtabCommands,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="VTAB-1k: adapt, prune, retrain and compare.",
-)
+app = make_app("benchmarks.vtab", "VTAB-1k: adapt, prune, retrain and compare.")
 
 Data = Annotated[Path, typer.Option("--data", help="Folder with a folder a task.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
