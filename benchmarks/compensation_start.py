@@ -33,6 +33,7 @@ from hf_vitprune import (
     NViTConfig,
     PruningPlan,
     PruningTrainer,
+    SPViTConfig,
     TruncationConfig,
     VTPConfig,
     count,
@@ -44,7 +45,7 @@ from hf_vitprune.batches import ImageBatches
 SUBJECTS = ("ViT, digits", "ViT, dSprites")
 #: share of the multiply-adds that stays
 KEPT = (0.5, 0.25)
-METHODS = ("magnitude", "VTP", "NViT", "NViT at once", "truncation")
+METHODS = ("magnitude", "VTP", "NViT", "NViT at once", "SPViT", "truncation")
 STARTS = ("plain", "compensated")
 RATES = (2e-4, 1e-3)
 #: steps of a learning method before it decides; most steps of a fine-tuning; steps between two looks
@@ -76,6 +77,8 @@ def starts(method: str, kept: float, dense: Any, train: Split, seed: int) -> dic
         return {"plain": wrapped.export(), "compensated": wrapped.export(calibration=images)}
     if method == "VTP":
         config: Any = VTPConfig(target=kept, sparsity_weight=1e-4, sparsity_warmup=0.2, gate_learning_rate=2e-2)
+    elif method == "SPViT":  # the whole training is the search
+        config = SPViTConfig(target=kept, round_to=1, gate_learning_rate=12 / LEARN, patience=0)
     else:
         config = NViTConfig(target=kept, group_sizes=GROUPS)
     wrapped = get_pruning_model(model, config)

@@ -3,10 +3,12 @@
     python benchmarks/sls_cost.py                     # synthetic features, 12 layers of 1000 x 768
     python benchmarks/sls_cost.py --model FOLDER      # a trained image classifier's features of the digits
     python benchmarks/sls_cost.py --alpha 0.3 --rounds 3 --json cost.json
+    python benchmarks/sls_cost.py --errors --profiles gradual early --seeds 1 2    # how far off cheap scores are
 
 Three ways take turns in every round: every layer by plain scikit-learn, ``select_layers`` (scikit-learn's t-SNE from
 the top down to the layer that fails), and ``select_layers`` with ``fast=True`` (a cheap t-SNE where that decides). The
-ratios are of seconds on the clock, and medians over the rounds; decisions and scores are compared.
+ratios are of seconds on the clock, and medians over the rounds; decisions and scores are compared. With ``--errors``
+nothing is timed: every layer is scored in full and cheaply.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from sklearn.metrics import silhouette_score
 
 from hf_vitprune import LayerSelection, SLSConfig, select_layers
 from hf_vitprune.cost.latency import device_name
+from hf_vitprune.methods.sls.scoring import layer_score
+from hf_vitprune.methods.sls.screening import estimated_score
 
 IMAGES, CHANNELS, LAYERS, CLASSES = 1000, 768, 12, 10
 Features = list[np.ndarray]
@@ -116,17 +120,35 @@ def measure(features: Features, labels: np.ndarray, alpha: float, rounds: int) -
     return rows
 
 
+def compare_scores(name: str, features: Features, labels: np.ndarray) -> dict[str, Any]:
+    """The full and the cheap score of every layer, from the top, and the largest difference."""
+    config = SLSConfig()
+    scores = [
+        (layer_score(layer, labels, config), estimated_score(layer, labels, config)) for layer in reversed(features)
+    ]
+    worst = max(abs(full - cheap) for full, cheap in scores)
+    print(f"{name}: full / cheap from the top:", ", ".join(f"{full:.3f} / {cheap:.3f}" for full, cheap in scores))
+    print(f"{name}: cheap scores of {len(scores)} layers are off by at most {worst:.3f}", flush=True)
+    return {"scores": scores, "worst": worst}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="*", default=[], help="folders of trained image classifiers")
     parser.add_argument("--profiles", nargs="*", default=["gradual", "late", "early"])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="of the synthetic features")
+    parser.add_argument("--errors", action="store_true", help="how far off are the cheap scores, of all layers?")
     parser.add_argument("--alpha", type=float, default=0.3)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    data = {name: synthetic(name) for name in args.profiles} | {folder: of_model(folder) for folder in args.model}
-    results = {}
+    data = {f"{name}, seed {seed}": synthetic(name, seed) for name in args.profiles for seed in args.seeds}
+    data |= {folder: of_model(folder) for folder in args.model}
+    results: dict[str, Any] = {}
     for name, (features, labels) in data.items():
+        if args.errors:
+            results[name] = compare_scores(name, features, labels)
+            continue
         results[name] = measure(features, labels, args.alpha, args.rounds)
         shape = f"{len(features)} layers of {features[0].shape[0]} x {features[0].shape[1]}"
         table = Table(title=f"{name}: {shape}, alpha {args.alpha}, on {device_name()}")

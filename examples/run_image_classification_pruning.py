@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -318,3 +319,4 @@ def save(
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # gloo's threads, left running, can abort a process that ends

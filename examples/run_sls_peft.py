@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoImageProcessor,
@@ -184,3 +185,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # gloo's threads, left running, can abort a process that ends

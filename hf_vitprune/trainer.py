@@ -31,7 +31,7 @@ class PruningTrainer(Trainer):
         distillation: learn from a teacher's logits too; see :class:`DistillationConfig`. Several at once: a list,
             each applied to the loss that the one before gave.
         teacher: image classifier to learn from, of any architecture; a list of them for a list above. By default
-            (None) a frozen copy of the wrapped model as it is now, for a PruningModel; required for other models.
+            (None) a copy of the wrapped model as it is now, for a PruningModel; required for other models.
         compensate: what a PruningModel's ``export()`` does afterwards about what pruning took away, with images of
             the training set: ``"auto"``, or anything that ``hf_vitprune.prune`` takes; False for plain slices.
         Everything else as ``transformers.Trainer``.

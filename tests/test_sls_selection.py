@@ -241,18 +241,19 @@ def test_the_gradient_is_that_of_the_divergence(monkeypatch: pytest.MonkeyPatch)
     kernel = (1 / (1 + (points[:, None] - points).square().sum(-1))).fill_diagonal_(0)
     off = ~torch.eye(150, dtype=torch.bool)
     (wanted[off] * (wanted[off] / (kernel / kernel.sum())[off]).log()).sum().backward()
-    monkeypatch.setattr(screening, "ROWS", 64)  # the last rows are fewer
+    monkeypatch.setattr(screening, "BLOCK", 64)  # the last blocks are smaller
     made = screening._Forces(wanted.numpy()).gradient(points.detach().numpy(), 1.0)
     np.testing.assert_allclose(made, points.grad.numpy(), rtol=1e-8, atol=1e-12)
 
 
-def test_affinities_have_the_perplexity() -> None:
+@pytest.mark.parametrize(("perplexity", "copies"), [(12.0, 1), (26.0, 5)])
+def test_affinities_have_the_perplexity(perplexity: float, copies: int) -> None:
+    """Of 37 neighbours, and of all."""
     points = np.random.default_rng(0).normal(size=(80, 5)).astype(np.float32)
-    points[40:45] = points[40]  # copies
-    joint = screening.joint_probabilities(points, 12.0)
+    points[40 : 40 + copies] = points[40]
+    joint = screening.joint_probabilities(points, perplexity)
     assert joint.sum() == pytest.approx(1, abs=1e-5) and np.array_equal(joint, joint.T) and not joint.diagonal().any()
-    expected = scoring_joint(points, 12.0)
-    np.testing.assert_allclose(joint, expected, atol=1e-6)
+    np.testing.assert_allclose(joint, scoring_joint(points, perplexity), atol=1e-6)
 
 
 def scoring_joint(points: np.ndarray, perplexity: float) -> np.ndarray:
@@ -260,6 +261,7 @@ def scoring_joint(points: np.ndarray, perplexity: float) -> np.ndarray:
     rows = []
     for i, point in enumerate(points.astype(float)):
         squares = np.delete(((points.astype(float) - point) ** 2).sum(1), i)
+        squares[squares > np.sort(squares)[min(int(3 * perplexity), len(squares) - 1)]] = np.inf  # no neighbours
 
         def affinities(log_precision: float, squares: np.ndarray = squares) -> np.ndarray:
             values = np.exp(-np.exp(log_precision) * (squares - squares.min()))

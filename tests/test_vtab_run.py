@@ -195,15 +195,17 @@ def test_every_adaptation_is_pruned_and_retrained(peft: str, root: Path, setting
         assert cut["cost"]["stored"]["params"] - 68 == pytest.approx(own / 3)
 
 
-@pytest.mark.parametrize("pruning", ["vtp:target=0.6", "nvit:target=0.9", "depgraph:ratio=0.5"])
+@pytest.mark.parametrize("pruning", ["vtp:target=0.6", "nvit:target=0.9", "spvit:target=0.7", "depgraph:ratio=0.5"])
 def test_width_pruning_stores_whole_models(pruning: str, root: Path, settings: Settings, tmp_path: Path) -> None:
     if pruning.startswith("depgraph"):
         pytest.importorskip("torch_pruning")
     sweep(settings, runs_of(["kitti"], ["lora"], [pruning], [0]), root, tmp_path)
     (record,) = Store(tmp_path).records()
-    cost = record["results"]["last_epoch"]["cost"]
+    result = record["results"]["last_epoch"]
+    cost, merged = result["cost"], result["decision"].get("adapters") == "merged"
     assert cost["macs"] < cost["dense_macs"] and not cost["stored"]["shared_backbone"]
-    assert cost["params"] < cost["stored"]["params"] < cost["dense_params"] + 1000
+    assert merged == pruning.startswith("spvit") == (cost["params"] == cost["stored"]["params"])
+    assert cost["params"] <= cost["stored"]["params"] < cost["dense_params"] + 1000
 
 
 def test_depth_of_sls_without_full_depth_first(

@@ -10,18 +10,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate import PartialState
+from peft import PeftModel
 
 from hf_vitprune import Architecture, PruningPlan, PruningTrainer, count, get_pruning_model, prune, truncate
 from hf_vitprune.errors import InvalidConfigError, InvalidPlanError
 from hf_vitprune.methods.depth import fewest_layers
 from hf_vitprune.workflow import use_quiet_progress
 
+from .adapters import FULL, set_trainable
 from .choices import LEARNED, RANDOM, SLS, Choice, config_class
 from .depgraph import depgraph_plan
 from .settings import Machine, Recipe, Run
 
-#: settings of methods that learn, other than their target
-_LEARNED_SETTINGS: dict[str, dict[str, Any]] = {"vtp": {"gate_learning_rate": 1e-2}}
+#: settings of methods that learn, other than their target, for a number of steps; SPViT's gates may turn over and back
+_LEARNED_SETTINGS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "vtp": lambda _: {"gate_learning_rate": 1e-2},
+    "spvit": lambda steps: {"gate_learning_rate": 12 / steps},
+}
+#: methods that make new layers of whole weights: adapters are merged for them, and every weight is trained
+_OF_WHOLE_WEIGHTS = ("spvit",)
 
 
 @dataclass(frozen=True)
@@ -131,8 +138,13 @@ def _learned(name: str, target: Any, situation: Situation) -> Pruned:
             return Pruned(None, kept, {"target": 1.0})
         plan = PruningPlan.dense(situation.model).keep_layers(range(kept))
         target = count(plan.architecture).macs / count(situation.model).macs
-    settings = {"target": target, "target_metric": "macs", **_LEARNED_SETTINGS.get(name, {})}
-    gated = get_pruning_model(situation.model, config_class(name)(**settings))
+    settings = {"target": target, "target_metric": "macs"}
+    if name in _LEARNED_SETTINGS:
+        settings |= _LEARNED_SETTINGS[name](situation.recipe.steps(len(situation.examples)))
+    model, info = situation.model, {"target": target, "method": name}
+    if name in _OF_WHOLE_WEIGHTS and isinstance(model, PeftModel):
+        model, info["adapters"] = set_trainable(model.merge_and_unload(), FULL), "merged"
+    gated = get_pruning_model(model, config_class(name)(**settings))
     with tempfile.TemporaryDirectory() as folder:
         processes = PartialState().num_processes
         arguments = situation.machine.arguments(situation.recipe, situation.run.seed, folder, processes)
@@ -140,7 +152,7 @@ def _learned(name: str, target: Any, situation: Situation) -> Pruned:
         use_quiet_progress(trainer, f"{LEARNED[name].removesuffix('Config')}: learning what to prune")
         trainer.train()
     small, plan = gated.export(compensate=False), gated.plan()  # choices are compared, and nothing else
-    return Pruned(small, len(plan.layers), {"target": target, "method": name}, shared_backbone=False)
+    return Pruned(small, len(plan.layers), info, shared_backbone=False)
 
 
 def check_possible(choice: Choice, settings: Any) -> None:

@@ -1,4 +1,7 @@
-"""The multiple-choice knapsack: one option of every group, least error in all, within a budget. Solved exactly."""
+"""The multiple-choice knapsack: one option of every group, least error in all, within a budget.
+
+Solved to optimality, up to the tolerance that :func:`allocate` names.
+"""
 
 from __future__ import annotations
 

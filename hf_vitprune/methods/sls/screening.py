@@ -25,8 +25,9 @@ BISECTIONS = 25
 MOST_PRECISION = 1e30
 #: spread of the first coordinates, as scikit-learn's
 FIRST_SPREAD = 1e-4
-#: rows of the matrices of all pairs that are worked on at once, so that they stay in a core's cache
-ROWS = 250
+#: images a side of the blocks of pairs that are worked on at once: small enough for a core's cache, and few enough
+#: that two threads do not wait for each other between them
+BLOCK = 500
 
 #: of a layer, by its number from 1
 Score = Callable[[int], float]
@@ -118,35 +119,44 @@ def quick_map(features: np.ndarray, perplexity: float, config: SLSConfig) -> np.
 
 
 class _Forces:
-    """The gradient, some rows of the matrix of all pairs at a time.
+    """The gradient, a block of pairs of images at a time; those above the diagonal serve for those under it.
 
     Args:
         wanted: (images, images) joint probabilities.
     """
 
     def __init__(self, wanted: np.ndarray) -> None:
-        self.parts = [wanted[start : start + ROWS] for start in range(0, len(wanted), ROWS)]
-        self.space = np.empty((2, *self.parts[0].shape), wanted.dtype)
+        images = len(wanted)
+        parts = [slice(start, min(start + BLOCK, images)) for start in range(0, images, BLOCK)]
+        self.blocks = [
+            (rows, columns, np.ascontiguousarray(wanted[rows, columns]))
+            for number, rows in enumerate(parts)
+            for columns in parts[number:]
+        ]
+        self.space = np.empty((2, min(BLOCK, images) ** 2), wanted.dtype)
 
     def gradient(self, points: np.ndarray, factor: float) -> np.ndarray:
         """(images, 2) of the divergence of the map from the joint probabilities times ``factor``."""
-        squares = (points**2).sum(1, keepdims=True)
+        squares = np.einsum("ij,ij->i", points, points)[:, None]
         ones = np.ones_like(squares)
         left = np.hstack([-2 * points, 1 + squares, ones])
         right = np.ascontiguousarray(np.hstack([points, ones, squares]).T)
-        weights = np.hstack([points, ones])
-        together, apart, total = np.empty_like(weights), np.empty_like(weights), -float(len(points))
-        for number, part in enumerate(self.parts):
-            rows = slice(number * ROWS, number * ROWS + len(part))
-            similarity, product = self.space[:, : len(part)]
+        weights, one = np.hstack([points, ones]), ones[:, 0]
+        together, apart = np.zeros_like(weights), np.zeros_like(weights)
+        total = -float(len(points))  # an image is no neighbour of its own
+        for rows, columns, part in self.blocks:
+            similarity, product = self.space[:, : part.size].reshape(2, *part.shape)
             # 1 + squared distance, as one product; then Student's kernel
-            np.matmul(left[rows], right, out=similarity)
+            np.matmul(left[rows], right[:, columns], out=similarity)
             np.reciprocal(similarity, out=similarity)
-            total += float(similarity.sum())  # an image is no neighbour of its own
+            mass = float(one[rows] @ (similarity @ one[columns]))
+            total += mass if rows == columns else 2 * mass
             np.multiply(similarity, part, out=product)
-            np.matmul(product, weights, out=together[rows])
-            np.multiply(similarity, similarity, out=product)
-            np.matmul(product, weights, out=apart[rows])
+            np.square(similarity, out=similarity)
+            for pairs, forces in ((product, together), (similarity, apart)):
+                forces[rows] += pairs @ weights[columns]
+                if rows != columns:
+                    forces[columns] += pairs.T @ weights[rows]
         pull = factor * together - apart / total
         return 4 * (points * pull[:, 2:] - pull[:, :2])
 
@@ -164,26 +174,30 @@ def _first_points(features: np.ndarray, config: SLSConfig) -> np.ndarray:
 def joint_probabilities(features: np.ndarray, perplexity: float) -> np.ndarray:
     """(images, images) symmetric affinities that sum to one; every row of the conditional ones has this perplexity.
 
-    The width of every row's kernel is found by bisection, of all rows at once.
+    As in scikit-learn, only an image's nearest three times the perplexity are its neighbours. The width of every
+    row's kernel is found by bisection, of all rows at once.
     """
+    images = len(features)
+    neighbours = min(images - 1, int(3 * perplexity + 1))
     squares = (features**2).sum(1)
     distances = squares[:, None] + squares - 2 * features @ features.T
     np.fill_diagonal(distances, np.inf)
+    nearest = np.argpartition(distances, neighbours - 1, axis=1)[:, :neighbours]
+    distances = np.take_along_axis(distances, nearest, axis=1)
     distances -= distances.min(1, keepdims=True)  # the nearest at zero: no row underflows, and no affinity changes
-    np.fill_diagonal(distances, 0)
-    off_diagonal = 1 - np.eye(len(features), dtype=np.float32)
-    low, high = np.zeros(len(features)), np.full(len(features), np.inf)
+    low, high = np.zeros(images), np.full(images, np.inf)
     precision = 1 / np.maximum(np.median(distances, axis=1), np.finfo(np.float32).tiny).astype(float)
     for _ in range(BISECTIONS):
         # a row of nothing but copies of one image asks for ever more precision
         factors = -np.minimum(precision, MOST_PRECISION)[:, None].astype(np.float32)
         with np.errstate(over="ignore"):
-            affinities = np.exp(distances * factors) * off_diagonal
+            affinities = np.exp(distances * factors)
         total = affinities.sum(1)
         entropy = np.log(total) + precision * np.einsum("ij,ij->i", affinities, distances) / total
         flat = entropy > np.log(perplexity)
         low, high = np.where(flat, precision, low), np.where(flat, high, precision)
         precision = np.where(np.isinf(high), 2 * precision, (low + np.where(np.isinf(high), 0, high)) / 2)
-    affinities /= total[:, None]
-    affinities += affinities.T
-    return affinities / affinities.sum()
+    joint = np.zeros((images, images), features.dtype)
+    np.put_along_axis(joint, nearest, affinities / total[:, None], axis=1)
+    joint += joint.T.copy()
+    return joint / joint.sum()
