@@ -232,6 +232,18 @@ def test_estimates_follow_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert screening.estimated_score(np.ones((20, 4)), np.arange(20) % 2, SLSConfig()) == 0
 
 
+def test_a_map_that_is_clear_early_is_left_at_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    (features,), labels = blobs(1, 120, 3, [2.0])
+    features, classes = features.numpy(), labels.numpy()
+    looks: list[int] = []
+    gradient = screening._Forces.gradient
+    monkeypatch.setattr(screening._Forces, "gradient", lambda *args: looks.append(1) or gradient(*args))
+    for enough, steps in ((0.3, 100), (0.999, 500), (None, 500)):
+        looks.clear()
+        score = screening.estimated_score(features, classes, SLSConfig(), enough)
+        assert len(looks) == steps and (enough is None or (score > enough) == (steps < 500))
+
+
 def test_the_gradient_is_that_of_the_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of Kullback and Leibler, between the joint probabilities and Student's kernel; by autograd."""
     generator = torch.Generator().manual_seed(0)
@@ -302,7 +314,7 @@ def test_estimates_decide_where_they_are_far_from_the_threshold(
         return scores[number - 1]
 
     config = SLSConfig(fast=True, margin=0.12)
-    screened = screening.Screened(score, lambda number: estimates[number - 1], 5, config)
+    screened = screening.Screened(score, lambda number, _: estimates[number - 1], 5, config)
     made = selection.walk(screened, 5, config)
     assert made.kept_layers == kept == selection.walk(lambda n: scores[n - 1], 5, config).kept_layers
     assert seen == full and sorted(screened.estimated + full, reverse=True) == list(made.scores)
@@ -311,13 +323,13 @@ def test_estimates_decide_where_they_are_far_from_the_threshold(
 def test_estimates_are_made_once_and_none_too_low() -> None:
     made: list[int] = []
 
-    def estimate(number: int) -> float:
+    def estimate(number: int, enough: float) -> float:
         made.append(number)
-        return number / 10
+        return number * enough
 
     estimates = screening.Estimates(estimate, lowest=3, threads=3)
-    assert [estimates(number) for number in (8, 7, 6)] == [0.8, 0.7, 0.6] and sorted(made) == [6, 7, 8]
-    assert [estimates(number) for number in (4, 3)] == [0.4, 0.3] and sorted(made) == [3, 4, 6, 7, 8]
+    assert [estimates(number, 0.5) for number in (8, 7, 6)] == [4, 3.5, 3] and sorted(made) == [6, 7, 8]
+    assert [estimates(number, 0.5) for number in (4, 3)] == [2, 1.5] and sorted(made) == [3, 4, 6, 7, 8]
 
 
 def test_fast_decides_alike(monkeypatch: pytest.MonkeyPatch) -> None:

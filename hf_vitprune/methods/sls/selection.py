@@ -124,8 +124,9 @@ def select_layers(features_or_model: Any, labels_or_dataset: Any, config: SLSCon
     if not config.fast or len(classes) > MOST_IMAGES:
         return walk(score, total, config, floor)
 
-    def estimate(number: int) -> float:
-        return estimated_score(arrays[number], classes, config)
+    def estimate(number: int, enough: float) -> float:
+        # the last layer's tells whether cheap scores are to be trusted, so its map is finished
+        return estimated_score(arrays[number], classes, config, enough if number < total else None)
 
     screened = Screened(score, Estimates(estimate, floor, thread_count(config)), total, config)
     return replace(walk(screened, total, config, floor), estimated=tuple(screened.estimated))
