@@ -50,7 +50,7 @@ def checked(model: PreTrainedModel, plan: PruningPlan, compensate: Any = "auto")
     made = compensate_plan(model, plan, pixels(), compensate)
     small = prune(model, made, allow_unchanged=True)
     assert Architecture.of(small) == plan.architecture
-    assert all(fit["after"] <= fit["before"] + 1e-6 for fit in fits(made))
+    assert all(fit["after"] <= fit["before"] + 1e-6 for fit in fits(made)), fits(made)
     outputs, masked = run(small, pixels(3, 2)), run(mask(model, made), pixels(3, 2))
     for name in ("logits", "pooler_output", "image_embeds"):
         if name in outputs and outputs[name].shape == masked[name].shape:

@@ -75,5 +75,10 @@ def verdicts(records: Iterable[dict[str, Any]]) -> list[str]:
             best = max(peers, key=lambda method: peers[method], default=None)
             peer = "" if best is None else f"; {best}: {peers[best]:+.2f}"
             if "one-shot" in means:
-                lines.append(f"{subject}, {goal.name}: one-shot {means['one-shot']:+.2f} points{peer}")
+                mine = [r for r in records if r["subject"] == subject and r["method"] == "one-shot"]
+                models = [
+                    fmean(_lost([r for r in mine if r["seed"] == seed], goal)) for seed in {r["seed"] for r in mine}
+                ]
+                worst = f"worst model {min(models):+.2f}, worst run {min(_lost(mine, goal)):+.2f}"
+                lines.append(f"{subject}, {goal.name}: one-shot {means['one-shot']:+.2f} points ({worst}){peer}")
     return lines

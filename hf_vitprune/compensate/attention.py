@@ -1,4 +1,4 @@
-"""Attention: queries and keys of best low rank, values of best low rank a head, and a refitted output projection."""
+"""Attention: which heads, values of best low rank a head, and a refitted output projection."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .algebra import obs, qk_maps, value_map
+from .algebra import obs, value_map
 from .fits import refit
 from .moments import Moments, Statistics
+from .queries_keys import compensate_queries_and_keys
 from .readers import Inputs, attention_inputs
 from .site import Site, put, real
 from .walk import Layer
@@ -23,7 +24,7 @@ def compensate_attention(site: Site) -> None:
     moved = site.settings.reselect and len(site.entry.heads) < site.source.heads
     if moved:
         _reselect_heads(site, inputs)
-    _queries_and_keys(site, inputs, moved)
+    compensate_queries_and_keys(site, inputs, moved)
     _values(site, inputs, moved)
 
 
@@ -77,59 +78,6 @@ def _effect(site: Site) -> torch.Tensor:
     output = site.kept_rows(site.weights(site.dense, "o")[0])
     scale = site.scale("scale1")
     return output if scale is None else scale[:, None] * output
-
-
-# ---------------------------------------------------------------------- q and k
-def _queries_and_keys(site: Site, inputs: Inputs, moved: bool) -> None:
-    size = site.source.qk_dim
-    (wq, bq), (wk, bk) = (inputs.weights(site, part) for part in ("q", "k"))
-    width = len(site.entry.qk[0])
-    cut = any(row != tuple(range(size)) for row in site.entry.qk)
-    if not cut and not moved and inputs.map is None:
-        return
-    maps = wq.new_zeros(2, len(site.entry.heads) * width, len(wq))
-    rotate = cut and "qk" in site.settings.parts and site.plain_qk() and _loses_qk(site)
-    site.ledger.lossy |= cut and _loses_qk(site)
-    moments = _query_key_moments(site, inputs) if rotate else None
-    for j, (head, row) in enumerate(zip(site.entry.heads, site.entry.qk, strict=True)):
-        there = real(row)
-        if not there:
-            continue
-        rows = torch.tensor([j * width + position for position in there], device=maps.device)
-        at = slice(head * size, (head + 1) * size)
-        if moments is not None and len(there) < size:
-            query, key = moments
-            mean = wq[at] @ query.x + bq[at]
-            second = wq[at] @ query.xx @ wq[at].T + torch.outer(mean, mean)
-            maps[0, rows, at], maps[1, rows, at] = qk_maps(second, wk[at] @ key.xx @ wk[at].T, len(there))
-        else:
-            maps[:, rows, head * size + torch.tensor([row[p] for p in there], device=maps.device)] = 1
-    for part, matrix, weight, bias in (("q", maps[0], wq, bq), ("k", maps[1], wk, bk)):
-        site.write(part, matrix @ weight, matrix @ bias)
-
-
-def _loses_qk(site: Site) -> bool:
-    """Removed channels of kept heads that some query and key both use."""
-    (wq, bq), (wk, bk) = (site.weights(site.dense, part) for part in ("q", "k"))
-    used = ((wq != 0).any(1) | (bq != 0)) & ((wk != 0).any(1) | (bk != 0))
-    kept = torch.zeros_like(used)
-    for head, row in zip(site.entry.heads, site.entry.qk, strict=True):
-        kept[[head * site.source.qk_dim + row[p] for p in real(row)]] = True
-    return bool((used & ~kept)[site.qk_rows].any())
-
-
-def _query_key_moments(site: Site, inputs: Inputs) -> tuple[Statistics, Statistics]:
-    """Of what queries and keys are made from; for keys around the mean of each sequence."""
-    width = site.small.part("q").in_features
-    queries, keys = Moments(width, 0, site.device), Moments(width, 0, site.device)
-    for small in site.streams.small:
-        x = site.small.attention_inputs(small)
-        rows = x.shape[:2]
-        weights = site.streams.token_weights(small) if rows == small.shape[:2] else x.new_ones(rows.numel())
-        queries.add(x.flatten(0, 1), x.new_zeros(rows.numel(), 0), weights)
-        centred = (x - x.mean(1, keepdim=True)).flatten(0, 1)
-        keys.add(centred, x.new_zeros(rows.numel(), 0), x.new_ones(rows.numel()))
-    return queries.total(), keys.total(centred=False)
 
 
 # ---------------------------------------------------------------------- v and output projection

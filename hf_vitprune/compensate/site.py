@@ -114,11 +114,14 @@ class Site:
 
     def record(self, part: str, fit: Fit) -> None:
         """One line of the report."""
-        row = {"layer": self.entry.index, "part": part, "before": fit.before, "after": fit.after}
-        if fit.ridge > self.settings.ridge:
-            row["ridge"] = fit.ridge
+        more = {"ridge": fit.ridge} if fit.ridge > self.settings.ridge else {}
         if fit.starved:
             self.ledger.note("there are fewer tokens than features: fits are damped strongly; more images would help")
+        self.record_errors(part, fit.before, fit.after, **more)
+
+    def record_errors(self, part: str, before: float, after: float, **more: float) -> None:
+        """One line of the report: relative errors of plain slices and of the new weights."""
+        row = {"layer": self.entry.index, "part": part, "before": before, "after": after, **more}
         self.ledger.rows.append({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()})
 
 
