@@ -12,7 +12,8 @@ from .moments import Moments, Statistics, precise_device
 from .readers import Inputs
 from .site import Site, real
 
-
+#: tokens of whole sequences at a time: bounds what their products take
+TOKENS = 1024
 #: differences under this share of a head's products are not worth a word
 ROUNDING = 1e-4
 
@@ -123,16 +124,18 @@ def _errors(site: Site, query: Projection, key: Projection, maps: torch.Tensor) 
     lost = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device) - maps[:, 0].mT @ maps[:, 1]
     total = torch.zeros(lost.shape[:2], dtype=torch.float64, device=precise_device(site.device))
     for small in site.streams.small:
-        x = site.small.attention_inputs(small)
-        weights = _query_weights(site, small, x).view(*x.shape[:2], 1, 1)
-        x = x if x.dtype == torch.float64 else x.float()
-        q = torch.einsum("stc,hdc->sthd", x, query.weight.to(x)) + query.bias.to(x)
-        k = torch.einsum("stc,hdc->sthd", x - x.mean(1, keepdim=True), key.weight.to(x))
-        # over all pairs of a sequence, |q E k^T|^2 is the trace of (q^T q) E (k^T k) E^T
-        qq = torch.einsum("sthd,sthe->shde", q * weights, q)
-        kk = torch.einsum("sthd,sthe->shde", k, k)
-        for choice, between in enumerate(lost.to(x)):
-            total[choice] += ((qq @ between) * (between @ kk)).sum((0, 2, 3)).to(total)
+        batch = site.small.attention_inputs(small)
+        weights = _query_weights(site, small, batch).view(*batch.shape[:2], 1, 1)
+        at_once = max(1, TOKENS // batch.shape[1])
+        for x, weight in zip(batch.split(at_once), weights.split(at_once), strict=True):
+            x = x if x.dtype == torch.float64 else x.float()
+            q = torch.einsum("stc,hdc->sthd", x, query.weight.to(x)) + query.bias.to(x)
+            k = torch.einsum("stc,hdc->sthd", x - x.mean(1, keepdim=True), key.weight.to(x))
+            # over all pairs of a sequence, |q E k^T|^2 is the trace of (q^T q) E (k^T k) E^T
+            qq = torch.einsum("sthd,sthe->shde", q * weight, q)
+            kk = torch.einsum("sthd,sthe->shde", k, k)
+            for choice, between in enumerate(lost.to(x)):
+                total[choice] += ((qq @ between) * (between @ kk)).sum((0, 2, 3)).to(total)
     if distributed():
         torch.distributed.all_reduce(total)
     return total.clamp(min=0)
