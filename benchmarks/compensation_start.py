@@ -46,7 +46,6 @@ SUBJECTS = ("ViT, digits", "ViT, dSprites")
 #: share of the multiply-adds that stays
 KEPT = (0.5, 0.25)
 METHODS = ("magnitude", "VTP", "NViT", "NViT at once", "SPViT", "truncation")
-STARTS = ("plain", "compensated")
 RATES = (5e-5, 2e-4, 1e-3)
 #: steps of a learning method before it decides; most steps of a fine-tuning; steps between two looks
 LEARN, MOST, EVERY = 180, 200, 10

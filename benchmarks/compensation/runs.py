@@ -19,7 +19,7 @@ from ..trained import SUBJECTS, accuracy_of, logits_of, read, trained
 from .methods import METHODS, Given, Goal, cost_ratio
 
 GOALS = [Goal("macs", 0.5), Goal("macs", 0.25), Goal("units", 0.3), Goal("units", 0.5), Goal("units", 0.75)]
-DRAWS, SEEDS, IMAGES = 3, 3, 128
+IMAGES = 128
 
 
 class Run(NamedTuple):

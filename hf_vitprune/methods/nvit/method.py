@@ -28,7 +28,7 @@ from .criteria import magnitudes, random_scores
 from .masking import ZeroedWeights, set_masks
 from .ranking import Removal, Sizes, fewest_groups, removals, smallest_ratio
 from .schedule import Schedule
-from .scores import WeightSums, divisors
+from .scores import TaylorSums, WeightSums, divisors
 from .snapshots import save_run, save_snapshot
 from .trajectory import Moment, Trajectory
 from .units import plan_of, unit_sets
@@ -61,7 +61,7 @@ class NViT(PruningMethod):
         self.masks = make_masks(self.architecture, self.sets[0].layer is None, device)
         self._divisors = divisors(self.architecture, self.sets, config.reference)
         self._meter = config.meter(self.architecture)
-        self._sums: WeightSums | ActivationSums | None = None
+        self._sums: TaylorSums | None = None
         self._zeroed: ZeroedWeights | None = None
         self._decided = False
         self._step = 0

@@ -37,11 +37,6 @@ class Branch(NamedTuple):
         """(m, n) what the inputs add to the residual stream."""
         return self.weight if self.scale is None else self.scale[:, None] * self.weight
 
-    @property
-    def variance(self) -> float:
-        """Of what the branch adds to the residual stream, over all its channels."""
-        return float(self.stats.tt.sum())
-
 
 def value_basis(branch: Branch, heads: int) -> torch.Tensor:
     """(heads, d, d): for every head, channels of its context from the one that serves its output best to the last."""

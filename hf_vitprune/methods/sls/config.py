@@ -60,7 +60,7 @@ class SLSConfig(PruningConfig):
     max_samples: int | None = None
     batch_size: int = 64
     fast: bool = False
-    margin: float = 0.125
+    margin: float = 0.15
     threads: int | None = None
 
     def __post_init__(self) -> None:
