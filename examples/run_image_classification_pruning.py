@@ -23,6 +23,7 @@ trains a model of ReViT's shape from scratch instead.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import sys
 from dataclasses import dataclass, field
@@ -319,4 +320,5 @@ def save(
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # trainers refer to themselves, and so keep the process group and its threads alive
     PartialState().destroy_process_group()  # gloo's threads, left running, can abort a process that ends

@@ -12,6 +12,7 @@ of the kept layers, the head and the number of layers: the backbone is shared by
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from dataclasses import dataclass, field
@@ -185,4 +186,5 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # trainers refer to themselves, and so keep the process group and its threads alive
     PartialState().destroy_process_group()  # gloo's threads, left running, can abort a process that ends

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from .architecture import Architecture
@@ -58,6 +59,8 @@ class Schedule:
             logging_strategy="no",
             report_to=[],
             dataloader_pin_memory=torch.cuda.is_available(),
+            # arguments set accelerate's state up anew: on the CPU it would forget the other processes without this
+            use_cpu=PartialState().device.type == "cpu",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -80,4 +81,5 @@ if __name__ == "__main__":
     apart.decide(Patterns(noise=0.1 if rank == 0 else 5.0))
     plans["SLS apart"] = apart.plan().to_dict()
     (out / f"plans.{rank}.json").write_text(json.dumps(plans))
+    gc.collect()  # trainers refer to themselves, and so keep the process group and its threads alive
     torch.distributed.destroy_process_group()  # gloo's threads, left running, can abort a process that ends
