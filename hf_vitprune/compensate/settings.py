@@ -34,7 +34,7 @@ class Compensation:
     parts: tuple[str, ...] = PARTS
     ridge: float = 1e-3
     images: int | None = 256
-    batch_size: int = 16
+    batch_size: int = 8
     token_share: float | None = 0.3
     reselect: bool = False
 
