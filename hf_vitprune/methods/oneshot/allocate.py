@@ -5,6 +5,7 @@ Solved to optimality, up to the tolerance that :func:`allocate` names.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from ...errors import SolverError, UnreachableTargetError
 
 #: of scipy's milp
 OPTIMAL, INFEASIBLE = 0, 2
+#: shares of the budget that are left over, one after the other where the solver fails
+SLACKS = (1e-6, 2e-6, 5e-6)
 
 
 class Options(NamedTuple):
@@ -40,7 +43,7 @@ def allocate(groups: Sequence[Options], budget: float) -> list[int]:
 
     Raises:
         UnreachableTargetError: the cheapest options cost more than the budget.
-        SolverError: the solver failed, twice.
+        SolverError: the solver failed, at every one of ``SLACKS``.
     """
     kept = [undominated(group) for group in groups]
     choices = [Options(g.costs[k], g.errors[k]) for g, k in zip(groups, kept, strict=True)]
@@ -55,12 +58,13 @@ def allocate(groups: Sequence[Options], budget: float) -> list[int]:
     sizes = [len(c.costs) for c in choices]
     rows = np.repeat(np.arange(len(sizes)), sizes)
     one_each = csr_matrix((np.ones(len(rows)), (rows, np.arange(len(rows)))))
-    for presolve in (True, False):  # HiGHS fails now and then on what it presolved, and not without
+    # HiGHS fails now and then: on what it presolved and not without, or at one budget and not right beside it
+    for slack, presolve in itertools.product(SLACKS, (True, False)):
         found = milp(
             errors / (errors.max() or 1.0),
             integrality=np.ones(len(rows)),
             bounds=Bounds(0, np.where(costs > 1, 0, 1)),  # what does not fit on its own never does
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(csr_matrix(costs), -np.inf, 1 - 1e-6)],
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(csr_matrix(costs), -np.inf, 1 - slack)],
             options={"mip_rel_gap": 0.0, "presolve": presolve},
         )
         if found.status in (OPTIMAL, INFEASIBLE):
