@@ -96,7 +96,7 @@ class Estimates:
             batch = range(number, max(number - self.threads, self.lowest - 1), -1)
             # all of them end here: scikit-learn's t-SNE crawls where another thread works beside it
             with ThreadPoolExecutor(len(batch)) as threads, threadpool_limits(1, "blas"):
-                self.known.update(zip(batch, threads.map(self.estimate, batch, repeat(enough)), strict=False))
+                self.known.update(zip(batch, threads.map(self.estimate, batch, repeat(enough)), strict=True))
         return self.known[number]
 
 
