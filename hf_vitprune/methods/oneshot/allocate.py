@@ -39,7 +39,7 @@ def allocate(groups: Sequence[Options], budget: float) -> list[int]:
     """An option of each group: the sum of costs within ``budget``, the sum of errors the least possible.
 
     A mixed-integer program (HiGHS), solved to its tolerance: a millionth of the largest choice. Costs and errors are
-    brought to the scale of the budget and of the largest choice first. A share of the budget (``SLACKS``) is left over.
+    brought to the scale of the budget and of the largest choice first. ``SLACKS`` of the budget are left over.
 
     Raises:
         UnreachableTargetError: the cheapest options cost more than the budget.
