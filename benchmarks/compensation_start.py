@@ -40,7 +40,7 @@ from hf_vitprune import (
     get_pruning_model,
     prune,
 )
-from hf_vitprune.batches import ImageBatches
+from hf_vitprune.utils.batches import ImageBatches
 
 SUBJECTS = ("ViT, digits", "ViT, dSprites")
 #: share of the multiply-adds that stays

@@ -24,10 +24,10 @@ from rich.table import Table
 from transformers import DeiTConfig, Dinov2Config, SwinConfig, ViTConfig
 
 from hf_vitprune import Architecture, LatencyTable, build, count
-from hf_vitprune.cost.latency import device_name, measure_speed
-from hf_vitprune.cost.latency_measure import measure_table
-from hf_vitprune.layer_shape import LayerShape
-from hf_vitprune.run_report import plot_predictions
+from hf_vitprune.latency.measure import measure_table
+from hf_vitprune.latency.measure_time import device_name, measure_speed
+from hf_vitprune.publish.run_report import plot_predictions
+from hf_vitprune.spec.layer_shape import LayerShape
 
 
 def vit(config_class: Any, width: int, heads: int, **fields: Any) -> Any:

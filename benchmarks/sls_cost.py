@@ -27,7 +27,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
 from hf_vitprune import LayerSelection, SLSConfig, select_layers
-from hf_vitprune.cost.latency import device_name
+from hf_vitprune.latency.measure_time import device_name
 from hf_vitprune.methods.sls.scoring import layer_score
 from hf_vitprune.methods.sls.screening import estimated_score
 
@@ -58,8 +58,8 @@ def of_model(folder: str) -> tuple[Features, np.ndarray]:
     """A classifier's features of 1000 digits; narrow ones are turned into 768 channels, which keeps distances."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    from hf_vitprune.data import DIGITS, load_images
     from hf_vitprune.methods.sls import extract_features
+    from hf_vitprune.utils.data import DIGITS, load_images
 
     model = AutoModelForImageClassification.from_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(folder)

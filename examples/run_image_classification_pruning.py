@@ -54,11 +54,11 @@ from hf_vitprune import (
     get_pruning_model,
     revit,
 )
-from hf_vitprune.block_report import plot_architecture
-from hf_vitprune.data import DIGITS, load_images
-from hf_vitprune.demo import IMAGE_SIZE, tiny_vit
-from hf_vitprune.run_report import plot_gates
-from hf_vitprune.workflow import accuracy_of
+from hf_vitprune.cli.demo import IMAGE_SIZE, tiny_vit
+from hf_vitprune.cli.workflow import accuracy_of
+from hf_vitprune.publish.block_report import plot_architecture
+from hf_vitprune.publish.run_report import plot_gates
+from hf_vitprune.utils.data import DIGITS, load_images
 
 
 @dataclass

@@ -34,9 +34,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_vitprune import PruningCallback, SLSConfig, count, get_pruning_model, retrain
-from hf_vitprune.data import DIGITS, LabelledImages, load_images
-from hf_vitprune.demo import IMAGE_SIZE, tiny_vit
-from hf_vitprune.workflow import Schedule, accuracy_of, evaluate
+from hf_vitprune.cli.demo import IMAGE_SIZE, tiny_vit
+from hf_vitprune.cli.workflow import Schedule, accuracy_of, evaluate
+from hf_vitprune.utils.data import DIGITS, LabelledImages, load_images
 
 
 @dataclass

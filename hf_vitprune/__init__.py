@@ -1,15 +1,14 @@
 """Structured pruning of Hugging Face vision transformers: smaller, faster, and still loaded by `from_pretrained`."""
 
-from .adapters import load_old_adapter, register_peft_types, share_backbone, translate_peft_config
-from .architecture import Architecture
-from .card import model_card
 from .compensate import Compensation, compensate_plan
-from .convert import convert_spvit_checkpoint
-from .cost import Cost, LatencyTable, count
-from .distillation import DistillationConfig
+from .contrib.convert import convert_spvit_checkpoint
+from .contrib.fuse import fuse_bn
+from .contrib.retraining import retrain, retraining_arguments
+from .contrib.storage import StorageReport, storage_report
+from .cost import Cost, count
 from .errors import VitPruneError
-from .fuse import fuse_bn
-from .hub import push_to_hub
+from .latency.table import LatencyTable
+from .losses.distillation import DistillationConfig
 from .methods import (
     LayerSelection,
     NViTConfig,
@@ -21,16 +20,18 @@ from .methods import (
     VTPConfig,
     select_layers,
 )
-from .model import PruningModel, get_pruning_model
+from .methods.nvit.revit import revit
 from .modeling import build
-from .native import to_native
-from .peft_methods import ConvpassConfig, RepAdapterConfig
-from .plan import PruningPlan
-from .retraining import retrain, retraining_arguments
-from .revit import revit
-from .storage import StorageReport, storage_report
-from .surgery import mask, prune, truncate
-from .trainer import PruningCallback, PruningTrainer
+from .modeling.native import to_native
+from .peft import load_old_adapter, register_peft_types, share_backbone, translate_peft_config
+from .peft.methods import ConvpassConfig, RepAdapterConfig
+from .plan.plan import PruningPlan
+from .pruning import mask, prune, truncate
+from .publish.card import model_card
+from .publish.hub import push_to_hub
+from .spec.architecture import Architecture
+from .training.model import PruningModel, get_pruning_model
+from .training.trainer import PruningCallback, PruningTrainer
 
 __version__ = "0.1.0"
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from hf_vitprune.architecture import Architecture
-from hf_vitprune.cost.latency import device_name
-from hf_vitprune.cost.latency_coverage import covered_model
-from hf_vitprune.cost.latency_grid import StageAxes, grids_of, stage_axes
-from hf_vitprune.cost.latency_table import LatencyTable
-from hf_vitprune.cost.sampled_grid import SampledGrid
+from hf_vitprune.latency.coverage import covered_model
+from hf_vitprune.latency.grid import StageAxes, grids_of, stage_axes
+from hf_vitprune.latency.measure_time import device_name
+from hf_vitprune.latency.sampled_grid import SampledGrid
+from hf_vitprune.latency.table import LatencyTable
+from hf_vitprune.spec.architecture import Architecture
 
 Seconds = Callable[..., float]
 

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from hf_vitprune.architecture import Architecture
-from hf_vitprune.plan import PAD, LayerPlan, PruningPlan
+from hf_vitprune.plan.plan import PAD, LayerPlan, PruningPlan
+from hf_vitprune.spec.architecture import Architecture
 
 #: two draws, for tests that are slow or run over many cases
 few = settings(

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from hf_vitprune.architecture import Architecture
 from hf_vitprune.errors import AdapterError, InvalidPlanError, UnsupportedModelError
-from hf_vitprune.peft_twin import tuner_layers
-from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import mask, prune, truncate
+from hf_vitprune.modeling.peft_twin import tuner_layers
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import mask, prune, truncate
+from hf_vitprune.spec.architecture import Architecture
 from plans import PLANS, plan_named, pruning_plans
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run, total_loss
 from tiny_adapters import CONFIGS, SLICED, adapted, randomize, targets
@@ -358,7 +358,7 @@ def test_refused() -> None:
 
 
 def test_a_wrong_slice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_vitprune.adapters import slicing
+    from hf_vitprune.peft import slicing
 
     monkeypatch.setitem(slicing.SIDES["LORA"], "lora_B", "none")
     model = adapted(make(VIT), "lora")

@@ -14,10 +14,10 @@ import pytest
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, PeftType
 from transformers import AutoModelForImageClassification
 
-from hf_vitprune.adapters import register_peft_types, save_pruned_peft
 from hf_vitprune.errors import AdapterError
-from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import prune, truncate
+from hf_vitprune.peft import register_peft_types, save_pruned_peft
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import prune, truncate
 from tiny import CLASSIFIERS, assert_same, make, run
 from tiny_adapters import CONFIGS, SLICED, adapted, targets
 

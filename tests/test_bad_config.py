@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from hf_vitprune.architecture import fingerprint
 from hf_vitprune.errors import InvalidArchitectureError, VitPruneError
-from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import prune
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import prune
+from hf_vitprune.spec.architecture import fingerprint
 from plans import every_word
 from tiny import LargestTensor, assert_same, make, run
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from hf_vitprune.batches import ImageBatches
 from hf_vitprune.errors import InvalidDataError
+from hf_vitprune.utils.batches import ImageBatches
 
 PIXELS = torch.arange(10 * 12, dtype=torch.float32).reshape(10, 3, 2, 2)
 EXAMPLES = [{"pixel_values": image, "labels": i} for i, image in enumerate(PIXELS)]

@@ -14,12 +14,12 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification, BertConfig, CLIPConfig, PreTrainedModel
 from typer.testing import CliRunner, Result
 
-from hf_vitprune import cli
-from hf_vitprune.architecture import Architecture
-from hf_vitprune.block_report import COLOURS
+from hf_vitprune.cli import main as cli
 from hf_vitprune.cost import count
-from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import prune
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import prune
+from hf_vitprune.publish.block_report import COLOURS
+from hf_vitprune.spec.architecture import Architecture
 from tiny import CASES, TEXT, WITH_MLP, assert_same, hybrid, make, run
 
 VIT = "ViTForImageClassification"
@@ -193,7 +193,7 @@ import sys, types
 package = types.ModuleType("hf_vitprune")
 package.__path__ = ["hf_vitprune"]
 sys.modules["hf_vitprune"] = package  # the command's own modules, without the package's public names
-from hf_vitprune.cli import app
+from hf_vitprune.cli.main import app
 from typer.testing import CliRunner
 print(CliRunner().invoke(app, ["--help"]).output)
 assert not {"torch", "transformers", "numpy"} & sys.modules.keys()
@@ -208,9 +208,9 @@ assert not {"torch", "transformers", "numpy"} & sys.modules.keys()
 def test_console_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The entry point as the shell calls it: arguments from sys.argv, and an exit status."""
     monkeypatch.setattr(sys, "argv", ["hf-vitprune", "inspect", str(tmp_path / "nothing")])
-    monkeypatch.delitem(sys.modules, "hf_vitprune.cli")
+    monkeypatch.delitem(sys.modules, "hf_vitprune.cli.main")
     with pytest.raises(SystemExit) as exit:
-        runpy.run_module("hf_vitprune.cli", run_name="__main__")
+        runpy.run_module("hf_vitprune.cli.main", run_name="__main__")
     printed = capsys.readouterr()
     assert (exit.value.code, printed.out) == (1, "")
     assert printed.err == f"hf-vitprune: there is no folder {tmp_path / 'nothing'}\n"

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from hf_vitprune import Architecture, LatencyTable
-from hf_vitprune.cost import latency_grid, rounds
-from hf_vitprune.latency_report import curves, parts, plot_latency
+from hf_vitprune.latency import grid as latency_grid
+from hf_vitprune.latency import rounds
+from hf_vitprune.latency.report import curves, parts, plot_latency
 from latency_tables import made_table
 from test_cli import VIT, call, printed, refused, saved
 from tiny import make

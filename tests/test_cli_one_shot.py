@@ -12,9 +12,9 @@ from sklearn.datasets import load_digits
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from hf_vitprune import PruningPlan, count
-from hf_vitprune.cost import latency
-from hf_vitprune.data import read_folder
 from hf_vitprune.errors import InvalidDataError
+from hf_vitprune.latency import measure_time as latency
+from hf_vitprune.utils.data import read_folder
 from test_cli import printed, refused
 from tiny import reset_weights
 
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plot and one round of timing: both are tested elsewhere."""
-    monkeypatch.setattr("hf_vitprune.workflow.plot_removed", lambda *_: None)
+    monkeypatch.setattr("hf_vitprune.cli.workflow.plot_removed", lambda *_: None)
     measure = latency.measure_speed
     monkeypatch.setattr(latency, "measure_speed", lambda *args, **kwargs: measure(*args, **kwargs, rounds=1))
 
@@ -74,7 +74,7 @@ def test_the_commands_of_the_documentation(
         names = {"MODEL": model, "FOLDER": folder}
         force = ["--force"] if "small" in command and (tmp_path / "small").exists() else []
         if "--scores" in command:
-            monkeypatch.setattr("hf_vitprune.data._read", None)  # no image is read
+            monkeypatch.setattr("hf_vitprune.utils.data._read", None)  # no image is read
         text = printed(*(names.get(word, word) for word in command), *force)
         assert "speed-up" in text and "from 40 unlabelled images" in text
         written.append({path.name for path in tmp_path.iterdir()} - before)

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_vitprune.architecture import Architecture
+from hf_vitprune.contrib.fuse import fuse_bn
 from hf_vitprune.cost import count
-from hf_vitprune.cuts import find_cuts
 from hf_vitprune.errors import InvalidPlanError
-from hf_vitprune.fuse import fuse_bn
-from hf_vitprune.layer_shape import MIXERS
 from hf_vitprune.modeling import pruned_model_class
-from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import mask, prune
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import mask, prune
+from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune.spec.layer_shape import MIXERS
+from hf_vitprune.surgery.cuts import find_cuts
 from plans import PLANS, aligned, compose, plan_named, pruning_plans, recorded_attentions
 from tiny import CASES, CLASSIFIERS, assert_same, hybrid, images, make, relative_error, run, run_python, total_loss
 

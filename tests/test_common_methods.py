@@ -25,7 +25,7 @@ from hf_vitprune import (
     get_pruning_model,
     mask,
 )
-from hf_vitprune.batches import ImageBatches
+from hf_vitprune.utils.batches import ImageBatches
 from plans import aligned
 from pruning_runs import SMALL_GROUPS, VIT, Patterns, scatter_scores, score_tensors, state_of, trainer
 from tiny import CASES, CLASSIFIERS, assert_same, images, make, relative_error, run, total_loss

@@ -13,10 +13,10 @@ from peft import PeftModel
 from transformers import AutoModelForImageClassification
 
 from hf_vitprune import Architecture, Compensation, PruningPlan, compensate_plan, mask, prune
-from hf_vitprune.adapters import save_pruned_peft
-from hf_vitprune.adapters.absorb import why_merged
 from hf_vitprune.errors import AdapterError
-from hf_vitprune.peft_twin import is_peft, merged_twin, tuner_layers
+from hf_vitprune.modeling.peft_twin import is_peft, merged_twin, tuner_layers
+from hf_vitprune.peft import save_pruned_peft
+from hf_vitprune.peft.absorb import why_merged
 from plans import few, plan_named, pruning_plans, without_scales
 from tiny import assert_same, images, make, relative_error, run
 from tiny_adapters import SLICED, adapted

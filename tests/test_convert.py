@@ -22,9 +22,6 @@ from transformers import (
 )
 
 from hf_vitprune import convert_spvit_checkpoint
-from hf_vitprune.architecture import Architecture
-from hf_vitprune.checkpoint_file import read_checkpoint
-from hf_vitprune.conv_fold import fold_heads, mixing_probabilities
 from hf_vitprune.errors import (
     CheckpointMismatchError,
     InvalidArchitectureError,
@@ -32,6 +29,9 @@ from hf_vitprune.errors import (
     UnsafeCheckpointError,
     UnsupportedModelError,
 )
+from hf_vitprune.modeling.conv_fold import fold_heads, mixing_probabilities
+from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune.utils.checkpoint_file import read_checkpoint
 from spvit_reference import Net, Reference, State, random_state
 from test_cli import printed, refused
 from tiny import images, relative_error, run

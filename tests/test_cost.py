@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, ViTConfig
 
 from benchmarks.published_spvit import DENSE, published
-from hf_vitprune.architecture import Architecture
 from hf_vitprune.cost import count
 from hf_vitprune.cost.closed_form import cost_parts
 from hf_vitprune.modeling import build
-from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import prune
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import prune
+from hf_vitprune.spec.architecture import Architecture
 from plans import PLANS, plan_named
 from tiny import CASES, CLASSIFIERS, hybrid, images, make
 

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from hf_vitprune.data import DIGITS, load_images
 from hf_vitprune.errors import InvalidDataError
+from hf_vitprune.utils.data import DIGITS, load_images
 
 
 def image_folder(path, classes=("cat", "dog"), count=6):

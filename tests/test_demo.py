@@ -10,9 +10,10 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from typer.testing import CliRunner
 
 import hf_vitprune
-from hf_vitprune import PruningPlan, count, demo
-from hf_vitprune.cli import app
-from hf_vitprune.workflow import Schedule
+from hf_vitprune import PruningPlan, count
+from hf_vitprune.cli import demo
+from hf_vitprune.cli.main import app
+from hf_vitprune.cli.workflow import Schedule
 from test_data import image_folder
 
 

@@ -17,7 +17,7 @@ from transformers import (
     ViTModel,
 )
 
-from hf_vitprune.distillation import DistillationConfig, Teacher, distillation_loss
+from hf_vitprune.losses.distillation import DistillationConfig, Teacher, distillation_loss
 
 
 def vit(**changes):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from hf_vitprune.architecture import Architecture
 from hf_vitprune.errors import UnsupportedModelError
 from hf_vitprune.families import add_family, all_families, family_of
 from hf_vitprune.families.vit import ViTFamily
 from hf_vitprune.modeling import register_family
+from hf_vitprune.spec.architecture import Architecture
 from tiny import CASES, CLASSIFIERS, make, run_python
 
 #: ViTMSN has ViT's layers under another name: one line makes it prunable, saveable and countable
@@ -22,8 +22,8 @@ transformers.logging.disable_progress_bar()
 from hf_vitprune.cost import count
 from hf_vitprune.families.vit import ViTFamily
 from hf_vitprune.modeling import register_family
-from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import mask, prune
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import mask, prune
 from tiny import WITH_MLP, assert_same, relative_error, reset_weights, run
 
 class IJepaFamily(ViTFamily):

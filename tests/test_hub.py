@@ -18,14 +18,14 @@ from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from hf_vitprune import hub as hub_module
-from hf_vitprune.card import model_card
-from hf_vitprune.cost import Timing, environment
 from hf_vitprune.errors import HubUploadError, InvalidConfigError, UnsupportedModelError
-from hf_vitprune.hub import push_to_hub
-from hf_vitprune.native import to_native
-from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import prune
+from hf_vitprune.latency.measure_time import Timing, environment
+from hf_vitprune.modeling.native import to_native
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import prune
+from hf_vitprune.publish import hub as hub_module
+from hf_vitprune.publish.card import model_card
+from hf_vitprune.publish.hub import push_to_hub
 from hub_standin import HubStandIn, hub_environment
 from tiny import make
 

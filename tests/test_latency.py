@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_vitprune.cost import latency
-from hf_vitprune.cost.latency import Timing, device_name, environment, measure_speed
 from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune.latency import measure_time as latency
+from hf_vitprune.latency.measure_time import Timing, device_name, environment, measure_speed
 from tiny import make
 
 

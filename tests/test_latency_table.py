@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from hf_vitprune import Architecture, LatencyTable, PruningPlan, count
-from hf_vitprune.cost import latency, rounds
-from hf_vitprune.cost.latency_grid import GRID_AXES, STEPS, spread, stage_axes
-from hf_vitprune.cost.latency_measure import measure_table
 from hf_vitprune.errors import InvalidConfigError, LatencyTableError
+from hf_vitprune.latency import measure_time as latency
+from hf_vitprune.latency import rounds
+from hf_vitprune.latency.grid import GRID_AXES, STEPS, spread, stage_axes
+from hf_vitprune.latency.measure import measure_table
 from latency_tables import made_table
 from plans import PLANS, plan_named
 from tiny import CASES, CLASSIFIERS, hybrid, make

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from hf_vitprune.architecture import Architecture
 from hf_vitprune.cost import ClosedFormMeter, CostMeter, LatencyMeter, count
+from hf_vitprune.spec.architecture import Architecture
 from latency_tables import made_table
 from plans import plan_named
 from tiny import CASES, make

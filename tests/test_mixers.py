@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from hf_vitprune import VTPConfig, fuse_bn, get_pruning_model, to_native
-from hf_vitprune.architecture import Architecture
 from hf_vitprune.cost import count
 from hf_vitprune.errors import InvalidArchitectureError, InvalidPlanError, NativeExportError, TokenGridError
 from hf_vitprune.families import VIT
 from hf_vitprune.modeling.conv_mixer import ConvMixer, IdentityMixer
 from hf_vitprune.modeling.structure import layer_paths
-from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import mask, prune
-from hf_vitprune.transplant import empty_like
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import mask, prune
+from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune.surgery.transplant import empty_like
 from plans import aligned
 from tiny import (
     CASES,

@@ -25,12 +25,12 @@ from transformers import (
 )
 
 from hf_vitprune import modeling
-from hf_vitprune.architecture import Architecture
 from hf_vitprune.cost import count
 from hf_vitprune.errors import CheckpointMismatchError, InvalidArchitectureError, UnsupportedModelError
 from hf_vitprune.modeling import build, pruned_model_class
-from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import prune
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import prune
+from hf_vitprune.spec.architecture import Architecture
 from plans import every_word, plan_named
 from tiny import (
     CASES,

@@ -13,12 +13,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from hf_vitprune.architecture import Architecture
 from hf_vitprune.errors import NativeExportError
 from hf_vitprune.modeling import build
-from hf_vitprune.native import native_config, to_native
-from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import prune
+from hf_vitprune.modeling.native import native_config, to_native
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import prune
+from hf_vitprune.spec.architecture import Architecture
 from tiny import CASES, images, make, relative_error, reset_weights, run
 
 SIZES = ["heads", "qk", "v", "mlp"]

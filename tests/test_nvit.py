@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from hf_vitprune import Architecture, DistillationConfig, NViTConfig, PruningCallback, count, get_pruning_model, mask
-from hf_vitprune.cuts import find_cuts
 from hf_vitprune.errors import InvalidConfigError, InvalidPlanError, MissingLabelsError, UnreachableTargetError
 from hf_vitprune.methods import NViT
 from hf_vitprune.methods.nvit import model_at
 from hf_vitprune.methods.nvit.snapshots import snapshot_path
 from hf_vitprune.modeling.blocks import layer_norm_over
+from hf_vitprune.surgery.cuts import find_cuts
 from pruning_runs import SMALL_GROUPS, VIT, Images, nvit, scatter_scores, state_of, trainer
 from test_trainer_setup import NoLabels
 from tiny import CLASSIFIERS, LABELS, SIZE, images, make, relative_error, run, total_loss

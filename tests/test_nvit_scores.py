@@ -17,8 +17,8 @@ from hf_vitprune.methods.nvit.activations import ActivationSums
 from hf_vitprune.methods.nvit.average import RunningScores
 from hf_vitprune.methods.nvit.scores import WeightSums, divisors
 from hf_vitprune.methods.nvit.units import UnitSet, unit_sets
+from hf_vitprune.modeling.peft_twin import merged_twin
 from hf_vitprune.modeling.structure import layer_paths
-from hf_vitprune.peft_twin import merged_twin
 from pruning_runs import DROPOUT, SMALL_GROUPS, VIT, Images, lora_model, nvit, state_of, trainer
 from tiny import CLASSIFIERS, images, make, relative_error, total_loss
 

@@ -31,7 +31,7 @@ from hf_vitprune.methods.oneshot import check_target
 from hf_vitprune.methods.oneshot.allocate import Options, allocate, undominated
 from hf_vitprune.methods.oneshot.choose import _attention, _branch_cost, _mlp, at_output
 from hf_vitprune.methods.oneshot.probe import read_outputs
-from hf_vitprune.peft_twin import is_peft, merged_twin
+from hf_vitprune.modeling.peft_twin import is_peft, merged_twin
 from latency_tables import made_table
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run
 from tiny_adapters import adapted

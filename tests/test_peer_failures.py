@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTConfig
 
-from hf_vitprune.architecture import Architecture
 from hf_vitprune.cost import count
 from hf_vitprune.cost.closed_form import cost_parts
 from hf_vitprune.errors import CheckpointMismatchError, InvalidPlanError
-from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import mask, prune
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import mask, prune
+from hf_vitprune.spec.architecture import Architecture
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run
 
 VIT = "ViTForImageClassification"

@@ -16,9 +16,9 @@ from transformers import AutoModelForImageClassification
 
 from hf_vitprune import ConvpassConfig, RepAdapterConfig, SLSConfig, VTPConfig, get_pruning_model
 from hf_vitprune.errors import AdapterError, InvalidConfigError, UnsupportedModelError
-from hf_vitprune.peft_methods.convpass import patch_grid
-from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import mask, prune, truncate
+from hf_vitprune.peft.methods.convpass import patch_grid
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import mask, prune, truncate
 from plans import PLANS
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run, total_loss
 from tiny_adapters import randomize

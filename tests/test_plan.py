@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, CLIPModel, ResNetConfig, ResNetForImageClassification, SiglipModel
 
-from hf_vitprune.architecture import Architecture
 from hf_vitprune.cost import count
 from hf_vitprune.errors import InvalidPlanError, UnsupportedModelError, UnsupportedUnitError, VitPruneError
-from hf_vitprune.plan import PAD, PruningPlan
-from hf_vitprune.surgery import mask, prune, truncate
+from hf_vitprune.plan.plan import PAD, PruningPlan
+from hf_vitprune.pruning import mask, prune, truncate
+from hf_vitprune.spec.architecture import Architecture
 from plans import plan_named
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run
 

@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from hf_vitprune.architecture import Architecture
-from hf_vitprune.block_report import COLOURS, plot_architecture
 from hf_vitprune.cost import count
 from hf_vitprune.cost.blocks import block_macs, removed_macs
 from hf_vitprune.errors import MissingExtraError
-from hf_vitprune.plan import PruningPlan
-from hf_vitprune.report import (
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import prune
+from hf_vitprune.publish.block_report import COLOURS, plot_architecture
+from hf_vitprune.publish.report import (
     comparison_markdown,
     comparison_table,
     human,
@@ -27,7 +27,7 @@ from hf_vitprune.report import (
     layer_table,
     plot_removed,
 )
-from hf_vitprune.surgery import prune
+from hf_vitprune.spec.architecture import Architecture
 from tiny import CASES, hybrid, make
 
 VIT = "ViTForImageClassification"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
 from hf_vitprune.errors import ResumeError
-from hf_vitprune.resume import enable_exact_resume
+from hf_vitprune.training.resume import enable_exact_resume
 from resume_runs import FAMILIES, RENAMED, Around, disturbed, restored, resume, trained, trainer
 
 

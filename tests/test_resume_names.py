@@ -11,7 +11,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_vitprune.errors import ResumeError, VitPruneError
-from hf_vitprune.resume import convert_state_dict, enable_exact_resume
+from hf_vitprune.training.resume import convert_state_dict, enable_exact_resume
 from resume_runs import FAMILIES, PLAIN, Around, disturbed, restored
 
 

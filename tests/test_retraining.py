@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from hf_vitprune import truncate
+from hf_vitprune.contrib.retraining import fresh_adapters, retrain, retraining_arguments
 from hf_vitprune.errors import AdapterError, InvalidConfigError
-from hf_vitprune.retraining import fresh_adapters, retrain, retraining_arguments
 from pruning_runs import DROPOUT, VIT, Patterns, arguments, lora_model, state_of
 from tiny import assert_same, make, run
 

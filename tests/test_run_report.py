@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hf_vitprune.methods.nvit.trajectory import Moment
-from hf_vitprune.report import plot_removed
-from hf_vitprune.run_report import plot_predictions, plot_run
+from hf_vitprune.publish.report import plot_removed
+from hf_vitprune.publish.run_report import plot_predictions, plot_run
 from pruning_runs import nvit, scatter_scores
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_vitprune import ConvpassConfig, prune, share_backbone, truncate
 from hf_vitprune.errors import AdapterError
-from hf_vitprune.plan import PruningPlan
+from hf_vitprune.plan.plan import PruningPlan
 from tiny import CLASSIFIERS, assert_same, images, make, run
 from tiny_adapters import CONFIGS, adapted, randomize
 

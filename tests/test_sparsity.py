@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForImageClassification, Trainer
 
 from hf_vitprune import Architecture, PruningPlan, count, prune
-from hf_vitprune.errors import InvalidConfigError, SparsityError, UnsupportedDeviceError, UnsupportedModelError
-from hf_vitprune.sparsity import (
+from hf_vitprune.contrib.sparsity import (
     SparsityCallback,
     check_sparsity,
     sparse_linears,
@@ -21,6 +20,7 @@ from hf_vitprune.sparsity import (
     sparsity_mask,
     use_sparse_kernels,
 )
+from hf_vitprune.errors import InvalidConfigError, SparsityError, UnsupportedDeviceError, UnsupportedModelError
 from pruning_runs import DROPOUT, VIT, gated, lora_model, nvit, scatter_scores, state_of, trainer
 from tiny import CLASSIFIERS, assert_same, make, run
 

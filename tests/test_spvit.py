@@ -10,16 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_vitprune import (
-    Architecture,
-    SPViTConfig,
-    VTPConfig,
-    count,
-    get_pruning_model,
-)
-from hf_vitprune.errors import (
-    InvalidPlanError,
-)
+from hf_vitprune import Architecture, SPViTConfig, VTPConfig, count, get_pruning_model
+from hf_vitprune.errors import InvalidPlanError
 from hf_vitprune.methods.spvit.gates import Annealing, BinaryGates, MixerGates, NeuronGates, nested
 from pruning_runs import DROPOUT, VIT, scatter_scores, spvit
 from tiny import SIZE, images, make, relative_error, run, total_loss

@@ -35,7 +35,7 @@ from hf_vitprune.errors import (
     UnsupportedModelError,
 )
 from hf_vitprune.methods.spvit import random_plan
-from hf_vitprune.run_report import plot_gates
+from hf_vitprune.publish.run_report import plot_gates
 from pruning_runs import VIT, Patterns, scatter_scores, spvit, state_of, trainer
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from hf_vitprune import prune, storage_report, truncate
-from hf_vitprune.adapters import save_pruned_peft
 from hf_vitprune.errors import AdapterError, InvalidDataError
-from hf_vitprune.plan import PruningPlan
+from hf_vitprune.peft import save_pruned_peft
+from hf_vitprune.plan.plan import PruningPlan
 from tiny import make
 from tiny_adapters import adapted
 

@@ -240,7 +240,7 @@ def test_training_goes_on_after_the_decision(tmp_path: Path, monkeypatch: pytest
     scores = [score.detach().clone() for score in model.method.gate_parameters()]
     run_ = trainer(model, tmp_path, logging_strategy="steps")
     warnings: list[str] = []
-    monkeypatch.setattr("hf_vitprune.callback.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_vitprune.training.callback.logger.warning", warnings.append)
     run_.train()
     assert len(warnings) == 1 and "decided already" in warnings[0]
     assert [row["penalty"] for row in run_.state.log_history[:2]] == [0.0, 0.0]

@@ -10,13 +10,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
-from hf_vitprune import (
-    DistillationConfig,
-    PruningCallback,
-    PruningTrainer,
-    VTPConfig,
-    get_pruning_model,
-)
+from hf_vitprune import DistillationConfig, PruningCallback, PruningTrainer, VTPConfig, get_pruning_model
 from hf_vitprune.errors import InvalidConfigError, MissingLabelsError
 from pruning_runs import VIT, Images, gated, lora_model, state_of, trainer
 from tiny import LABELS, assert_same, make

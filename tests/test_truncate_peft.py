@@ -18,11 +18,11 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from hf_vitprune import to_native
-from hf_vitprune.architecture import Architecture
 from hf_vitprune.errors import AdapterError, CheckpointMismatchError
-from hf_vitprune.peft_twin import tuner_layers
-from hf_vitprune.plan import PruningPlan
-from hf_vitprune.surgery import prune, truncate
+from hf_vitprune.modeling.peft_twin import tuner_layers
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import prune, truncate
+from hf_vitprune.spec.architecture import Architecture
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, reset_weights, run, run_python
 from tiny_adapters import CONFIGS, adapted
 

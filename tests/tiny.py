@@ -142,11 +142,11 @@ def hybrid(name: str, mixers: Sequence[str] | None = None, seed: int = 0, **chan
         mixers: one a layer, bottom to top; every kind by default.
         changes: go to the (vision) config.
     """
-    from hf_vitprune.architecture import (
+    from hf_vitprune.modeling import build
+    from hf_vitprune.spec.architecture import (  # fresh processes must not import it with this file
         Architecture,
         strip_family,
-    )  # fresh processes must not import it with this file
-    from hf_vitprune.modeling import build
+    )
 
     case = CASES[name]
     depths = case.fields.get("depths")

@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any
 
-from hf_vitprune.report import human
+from hf_vitprune.publish.report import human
 
 
 def measured(width: int, layers: int, images: int, threads: int, statistics: bool) -> list[str]:

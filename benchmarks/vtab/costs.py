@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from hf_vitprune import count
-from hf_vitprune.architecture import unwrap
-from hf_vitprune.cost.latency import measure_speed
 from hf_vitprune.errors import AdapterError
-from hf_vitprune.peft_twin import is_peft, merged_twin, plain_twin
+from hf_vitprune.latency.measure_time import measure_speed
+from hf_vitprune.modeling.peft_twin import is_peft, merged_twin, plain_twin
+from hf_vitprune.spec.architecture import unwrap
 
 from .adapters import HEAD
 from .settings import Settings

@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from hf_vitprune import PruningPlan
-from hf_vitprune.architecture import Architecture, unwrap
-from hf_vitprune.batches import ImageBatches
 from hf_vitprune.errors import MissingExtraError, UnsupportedModelError
-from hf_vitprune.layer_plan import LayerPlan
+from hf_vitprune.modeling.peft_twin import is_peft
 from hf_vitprune.modeling.structure import layer_paths
-from hf_vitprune.peft_twin import is_peft
-from hf_vitprune.select import check_ratio
+from hf_vitprune.plan.layer_plan import LayerPlan
+from hf_vitprune.plan.select import check_ratio
+from hf_vitprune.spec.architecture import Architecture, unwrap
+from hf_vitprune.utils.batches import ImageBatches
 
 BATCHES, BATCH_SIZE = 10, 32
 ROUND_TO = 2

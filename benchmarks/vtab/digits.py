@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_vitprune import data
+from hf_vitprune.utils import data
 
 from .hub import ColumnReader
 from .images import Images

@@ -14,11 +14,11 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoImageProcessor
 
 from hf_vitprune import Architecture, SLSConfig, select_layers, truncate
-from hf_vitprune.cost.latency import environment
+from hf_vitprune.contrib.retraining import fresh_adapters
 from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.families import family_of
 from hf_vitprune.families.base import pair
-from hf_vitprune.retraining import fresh_adapters
+from hf_vitprune.latency.measure_time import environment
 
 from .adapters import FULL, adapt, load_pretrained, load_trained, set_trainable, trained_tensors
 from .choices import LEARNED, Choice

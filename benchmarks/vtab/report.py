@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from hf_vitprune.errors import InvalidDataError
-from hf_vitprune.report import human, markdown_table
+from hf_vitprune.publish.report import human, markdown_table
 
 from .settings import BEST, LAST, MODEL, RESULTS
 from .tasks import GROUPS, TASKS, VTAB

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from hf_vitprune.peft_twin import is_peft
+from hf_vitprune.modeling.peft_twin import is_peft
 
 from .adapters import trained_tensors
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..cuts import find_cuts
+from ..surgery.cuts import find_cuts
 from .fits import fold
 from .moments import Moments, precise_device
 from .readers import selection

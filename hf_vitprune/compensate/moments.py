@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import InvalidDataError
-from ..processes import distributed
+from ..utils.processes import distributed
 
 
 class Statistics(NamedTuple):

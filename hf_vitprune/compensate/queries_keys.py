@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..processes import distributed
+from ..utils.processes import distributed
 from .algebra import qk_maps
 from .moments import Moments, Statistics, precise_device
 from .readers import Inputs

@@ -10,14 +10,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..architecture import unwrap
-from ..batches import ImageBatches
-from ..cuts import Cut, find_cuts
 from ..errors import InvalidPlanError, UnsupportedModelError
-from ..peft_twin import is_peft, merged_twin
-from ..plan import PruningPlan
-from ..processes import shard
-from ..transplant import check_plan, prune_plain
+from ..modeling.peft_twin import is_peft, merged_twin
+from ..plan.plan import PruningPlan
+from ..spec.architecture import unwrap
+from ..surgery.cuts import Cut, find_cuts
+from ..surgery.transplant import check_plan, prune_plain
+from ..utils.batches import ImageBatches
+from ..utils.processes import shard
 from .attention import compensate_attention
 from .head import compensate_head
 from .mlp import compensate_mlp

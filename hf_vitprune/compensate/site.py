@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..layer_plan import PAD, LayerPlan
-from ..layer_shape import LayerShape
-from ..processes import distributed
+from ..plan.layer_plan import PAD, LayerPlan
+from ..spec.layer_shape import LayerShape
+from ..utils.processes import distributed
 from .fits import Fit
 from .moments import precise_device
 from .settings import Compensation

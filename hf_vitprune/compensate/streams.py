@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ..architecture import Architecture
-from ..batches import ImageBatches
-from ..plan import PruningPlan
+from ..plan.plan import PruningPlan
+from ..spec.architecture import Architecture
+from ..utils.batches import ImageBatches
 from .settings import Compensation
 from .walk import Walk
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architecture import Architecture
 from ..errors import InvalidDataError
 from ..families import LayerPaths
+from ..modeling.peft_twin import whole_shadow
 from ..modeling.structure import finish_mixers, layer_paths
-from ..peft_twin import whole_shadow
+from ..spec.architecture import Architecture
 
 
 class _Stop(Exception):

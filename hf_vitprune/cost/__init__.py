@@ -1,8 +1,8 @@
 """What a model costs: parameters and multiply-adds in closed form, and time as measured."""
 
+from ..latency.measure_time import Timing, device_name, environment, measure_speed
+from ..latency.table import LatencyTable
 from .closed_form import Cost, cost_parts, count
-from .latency import Timing, device_name, environment, measure_speed
-from .latency_table import LatencyTable
 from .meter import METRICS, ClosedFormMeter, CostMeter, LatencyMeter
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..architecture import Architecture
+from ..spec.architecture import Architecture
 from .closed_form import cost_parts
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..architecture import Architecture
 from ..families import Part
-from ..layer_shape import LayerShape
+from ..spec.architecture import Architecture
+from ..spec.layer_shape import LayerShape
 
 
 class Cost(NamedTuple):

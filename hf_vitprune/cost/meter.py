@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from ..architecture import Architecture
 from ..families import Part
-from ..layer_shape import LayerShape
+from ..latency.table import LatencyTable
+from ..spec.architecture import Architecture
+from ..spec.layer_shape import LayerShape
 from .closed_form import layer_parts, outer_parts
-from .latency_table import LatencyTable
 
 ImageSize = int | tuple[int, int] | None
 

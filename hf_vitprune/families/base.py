@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..mixing import InPlaceMixin
+from ..utils.mixing import InPlaceMixin
 
 #: Every kind of unit that a plan can remove, from the finest to the coarsest.
 UNITS = ("qk", "v", "mlp", "heads", "embedding", "layers")

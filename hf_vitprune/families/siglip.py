@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..mixing import InPlaceMixin, mix_into
+from ..utils.mixing import InPlaceMixin, mix_into
 from .base import Family, Part
 
 

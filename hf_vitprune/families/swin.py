@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..mixing import InPlaceMixin
+from ..utils.mixing import InPlaceMixin
 from .base import UNITS, Family, LayerSizes, Part, pair
 
 

@@ -12,15 +12,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..architecture import Architecture
-from ..batches import ImageBatches
-from ..cost.latency_table import LatencyTable
 from ..cost.meter import METRICS, ClosedFormMeter, CostMeter, LatencyMeter
-from ..distillation import DistillationConfig
 from ..errors import InvalidConfigError
 from ..families.base import pair
-from ..gates import Gate
-from ..plan import PruningPlan
+from ..latency.table import LatencyTable
+from ..losses.distillation import DistillationConfig
+from ..plan.plan import PruningPlan
+from ..spec.architecture import Architecture
+from ..surgery.gates import Gate
+from ..utils.batches import ImageBatches
 
 
 @dataclass

@@ -9,10 +9,10 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..architecture import Architecture, unwrap
 from ..errors import InvalidConfigError, InvalidPlanError
-from ..gates import DepthGate, attach_depth_gate
-from ..plan import PruningPlan
+from ..plan.plan import PruningPlan
+from ..spec.architecture import Architecture, unwrap
+from ..surgery.gates import DepthGate, attach_depth_gate
 from .base import PruningConfig, PruningMethod
 
 

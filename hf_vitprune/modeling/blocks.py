@@ -11,8 +11,8 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..families import Family
-from ..layer_shape import LayerShape
-from ..mixing import InPlaceMixin
+from ..spec.layer_shape import LayerShape
+from ..utils.mixing import InPlaceMixin
 from .conv_mixer import GRID
 
 

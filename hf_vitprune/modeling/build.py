@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..architecture import Architecture, stock_config, write_record
 from ..errors import InvalidArchitectureError
+from ..spec.architecture import Architecture, stock_config, write_record
 from .registry import class_for_task, pruned_config_class
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import TokenGridError
 from ..families import family_of
-from ..layer_shape import LayerShape
+from ..spec.layer_shape import LayerShape
 
 #: keyword under which models hand the grid of patches (down, across) to their layers
 GRID = "patch_grid"

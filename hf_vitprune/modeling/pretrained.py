@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from ..architecture import Architecture, write_record
 from ..errors import CheckpointMismatchError, InvalidArchitectureError
+from ..spec.architecture import Architecture, write_record
 from .structure import apply_architecture, layer_paths, materialize
 
 STUB_MODULE = "modeling_hf_vitprune"
@@ -132,12 +132,12 @@ class PrunedModelMixin:
         return info
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """As transformers', with a model card unless there is one already; see :func:`hf_vitprune.hub.push_to_hub`.
+        """As transformers', with a model card unless there is one already; see ``hf_vitprune.push_to_hub``.
 
         Raises:
             HubUploadError: the push did not go through.
         """
-        from ..hub import push_to_hub
+        from ..publish.hub import push_to_hub
 
         return push_to_hub(self, repo_id, **kwargs)
 

@@ -12,9 +12,9 @@ from transformers.conversion_mapping import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..architecture import strip_family
 from ..errors import UnsupportedModelError
 from ..families import PRUNED_PREFIX, Family, add_family, all_families
+from ..spec.architecture import strip_family
 from .pretrained import PrunedConfigMixin, PrunedModelMixin
 
 #: Auto classes whose stock classes get a pruned twin

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..architecture import Architecture
 from ..families import Family, LayerPaths
-from ..layer_shape import LayerShape
-from ..mixing import mix_into
+from ..spec.architecture import Architecture
+from ..spec.layer_shape import LayerShape
+from ..utils.mixing import mix_into
 from .blocks import PrunedAttentionMixin, PrunedMlpMixin, RemovedAttention, RemovedMlp
 from .conv_mixer import ConvMixer, IdentityMixer, follow_grid
 

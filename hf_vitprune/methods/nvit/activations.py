@@ -9,11 +9,11 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ...architecture import Architecture
 from ...errors import MissingGradientsError
-from ...gates import GateHook
 from ...modeling.structure import get_wrapped, layer_paths
-from ...processes import mean_over_processes
+from ...spec.architecture import Architecture
+from ...surgery.gates import GateHook
+from ...utils.processes import mean_over_processes
 from .scores import LayerSums
 from .units import UnitSet
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...select import l2_scores
+from ...plan.select import l2_scores
 from .units import UnitSet
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...architecture import Architecture
-from ...cuts import find_cuts
-from ...masks import EMBEDDING, UnitMask, mask_name
-from ...plan import PruningPlan
-from ...transplant import empty_like
+from ...plan.plan import PruningPlan
+from ...spec.architecture import Architecture
+from ...surgery.cuts import find_cuts
+from ...surgery.masks import EMBEDDING, UnitMask, mask_name
+from ...surgery.transplant import empty_like
 from .units import UnitSet
 
 

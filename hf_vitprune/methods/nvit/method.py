@@ -12,14 +12,14 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from ...batches import ImageBatches
 from ...cost.meter import ClosedFormMeter
-from ...distillation import DistillationConfig
 from ...errors import InvalidConfigError, MissingGradientsError, UnreachableTargetError
-from ...masks import attach_masks, make_masks
-from ...peft_twin import is_peft
-from ...plan import PruningPlan
-from ...processes import broadcast, is_first_process
+from ...losses.distillation import DistillationConfig
+from ...modeling.peft_twin import is_peft
+from ...plan.plan import PruningPlan
+from ...surgery.masks import attach_masks, make_masks
+from ...utils.batches import ImageBatches
+from ...utils.processes import broadcast, is_first_process
 from ..base import PruningMethod
 from .activations import ActivationSums
 from .average import RunningScores

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...architecture import Architecture
 from ...cost.meter import CostMeter
+from ...spec.architecture import Architecture
 from .units import UnitSet, resized, resized_layer
 
 

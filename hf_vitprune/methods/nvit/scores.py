@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from ...architecture import Architecture
 from ...errors import MissingGradientsError
 from ...families import LayerPaths
 from ...modeling.structure import get_wrapped, layer_paths
+from ...spec.architecture import Architecture
 from .units import UnitSet
 
 #: divisors of the published code; the 12 of heads is twice what its formula says

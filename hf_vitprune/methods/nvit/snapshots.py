@@ -15,9 +15,9 @@ import torch
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling
 
 from ...errors import InvalidPlanError, UnreachableTargetError
-from ...peft_twin import is_peft
-from ...plan import PruningPlan
-from ...surgery import prune
+from ...modeling.peft_twin import is_peft
+from ...plan.plan import PruningPlan
+from ...pruning import prune
 from .trajectory import Moment, Trajectory
 from .units import UnitSet
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...architecture import Architecture
 from ...cost.meter import CostMeter
+from ...spec.architecture import Architecture
 from .ranking import Removal, Sizes
 from .units import UnitSet
 

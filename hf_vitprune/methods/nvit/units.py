@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...architecture import Architecture
 from ...errors import InvalidConfigError
-from ...layer_shape import LayerShape
-from ...plan import PruningPlan
-from ...select import check_units
+from ...plan.plan import PruningPlan
+from ...plan.select import check_units
+from ...spec.architecture import Architecture
+from ...spec.layer_shape import LayerShape
 from .config import NViTConfig
 
 #: name in a layer's shape of the number of units of a kind

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ...architecture import Architecture
 from ...cost.meter import CostMeter
 from ...errors import InvalidConfigError, UnreachableTargetError, UnsupportedUnitError
-from ...layer_plan import LayerPlan
-from ...layer_shape import LayerShape
-from ...plan import PruningPlan
+from ...plan.layer_plan import LayerPlan
+from ...plan.plan import PruningPlan
+from ...spec.architecture import Architecture
+from ...spec.layer_shape import LayerShape
 from ..base import PruningConfig
 from .allocate import Options, allocate
 from .settings import OneShotSettings

@@ -7,13 +7,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...architecture import Architecture
-from ...batches import ImageBatches
 from ...compensate.algebra import obs, qk_maps, roots
 from ...compensate.moments import Moments, Statistics, precise_device
 from ...compensate.streams import token_weights
 from ...compensate.walk import Layer, Walk
-from ...layer_shape import LayerShape
+from ...spec.architecture import Architecture
+from ...spec.layer_shape import LayerShape
+from ...utils.batches import ImageBatches
 from .folds import Branch, neurons_left, value_basis, value_errors, value_map_of, values_left
 from .probe import Probe
 from .settings import OneShotSettings

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...compensate.walk import Layer, Walk
-from ...peft_twin import whole_shadow
+from ...modeling.peft_twin import whole_shadow
 
 #: new weight and bias of a Linear, by its part of the layer
 Changes = dict[str, tuple[torch.Tensor, torch.Tensor]]

@@ -11,11 +11,11 @@ import torch
 from ...compensate.algebra import qk_maps
 from ...compensate.moments import Statistics
 from ...errors import InvalidPlanError
-from ...layer_plan import LayerPlan
-from ...layer_shape import LayerShape
 from ...modeling.structure import get, layer_paths
-from ...plan import PruningPlan
-from ...transplant import check_plan, empty_like
+from ...plan.layer_plan import LayerPlan
+from ...plan.plan import PruningPlan
+from ...spec.layer_shape import LayerShape
+from ...surgery.transplant import check_plan, empty_like
 from .folds import Branch, neurons_left, value_basis, value_map_of, values_left
 from .settings import OneShotSettings
 

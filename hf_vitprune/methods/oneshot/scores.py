@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ...architecture import Architecture, unwrap
-from ...batches import ImageBatches
 from ...errors import InvalidDataError, UnsupportedModelError
-from ...peft_twin import is_peft, merged_twin
-from ...plan import PruningPlan
+from ...modeling.peft_twin import is_peft, merged_twin
+from ...plan.plan import PruningPlan
+from ...spec.architecture import Architecture, unwrap
+from ...utils.batches import ImageBatches
 from .choose import best_plan
 from .measure import Measurement
 from .rebuild import rebuilt

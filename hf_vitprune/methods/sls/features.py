@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...architecture import Architecture, unwrap
-from ...batches import ImageBatches
 from ...errors import InvalidConfigError, InvalidDataError
-from ...modes import evaluating
+from ...spec.architecture import Architecture, unwrap
+from ...utils.batches import ImageBatches
+from ...utils.modes import evaluating
 from .config import SLSConfig
 
 

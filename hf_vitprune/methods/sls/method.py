@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ...batches import ImageBatches
 from ...errors import InvalidDataError
+from ...utils.batches import ImageBatches
 from ..depth import DepthMethod
 from .config import SLSConfig
 from .selection import LayerSelection, checked_floor, select_layers

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...architecture import Architecture
 from ...errors import InvalidConfigError, InvalidDataError
+from ...spec.architecture import Architecture
 from ..depth import fewest_layers
 from .config import SLSConfig
 from .features import check_features, check_labels, extract_features

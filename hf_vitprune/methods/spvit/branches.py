@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...conv_fold import POSITIONS, FoldedConvolution, fold_heads, mixer_state, mixing_probabilities
-from ...layer_shape import KERNELS
 from ...modeling.blocks import read_inputs
+from ...modeling.conv_fold import POSITIONS, FoldedConvolution, fold_heads, mixer_state, mixing_probabilities
 from ...modeling.conv_mixer import ConvMixer, MixerBatchNorm
+from ...spec.layer_shape import KERNELS
 
 Grid = tuple[int, int]
 

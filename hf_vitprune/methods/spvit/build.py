@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...architecture import Architecture
 from ...errors import UnsupportedModelError
 from ...families import LayerPaths
-from ...layer_shape import KERNELS
 from ...modeling.conv_mixer import ConvMixer
 from ...modeling.structure import get
+from ...spec.architecture import Architecture
+from ...spec.layer_shape import KERNELS
 from .branches import Attention, Branches, OwnBranches, SharedBranches
 from .config import SPViTConfig
 from .cost import mixer_shape

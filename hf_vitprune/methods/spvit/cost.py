@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ...architecture import Architecture
 from ...cost.meter import CostMeter
-from ...layer_shape import KERNELS, LayerShape
+from ...spec.architecture import Architecture
+from ...spec.layer_shape import KERNELS, LayerShape
 from .gates import LEVELS, MixerGates, NeuronGates, nested
 
 

@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ...architecture import Architecture
 from ...families import Family, LayerPaths
-from ...gates import ForwardOverride, GateHook
 from ...modeling.conv_mixer import GRID, give_grid, split_tokens
 from ...modeling.structure import get
+from ...spec.architecture import Architecture
+from ...surgery.gates import ForwardOverride, GateHook
 from .branches import Attention, Branches, Grid
 from .gates import LEVELS, MixerGates, NeuronGates, nested
 

@@ -12,17 +12,17 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from ...architecture import Architecture
-from ...batches import ImageBatches
 from ...cost.blocks import removed_macs
 from ...cost.meter import ClosedFormMeter
 from ...errors import InvalidConfigError, InvalidPlanError, UnreachableTargetError, UnsupportedModelError
 from ...families import LayerPaths
-from ...layer_plan import LayerPlan
-from ...layer_shape import KERNELS
 from ...modeling.structure import layer_paths
-from ...plan import PruningPlan
-from ...targets import reach_target
+from ...plan.layer_plan import LayerPlan
+from ...plan.plan import PruningPlan
+from ...plan.targets import reach_target
+from ...spec.architecture import Architecture
+from ...spec.layer_shape import KERNELS
+from ...utils.batches import ImageBatches
 from ..base import PruningMethod
 from .branches import Attention
 from .build import attention_of, checked_linear, mixer_search

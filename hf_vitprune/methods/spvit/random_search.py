@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ...architecture import Architecture, unwrap
 from ...cost.meter import ClosedFormMeter
 from ...errors import UnreachableTargetError
-from ...layer_shape import KERNELS
 from ...modeling.structure import layer_paths
-from ...plan import PruningPlan
+from ...plan.plan import PruningPlan
+from ...spec.architecture import Architecture, unwrap
+from ...spec.layer_shape import KERNELS
 from .branches import SharedBranches
 from .build import attention_of
 from .gates import LEVELS

@@ -11,13 +11,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...architecture import Architecture, unwrap
-from ...batches import ImageBatches
 from ...errors import InvalidConfigError, InvalidDataError
-from ...gates import DepthGate, attach_depth_gate
-from ...modes import evaluating
-from ...plan import PruningPlan
-from ...targets import reach_target
+from ...plan.plan import PruningPlan
+from ...plan.targets import reach_target
+from ...spec.architecture import Architecture, unwrap
+from ...surgery.gates import DepthGate, attach_depth_gate
+from ...utils.batches import ImageBatches
+from ...utils.modes import evaluating
 from ..depth import DepthMethod
 from .config import TruncationConfig
 

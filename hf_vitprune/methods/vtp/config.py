@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ...errors import InvalidConfigError
-from ...gates import POINTS
+from ...surgery.gates import POINTS
 from ..base import PruningConfig, check_number, check_open_interval
 
 

@@ -10,15 +10,15 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ...batches import ImageBatches
 from ...cost.meter import ClosedFormMeter, CostMeter
 from ...errors import InvalidConfigError, InvalidPlanError
-from ...gates import Gate, attach_gates, gate_name, gate_sizes
-from ...layer_plan import PAD, LayerPlan
 from ...modeling.structure import layer_paths
-from ...plan import PruningPlan
-from ...select import best
-from ...targets import reach_target
+from ...plan.layer_plan import PAD, LayerPlan
+from ...plan.plan import PruningPlan
+from ...plan.select import best
+from ...plan.targets import reach_target
+from ...surgery.gates import Gate, attach_gates, gate_name, gate_sizes
+from ...utils.batches import ImageBatches
 from ..base import PruningMethod
 from .config import VTPConfig
 

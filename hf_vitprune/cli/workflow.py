@@ -1,0 +1,287 @@
+"""Train, prune, fine-tune, measure: the run behind ``hf-vitprune prune`` and ``demo``."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+
+from ..cost import count
+from ..latency.measure_time import Timing, measure_speed
+from ..losses.distillation import DistillationConfig
+from ..methods import PruningConfig, method_for
+from ..plan.plan import PruningPlan
+from ..publish.card import model_card
+from ..publish.report import plot_removed
+from ..spec.architecture import Architecture
+from ..training.exporting import is_compensated
+from ..training.model import get_pruning_model
+from ..training.trainer import PruningTrainer
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast a stage trains.
+
+    Attributes:
+        epochs: passes over the training set.
+        learning_rate: of AdamW, cosine decay after a warm-up over a tenth of the steps.
+        batch_size: images a step and process.
+        weight_decay: of AdamW.
+        seed: of order and initialisation.
+    """
+
+    epochs: float
+    learning_rate: float
+    batch_size: int = 64
+    weight_decay: float = 0.05
+    seed: int = 0
+
+    def arguments(self, output_dir: str) -> TrainingArguments:
+        return TrainingArguments(
+            output_dir,
+            num_train_epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=4 * self.batch_size,
+            weight_decay=self.weight_decay,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
+            seed=self.seed,
+            data_seed=self.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            dataloader_pin_memory=torch.cuda.is_available(),
+            # arguments set accelerate's state up anew: on the CPU it would forget the other processes without this
+            use_cpu=PartialState().device.type == "cpu",
+        )
+
+
+@dataclass
+class PrunedResult:
+    """What pruning one model gave.
+
+    Attributes:
+        model: the small model, fine-tuned.
+        plan: what stayed.
+        accuracy: ``dense`` before any pruning; ``pruned`` right after the decision, by plain slices; ``compensated``
+            (where there was something to make up for) and ``tuned`` (where it was fine-tuned) from there. Empty
+            without labels.
+        macs_ratio, params_ratio: cost of the small model as a fraction of the dense one's.
+    """
+
+    model: Any
+    plan: PruningPlan
+    accuracy: dict[str, float]
+    macs_ratio: float
+    params_ratio: float
+
+    @property
+    def final_accuracy(self) -> float:
+        return next(self.accuracy[stage] for stage in ("tuned", "compensated", "pruned") if stage in self.accuracy)
+
+
+def accuracy_of(prediction: Any) -> dict[str, float]:
+    """``compute_metrics`` for a Trainer: top-1 accuracy."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
+
+
+def train(
+    model: Any,
+    schedule: Schedule,
+    train_set: Any,
+    eval_set: Any,
+    *,
+    what: str,
+    teacher: Any = None,
+    distillation: DistillationConfig | None = None,
+) -> float:
+    """Train a model or PruningModel in place and return its accuracy on ``eval_set`` afterwards.
+
+    Args:
+        what: name of the stage, shown at the progress bar.
+        teacher: learn from its logits too (and for a PruningModel, from a copy of itself, with ``distillation``).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = PruningTrainer(
+            model,
+            schedule.arguments(folder),
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            compute_metrics=accuracy_of,
+            teacher=teacher,
+            distillation=distillation,
+        )
+        use_quiet_progress(trainer, what)
+        trainer.train()
+        return trainer.evaluate()["eval_accuracy"]
+
+
+def evaluate(model: Any, eval_set: Any, batch_size: int = 256) -> float:
+    """Top-1 accuracy of a model."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model,
+            Schedule(0, 0.0, batch_size).arguments(folder),
+            eval_dataset=eval_set,
+            compute_metrics=accuracy_of,
+        )
+        use_quiet_progress(trainer, "evaluating")
+        return trainer.evaluate()["eval_accuracy"]
+
+
+def prune_and_tune(
+    model: Any,
+    config: PruningConfig,
+    train_set: Any,
+    eval_set: Any,
+    *,
+    learn: Schedule,
+    tune: Schedule | None,
+    distillation: DistillationConfig | None = None,
+) -> PrunedResult:
+    """Learn what to prune, prune, fine-tune against the unpruned model; ``model`` itself is trained by the first step.
+
+    While it prunes, a method trains with the distillation that its authors use (``method.distillation``).
+
+    Args:
+        learn: schedule of the training that decides.
+        tune: schedule of the fine-tuning; None for none.
+        distillation: how the small model learns from the unpruned one while it is fine-tuned; None: labels only.
+    """
+    config.meter(Architecture.of(model))  # a latency table of something else is refused before any work
+    accuracy = {"dense": evaluate(model, eval_set)}
+    dense = count(model, config.image_size)
+    before = copy.deepcopy(model) if method_for(config).zeroes_weights else None
+    wrapped = get_pruning_model(model, config)
+    name = config.method_name
+    taught = wrapped.method.distillation
+    # what the gated model computes after its decision is what plain slices do
+    accuracy["pruned"] = train(
+        wrapped, learn, train_set, eval_set, what=f"{name}: learning what to prune", distillation=taught
+    )
+    plan = wrapped.plan()
+    small = wrapped.export()
+    teacher = wrapped.unload()
+    teacher = teacher if before is None else before
+    if is_compensated(small):
+        accuracy["compensated"] = evaluate(small, eval_set)
+    if tune is not None:
+        accuracy["tuned"] = train(
+            small,
+            tune,
+            train_set,
+            eval_set,
+            what=f"{name}: fine-tuning",
+            teacher=teacher if distillation is not None else None,
+            distillation=distillation,
+        )
+    cost = count(small, config.image_size)
+    return PrunedResult(small.eval(), plan, accuracy, cost.macs / dense.macs, cost.params / dense.params)
+
+
+def compare(
+    dense: Any, dense_accuracy: float, results: dict[str, PrunedResult], batch_size: int
+) -> tuple[list[dict[str, Any]], dict[str, Timing]]:
+    """Rows for ``comparison_table``, and the timings behind them: all models measured in turns, in one run.
+
+    Args:
+        dense: the unpruned model.
+        dense_accuracy: of it.
+        results: name of the method -> what it gave.
+        batch_size: images a forward pass.
+    """
+    models = {"dense": dense, **{name: result.model for name, result in results.items()}}
+    timings = measure_speed(models, batch_size=batch_size)
+    rows = [model_row("dense", dense, dense_accuracy, timings["dense"])]
+    for name, result in results.items():
+        tuned = "tuned" in result.accuracy
+        for stage, what in (("pruned", "just pruned"), ("compensated", "compensated")):
+            if tuned and stage in result.accuracy:
+                rows.append({"name": f"{name}, {what}", "accuracy": result.accuracy[stage]})
+        last = f"{name}, {'final' if tuned else 'without fine-tuning'}"
+        rows.append(model_row(last, result.model, result.final_accuracy, timings[name]))
+    return rows, timings
+
+
+def model_row(name: str, model: Any, accuracy: float | None, timing: Timing) -> dict[str, Any]:
+    """A row of ``comparison_table``."""
+    cost = count(model)
+    return {
+        "name": name,
+        "accuracy": accuracy,
+        "params": cost.params,
+        "macs": cost.macs,
+        "latency_ms": timing.seconds * 1e3,
+        "speedup": timing.speedup,
+    }
+
+
+def save_result(
+    folder: Path,
+    result: PrunedResult,
+    processor: Any,
+    timings: dict[str, Timing],
+    *,
+    dataset: str | None,
+    base_model: str | None = None,
+) -> None:
+    """Write the model, its image processor, plan, plot of what was removed, and card.
+
+    Args:
+        timings: of ``before`` (dense) and ``after``.
+        dataset: what the accuracies were measured on; None where there are none.
+        base_model: Hub id of the dense model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    result.model.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    result.plan.save(folder / "plan.json")
+    plot_removed(result.plan, folder / "removed.png")
+    card = model_card(
+        result.model,
+        base_model=base_model,
+        info=result.plan.info,
+        before={"accuracy": result.accuracy["dense"]} if result.accuracy else None,
+        after={"accuracy": result.final_accuracy} if result.accuracy else None,
+        dataset=dataset,
+        timings=timings,
+    )
+    card.save(folder / "README.md")
+
+
+class _NamedProgress(ProgressCallback):
+    """A progress bar that says which stage runs, and leaves the numbers to the caller's table."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.what)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass  # metrics are shown in one table at the end
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        pass  # evaluation takes a moment here
+
+
+def use_quiet_progress(trainer: Trainer, what: str) -> None:
+    """Replace the Trainer's printing by one named progress bar."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(_NamedProgress(what))

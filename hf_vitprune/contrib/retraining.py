@@ -1,0 +1,167 @@
+"""Training a truncated model again: which learning rates, and from which weights.
+
+Three schedules, for the same number of epochs:
+
+- ``CLR`` (cyclic learning-rate restarting, Le and Hua, 2021): from the weights as they are, warm-up to the peak rate
+  of the first training, then cosine decay.
+- ``FT`` (fine-tuning, as Renda et al., 2020, and Le and Hua compare it): from the weights as they are, at one small
+  rate. Their rate is the first training's last; a cosine ends at zero, so that it is a share of the peak here.
+- ``TFS`` (training from scratch): the rates of ``CLR``, from fresh adapters and a fresh head on the pretrained layers
+  that were kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..errors import AdapterError, InvalidConfigError
+from ..modeling.peft_twin import check_peft_model, is_peft, peft_model_in, plain_twin, saved_modules
+from ..peft.configs import changes_base
+from ..training.trainer import PruningTrainer
+
+SCHEDULES = ("CLR", "FT", "TFS")
+#: last rate of step-wise schedules as a share of their peak
+FINE_TUNING_SHARE = 0.01
+#: 10 of 100 epochs
+WARM_UP = 0.1
+
+
+def retraining_arguments(
+    args: TrainingArguments,
+    schedule: str = "CLR",
+    *,
+    epochs: float | None = None,
+    warm_up: float = WARM_UP,
+    share: float = FINE_TUNING_SHARE,
+) -> TrainingArguments:
+    """The arguments of a first training, changed for a second one.
+
+    Args:
+        args: of the first training; ``learning_rate`` is its peak.
+        schedule: ``CLR``, ``FT`` or ``TFS``.
+        epochs: of the second training; as the first by default.
+        warm_up: share of the steps over which the rate rises (``CLR`` and ``TFS``), in [0, 1).
+        share: the rate of ``FT`` as a share of the peak, in (0, 1].
+
+    Returns:
+        A copy; ``args`` are left alone.
+
+    Raises:
+        InvalidConfigError: an unknown schedule, or a share that is none.
+    """
+    check_schedule(schedule)
+    if not 0 <= warm_up < 1:
+        raise InvalidConfigError(f"warm_up is a share of the steps in [0, 1), not {warm_up!r}")
+    if not 0 < share <= 1:
+        raise InvalidConfigError(f"share is a share of the peak learning rate in (0, 1], not {share!r}")
+    changed = copy.copy(args)
+    if epochs is not None:
+        changed.num_train_epochs, changed.max_steps = epochs, -1
+    if schedule == "FT":
+        changed.learning_rate = args.learning_rate * share
+        changed.lr_scheduler_type, changed.warmup_steps = type(args.lr_scheduler_type)("constant"), 0
+    else:
+        changed.lr_scheduler_type, changed.warmup_steps = type(args.lr_scheduler_type)("cosine"), warm_up
+    changed.lr_scheduler_kwargs = None
+    return changed
+
+
+def retrain(
+    model: Any,
+    args: TrainingArguments,
+    schedule: str = "CLR",
+    *,
+    epochs: float | None = None,
+    warm_up: float = WARM_UP,
+    share: float = FINE_TUNING_SHARE,
+    trainer_class: Any = PruningTrainer,
+    resume_from_checkpoint: Any = None,
+    **trainer: Any,
+) -> Any:
+    """Train a truncated model again.
+
+    Args:
+        model: what ``export()`` or ``truncate`` gave; trained in place, but for ``TFS``.
+        args: of the first training; see :func:`retraining_arguments` for ``epochs``, ``warm_up`` and ``share``.
+        schedule: ``CLR``, ``FT`` or ``TFS``.
+        trainer_class: the Trainer to use.
+        resume_from_checkpoint: as for ``Trainer.train``.
+        trainer: for the Trainer: ``train_dataset``, ``eval_dataset``, ``compute_metrics``, ...
+
+    Returns:
+        The Trainer after its training; ``.model`` is the model.
+
+    Raises:
+        InvalidConfigError: see :func:`retraining_arguments`; or ``TFS`` of a model without adapters.
+        AdapterError: see :func:`fresh_adapters`.
+    """
+    changed = retraining_arguments(args, schedule, epochs=epochs, warm_up=warm_up, share=share)
+    if schedule == "TFS":
+        model = fresh_adapters(model, seed=args.seed)
+    made = trainer_class(model=model, args=changed, **trainer)
+    made.train(resume_from_checkpoint=resume_from_checkpoint)
+    return made
+
+
+def check_schedule(schedule: str) -> None:
+    """Raises:
+    InvalidConfigError: it is none of the three.
+    """
+    if schedule not in SCHEDULES:
+        raise InvalidConfigError(f"schedule is one of {', '.join(SCHEDULES)}, not {schedule!r}")
+
+
+def fresh_adapters(model: Any, seed: int = 0) -> Any:
+    """The same base with new adapters of the same settings, and new weights for what they train as a whole.
+
+    Args:
+        model: a PeftModel; left alone, but it shares the base's tensors with the result.
+        seed: of the new weights.
+
+    Raises:
+        InvalidConfigError: the model has no adapters.
+        AdapterError: its adapters have changed the base weights, or are in a state that cannot be carried over.
+    """
+    if not is_peft(model):
+        raise InvalidConfigError(
+            f"training from scratch starts from the pretrained layers, and this {type(model).__name__} has no "
+            "adapters that could be taken off: its layers are trained themselves. Truncate the pretrained model and "
+            "train that"
+        )
+    model = peft_model_in(model)
+    check_peft_model(model)
+    configs = {name: copy.deepcopy(config) for name, config in model.peft_config.items()}
+    for name, config in configs.items():
+        if changes_base(config):
+            raise AdapterError(
+                f"adapter {name!r} was initialised out of the base weights ({config.init_lora_weights!r}) and has "
+                "changed them: the pretrained layers are not there to start from"
+            )
+    old = model.get_base_model()
+    base = plain_twin(old)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, wrapper in saved_modules(old).items():
+            _renew(base, name, wrapper)
+        names = list(configs)
+        made = type(model)(base, configs[names[0]], names[0])
+        for name in names[1:]:
+            made.add_adapter(name, configs[name])
+    made.set_adapter(model.active_adapter)
+    return made.train(model.training)
+
+
+def _renew(base: PreTrainedModel, name: str, wrapper: ModulesToSaveWrapper) -> None:
+    """Put a new module, as the model's class initialises it, where adapters train one as a whole."""
+    new = copy.deepcopy(wrapper.original_module)
+    for module in new.modules():
+        module._is_hf_initialized = False
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = False
+        base._init_weights(module)
+    base.set_submodule(name, new)

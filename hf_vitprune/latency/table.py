@@ -1,0 +1,269 @@
+"""Predicted seconds of any shape of one model, from times measured once on a device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import LatencyTableError
+from ..families.base import pair
+from ..spec.architecture import Architecture
+from ..spec.layer_shape import LayerShape
+from .coverage import check_complete, covered_model
+from .grid import READING
+from .measure_time import device_name
+from .sampled_grid import SampledGrid
+
+FORMAT_VERSION = 1
+
+
+class LatencyTable:
+    """How long a forward pass of a batch takes, block by block, for every shape that a grid spans.
+
+    Blocks are timed with nothing in them (``none``), with attention and no MLP (``attention``) or another mixer and
+    no MLP (by its name), and with an MLP and no mixer (``mlp``); one with both takes ``attention + mlp - none``. The
+    model around its blocks (``model``: patch embedding, final norm, head) is timed with an empty one a stage.
+
+    Attributes:
+        provenance: device, threads, dtype, batch and image size, versions, date; JSON-ready.
+        covers: the dense model that the times are of, as :func:`covered_model` describes it.
+        model: seconds of the model with one empty block a stage, by ``embedding``.
+        stages: for every stage, the grids by name. Axes: ``embedding``, ``heads``, ``qk``, ``v``, ``mlp``;
+            ``inputs`` in ``attention_reading`` and ``mlp_reading`` (parts that read only some residual channels);
+            ``shifted`` (0, 1) for windows; ``channels`` and ``batch_norm`` (0, 1) of convolution mixers.
+        monotone: times are read from a fit that never falls when a size grows; the measured ones are kept.
+    """
+
+    def __init__(
+        self,
+        provenance: Mapping[str, Any],
+        covers: Mapping[str, Any],
+        model: SampledGrid,
+        stages: list[dict[str, SampledGrid]],
+        monotone: bool = False,
+    ) -> None:
+        check_complete(provenance, covers, model, stages)
+        self.provenance, self.covers = dict(provenance), dict(covers)
+        self.model, self.stages, self.monotone = model, stages, monotone
+        self._model = model.monotone() if monotone else model
+        self._stages = [{k: g.monotone() for k, g in row.items()} if monotone else row for row in stages]
+
+    @classmethod
+    def measure(
+        cls,
+        model_or_config: Any,
+        batch_size: int = 8,
+        image_size: int | tuple[int, int] | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        grid: str | Mapping[str, Sequence[int]] = "coarse",
+        rounds: int = 5,
+        monotone: bool = True,
+        partial: str | Path | None = None,
+        progress: bool = True,
+    ) -> LatencyTable:
+        """Time the blocks of a model in every shape of a grid, on this machine.
+
+        All shapes take turns, round after round, in an order that changes; a time is the median over the rounds. The
+        dense model takes turns with them: ``provenance["dense_seconds"]`` against ``predict`` of it says how far the
+        table is to be trusted.
+
+        Args:
+            model_or_config: a model, a config (of an image classifier) or an Architecture. Weights play no part; of a
+                pruned one, the dense model behind it is meant.
+            batch_size: images a forward pass.
+            image_size: side, or (height, width), in pixels; the config's by default.
+            dtype: the model's by default (float32 for configs).
+            device: the model's by default (cpu for configs).
+            grid: ``"coarse"`` (minutes on two cores for a ViT-S or ViT-B), ``"fine"``, or sizes by axis; see
+                :func:`~hf_vitprune.latency.grid.stage_axes`.
+            rounds: times every shape is timed.
+            monotone: read times from a fit that never falls when a size grows.
+            partial: file for the finished rounds: a measurement that was cut off goes on from it.
+            progress: show a progress bar with the time left.
+
+        Raises:
+            InvalidConfigError: an impossible number or grid.
+            LatencyTableError: ``partial`` is damaged, or of another measurement.
+            UnsupportedModelError: no family is registered for the model.
+        """
+        from .measure import measure_table
+
+        return measure_table(
+            model_or_config, batch_size, image_size, dtype, device, grid, rounds, monotone, partial, progress
+        )
+
+    # ------------------------------------------------------------------ predicting
+    def predict(self, architecture: Architecture) -> float:
+        """Seconds of one forward pass of the table's batch, embedding and head included.
+
+        Raises:
+            LatencyTableError: the architecture is of another model, or a size lies outside the grid.
+        """
+        self.check(architecture)
+        layers = (
+            self.layer_seconds(shape, architecture.width(i), stage)
+            for i, (shape, stage) in enumerate(zip(architecture.layers, architecture.stages, strict=True))
+        )
+        return sum(layers) + self.outer_seconds(architecture.hidden_size)
+
+    def layer_seconds(self, shape: LayerShape, width: int, stage: int = 0) -> float:
+        """Seconds of one block of a stage at a residual width.
+
+        Raises:
+            LatencyTableError: a size lies outside the grid, or the block's mixer was not timed.
+        """
+        grids = self._stages[stage]
+        shifted = int(bool(shape.shifted))
+        place = {"embedding": width, "shifted": shifted}
+        if shape.mixer == "attention":
+            sizes = {**place, "heads": shape.heads, "qk": shape.qk_dim, "v": shape.v_dim}
+            seconds = self._read(stage, "attention", shape.attention_in, sizes)
+        elif shape.mixer in grids:
+            conv = {"channels": shape.conv_channels or 0, "batch_norm": int(bool(shape.batch_norm))}
+            seconds = grids[shape.mixer].at(**place, **conv)
+        else:
+            raise LatencyTableError(f"the table has no times of the mixer {shape.mixer!r}")
+        if shape.mlp:
+            place["shifted"] = 0
+            seconds += self._read(stage, "mlp", shape.mlp_in, {**place, "mlp": shape.mlp}) - grids["none"].at(**place)
+        return seconds
+
+    def _read(self, stage: int, name: str, inputs: int | None, sizes: dict[str, int]) -> float:
+        grids = self._stages[stage]
+        if inputs is None:
+            return grids[name].at(**sizes)
+        if name + READING not in grids:
+            raise LatencyTableError(
+                f"the table has no times of blocks that read only some of their inputs ({name}_in {inputs}); measure "
+                "one with inputs in its grid"
+            )
+        return grids[name + READING].at(**sizes, inputs=inputs)
+
+    def outer_seconds(self, hidden_size: int) -> float:
+        """Seconds of everything outside the blocks at a residual width.
+
+        Raises:
+            LatencyTableError: the width lies outside the grid.
+        """
+        factors = self.covers["width_factors"]
+        empty = (
+            g["none"].at(embedding=hidden_size * f, shifted=0) for g, f in zip(self._stages, factors, strict=True)
+        )
+        return self._model.at(embedding=hidden_size) - sum(empty)
+
+    # ------------------------------------------------------------------ what it may be used for
+    def check(
+        self,
+        architecture: Architecture,
+        image_size: int | tuple[int, int] | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        """Refuse an architecture of another model, or another input than the table's.
+
+        Args:
+            architecture: its dense model must be the table's.
+            image_size: side, or (height, width), of the images meant; None: not stated.
+            batch_size: images a forward pass; None: not stated.
+
+        Raises:
+            LatencyTableError: what differs, and what the table has.
+        """
+        theirs = covered_model(architecture, tuple(self.provenance["image_size"]))
+        differing = [f"{k} {theirs.get(k)!r}, the table {v!r}" for k, v in self.covers.items() if theirs.get(k) != v]
+        if image_size is not None and list(pair(image_size)) != list(self.provenance["image_size"]):
+            differing.append(f"images of {pair(image_size)}, the table {tuple(self.provenance['image_size'])}")
+        if batch_size is not None and batch_size != self.provenance["batch_size"]:
+            differing.append(f"batches of {batch_size}, the table {self.provenance['batch_size']}")
+        if differing:
+            raise LatencyTableError(
+                f"the latency table is of another model or input: the model has {'; '.join(differing)}. Measure a "
+                "table for this one (hf-vitprune latency)"
+            )
+
+    def check_device(self) -> None:
+        """Refuse a table that was not measured on this machine's processor or accelerator.
+
+        Raises:
+            LatencyTableError: names both.
+        """
+        made_on = self.provenance["device"]
+        here = {device_name("cpu")}
+        if torch.cuda.is_available():
+            here |= {device_name(f"cuda:{i}") for i in range(torch.cuda.device_count())}
+        elif torch.accelerator.is_available():
+            here.add(device_name(torch.accelerator.current_accelerator() or "cpu"))
+        if made_on not in here:
+            raise LatencyTableError(
+                f"the latency table was measured on {made_on}, this machine has {', '.join(sorted(here))}. If the "
+                "model is to run there, say so with allow_other_device; otherwise measure a table here"
+            )
+
+    # ------------------------------------------------------------------ files
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        stages = [{name: grid.to_dict() for name, grid in row.items()} for row in self.stages]
+        record = {"version": FORMAT_VERSION, "provenance": self.provenance, "covers": self.covers}
+        return {**record, "monotone": self.monotone, "model": self.model.to_dict(), "stages": stages}
+
+    @classmethod
+    def from_dict(cls, record: Any) -> LatencyTable:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            LatencyTableError: something is missing or impossible.
+        """
+        needed = {"version", "provenance", "covers", "monotone", "model", "stages"}
+        if not isinstance(record, dict) or not needed <= record.keys():
+            raise LatencyTableError(f"a latency table has {', '.join(sorted(needed))}")
+        if record["version"] != FORMAT_VERSION:
+            raise LatencyTableError(f"format version {record['version']!r}, this library reads {FORMAT_VERSION}")
+        kinds = {"provenance": dict, "covers": dict, "monotone": bool, "stages": list}
+        wrong = [name for name, kind in kinds.items() if not isinstance(record[name], kind)]
+        if wrong or not all(isinstance(row, dict) for row in record["stages"]):
+            raise LatencyTableError(f"malformed: {', '.join(wrong) or 'stages'}")
+        stages = [
+            {name: SampledGrid.from_dict(f"stage {i} {name}", grid) for name, grid in row.items()}
+            for i, row in enumerate(record["stages"])
+        ]
+        model = SampledGrid.from_dict("model", record["model"])
+        return cls(record["provenance"], record["covers"], model, stages, record["monotone"])
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table as JSON.
+
+        Returns:
+            The path.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """Read a table.
+
+        Raises:
+            LatencyTableError: the file is damaged.
+            OSError: there is no such file.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (json.JSONDecodeError, UnicodeDecodeError, LatencyTableError) as error:
+            raise LatencyTableError(f"{path} is no usable latency table: {error}") from error
+
+    def summary(self) -> dict[str, Any]:
+        """What to note of a table in the settings of a run: where and when it was made, and a digest of it."""
+        digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        names = ("device", "dtype", "batch_size", "image_size", "date")
+        return {**{name: self.provenance[name] for name in names}, "digest": digest}
+
+    def __repr__(self) -> str:
+        p = self.provenance
+        return f"LatencyTable({self.covers['model_type']} on {p['device']}, batch {p['batch_size']}, {p['dtype']})"

@@ -1,0 +1,175 @@
+"""Distillation: learn from a teacher's logits beside the labels (DeiT: Touvron et al., arXiv 2012.12877)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import InvalidConfigError
+
+__all__ = ["DistillationConfig", "Teacher", "distillation_loss"]
+
+DistillationKind = Literal["soft", "hard", "kl", "none"]
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """What the student learns from the teacher.
+
+    Attributes:
+        kind: "soft" matches the teacher's whole distribution (DeiT eq. 2), "hard" takes the teacher's best class as a
+            second label (eq. 3), "kl" adds `weight * KL(student || teacher)` to the task loss (NViT), "none" leaves
+            the task loss alone.
+        weight: Share of the distillation term, from 0 to 1; the task loss gets the rest. DeiT uses 0.1 for soft and
+            0.5 for hard distillation. For "kl" a factor of any size (NViT: 100); the task loss stays whole.
+        temperature: Both distributions are softened by it, for "soft" and "kl". The "soft" term is multiplied by its
+            square, so that the size of the gradient does not depend on it. DeiT and NViT use 3.
+    """
+
+    kind: DistillationKind = "soft"
+    weight: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(DistillationKind):
+            raise InvalidConfigError(f"kind must be one of {', '.join(get_args(DistillationKind))}, not {self.kind!r}")
+        highest = math.inf if self.kind == "kl" else 1.0
+        if not (0.0 <= self.weight <= highest and math.isfinite(self.weight)):
+            limit = "be a number, not negative" if self.kind == "kl" else "lie between 0 and 1"
+            raise InvalidConfigError(f"weight must {limit}, not {self.weight}")
+        if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
+            raise InvalidConfigError(f"temperature must be a positive number, not {self.temperature}")
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    task_loss: Tensor,
+    config: DistillationConfig,
+    *,
+    distillation_logits: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    loss_scale: float = 1.0,
+) -> Tensor:
+    """Mix the task loss with the distillation term: `(1 - weight) * task + weight * term`; "kl" adds instead.
+
+    The term is `T^2 * KL(teacher || student)` at temperature T ("soft"), or the cross-entropy with the teacher's best
+    class ("hard"), or `KL(student || teacher)` at temperature T ("kl"), averaged over images. (DeiT's code divides the
+    KL by images *and* classes; the paper's equation, followed here, does not.)
+
+    Args:
+        student_logits: (B, C), from the head that `task_loss` comes from.
+        teacher_logits: (B, C), never differentiated. May be None for kind "none".
+        task_loss: The loss on the labels, as the model or the Trainer computed it.
+        config: Kind, weight and temperature.
+        distillation_logits: (B, C) of a distillation head of its own (DeiT with teacher): the term is then computed
+            on these in place of `student_logits`; a "kl" teacher is compared with the whole student.
+        num_items_in_batch: What Trainer passes to `compute_loss`: the number of labelled images in all micro-batches
+            (and processes) of one update. When the model gets it too, its loss is a sum divided by this number, and
+            the gradients of k micro-batches add up to those of the big batch. The term is then divided in the same
+            way; without it, by the size of this batch.
+        loss_scale: What `task_loss` has been multiplied by already. `Trainer.compute_loss` multiplies by the number
+            of processes when it has a global `num_items_in_batch` (DDP averages gradients); a term that is added
+            after it needs the same factor.
+    """
+    if config.kind == "none":
+        return task_loss
+    if teacher_logits is None:
+        raise ValueError(f"{config.kind} distillation needs teacher_logits")
+    logits = student_logits if distillation_logits is None or config.kind == "kl" else distillation_logits
+    if logits.ndim != 2 or logits.shape != teacher_logits.shape:
+        raise ValueError(
+            "student and teacher logits must both be (images, classes), "
+            f"not {tuple(logits.shape)} and {tuple(teacher_logits.shape)}"
+        )
+    logits, target = _at_least_float32(logits), _at_least_float32(teacher_logits.detach())
+    if config.kind in ("soft", "kl"):
+        t = config.temperature
+        student, teacher = F.log_softmax(logits / t, dim=-1), F.log_softmax(target / t, dim=-1)
+        if config.kind == "soft":
+            total = F.kl_div(student, teacher, reduction="sum", log_target=True) * t**2
+        else:
+            total = (student.exp() * (student - teacher)).sum()
+    else:
+        total = F.cross_entropy(logits, target.argmax(dim=-1), reduction="sum")
+    if num_items_in_batch is None:
+        items: Tensor | int = logits.shape[0]
+    elif isinstance(num_items_in_batch, Tensor):
+        items = num_items_in_batch.flatten()[0].to(total.device)  # one copy per device under DataParallel
+    else:
+        items = num_items_in_batch
+    kept = 1.0 if config.kind == "kl" else 1.0 - config.weight
+    return kept * task_loss + config.weight * loss_scale * total / items
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    """Half precision is too coarse for the tail of a softmax; float64 stays what it is."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class Teacher:
+    """An image classifier that a student learns from.
+
+    Deliberately no `nn.Module`: kept as an attribute of a model or a Trainer, it is not saved with the student, not
+    given to the optimizer, not wrapped by DDP, and `student.train()` does not switch its dropout on.
+
+    The given model is put in eval mode, not copied. No gradient goes through it, and its parameters keep their
+    ``requires_grad``: a model that is pruned after it has taught is one that can be trained.
+
+    Args:
+        model: Any module that takes `pixel_values` and returns something with `.logits`.
+        student: Checked against the teacher when given: same number of classes, in the same order where both configs
+            name their classes alike, and no shared tensors (a teacher that changes with its student teaches nothing).
+    """
+
+    def __init__(self, model: nn.Module, student: nn.Module | None = None) -> None:
+        if student is not None:
+            _check_pair(model, student)
+        self.model = model.eval()
+
+    def __call__(
+        self, pixel_values: Tensor, *, autocast: AbstractContextManager[Any] | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The teacher's logits for a batch; the teacher follows the batch to its device.
+
+        `autocast`: the mixed precision that the student runs in. Trainer opens no autocast around `compute_loss`
+        (accelerate wraps the student's `forward` alone), so pass `trainer.accelerator.autocast()` for the same.
+        """
+        if self.model.training:  # somebody else may hold the model, too
+            self.model.eval()
+        tensor = next(self._tensors(), None)
+        if tensor is not None and getattr(self.model, "hf_device_map", None) is None:
+            if tensor.device != pixel_values.device:
+                self.model.to(pixel_values.device)
+            pixel_values = pixel_values.to(tensor.dtype)
+        with torch.no_grad(), autocast or nullcontext():
+            output = self.model(pixel_values=pixel_values, **kwargs)
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            raise TypeError(f"a teacher must return .logits; {type(self.model).__name__} returned {type(output)}")
+        return logits
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return (p for p in self.model.parameters() if p.is_floating_point())
+
+
+def _check_pair(teacher: nn.Module, student: nn.Module) -> None:
+    """Refuse what would train without an error and teach nonsense."""
+    of_teacher = {id(p) for p in teacher.parameters()}
+    if any(id(p) in of_teacher for p in student.parameters()):
+        raise InvalidConfigError("teacher and student share tensors: give a copy.deepcopy of the model as teacher")
+    configs: list[Any] = [getattr(model, "config", None) for model in (teacher, student)]
+    if not all(hasattr(config, "id2label") for config in configs):
+        return  # distillation_loss still compares the shapes
+    names = [[label for _, label in sorted(config.id2label.items())] for config in configs]
+    if len(names[0]) != len(names[1]):
+        raise InvalidConfigError(f"the teacher has {len(names[0])} classes and the student {len(names[1])}")
+    if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
+        raise InvalidConfigError("teacher and student have the same classes in a different order (config.id2label)")

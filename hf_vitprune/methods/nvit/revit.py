@@ -1,0 +1,54 @@
+"""ReViT: where a globally pruned transformer keeps its parameters, as a rule for models of any width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ...errors import InvalidConfigError
+from ...spec.architecture import Architecture, stock_config
+
+#: channels a head of value, and of the dense model behind the attention scale of 1/8
+HEAD_DIM = 64
+
+
+def revit(base_config: PreTrainedConfig, hidden_size: int = 384) -> Architecture:
+    """A wide middle and narrow ends: the redistributed shape of NViT (arXiv 2110.04869), not pruned.
+
+    With a = round(0.005 E) and b = round(0.00625 E) (at least 1) for width E, a quarter of the layers at either end
+    have 2a heads with 8b q/k channels and an MLP of 3E, the outermost of them 10 heads with 16b; the half between
+    has 4a heads with 16b and an MLP of 6E. Heads have 64 value channels. The paper has 12 layers (3, 6, 3); other
+    depths are split in the same proportions.
+
+    Args:
+        base_config: stock config: depth, labels, image and patch size; its heads have 64 channels.
+        hidden_size: residual width E.
+
+    Returns:
+        The architecture; ``build(base_config, revit(base_config))`` is an untrained model of it.
+
+    Raises:
+        InvalidConfigError: the family has stages, or a fixed width, or the config's heads have not 64 channels.
+        InvalidArchitectureError: the width is no positive whole number, or far over the config's.
+    """
+    dense = Architecture.dense(stock_config(base_config))
+    if dense.depths is not None or "embedding" not in dense.family.units:
+        raise InvalidConfigError(f"ReViT shapes are for models of one width, which {dense.model_type} models are not")
+    if dense.head_dim(0) != HEAD_DIM:
+        raise InvalidConfigError(
+            f"ReViT's attention is scaled for heads of {HEAD_DIM} channels, the config's have {dense.head_dim(0)}; "
+            f"change num_attention_heads (or head_dim) of the config to have {HEAD_DIM}"
+        )
+    if type(hidden_size) is not int or hidden_size < 1:
+        raise InvalidConfigError(f"hidden_size is a whole number of at least 1, not {hidden_size!r}")
+    heads, qk = max(1, round(0.005 * hidden_size)), 8 * max(1, round(0.00625 * hidden_size))
+
+    def layer(heads: int, qk: int, mlp: int) -> dict[str, Any]:
+        return {"heads": heads, "qk_dim": qk, "v_dim": HEAD_DIM, "mlp": mlp * hidden_size}
+
+    depth = len(dense.layers)
+    quarter = round(depth / 4)
+    ends = [layer(10, 2 * qk, 3), *[layer(2 * heads, qk, 3)] * (quarter - 1)][:quarter]
+    middle = [layer(4 * heads, 2 * qk, 6)] * (depth - 2 * quarter)
+    return Architecture.from_layers(dense.config, [*ends, *middle, *reversed(ends)], hidden_size)

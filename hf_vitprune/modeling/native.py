@@ -1,0 +1,210 @@
+"""A pruned model as a stock transformers model, where a stock class can hold its shape: loads without this library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import NativeExportError
+from ..families import PRUNED_PREFIX, Family
+from ..spec.architecture import Architecture, stock_config
+from ..spec.layer_shape import LayerShape
+from . import stock_model_class
+from .structure import layer_paths
+
+#: fields of a pruned config that a stock config makes itself, or must not have
+_OWN_FIELDS = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "pruning_config",
+    "stage_names",
+    "out_indices",
+)
+
+
+def to_native(model: Any) -> PreTrainedModel:
+    """The stock transformers model that computes what a pruned model computes.
+
+    Layers may be removed freely. Sizes must be the same in all layers, with one head dimension for q/k and v, and
+    within what the family's stock config can say; Swin takes whole layers only, and only where the remaining windows
+    alternate between plain and shifted as stock code has it. The query weights are rescaled, because stock attention
+    divides by the square root of the *new* head dimension.
+
+    Args:
+        model: a pruned model; a stock one is returned as it is.
+
+    Returns:
+        A new model of the stock class, with its own copy of the weights, on the same device, in the same dtype and
+        training mode.
+
+    Raises:
+        NativeExportError: a stock class cannot hold this shape; the message names the layer and the size.
+    """
+    if not isinstance(model, PreTrainedModel):
+        advice = "; merge the adapters first (merge_and_unload)" if hasattr(model, "peft_config") else ""
+        raise NativeExportError(f"expected a pruned transformers model, got {type(model).__name__}{advice}")
+    if not model.config.model_type.startswith(PRUNED_PREFIX):
+        return model
+    architecture = Architecture.of(model)
+    config = native_config(architecture, model.config)
+    native = _empty(stock_model_class(type(model)), config, model, architecture.family)
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    _check_same_tensors(state, native)
+    _rescale_queries(state, model, architecture)
+    native.load_state_dict(state, strict=True, assign=True)
+    _copy_unsaved_buffers(model, native)
+    for name, parameter in native.named_parameters():
+        parameter.requires_grad_(model.get_parameter(name).requires_grad)
+    return native.train(model.training)
+
+
+def native_config(architecture: Architecture, config: PreTrainedConfig | None = None) -> PreTrainedConfig:
+    """The stock config of an architecture.
+
+    Args:
+        architecture: the shape.
+        config: stock or pruned config that gives labels and whatever else users keep there; the architecture's own
+            dense config by default.
+
+    Raises:
+        NativeExportError: the stock config cannot say this shape; the message names the layer and the size.
+    """
+    base = architecture.config if config is None else config
+    family = architecture.family
+    stock_class = type(stock_config(base))
+    fields = {k: v for k, v in base.to_dict().items() if k not in _OWN_FIELDS}
+    if architecture.depths is not None:
+        _check_stages(architecture)
+        sizes: dict[str, Any] = {"depths": list(architecture.depths)}
+    else:
+        shape = _uniform_shape(architecture)
+        try:
+            sizes = family.uniform_config(
+                architecture.config, shape.heads, shape.qk_dim, shape.mlp, architecture.hidden_size
+            )
+        except ValueError as error:
+            raise NativeExportError(f"{error}; save the pruned model as it is instead") from error
+        sizes = {"hidden_size": architecture.hidden_size, "num_hidden_layers": len(architecture.layers), **sizes}
+        stages = {"stem", *(f"stage{i + 1}" for i in range(len(architecture.layers)))}
+        if "out_features" in fields and not set(fields["out_features"]) <= stages:
+            del fields["out_features"]  # of the dense depth
+    target = fields[family.sub_config] if family.sub_config else fields
+    target.update(sizes)
+    made = stock_class(**fields)
+    made._attn_implementation = base._attn_implementation
+    return made
+
+
+def _uniform_shape(architecture: Architecture) -> LayerShape:
+    """The one shape of all layers.
+
+    Raises:
+        NativeExportError: a layer differs from the first, lacks a part, or reads only some channels.
+    """
+    first = architecture.layers[0]
+    for i, shape in enumerate(architecture.layers):
+        for part, gone in (("attention", shape.mixer == "none"), ("MLP", shape.mlp == 0)):
+            if gone:
+                raise NativeExportError(f"layer {i} has no {part}; a stock layer always has both")
+        if shape.mixer != "attention":
+            raise NativeExportError(f"layer {i} mixes tokens by {shape.mixer!r}; a stock layer has attention")
+        for name, what in (("attention_in", "attention"), ("mlp_in", "MLP")):
+            size = getattr(shape, name)
+            if size is not None:
+                raise NativeExportError(
+                    f"the {what} of layer {i} reads {size} of {architecture.width(i)} channels ({name}); in a stock "
+                    "layer it reads all"
+                )
+        if shape.qk_dim != shape.v_dim:
+            raise NativeExportError(
+                f"layer {i} has qk_dim {shape.qk_dim} and v_dim {shape.v_dim}; a stock layer has one head_dim"
+            )
+        for name in ("heads", "qk_dim", "mlp"):
+            if getattr(shape, name) != getattr(first, name):
+                raise NativeExportError(
+                    f"layer {i} has {name} {getattr(shape, name)}, layer 0 has {getattr(first, name)}; the layers of "
+                    "a stock model are all of one size"
+                )
+    return first
+
+
+def _check_stages(architecture: Architecture) -> None:
+    """Refuse windowed models with anything removed but whole layers.
+
+    Raises:
+        NativeExportError: naming the layer and the size, or the shift that is out of turn.
+    """
+    dense = Architecture.dense(architecture.config, architecture.task)
+    starts = {stage: dense.stages.index(stage) for stage in dense.stages}
+    place: dict[int, int] = {}
+    for i, (shape, stage) in enumerate(zip(architecture.layers, architecture.stages, strict=True)):
+        position = place[stage] = place.get(stage, -1) + 1
+        full = dense.layers[starts[stage]]
+        for name in ("mixer", "heads", "qk_dim", "v_dim", "mlp", "attention_in", "mlp_in"):
+            if getattr(shape, name) != getattr(full, name):
+                raise NativeExportError(
+                    f"layer {i} has {name} {getattr(shape, name)}, stock {architecture.model_type} layers of stage "
+                    f"{stage} have {getattr(full, name)}; only whole layers can be removed"
+                )
+        if shape.shifted != bool(position % 2):
+            raise NativeExportError(
+                f"layer {i} has {'shifted' if shape.shifted else 'plain'} windows, and a stock "
+                f"{architecture.model_type} has {'shifted' if position % 2 else 'plain'} ones at place {position} of "
+                f"stage {stage}; remove layers in pairs"
+            )
+
+
+def _empty(
+    stock_class: type[PreTrainedModel], config: PreTrainedConfig, model: PreTrainedModel, family: Family
+) -> PreTrainedModel:
+    """The stock model on the meta device."""
+    with torch.device("meta"):
+        native = stock_class(config)
+    encoder = family.encoder_path(model).rstrip(".")
+    if "pooler" in native.get_submodule(encoder)._modules and model.get_submodule(encoder).pooler is None:
+        native.get_submodule(encoder).register_module("pooler", None)  # a base model made without its pooling layer
+    return native
+
+
+def _check_same_tensors(state: dict[str, torch.Tensor], native: PreTrainedModel) -> None:
+    """Refuse when the stock model has other tensors: adapters were added, or a head was exchanged by hand.
+
+    Raises:
+        NativeExportError: naming the first difference.
+    """
+    expected = native.state_dict()
+    different = sorted(state.keys() ^ expected.keys())
+    if different:
+        where = "pruned" if different[0] in state else "stock"
+        raise NativeExportError(
+            f"{len(different)} tensors are in only one of the pruned and the stock model (first: {different[0]}, "
+            f"in the {where} one); undo what was added to the model, and merge adapters (merge_and_unload)"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise NativeExportError(
+                f"{name} is {tuple(tensor.shape)}, and {tuple(expected[name].shape)} in a stock "
+                f"{type(native).__name__} of this config"
+            )
+
+
+def _rescale_queries(state: dict[str, torch.Tensor], model: PreTrainedModel, architecture: Architecture) -> None:
+    """Multiply q by what stock attention's scale, which follows the new head dimension, divides too much or little."""
+    for i, paths in enumerate(layer_paths(model, architecture)):
+        new, dense = architecture.layers[i].qk_dim, architecture.head_dim(i)
+        if new != dense:
+            for name in (f"{paths.q}.weight", f"{paths.q}.bias"):
+                if name in state:
+                    state[name] = (state[name].double() * (new / dense) ** 0.5).to(state[name].dtype)
+
+
+def _copy_unsaved_buffers(model: PreTrainedModel, native: PreTrainedModel) -> None:
+    source = dict(model.named_buffers())
+    for name, buffer in list(native.named_buffers()):
+        if buffer.device.type == "meta":
+            parent, _, leaf = name.rpartition(".")
+            native.get_submodule(parent).register_buffer(leaf, source[name].clone(), persistent=False)

@@ -1,0 +1,138 @@
+"""Convpass: a convolution over the patch grid in parallel to attention and to the MLP (arXiv 2207.07039).
+
+Vision transformers have no bias towards neighbouring pixels, and learn it badly from few images; a bypass of 3 x 3
+convolutions on a narrow bottleneck brings it along with the adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+from ...errors import AdapterError, InvalidConfigError
+from ...spec.architecture import Architecture
+from .branch import Branch, BranchConfig, BranchLayer, BranchTuner
+
+NOT_MERGEABLE = (
+    "a Convpass bypass is not linear and mixes patches, so no weights of the model can take it in: it cannot be "
+    "merged; keep the adapter, which truncate() and save_pretrained() carry along"
+)
+
+
+@dataclass
+class ConvpassConfig(BranchConfig):
+    """Convpass adapters: ``branch(x) + scale * up(act(conv(act(down(x)))))``.
+
+    Attributes:
+        activation: between the parts, by its name in transformers.
+
+    Raises:
+        InvalidConfigError: a setting has an impossible value.
+    """
+
+    activation: str = "gelu"
+
+    method_name = "CONVPASS"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activation not in ACT2FN:
+            raise InvalidConfigError(
+                f"activation is a name that transformers knows (gelu, ...), not {self.activation!r}"
+            )
+
+
+class ConvpassLayer(BranchLayer):
+    """A branch with bypasses. A new bypass gives zeros, so the model starts as it was."""
+
+    adapter_layer_names = ("convpass_down", "convpass_conv", "convpass_up")
+
+    def __init__(self, base_layer: nn.Module, branch: Branch, architecture: Architecture) -> None:
+        super().__init__(base_layer, branch, architecture)
+        self.convpass_down, self.convpass_conv, self.convpass_up = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.activation: dict[str, Any] = {}
+        self.dropout: dict[str, float] = {}
+        family, config = architecture.family, architecture.config
+        self.extra_tokens = family.extra_tokens_of(config)
+        self.grid = family.grid(config, None)
+
+    def make_adapter(self, name: str, config: Any) -> None:
+        down, up = nn.Linear(self.width, config.r), nn.Linear(config.r, self.width)
+        conv = nn.Conv2d(config.r, config.r, 3, padding=1)
+        nn.init.xavier_uniform_(down.weight)
+        for tensor in (down.bias, conv.bias, conv.weight, up.weight, up.bias):
+            nn.init.zeros_(tensor)  # type: ignore[arg-type]
+        if not conv.weight.is_meta:
+            with torch.no_grad():
+                conv.weight[:, :, 1, 1] = torch.eye(config.r)
+        self.convpass_down[name], self.convpass_conv[name], self.convpass_up[name] = down, conv, up
+        self.activation[name] = ACT2FN[config.activation]
+        self.dropout[name] = config.dropout
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the branch's; ``hidden_states`` (images, tokens, width)."""
+        output = self.base_layer(hidden_states, *args, **kwargs)
+        if self.disable_adapters:
+            return output
+        features = output[0] if isinstance(output, tuple) else output
+        for name in self.active():
+            features = features + self.bypass(name, hidden_states).to(features.dtype)
+        return (features, *output[1:]) if isinstance(output, tuple) else features
+
+    def bypass(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(images, tokens, width) -> the same. Tokens that are no patches pass alone, through the kernel's centre."""
+        down, conv, up = (part[name] for part in (self.convpass_down, self.convpass_conv, self.convpass_up))
+        activate = self.activation[name]
+        assert isinstance(down, nn.Linear) and isinstance(conv, nn.Conv2d)
+        hidden = activate(down(hidden_states.to(down.weight.dtype)))
+        extra, patches = hidden[:, : self.extra_tokens], hidden[:, self.extra_tokens :]
+        rows, columns = patch_grid(patches.shape[1], self.grid)
+        grid = patches.transpose(1, 2).unflatten(2, (rows, columns))
+        patches = conv(grid).flatten(2).transpose(1, 2)
+        extra = F.linear(extra, conv.weight[:, :, 1, 1], conv.bias)
+        hidden = activate(torch.cat([extra, patches], dim=1))
+        return self.scale[name] * up(F.dropout(hidden, self.dropout[name], self.training))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises:
+        AdapterError: always.
+        """
+        raise AdapterError(NOT_MERGEABLE)
+
+
+def patch_grid(patches: int, own: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of that many patches: images of another size than the config's have its aspect ratio.
+
+    Raises:
+        AdapterError: no such grid.
+    """
+    rows = math.isqrt(patches * own[0] // own[1])
+    if rows and patches % rows == 0 and rows * own[1] == patches // rows * own[0]:
+        return rows, patches // rows
+    raise AdapterError(
+        f"{patches} patches are no grid of the aspect ratio {own[0]}:{own[1]} of the model's images; Convpass needs "
+        "images of that ratio"
+    )
+
+
+class ConvpassModel(BranchTuner):
+    """The tuner of CONVPASS."""
+
+    prefix = "convpass_"
+    tuner_layer_cls = layer_class = ConvpassLayer
+
+    def check_model(self, architecture: Architecture) -> None:
+        if architecture.depths is not None:
+            raise AdapterError(
+                f"Convpass convolves over the grid of patches, and the attention of {architecture.model_type} sees "
+                "windows of it; use RepAdapter or LoRA there"
+            )
+
+    def _check_merge_allowed(self) -> None:
+        raise AdapterError(NOT_MERGEABLE)

@@ -1,0 +1,219 @@
+"""A PeftModel and a plan -> a PeftModel over the pruned base, its adapters sliced with it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+
+from ..errors import AdapterError
+from ..modeling.peft_twin import check_peft_model, merged_twin, peft_model_in, plain_twin, saved_modules, tuner_layers
+from ..plan.plan import PruningPlan
+from ..surgery.cuts import Cut, find_cuts
+from ..surgery.transplant import check_plan, empty_like, prune_plain
+from .absorb import absorb, active_of
+from .configs import check_config, lora_config_for_vera, pruned_config
+from .decide import Decision, altered_weights, decide, shared_tensors
+from .record import pruning_record
+from .slicing import adapter_tensors
+from .types import kind_of
+from .verify import verify_layer
+
+logger = logging.getLogger(__name__)
+
+
+def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False) -> Any:
+    """Prune a PeftModel: same outputs as ``mask(model, plan)``, adapters still trainable where they can be sliced.
+
+    LoRA (rsLoRA, DoRA, lora_bias), AdaLoRA, IA3, LoHa and HiRA are sliced. VeRA becomes LoRA of the same rank where
+    its layers lose rows or columns. Other types stay where their layer loses nothing, and are merged into its weights
+    where it does, with a warning and a note in the base config's record. Adapters of removed layers are dropped.
+
+    New weights of the plan (compensation) are those with the active adapters: what is sliced stays an adapter, and
+    the weight under it becomes the new weight less the adapter's part of it.
+
+    Returns:
+        A PeftModel of the same class with adapters of type ``VITPRUNE_<TYPE>`` under the same names; the plain pruned
+        model where nothing is left of the adapters.
+
+    Raises:
+        AdapterError: an adapter can be neither sliced nor merged.
+        InvalidPlanError: the plan is for another architecture, or removes nothing.
+    """
+    model = peft_model_in(model)
+    check_peft_model(model)
+    configs = dict(model.peft_config)
+    for config in configs.values():
+        check_config(config)
+    base = model.get_base_model()
+    stock = plain_twin(base)
+    check_plan(stock, plan, allow_unchanged)
+    cuts = find_cuts(stock, empty_like(stock, plan), plan)
+    decision = decide(model, stock, plan, cuts)
+    altered = altered_weights(base, stock, configs, decision)
+    info = {**plan.info, **altered}
+    small = prune_plain(plain_twin(base, decision.merged), replace(plan, info=info), allow_unchanged=allow_unchanged)
+    flags = [(parameter, parameter.requires_grad) for parameter in small.parameters()]
+
+    if decision.kind == "LORA" and kind_of(next(iter(configs.values()))) == "VERA":
+        configs = {name: lora_config_for_vera(config) for name, config in configs.items()}
+    wrappers = _renamed_wrappers(base, cuts)
+    record = pruning_record(small, altered=bool(altered))
+    made = _new_configs(configs, decision, wrappers, record)
+    if not made:
+        logger.warning("nothing is left of the adapters (all merged or on removed layers): this is a plain model")
+        return small.train(model.training)
+    result = _inject(model, small, made)
+    _fill_layers(result, decision, made)
+    _fill_weights(result, model, plan, decision)
+    _fill_wrappers(result, wrappers, cuts, plan)
+    _copy_shared(model, result, decision)
+    _activate(model, result)
+    for parameter, trained in flags:
+        parameter.requires_grad_(trained)
+    _copy_flags(result, decision, wrappers)
+    return result.train(model.training)
+
+
+def _renamed_wrappers(base: Any, cuts: dict[str, Cut]) -> dict[str, tuple[ModulesToSaveWrapper, dict[str, str]]]:
+    """New name of a module trained as a whole -> its wrapper, and its tensors: new name -> name in the old module."""
+    renamed: dict[str, tuple[ModulesToSaveWrapper, dict[str, str]]] = {}
+    for old, wrapper in saved_modules(base).items():
+        tensors: dict[str, str] = {}
+        new = old
+        for name, cut in cuts.items():
+            if cut.source.startswith(old + "."):
+                inner = cut.source[len(old) + 1 :]
+                new = name[: -len(inner) - 1]
+                tensors[name] = inner
+        if tensors:
+            renamed[new] = wrapper, tensors
+    return renamed
+
+
+def _new_configs(
+    configs: dict[str, Any], decision: Decision, wrappers: dict[str, Any], record: dict[str, Any]
+) -> dict[str, Any]:
+    made = {}
+    for adapter, config in configs.items():
+        mine = [c for c in decision.carried if adapter in c.layer._get_available_adapters()]
+        saved = [new for new, (wrapper, _) in wrappers.items() if adapter in wrapper.modules_to_save]
+        if mine or saved:
+            feedforward = [c.new for c in mine if getattr(c.layer, "is_feedforward", False)]
+            made[adapter] = pruned_config(config, {c.old: c.new for c in mine}, feedforward, saved, record)
+        else:
+            logger.warning("adapter %r is dropped: all its layers are removed or merged", adapter)
+    return made
+
+
+def _inject(model: Any, small: Any, configs: dict[str, Any]) -> Any:
+    """New adapters of the right shapes, with weights that are overwritten next."""
+    names = list(configs)
+    with torch.random.fork_rng(devices=[]):
+        result = type(model)(small, configs[names[0]], names[0], autocast_adapter_dtype=False)
+        for name in names[1:]:
+            result.add_adapter(name, configs[name], autocast_adapter_dtype=False)
+    return result
+
+
+def _fill_layers(result: Any, decision: Decision, configs: dict[str, Any]) -> None:
+    made = tuner_layers(result.get_base_model())
+    if made.keys() != {carried.new for carried in decision.carried}:
+        difference = sorted(made.keys() ^ {carried.new for carried in decision.carried})
+        raise AdapterError(f"PEFT put the new adapters elsewhere than the old ones are: {difference[:5]}")
+    for carried in decision.carried:
+        layer: Any = made[carried.new]
+        old: Any = carried.layer
+        places = adapter_tensors(layer)
+        if places.keys() != carried.tensors.keys():
+            difference = sorted(places.keys() ^ carried.tensors.keys())
+            raise AdapterError(
+                f"the new adapter of {carried.new} has other tensors than the old one: {difference[:5]}"
+            )
+        for name, (tensor, _) in carried.tensors.items():
+            if decision.kind == "ADALORA":
+                tensor = _without_dropped_ranks(tensor, name, carried.new, configs)
+            if places[name].shape != tensor.shape:
+                raise AdapterError(f"{carried.new}.{name} is {tuple(tensor.shape)}, not {tuple(places[name].shape)}")
+            places[name].data = tensor
+        adapters = [name for name in configs if name in old._get_available_adapters()]
+        if type(old) is type(layer):
+            values = getattr(layer, "scaling", None)
+            if isinstance(values, dict):
+                values.update({name: old.scaling[name] for name in adapters if name in values})
+        if not carried.absorbs:
+            verify_layer(carried.old, old, layer, adapters, carried.cut)
+
+
+def _fill_weights(result: Any, model: Any, plan: PruningPlan, decision: Decision) -> None:
+    """The plan's new weights are those of layers and adapters together."""
+    absorbing = [carried for carried in decision.carried if carried.absorbs]
+    if absorbing:
+        made = tuner_layers(result.get_base_model())
+        effective = prune_plain(merged_twin(model), plan, allow_unchanged=True)
+        for one in absorbing:
+            absorb(decision.kind, one.new, made[one.new], active_of(one.layer), effective.get_submodule(one.new))
+
+
+def _without_dropped_ranks(tensor: torch.Tensor, name: str, layer: str, configs: dict[str, Any]) -> torch.Tensor:
+    """A tensor of AdaLoRA without the ranks that its finished allocation gave up; PEFT saves it like that."""
+    part, adapter = name.split(".")[:2]
+    pattern = configs[adapter].rank_pattern or {}
+    kept = next((kept for key, kept in pattern.items() if key.startswith(f"{layer}.lora_E")), None)
+    axis = 1 if part == "lora_B" else 0
+    if kept is None or part == "ranknum" or tensor.shape[axis] != len(kept):
+        return tensor
+    return tensor.index_select(axis, torch.tensor(kept, device=tensor.device).nonzero().squeeze(1))
+
+
+def _fill_wrappers(result: Any, wrappers: dict[str, Any], cuts: dict[str, Cut], plan: PruningPlan) -> None:
+    made = saved_modules(result.get_base_model())
+    for new, (old, tensors) in wrappers.items():
+        for adapter, module in made[new].modules_to_save.items():
+            if adapter not in old.modules_to_save:
+                continue
+            source = old.modules_to_save[adapter].state_dict()
+            places = module.state_dict()
+            for name, inner in tensors.items():
+                value = plan.weights.get(name, None)
+                places[inner].copy_(cuts[name].take(source[inner]) if value is None else value)
+
+
+def _copy_shared(model: Any, result: Any, decision: Decision) -> None:
+    """Tensors that a tuner keeps once for all its layers."""
+    if decision.kind != kind_of(next(iter(model.peft_config.values()))):
+        return
+    own = shared_tensors(model)
+    for name, tensor in shared_tensors(result).items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise AdapterError(f"{name}, shared by all layers of the adapter, cannot be carried over; merge it first")
+        tensor.data.copy_(own[name])
+
+
+def _activate(model: Any, result: Any) -> None:
+    active = [name for name in model.base_model.active_adapters if name in result.peft_config]
+    if not active:
+        logger.warning("the active adapter is gone; %r is active now", result.active_adapter)
+        return
+    if model.active_adapter in active:
+        result.active_adapter = model.active_adapter
+    result.base_model.set_adapter(active[0] if len(active) == 1 else active)
+
+
+def _copy_flags(result: Any, decision: Decision, wrappers: dict[str, Any]) -> None:
+    """Which adapter tensors are trained, whatever PEFT made of it."""
+    made = tuner_layers(result.get_base_model())
+    for carried in decision.carried:
+        places = adapter_tensors(made[carried.new])  # type: ignore[arg-type]
+        for name, (_, trained) in carried.tensors.items():
+            if places[name].requires_grad != trained:
+                places[name].requires_grad_(trained)
+    saved = saved_modules(result.get_base_model())
+    for new, (old, _) in wrappers.items():
+        for adapter, module in saved[new].modules_to_save.items():
+            flags = {n: p.requires_grad for n, p in old.modules_to_save[adapter].named_parameters()}
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(flags.get(name, parameter.requires_grad))

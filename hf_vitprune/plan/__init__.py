@@ -1,0 +1,1 @@
+"""Plans: which units stay, by index, and the architecture that follows."""

@@ -1,0 +1,148 @@
+"""LayerPlan: which units of one layer stay, by index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import InvalidPlanError
+from ..spec.layer_shape import KERNELS, LayerShape
+
+#: in a v or qk list: a channel of zeros, so that heads with fewer channels fit a dense kernel
+PAD = -1
+
+Indices = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What stays of one layer. Indices count in the model that the plan is for.
+
+    ``qk`` and ``v`` hold one list a kept head, all of one length (:data:`PAD` marks a channel of zeros); they are
+    empty where ``mixer`` is not attention. Another mixer than the source's is made by :meth:`with_mixer`; the weights
+    of a new convolution are in the plan's. An empty ``mlp`` removes the MLP. ``attention_in`` and ``mlp_in`` are
+    positions among the channels those parts read (None: all). ``scales`` holds factors for the kept units of
+    ``attention_in``, ``v`` (heads concatenated), ``mlp_in`` or ``mlp``, which surgery multiplies into the weights that
+    read them.
+    """
+
+    index: int
+    mixer: str
+    heads: Indices
+    qk: tuple[Indices, ...]
+    v: tuple[Indices, ...]
+    mlp: Indices
+    attention_in: Indices | None = None
+    mlp_in: Indices | None = None
+    scales: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    conv_channels: int | None = None
+    batch_norm: bool | None = None
+
+    @classmethod
+    def dense(cls, index: int, shape: LayerShape) -> LayerPlan:
+        has_attention = shape.mixer == "attention"
+        heads = tuple(range(shape.heads)) if has_attention else ()
+        return cls(
+            index=index,
+            mixer=shape.mixer,
+            heads=heads,
+            qk=tuple(tuple(range(shape.qk_dim)) for _ in heads),
+            v=tuple(tuple(range(shape.v_dim)) for _ in heads),
+            mlp=tuple(range(shape.mlp)),
+            conv_channels=shape.conv_channels,
+            batch_norm=shape.batch_norm,
+        )
+
+    def with_mixer(self, mixer: str, conv_channels: int | None = None, batch_norm: bool | None = None) -> LayerPlan:
+        """Mix tokens otherwise: by ``identity`` or ``none``, or by a convolution with new weights.
+
+        Args:
+            mixer: what replaces the layer's own.
+            conv_channels: of a convolution.
+            batch_norm: of a convolution; there by default.
+        """
+        if mixer in KERNELS and batch_norm is None:
+            batch_norm = True
+        scales = {name: factors for name, factors in self.scales.items() if name.startswith("mlp")}
+        changes: dict[str, Any] = {"heads": (), "qk": (), "v": (), "attention_in": None, "scales": scales}
+        return replace(self, mixer=mixer, conv_channels=conv_channels, batch_norm=batch_norm, **changes)
+
+    def replaces_mixer(self, source: LayerShape) -> bool:
+        """Whether the mixer is not the source's own, nor a part of it."""
+        mine = (self.mixer, self.conv_channels, self.batch_norm)
+        return self.mixer != "none" and mine != (source.mixer, source.conv_channels, source.batch_norm)
+
+    def keep_heads(self, heads: Iterable[int]) -> LayerPlan:
+        """Keep only these heads (positions in the source layer)."""
+        chosen = tuple(sorted(heads))
+        rows = [self.heads.index(h) for h in chosen]
+        return replace(self, heads=chosen, qk=tuple(self.qk[r] for r in rows), v=tuple(self.v[r] for r in rows))
+
+    def keep_channels(self, which: str, channels: Iterable[int]) -> LayerPlan:
+        """Keep the same q/k (``which="qk"``) or v channels in every head."""
+        chosen = tuple(sorted(channels))
+        rows = tuple(chosen for _ in self.heads)
+        return replace(self, qk=rows) if which == "qk" else replace(self, v=rows)
+
+    def shape(self, source: LayerShape) -> LayerShape:
+        attention = self.mixer == "attention"
+        return LayerShape(
+            mixer=self.mixer,
+            heads=len(self.heads),
+            qk_dim=len(self.qk[0]) if attention and self.qk else 0,
+            v_dim=len(self.v[0]) if attention and self.v else 0,
+            mlp=len(self.mlp),
+            attention_in=_inputs(self.attention_in, source.attention_in) if attention else None,
+            mlp_in=_inputs(self.mlp_in, source.mlp_in) if self.mlp else None,
+            shifted=source.shifted,
+            conv_channels=self.conv_channels,
+            batch_norm=self.batch_norm,
+        )
+
+
+def _inputs(kept: Indices | None, source: int | None) -> int | None:
+    return len(kept) if kept is not None else source
+
+
+def optional_whole_numbers(values: Any) -> Indices | None:
+    return None if values is None else whole_numbers(values)
+
+
+def whole_numbers(values: Any) -> Indices:
+    if not isinstance(values, (list, tuple)) or any(type(v) is not int for v in values):
+        raise InvalidPlanError(f"expected a list of whole numbers, got {values!r}")
+    return tuple(values)
+
+
+def layer_from_dict(row: dict[str, Any]) -> LayerPlan:
+    heads = whole_numbers(row["heads"])
+    lists = {}
+    for name in ("qk", "v"):
+        value = row[name]
+        rows = value if value and isinstance(value[0], (list, tuple)) else [value] * len(heads)
+        lists[name] = tuple(whole_numbers(r) for r in rows)
+    return LayerPlan(
+        index=row["index"],
+        mixer=row["mixer"],
+        heads=heads,
+        qk=lists["qk"],
+        v=lists["v"],
+        mlp=whole_numbers(row["mlp"]),
+        attention_in=optional_whole_numbers(row.get("attention_in")),
+        mlp_in=optional_whole_numbers(row.get("mlp_in")),
+        scales={k: tuple(v) for k, v in row.get("scales", {}).items()},
+        conv_channels=row.get("conv_channels"),
+        batch_norm=row.get("batch_norm"),
+    )
+
+
+def check_indices(what: str, kept: Indices, size: int, may_be_empty: bool = False) -> None:
+    if not kept and not may_be_empty:
+        raise InvalidPlanError(f"{what}: the plan empties this set; keep at least one of {size}")
+    if any(type(i) is not int for i in kept):
+        raise InvalidPlanError(f"{what}: indices are whole numbers")
+    if kept and (min(kept) < 0 or max(kept) >= size):
+        raise InvalidPlanError(f"{what}: indices {min(kept)}..{max(kept)} are not in 0..{size - 1}")
+    if len(set(kept)) != len(kept):
+        raise InvalidPlanError(f"{what}: an index is repeated")

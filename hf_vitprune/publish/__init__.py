@@ -1,0 +1,1 @@
+"""Cards, the Hub, and tables of what was pruned."""

@@ -1,0 +1,165 @@
+"""Push a model to the Hub: weights, config, card and image processor in one commit, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+from ..errors import HubUploadError
+from ..spec.architecture import unwrap
+from .card import model_card
+
+CARD = "README.md"
+#: weights of an earlier push in other pieces; they would be loaded in place of, or beside, the new ones
+_SHARDS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+
+__all__ = ["model_card", "push_to_hub"]
+
+
+def push_to_hub(
+    model: Any,
+    repo_id: str,
+    card: ModelCard | str | None = None,
+    image_processor: Any = None,
+    *,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str | None = None,
+    tags: Sequence[str] = (),
+) -> CommitInfo:
+    """Upload a model in a single commit, so that a push that is cut off leaves nothing half-finished to load.
+
+    Args:
+        model: pruned, stock or PEFT model.
+        repo_id: ``"owner/name"``, or ``"name"`` for one's own; made if it is not there.
+        card: the model card. Without it a card that the repository has already is kept; else the card beside the
+            files that the model was loaded from is taken, or one is written.
+        image_processor: saved with the model, so that pipelines find it.
+        private: make a new repository private.
+        token: as in transformers; by default the one of ``hf auth login``.
+        commit_message: title of the commit.
+        commit_description: its text.
+        revision: branch to push to, made if it is not there; ``main`` by default.
+        create_pr: open a pull request instead of pushing to the branch.
+        max_shard_size: largest file of weights, for instance ``"5GB"``.
+        tags: added to the card, also to one that is kept.
+
+    Returns:
+        What the Hub says of the commit.
+
+    Raises:
+        HubUploadError: no connection, a lost connection, or no right to write there.
+    """
+    api = HfApi(token=token)
+    tags = [*tags, *(getattr(unwrap(model), "model_tags", None) or [])]
+    with _explained(repo_id, "nothing was changed there"):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        present = set(api.list_repo_files(repo_id, revision=revision))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+        if image_processor is not None:
+            image_processor.save_pretrained(folder)
+        with _explained(repo_id, "nothing was changed there"):
+            text = _card_text(api, model, repo_id, card, CARD in present, revision, tags)
+        if text is not None:
+            (folder / CARD).write_text(text, encoding="utf-8")
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        stale = [path for path in sorted(present - files.keys()) if any(fnmatch.fnmatch(path, p) for p in _SHARDS)]
+        with _explained(
+            repo_id,
+            "a push is one commit, made at its end, so the repository holds what it held before (or everything, if "
+            "only the answer was lost) and nothing half-finished can be loaded. Push again; large files that arrived "
+            "are not sent twice",
+        ):
+            return api.create_commit(
+                repo_id,
+                [
+                    *(CommitOperationAdd(path, str(file)) for path, file in sorted(files.items())),
+                    *(CommitOperationDelete(path) for path in stale),
+                ],
+                commit_message=commit_message or f"Upload {type(unwrap(model)).__name__}",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+def _card_text(
+    api: HfApi,
+    model: Any,
+    repo_id: str,
+    card: ModelCard | str | None,
+    is_there: bool,
+    revision: str | None,
+    tags: Sequence[str],
+) -> str | None:
+    """What README.md should say; None to leave the one that is there."""
+    if card is None and is_there:
+        if not tags:
+            return None
+        path = api.hf_hub_download(repo_id, CARD, revision=revision)
+        card = Path(path).read_text(encoding="utf-8")
+    chosen = card if card is not None else _card_beside(model)
+    if chosen is None:
+        return str(model_card(model, repo_id=repo_id, tags=tags))
+    if tags:
+        chosen = ModelCard(str(chosen))
+        data: Any = chosen.data
+        data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
+    return str(chosen)
+
+
+def _card_beside(model: Any) -> str | None:
+    """The card in the folder that the model was loaded from, if it is about a model of this very shape.
+
+    A freshly pruned model remembers the folder of its dense model, whose card is about that one.
+    """
+    config = unwrap(model).config
+    folder = Path(config._name_or_path or "-")
+    if not (folder / CARD).is_file() or not (folder / "config.json").is_file():
+        return None
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("pruning_config") or {}
+    own = getattr(config, "pruning_config", None) or {}
+    if saved.get("fingerprint") != own.get("fingerprint"):
+        return None
+    return (folder / CARD).read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str, consequence: str) -> Iterator[None]:
+    """Turn what the Hub's client lets through into one error that says what became of the repository."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        advice = "; sign in with `hf auth login`, or pass a token that may write there" if status in (401, 403) else ""
+        reason = f"the Hub answered {status} ({error.server_message or _line(error)})"
+        raise HubUploadError(f"push to {repo_id}: {reason}; {consequence}{advice}") from error
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        reason = f"the connection failed ({type(error).__name__}: {_line(error)})"
+        raise HubUploadError(f"push to {repo_id}: {reason}; {consequence}") from error
+    except RuntimeError as error:
+        if "Error while uploading" not in str(error):
+            raise
+        reason = f"an upload failed ({_line(error)} {type(error.__cause__).__name__}: {_line(error.__cause__)})"
+        raise HubUploadError(f"push to {repo_id}: {reason}; {consequence}") from error
+
+
+def _line(error: BaseException | None) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""The shape of a model, and nothing of its weights."""

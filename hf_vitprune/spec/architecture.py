@@ -1,0 +1,417 @@
+"""The shape of a (pruned) model: sizes of every layer, and the dense config it came from."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..errors import InvalidArchitectureError, UnsupportedModelError
+from ..families import PRUNED_PREFIX, Family, base_model_type, family_of
+from .layer_shape import (
+    LayerShape,
+    check_shape,
+    check_size,
+    dense_shape,
+    shape_from_row,
+    shape_from_words,
+    shape_to_words,
+)
+
+#: version of the ``pruning_config`` written to config.json
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of every layer of a model, and the stock config of its dense form.
+
+    Attributes:
+        config: stock config of the dense model (never a pruned one).
+        layers: shapes of the layers that exist, bottom to top.
+        hidden_size: width of the residual stream (Swin: of the first stage).
+        depths: layers a stage (Swin), else None.
+        task: class name without its family prefix, e.g. ``"ForImageClassification"`` or ``"Model"``.
+    """
+
+    config: PreTrainedConfig = field(compare=False, repr=False)
+    layers: tuple[LayerShape, ...]
+    hidden_size: int
+    depths: tuple[int, ...] | None = None
+    task: str = "ForImageClassification"
+
+    # ------------------------------------------------------------------ making one
+    @classmethod
+    def of(cls, model: Any) -> Architecture:
+        """The architecture of a stock, pruned, PEFT or wrapped model.
+
+        Raises:
+            UnsupportedModelError: no family is registered for it.
+        """
+        model = unwrap(model)
+        family_of(model)
+        return cls.from_config(model.config, task=task_of(model))
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, task: str = "ForImageClassification") -> Architecture:
+        """The architecture that a stock or pruned config describes."""
+        record = getattr(config, "pruning_config", None)
+        if record is not None:
+            return read_record(config, record, task)
+        return cls.dense(stock_config(config), task)
+
+    @classmethod
+    def dense(cls, config: PreTrainedConfig, task: str = "ForImageClassification") -> Architecture:
+        """The unpruned architecture of a stock config."""
+        family = family_of(config)
+        try:
+            sizes = family.dense_layers(config)
+        except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
+            raise InvalidArchitectureError(f"no {config.model_type} model has this config: {error!r}") from error
+        depths = family.depths(config)
+        layers = tuple(dense_shape(s, shifted) for s, shifted in zip(sizes, _shifts(depths, len(sizes)), strict=True))
+        return cls(config, layers, sizes[0].embedding, depths, task)
+
+    @classmethod
+    def from_layers(
+        cls, base_config: PreTrainedConfig, layers: list[Any], hidden_size: int | None = None
+    ) -> Architecture:
+        """An architecture given layer by layer.
+
+        Args:
+            base_config: stock config of the dense model; gives what ``layers`` leaves out, and the attention scale.
+            layers: one dict a layer (Swin: a list of such lists, one a stage) with any of ``mixer``, ``heads``,
+                ``qk_dim``, ``v_dim``, ``mlp``, ``attention_in``, ``mlp_in``, ``conv_channels`` (of a convolution; by
+                default the channels of one head), ``batch_norm``. Fewer layers than the dense model has are its
+                first ones.
+            hidden_size: residual width; the dense one by default.
+
+        Raises:
+            InvalidArchitectureError: an unknown key, a size that is no positive integer, too many layers.
+        """
+        dense = cls.dense(stock_config(base_config))
+        if dense.depths is not None:
+            if len(layers) != len(dense.depths) or not all(isinstance(stage, list) for stage in layers):
+                raise InvalidArchitectureError(f"give {len(dense.depths)} lists of layers, one a stage")
+            depths: tuple[int, ...] | None = tuple(len(stage) for stage in layers)
+            starts = [sum(dense.depths[:s]) for s in range(len(layers))]
+            rows = [(starts[s] + b, row) for s, stage in enumerate(layers) for b, row in enumerate(stage)]
+            if any(kept > full for kept, full in zip(depths or (), dense.depths, strict=True)):
+                raise InvalidArchitectureError(f"stages have at most {dense.depths} layers, got {depths}")
+        else:
+            depths = None
+            rows = list(enumerate(layers))
+        if not rows or len(rows) > len(dense.layers):
+            raise InvalidArchitectureError(f"{base_config.model_type} has {len(dense.layers)} layers, got {len(rows)}")
+        shapes = tuple(shape_from_row(row, dense.layers[i], f"layer {i}") for i, row in rows)
+        return cls(
+            dense.config, shapes, dense.hidden_size if hidden_size is None else hidden_size, depths, dense.task
+        ).validated()
+
+    # ------------------------------------------------------------------ what follows from it
+    @property
+    def family(self) -> Family:
+        return family_of(self.config)
+
+    @property
+    def model_type(self) -> str:
+        return self.config.model_type
+
+    @property
+    def stages(self) -> list[int]:
+        """Stage of every layer; all 0 without stages."""
+        if self.depths is None:
+            return [0] * len(self.layers)
+        return [s for s, depth in enumerate(self.depths) for _ in range(depth)]
+
+    def width(self, layer: int) -> int:
+        """Residual width at a layer."""
+        return self.hidden_size * self.family.width_factor(self.stages[layer])
+
+    def head_dim(self, layer: int) -> int:
+        """Channels a head of the dense model: what the attention scale is made from, whatever was removed."""
+        sizes = self.family.dense_layers(self.config)
+        if self.depths is None:
+            return sizes[0].head_dim
+        dense_depths = self.family.depths(self.config) or ()
+        return sizes[sum(dense_depths[: self.stages[layer]])].head_dim
+
+    def scaling(self, layer: int) -> float:
+        return self.head_dim(layer) ** -0.5
+
+    @property
+    def is_dense(self) -> bool:
+        return self == Architecture.dense(self.config, self.task)
+
+    def fits(self, other: Architecture) -> bool:
+        """Whether a plan made for one can be carried out on the other.
+
+        Equal sizes are not enough: the dense models behind them give the attention scale and the kind of MLP.
+        """
+        mine, theirs = (Architecture.dense(a.config, "Model") for a in (self, other))
+        return (
+            self.model_type == other.model_type
+            and replace(self, task=other.task) == other
+            and mine == theirs
+            and self.family.fc1_names(self.config) == self.family.fc1_names(other.config)
+        )
+
+    def layer_names(self) -> list[str]:
+        """Paths of the layers below the encoder."""
+        return self.family.layer_names(len(self.layers), self.depths)
+
+    def per_layer_config(self) -> dict[int, dict[str, Any]]:
+        """Layer index -> what differs from the dense config, in the words of transformers' ``per_layer_config``.
+
+        ``skip`` names removed branches; what that schema has no word for are ``qk_head_dim``, ``v_head_dim``,
+        ``attention_input_size``, ``mlp_input_size``, ``shifted``, and where the mixer is not attention ``mixer``,
+        ``conv_channels`` and ``batch_norm``.
+        """
+        return {i: shape_to_words(shape) for i, shape in enumerate(self.layers)}
+
+    # ------------------------------------------------------------------ checks
+    def validated(self) -> Architecture:
+        """Itself, when every size is possible.
+
+        Raises:
+            InvalidArchitectureError: naming the layer and the size.
+        """
+        dense = Architecture.dense(self.config, self.task)
+        check_size("hidden_size", self.hidden_size, dense.hidden_size)
+        if "embedding" not in self.family.units and self.hidden_size != dense.hidden_size:
+            raise InvalidArchitectureError(f"the residual width of {self.model_type} cannot be changed")
+        if not 0 < len(self.layers) <= len(dense.layers):
+            raise InvalidArchitectureError(f"{len(self.layers)} layers, the dense model has {len(dense.layers)}")
+        if (self.depths is None) != (dense.depths is None) or len(self.depths or ()) != len(dense.depths or ()):
+            raise InvalidArchitectureError(f"depths are {self.depths}, of the dense model {dense.depths}")
+        if self.depths is not None and (sum(self.depths) != len(self.layers) or min(self.depths) < 1):
+            raise InvalidArchitectureError(
+                f"depths {self.depths} need at least one layer a stage, {len(self.layers)} in all"
+            )
+        largest = {name: max(getattr(s, name) for s in dense.layers) for name in ("heads", "qk_dim", "v_dim", "mlp")}
+        for i, shape in enumerate(self.layers):
+            where = f"layer {i}"
+            check_shape(shape, largest, self.width(i), where)
+            if shape.kernel and not self.family.convolutions:
+                raise InvalidArchitectureError(
+                    f"{where}: {self.model_type} models cannot mix tokens by {shape.mixer}: "
+                    "their grid of patches is not known"
+                )
+            if (shape.shifted is None) != (self.depths is None) or not isinstance(shape.shifted, (bool, type(None))):
+                raise InvalidArchitectureError(
+                    f"{where}: shifted is for layers of windows only, got {shape.shifted!r}"
+                )
+        return self
+
+    # ------------------------------------------------------------------ JSON
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, complete with the dense config."""
+        layers = [{k: v for k, v in asdict(shape).items() if v is not None} for shape in self.layers]
+        depths = list(self.depths) if self.depths is not None else None
+        record = {"version": FORMAT_VERSION, "task": self.task, "hidden_size": self.hidden_size, "layers": layers}
+        return {**record, "depths": depths, "config": self.config.to_dict()}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Architecture:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            InvalidArchitectureError: something is missing or impossible.
+        """
+        if not isinstance(record, dict) or not {"config", "layers", "hidden_size", "task"} <= record.keys():
+            raise InvalidArchitectureError("an architecture has config, layers, hidden_size and task")
+        if record.get("version") != FORMAT_VERSION:
+            raise InvalidArchitectureError(
+                f"format version {record.get('version')!r}, this library reads {FORMAT_VERSION}"
+            )
+        rows, depths, task = record["layers"], record.get("depths"), record["task"]
+        known = set(LayerShape.__dataclass_fields__)
+        if not isinstance(rows, list) or any(not isinstance(row, dict) or set(row) - known for row in rows):
+            raise InvalidArchitectureError(f"layers is a list of dicts with any of {', '.join(sorted(known))}")
+        if not isinstance(task, str) or not isinstance(record["config"], dict):
+            raise InvalidArchitectureError("task is a class name without its family's prefix, config a dict")
+        fields = dict(record["config"])
+        config = _make_config(fields.pop("model_type", None), fields)
+        layers = tuple(LayerShape(**row) for row in rows)
+        return cls(config, layers, record["hidden_size"], _checked_depths(depths), task).validated()
+
+    def replace(self, **changes: Any) -> Architecture:
+        return replace(self, **changes).validated()
+
+
+# ---------------------------------------------------------------------- the record in config.json
+def write_record(architecture: Architecture, info: dict[str, Any] | None = None) -> dict[str, Any]:
+    """``pruning_config`` for config.json: versioned, in per_layer_config's words, sealed by a fingerprint."""
+    c = architecture.family.sizes_config(architecture.config)
+    dense: dict[str, Any] = (
+        {"depths": list(c.depths)}
+        if architecture.depths is not None
+        else {name: getattr(c, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    )
+    record: dict[str, Any] = {
+        "version": FORMAT_VERSION,
+        "dense": dense,
+        "hidden_size": architecture.hidden_size,
+        "per_layer_config": {str(i): row for i, row in architecture.per_layer_config().items()},
+    }
+    if architecture.depths is not None:
+        record["depths"] = list(architecture.depths)
+    if info:
+        record["info"] = info
+    record["fingerprint"] = fingerprint(record)
+    return record
+
+
+def fingerprint(record: dict[str, Any]) -> str:
+    """Digest of everything else in a record: shapes alone cannot tell 4 heads of 32 from 8 heads of 16."""
+    rest = {k: v for k, v in record.items() if k not in ("fingerprint", "info")}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_record(config: PreTrainedConfig, record: Any, task: str) -> Architecture:
+    """The architecture that a config with a ``pruning_config`` describes.
+
+    Raises:
+        InvalidArchitectureError: the record is malformed, impossible, or was edited by hand.
+    """
+    if not isinstance(record, dict):
+        raise InvalidArchitectureError(f"pruning_config is a {type(record).__name__}, expected a dict")
+    if record.get("version") != FORMAT_VERSION:
+        raise InvalidArchitectureError(
+            f"pruning_config has format version {record.get('version')!r}, this library reads {FORMAT_VERSION}; "
+            "a newer hf_vitprune may read it"
+        )
+    missing = {"dense", "hidden_size", "per_layer_config", "fingerprint"} - record.keys()
+    if missing:
+        raise InvalidArchitectureError(f"pruning_config lacks {', '.join(sorted(missing))}")
+    rows = record["per_layer_config"]
+    if not isinstance(rows, dict) or not isinstance(record["dense"], dict):
+        raise InvalidArchitectureError("pruning_config: per_layer_config and dense are dicts")
+    if sorted(rows) != sorted(str(i) for i in range(len(rows))):
+        raise InvalidArchitectureError("pruning_config: per_layer_config numbers the layers from 0 without gaps")
+    try:
+        seal = fingerprint(record)
+    except (TypeError, ValueError) as error:
+        raise InvalidArchitectureError(f"pruning_config is not JSON: {error}") from error
+    depths = _checked_depths(record.get("depths"))
+    shapes = tuple(shape_from_words(rows[str(i)], f"pruning_config: layer {i}") for i in range(len(rows)))
+    base = stock_config(config)
+    architecture = Architecture(base, shapes, record["hidden_size"], depths, task).validated()
+    if seal != record["fingerprint"]:
+        raise InvalidArchitectureError(
+            "pruning_config does not match its fingerprint: it was edited or damaged after the model was saved; "
+            "fetch config.json again, or rebuild the model with hf_vitprune.prune"
+        )
+    stated = Architecture.dense(config)
+    if (len(stated.layers), stated.depths, stated.hidden_size) != (len(shapes), depths, architecture.hidden_size):
+        raise InvalidArchitectureError(
+            f"config.json says {stated.depths or len(stated.layers)} layers of width {stated.hidden_size}, its "
+            f"pruning_config {depths or len(shapes)} of width {architecture.hidden_size}"
+        )
+    return architecture
+
+
+def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The stock config of the dense model behind a stock or pruned config (a copy for pruned ones).
+
+    Raises:
+        InvalidArchitectureError: the pruned config's record of the dense sizes is damaged.
+    """
+    if not config.model_type.startswith(PRUNED_PREFIX):
+        return config
+    family = family_of(config)
+    # a copy under the stock class, attribute by attribute: parsing a config anew takes longer than building a model
+    base = copy.copy(config)
+    base.__class__ = CONFIG_MAPPING[base_model_type(config.model_type)]
+    base.__dict__.pop("model_type", None)  # configs read from a file hold it, and it hides that of the class
+    record = base.__dict__.pop("pruning_config", None)
+    for name in ("architectures", "auto_map"):
+        setattr(base, name, None)
+    if family.sub_config:
+        setattr(base, family.sub_config, copy.copy(getattr(config, family.sub_config)))
+    if isinstance(record, dict):
+        dense = _checked_dense_sizes(record.get("dense"), family, config)
+        sizes = family.sizes_config(base)
+        if "num_attention_heads" in dense:
+            sizes.num_attention_heads = dense["num_attention_heads"]
+        hidden = dense.get("hidden_size", sizes.hidden_size)
+        layers = dense.get("num_hidden_layers", sizes.num_hidden_layers)
+        family.resize_config(base, hidden, layers, tuple(dense["depths"]) if "depths" in dense else None)
+        if "num_attention_heads" in dense:  # some families adapt the heads to the width
+            sizes.num_attention_heads = dense["num_attention_heads"]
+    return base
+
+
+def _make_config(model_type: Any, fields: dict[str, Any]) -> PreTrainedConfig:
+    """A stock config from JSON.
+
+    Raises:
+        InvalidArchitectureError: transformers refuses the fields, or no model can be made from them.
+    """
+    if not isinstance(model_type, str):
+        raise InvalidArchitectureError(f"the config's model_type is {model_type!r}")
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+        Architecture.dense(config)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever a damaged field breaks
+        raise InvalidArchitectureError(f"no {model_type} model has this config: {error}") from error
+    return config
+
+
+def _checked_depths(depths: Any) -> tuple[int, ...] | None:
+    if depths is None:
+        return None
+    if not isinstance(depths, (list, tuple)) or not depths or any(type(d) is not int for d in depths):
+        raise InvalidArchitectureError(f"depths {depths!r} is no list of whole numbers")
+    return tuple(depths)
+
+
+def _checked_dense_sizes(dense: Any, family: Family, config: PreTrainedConfig) -> dict[str, Any]:
+    columnar = {"hidden_size", "num_hidden_layers", "num_attention_heads"}
+    names = columnar if family.depths(config) is None else {"depths"}
+    if not isinstance(dense, dict) or set(dense) != names:
+        raise InvalidArchitectureError(f"pruning_config: dense sizes {dense!r} are not {', '.join(sorted(names))}")
+    for name, size in dense.items():
+        sizes = size if name == "depths" and isinstance(size, list) else [size]
+        if not sizes or any(type(s) is not int or not 0 < s <= 1 << 16 for s in sizes):
+            raise InvalidArchitectureError(f"pruning_config: dense {name} is {size!r}")
+    own_head_dim = getattr(family.sizes_config(config), "head_dim", None)
+    if not own_head_dim and dense.get("hidden_size", 0) % dense.get("num_attention_heads", 1):
+        raise InvalidArchitectureError(f"pruning_config: dense width and heads of {dense} do not divide")
+    return dense
+
+
+# ---------------------------------------------------------------------- small helpers
+def unwrap(model: Any) -> Any:
+    """The transformers model inside a PruningModel, a PeftModel, or itself."""
+    while True:
+        inner = getattr(model, "get_base_model", None)
+        if inner is None:
+            return model
+        model = inner()
+
+
+def task_of(model: Any) -> str:
+    """Class name without the family's prefix: ``ViTForImageClassification`` -> ``ForImageClassification``."""
+    stated = getattr(model, "pruning_task", None)
+    return stated or strip_family(type(model).__name__, type(model.config).__name__)
+
+
+def strip_family(model_class: str, config_class: str) -> str:
+    """Task part of a class name: the config's name tells the prefix (CLIPVisionConfig: also ``CLIP``)."""
+    family = config_class.removesuffix("Config")
+    prefixes = (family, family.removesuffix("Vision"))
+    return next((model_class.removeprefix(p) for p in prefixes if model_class.startswith(p)), model_class)
+
+
+def _shifts(depths: tuple[int, ...] | None, layers: int) -> list[bool | None]:
+    if depths is None:
+        return [None] * layers
+    return [bool(b % 2) for depth in depths for b in range(depth)]

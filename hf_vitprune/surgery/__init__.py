@@ -1,0 +1,1 @@
+"""Cuts, masks and gates on one plain model."""

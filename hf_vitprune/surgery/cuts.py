@@ -1,0 +1,194 @@
+"""Where every tensor of a small model comes from in the big one, and which indices stay along which axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import InvalidPlanError
+from ..families import LayerPaths
+from ..modeling.structure import layer_paths
+from ..plan.layer_plan import PAD, LayerPlan
+from ..plan.plan import PruningPlan
+
+
+@dataclass
+class Cut:
+    """Where one tensor of the small model comes from: ``source`` indexed by ``index[axis]``, times ``scale[axis]``.
+
+    An index of :data:`~hf_vitprune.plan.plan.PAD` stands for zeros.
+    """
+
+    source: str
+    index: dict[int, torch.Tensor] = field(default_factory=dict)
+    scale: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The small tensor (always a copy)."""
+        out = tensor
+        for axis, index in self.index.items():
+            index = index.to(tensor.device)
+            out = out.index_select(axis, index.clamp(min=0))
+            if (index == PAD).any():
+                out = out * _along(axis, (index != PAD).to(out.dtype), out.ndim)
+        for axis, scale in self.scale.items():
+            out = out * _along(axis, scale.to(out.device, out.dtype), out.ndim)
+        return out.clone() if out.data_ptr() == tensor.data_ptr() else out
+
+    def scatter(self, small: torch.Tensor, full_shape: torch.Size) -> torch.Tensor:
+        """Inverse of :meth:`take`: the small tensor at its old places in zeros of the full shape."""
+        out = small
+        for axis, index in reversed(self.index.items()):
+            index = index.to(small.device)
+            real = (index != PAD).nonzero().squeeze(1)
+            shape = list(out.shape)
+            shape[axis] = full_shape[axis]
+            out = out.new_zeros(shape).index_copy(axis, index[real], out.index_select(axis, real))
+        return out
+
+
+def _along(axis: int, vector: torch.Tensor, ndim: int) -> torch.Tensor:
+    return vector.view([-1 if i == axis else 1 for i in range(ndim)])
+
+
+def small_state(
+    big_state: Mapping[str, torch.Tensor], model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan
+) -> dict[str, torch.Tensor]:
+    """State dict of the small model, cut out of ``big_state`` (keys of ``model``).
+
+    Raises:
+        InvalidPlanError: a new weight of the plan has no place or another shape.
+    """
+    state = {name: cut.take(big_state[cut.source]) for name, cut in find_cuts(model, small, plan).items()}
+    state.update(_input_indices(big_state, model, small, plan))
+    expected = small.state_dict()
+    missing = sorted(expected.keys() - state.keys() - plan.weights.keys())
+    if missing:
+        raise InvalidPlanError(
+            f"the plan makes new mixers and lacks {len(missing)} of their weights (first: {missing[0]})"
+        )
+    for name, tensor in plan.weights.items():
+        if name not in expected or expected[name].shape != tensor.shape:
+            shape = tuple(expected[name].shape) if name in expected else None
+            raise InvalidPlanError(
+                f"the plan's new weight {name} is {tuple(tensor.shape)}, the small model has {shape}"
+            )
+        like = state.get(name, expected[name])
+        device = next(iter(big_state.values())).device if like.device.type == "meta" else like.device
+        state[name] = tensor.to(device, like.dtype, copy=True)
+    return state
+
+
+def find_cuts(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan) -> dict[str, Cut]:
+    """Small tensor name -> its cut. Outside the layers, axes whose length differs follow the kept embedding.
+
+    Tensors of mixers that the plan makes have none: they are among its new weights.
+    """
+    source_paths = layer_paths(model, plan.source)
+    small_paths = layer_paths(small, plan.architecture)
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    cuts: dict[str, Cut] = {}
+    renamed = {new.layer: source_paths[e.index].layer for new, e in zip(small_paths, plan.layers, strict=True)}
+    new_mixers = tuple(
+        f"{paths.attention}."
+        for paths, e in zip(small_paths, plan.layers, strict=True)
+        if e.replaces_mixer(plan.source.layers[e.index])
+    )
+    for name, tensor in small.state_dict().items():
+        if name.startswith(new_mixers):
+            continue
+        layer = next((new for new in renamed if name.startswith(new + ".")), None)
+        source = name if layer is None else renamed[layer] + name[len(layer) :]
+        if source in shapes and not name.endswith(".input_index"):
+            cuts[name] = Cut(source)
+            if layer is None and plan.embedding is not None:
+                _cut_embedding(cuts[name], shapes[source], tensor.shape, plan)
+    for entry, new, old in zip(plan.layers, small_paths, (source_paths[e.index] for e in plan.layers), strict=True):
+        _cut_layer(cuts, entry, new, old, plan)
+    return cuts
+
+
+def _cut_embedding(cut: Cut, full: torch.Size, small: torch.Size, plan: PruningPlan) -> None:
+    kept = torch.tensor(plan.embedding)
+    width = plan.source.hidden_size
+    for axis, (before, after) in enumerate(zip(full, small, strict=True)):
+        if before != after:
+            # a classifier on several pooled vectors side by side repeats the residual width
+            cut.index[axis] = torch.cat([kept + width * i for i in range(before // width)])
+
+
+def _cut_layer(cuts: dict[str, Cut], entry: LayerPlan, new: LayerPaths, old: LayerPaths, plan: PruningPlan) -> None:
+    source = plan.source.layers[entry.index]
+
+    def cut(path: str, axis: int, index: torch.Tensor | None, scale: tuple[float, ...] | None = None) -> None:
+        for suffix in ("weight", "bias", "lambda1"):
+            name = f"{path}.{suffix}"
+            if name in cuts and not (axis == 1 and suffix != "weight"):
+                if index is not None:
+                    cuts[name].index[axis] = index
+                if scale is not None:
+                    cuts[name].scale[axis] = torch.tensor(scale, dtype=torch.float64)
+
+    kept = None if plan.embedding is None else torch.tensor(plan.embedding)
+    norms = [new.norm1, new.norm2, new.scale1, new.scale2, new.o, new.fc2]
+    for path in norms:
+        if path is not None and kept is not None:
+            cut(path, 0, kept)
+    if source.kernel and kept is not None:
+        cut(f"{new.attention}.conv", 1, kept)
+    if entry.mixer == "attention":
+        inputs = kept if entry.attention_in is None else torch.tensor(entry.attention_in)
+        qk = _rows(entry.heads, entry.qk, source.qk_dim)
+        v = _rows(entry.heads, entry.v, source.v_dim)
+        for path, rows in ((new.q, qk), (new.k, qk), (new.v, v)):
+            cut(path, 0, rows)
+            cut(path, 1, inputs, entry.scales.get("attention_in"))
+        cut(new.o, 1, v, entry.scales.get("v"))
+        if new.bias_table:
+            cuts[new.bias_table].index[1] = torch.tensor(entry.heads)
+    if entry.mlp:
+        neurons = torch.tensor(entry.mlp)
+        inputs = kept if entry.mlp_in is None else torch.tensor(entry.mlp_in)
+        for path in new.fc1:
+            cut(path, 0, neurons)
+            cut(path, 1, inputs, entry.scales.get("mlp_in"))
+        cut(new.fc2, 1, neurons, entry.scales.get("mlp"))
+
+
+def _rows(heads: tuple[int, ...], channels: tuple[tuple[int, ...], ...], size: int) -> torch.Tensor:
+    """Rows of a projection, heads concatenated, :data:`PAD` where a head has fewer channels."""
+    return torch.tensor(
+        [PAD if c == PAD else h * size + c for h, row in zip(heads, channels, strict=True) for c in row]
+    )
+
+
+def _input_indices(
+    big_state: Mapping[str, torch.Tensor], model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan
+) -> dict[str, torch.Tensor]:
+    """Values of the small model's ``input_index`` buffers: the residual channels its parts read."""
+    old_paths, new_paths = layer_paths(model, plan.source), layer_paths(small, plan.architecture)
+    expected = small.state_dict()
+    device = next(model.parameters()).device
+    values: dict[str, torch.Tensor] = {}
+    for entry, new in zip(plan.layers, new_paths, strict=True):
+        old = old_paths[entry.index]
+        for new_part, old_part, kept in (
+            (new.attention, old.attention, entry.attention_in),
+            (new.mlp, old.mlp, entry.mlp_in),
+        ):
+            name = f"{new_part}.input_index"
+            if name in expected:
+                before = big_state.get(f"{old_part}.input_index")
+                if kept is None:
+                    values[name] = big_state[f"{old_part}.input_index"].clone()
+                else:
+                    index = torch.tensor(kept, device=device)
+                    values[name] = index if before is None else before[index]
+    for name in expected:
+        if name.endswith("input_index") and name not in values:  # a part that keeps its width over a narrowed stream
+            kept_channels = torch.tensor(plan.embedding or range(plan.source.hidden_size), device=device)
+            values[name] = big_state[name][kept_channels] if name in big_state else kept_channels
+    return values

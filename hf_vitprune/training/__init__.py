@@ -1,0 +1,1 @@
+"""Training with pruning, and the way out of it."""

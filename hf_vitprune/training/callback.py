@@ -1,0 +1,203 @@
+"""PruningCallback: what pruning does in any ``Trainer``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ..errors import InvalidConfigError
+from ..methods import PruningMethod
+from ..utils.batches import ImageBatches
+from .model import PruningModel
+
+logger = logging.get_logger(__name__)
+
+
+class PruningCallback(TrainerCallback):
+    """Trains the gates of a :class:`PruningModel` and decides at the end; works in any ``Trainer``.
+
+    The penalty's gradient is added right before the optimizer steps, so it counts once whatever the gradient
+    accumulation, number of processes or mixed precision; it is neither clipped nor part of the logged ``loss``, and
+    appears in the logs as ``penalty``.
+
+    With a plain ``Trainer`` the gates learn at the Trainer's learning rate, without weight decay. What only
+    ``PruningTrainer`` gives: a learning rate of their own for the gates, distillation, exact resume of stock models,
+    losses that are exact under gradient accumulation for every head, and an error for missing labels before training
+    starts.
+
+    Args:
+        images: what the decision looks at (anything that ``ImageBatches`` takes); by default the training images.
+
+    Attributes:
+        gradient_scale: what undoes the clipping of the current gradients; ``PruningTrainer`` sets it.
+
+    Raises:
+        InvalidConfigError: when training begins: the model is no PruningModel, its gates are not in the optimizer or
+            not at the rate that the config asks for, the gradients are not whole on every process, the method scores
+            by gradients and a plain Trainer clips them, or it decides by images of its own and there are none.
+    """
+
+    def __init__(self, images: Any = None) -> None:
+        self.images = images
+        self._penalty = 0.0
+        self.gradient_scale: float | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        method = pruning_model_of(model).method
+        check_setup(args)
+        _check_checkpointing(args, model)
+        self._check_clipping(args, method)
+        method.check_training(args, state.max_steps)
+        _check_optimizer(kwargs.get("optimizer"), method)
+        if method.needs_held_out_images and self.images is None and not method.decided:
+            raise InvalidConfigError(
+                f"{method.config.method_name} decides by images that were not trained on: give the Trainer "
+                "callbacks=[PruningCallback(images=<evaluation set>)]"
+            )
+        if method.decided:
+            model.tuned = True
+            logger.warning("what to prune is decided already: this training tunes what stays and changes no choice")
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        pruning_model = pruning_model_of(model)
+        method = pruning_model.method
+        if method.needs_gradients:
+            method.observe(pruning_model.model, 1.0 if self.gradient_scale is None else self.gradient_scale)
+        penalty = method.penalty(state.global_step / max(state.max_steps, 1))
+        if penalty is None:
+            self._penalty = 0.0
+            return
+        parameters = method.gate_parameters()
+        for parameter, grad in zip(parameters, torch.autograd.grad(penalty, parameters), strict=True):
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        self._penalty = penalty.item()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        pruning_model = pruning_model_of(model)
+        pruning_model.method.after_step(pruning_model.model, state.global_step + 1, state.max_steps)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if pruning_model_of(model).method.finished:
+            control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        extra = {"penalty": self._penalty, **pruning_model_of(model).method.logs()}
+        logs.update(extra)
+        state.log_history[-1].update(extra)  # log() has stored a copy already
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        pruning_model = pruning_model_of(model)
+        pruning_model.training_images = _images_of(kwargs.get("train_dataloader"))
+        pruning_model.decide(self.images)
+        numbers = pruning_model.method.decision_logs()
+        if numbers:
+            state.log_history.append({**numbers, "step": state.global_step})
+        summary = {unit: round(share, 3) for unit, share in pruning_model.plan().summary().items() if share < 1}
+        logger.info(f"pruning decided; share of units kept: {summary}")
+
+    def _check_clipping(self, args: TrainingArguments, method: PruningMethod) -> None:
+        if method.needs_gradients and self.gradient_scale is None and args.max_grad_norm:
+            raise InvalidConfigError(
+                f"{method.config.method_name} scores by gradients, and this Trainer clips them first: use "
+                "PruningTrainer, which undoes the clipping for the scores, or max_grad_norm=0"
+            )
+
+
+def _images_of(loader: Any) -> ImageBatches | None:
+    """The training images in order, where they can be read again."""
+    dataset: Any = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) or not len(dataset):
+        return None
+    return ImageBatches(loader)
+
+
+def pruning_model_of(model: Any) -> PruningModel:
+    if not isinstance(model, PruningModel):
+        raise InvalidConfigError(
+            f"PruningCallback works on get_pruning_model(model, config), not on the Trainer's {type(model).__name__}"
+        )
+    return model
+
+
+def check_setup(args: TrainingArguments) -> None:
+    """Gates need whole gradients on every process, and one model for each.
+
+    Raises:
+        InvalidConfigError: naming what to use instead.
+    """
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None or args.fsdp or by_launcher:
+        raise InvalidConfigError(
+            "pruning needs whole gradients on every process: DeepSpeed and FSDP are not supported, DDP is (torchrun "
+            "or accelerate launch without deepspeed and fsdp)"
+        )
+    if args.n_gpu > 1:
+        raise InvalidConfigError(
+            "pruning does not work in one process with several GPUs (DataParallel): start one process for each with "
+            "torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
+def _check_checkpointing(args: TrainingArguments, model: PruningModel) -> None:
+    """The reentrant kind gives no gradient to gates in layers whose input needs none.
+
+    Raises:
+        InvalidConfigError: it is asked for, over frozen weights.
+    """
+    settings = args.activation_checkpointing_kwargs
+    reentrant = bool(args.activation_checkpointing and isinstance(settings, dict) and settings.get("use_reentrant"))
+    if reentrant and not all(p.requires_grad for p in model.model.parameters()):
+        raise InvalidConfigError(
+            "reentrant activation checkpointing starves the gates when weights are frozen (as under LoRA): leave "
+            "use_reentrant out, or set it to False"
+        )
+
+
+def _check_optimizer(optimizer: Any, method: PruningMethod) -> None:
+    """The optimizer steps every gate that learns, at the rate that was asked for.
+
+    Raises:
+        InvalidConfigError: it does not.
+    """
+    if optimizer is None:
+        return
+    rates = {id(p): g.get("initial_lr", g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+    gates = [p for p in method.gate_parameters() if p.requires_grad]
+    missing = sum(id(p) not in rates for p in gates)
+    if missing:
+        raise InvalidConfigError(
+            f"{missing} gates are not in the optimizer: it was made before the PruningModel; give the Trainer the "
+            "PruningModel and let it make the optimizer"
+        )
+    wanted = method.config.gate_learning_rate
+    given = {rates[id(p)] for p in gates}
+    if wanted is not None and given - {wanted}:
+        raise InvalidConfigError(
+            f"gate_learning_rate is {wanted}, but the optimizer has {sorted(given)} for the gates: use "
+            "PruningTrainer, which makes a group for them, or leave gate_learning_rate out"
+        )

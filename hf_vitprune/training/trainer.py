@@ -1,0 +1,251 @@
+"""Training with pruning: a callback for any Trainer, and a Trainer that does the rest."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from ..compensate import Compensation
+from ..errors import InvalidConfigError, MissingLabelsError
+from ..losses.distillation import DistillationConfig, Teacher, distillation_loss
+from ..losses.task import is_classifier, task_loss
+from ..publish.hub import push_to_hub
+from ..spec.architecture import unwrap
+from ..surgery.gates import strip_gates
+from .callback import PruningCallback, check_setup, pruning_model_of
+from .model import PruningModel
+from .resume import enable_exact_resume
+
+
+class PruningTrainer(Trainer):
+    """A ``Trainer`` for pruning, and for fine-tuning a pruned model with distillation.
+
+    Args:
+        model: a :class:`PruningModel`, or any model to fine-tune (a pruned one, say).
+        distillation: learn from a teacher's logits too; see :class:`DistillationConfig`. Several at once: a list,
+            each applied to the loss that the one before gave.
+        teacher: image classifier to learn from, of any architecture; a list of them for a list above. By default
+            (None) a copy of the wrapped model as it is now, for a PruningModel; required for other models.
+        compensate: what a PruningModel's ``export()`` does afterwards about what pruning took away, with images of
+            the training set: ``"auto"``, or anything that ``hf_vitprune.prune`` takes; False for plain slices.
+        Everything else as ``transformers.Trainer``.
+
+    Raises:
+        InvalidConfigError: distillation without a teacher, or lists of unequal lengths; or see
+            :class:`PruningCallback`.
+        MissingLabelsError: ``train()``, before the first step, for an image classifier: there are no labels.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *,
+        distillation: DistillationConfig | Sequence[DistillationConfig] | None = None,
+        teacher: Any = None,
+        compensate: Any = "auto",
+        **kwargs: Any,
+    ) -> None:
+        Compensation.of(compensate)  # raises
+        lessons = _paired(distillation, teacher)
+        self.lessons: list[tuple[DistillationConfig, Teacher]] = []
+        super().__init__(model=model, args=args, **kwargs)
+        self._gated = isinstance(self.model, PruningModel)
+        if self._gated:
+            check_setup(self.args)
+            pruning_model_of(self.model).compensate = compensate
+            self._put_callback_first()
+        if is_classifier(self.model) and not self.label_names:
+            self.label_names = ["labels"]  # DeiT's two-headed classifier takes none by itself
+        if isinstance(self.model, PreTrainedModel):
+            enable_exact_resume(self.model)
+        if is_classifier(self.model) and self.compute_loss_func is None and self.label_smoother is None:
+            self.compute_loss_func = self._task_loss
+        for config, one in lessons:
+            if one is None and not self._gated:
+                raise InvalidConfigError("distillation needs a teacher: pass teacher=<the unpruned model>")
+            source = one if one is not None else _ungated_copy(pruning_model_of(self.model))
+            self.lessons.append((config, Teacher(source, student=self.model)))
+
+    def _put_callback_first(self) -> None:
+        """In front of those that report: they then see what it adds to the logs."""
+        callbacks = self.callback_handler.callbacks
+        ours = next((c for c in callbacks if isinstance(c, PruningCallback)), None) or PruningCallback()
+        ours.gradient_scale = 1.0
+        callbacks[:] = [ours, *(c for c in callbacks if c is not ours)]
+        self._pruning_callback = ours
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """As the parent's; methods that score by gradients learn what the clipping has multiplied them by."""
+        norm = super()._clip_grad_norm(model)
+        if self._gated and pruning_model_of(self.model).method.needs_gradients:
+            factor = self.args.max_grad_norm / (float(norm) + 1e-6)  # as torch.nn.utils.clip_grad_norm_
+            self._pruning_callback.gradient_scale = 1 / factor if 0 < factor < 1 else 1.0
+        return norm
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent's, which takes one step too many when it resumes after the last one: of ``max_steps``, or of a
+        search that was finished.
+        """
+        finished = self._gated and pruning_model_of(self.model).method.finished
+        if finished or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    # ------------------------------------------------------------------ optimizer
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As the parent's, with the gates in a group of their own: own learning rate, no weight decay."""
+        if self.optimizer is not None or not self._gated:
+            return super().create_optimizer(model)
+        method = pruning_model_of(self.model).method
+        gates = [p for p in method.gate_parameters() if p.requires_grad]
+        for parameter in gates:
+            parameter.requires_grad_(False)
+        try:
+            optimizer = super().create_optimizer(model)
+        finally:
+            for parameter in gates:
+                parameter.requires_grad_(True)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}  # optimizer_cls_and_kwargs
+        gates = [p for p in gates if id(p) not in held]
+        if gates:
+            rate = method.config.gate_learning_rate
+            optimizer.add_param_group({"params": gates, "weight_decay": 0.0, **({} if rate is None else {"lr": rate})})
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the parent's; gates whose method wants it keep the learning rate that they start with.
+
+        Raises:
+            InvalidConfigError: the schedule cannot leave a group alone.
+        """
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if not self._gated or not pruning_model_of(self.model).method.constant_gate_rate:
+            return scheduler
+        gates = {id(p) for p in pruning_model_of(self.model).method.gate_parameters()}
+        if not isinstance(scheduler, LambdaLR):
+            raise InvalidConfigError(
+                f"gates keep their learning rate, and lr_scheduler_type {self.args.lr_scheduler_type!s} changes all "
+                "alike: use constant, linear, cosine or polynomial"
+            )
+        for i, group in enumerate(scheduler.optimizer.param_groups):
+            if gates & {id(p) for p in group["params"]}:
+                scheduler.lr_lambdas[i] = _constant
+                group["lr"] = group["initial_lr"]  # a warm-up has set it already
+                scheduler._last_lr[i] = group["lr"]
+        return scheduler
+
+    # ------------------------------------------------------------------ loss
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        lessons = self._lessons_now() if model.training else []
+        if not lessons:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        images = {k: v for k, v in inputs.items() if k not in (*self.label_names, "labels")}
+        answers = [teacher(**images, autocast=self.accelerator.autocast()) for _, teacher in lessons]
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # the parent has multiplied a loss that is normalised over all processes by their number
+        over_all = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        accepts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        for (config, _), teacher_logits in zip(lessons, answers, strict=True):
+            loss = distillation_loss(
+                outputs["logits"],
+                teacher_logits,
+                loss,
+                config,
+                distillation_logits=outputs.get("distillation_logits"),
+                num_items_in_batch=num_items_in_batch if accepts else None,
+                loss_scale=self.accelerator.num_processes if over_all and accepts and self.args.n_gpu <= 1 else 1.0,
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def _lessons_now(self) -> list[tuple[DistillationConfig, Teacher]]:
+        """Without those that wait for the first prune step."""
+        if not self._gated or pruning_model_of(self.model).method.distils:
+            return self.lessons
+        return [(config, teacher) for config, teacher in self.lessons if config.kind != "kl"]
+
+    def _task_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Computed here rather than in the model: several stock heads ignore ``num_items_in_batch`` (their gradients
+        then grow with accumulation), and DeiT's two-headed one takes no labels at all.
+        """
+        # a head that learns from a teacher leaves the labels to the other one
+        own_head = "cls_logits" in outputs and any(config.kind != "kl" for config, _ in self.lessons)
+        logits = outputs["cls_logits" if own_head else "logits"]
+        return task_loss(unwrap(self.model), labels, logits, num_items_in_batch)
+
+    def push_to_hub(  # type: ignore[override]  # one commit is made, and waited for
+        self, commit_message: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Push the model to ``args.hub_model_id`` with a card: the exported one, for a PruningModel.
+
+        Args:
+            commit_message: title of the commit.
+            kwargs: for ``hf_vitprune.push_to_hub`` (``card``, ``private``, ``token``, ...).
+
+        Returns:
+            What the Hub says of the commit; None on all but the first process.
+        """
+        model: Any = self.model
+        model = model.export() if self._gated else model
+        if not self.is_world_process_zero():
+            return None
+        repo = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir or "").name
+        kwargs.setdefault("token", self.args.hub_token)
+        kwargs.setdefault("private", self.args.hub_private_repo)
+        return push_to_hub(model, repo, image_processor=self.processing_class, commit_message=commit_message, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        self._check_labels()
+        return super().get_train_dataloader()
+
+    def _check_labels(self) -> None:
+        dataset: Any = self.train_dataset
+        sized = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        if not is_classifier(self.model) or not sized or not len(dataset):
+            return
+        batch = self._get_collator_with_removed_columns(self.data_collator)([dataset[0]])
+        names = (*self.label_names, "labels")
+        if isinstance(batch, Mapping) and not any(batch.get(name) is not None for name in names):
+            raise MissingLabelsError(
+                f"training needs labels; a batch has only {', '.join(map(str, batch))}. Name the column labels"
+            )
+
+
+def _paired(distillation: Any, teacher: Any) -> list[tuple[DistillationConfig, Any]]:
+    """Every kind of distillation with its teacher (None: the default one).
+
+    Raises:
+        InvalidConfigError: there are not as many teachers as kinds.
+    """
+    if distillation is None:
+        distillation = DistillationConfig() if teacher is not None else []
+    configs = list(distillation) if isinstance(distillation, (list, tuple)) else [distillation]
+    teachers = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher] * min(len(configs), 1)
+    if teacher is None:
+        teachers = [None] * len(configs)
+    if len(teachers) != len(configs):
+        raise InvalidConfigError(
+            f"{len(configs)} kinds of distillation and {len(teachers)} teachers: give one teacher for each, in a list "
+            "(None for the unpruned model itself)"
+        )
+    return [(config, one) for config, one in zip(configs, teachers, strict=True) if config.kind != "none"]
+
+
+def _constant(step: int) -> float:
+    return 1.0
+
+
+def _ungated_copy(model: PruningModel) -> Any:
+    """The wrapped model as it is now, without gates: what the student starts from."""
+    teacher = copy.deepcopy(model.model)
+    strip_gates(teacher)
+    return teacher
