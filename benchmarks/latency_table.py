@@ -24,8 +24,7 @@ from rich.table import Table
 from transformers import DeiTConfig, Dinov2Config, SwinConfig, ViTConfig
 
 from hf_vitprune import Architecture, LatencyTable, build, count
-from hf_vitprune.latency.measure import measure_table
-from hf_vitprune.latency.measure_time import device_name, measure_speed
+from hf_vitprune.latency.measure import device_name, measure_speed
 from hf_vitprune.publish.run_report import plot_predictions
 from hf_vitprune.spec.layer_shape import LayerShape
 
@@ -97,7 +96,7 @@ def measured(args: argparse.Namespace, config: Any, models: dict[str, Any]) -> t
         ready = {name: model.to(args.device, kind) for name, model in models.items()}
         timings = measure_speed(ready, batch_size=args.batch_size, rounds=args.rounds)
         return table, {name: timing.seconds for name, timing in timings.items()}
-    table = measure_table(
+    table = LatencyTable.measure(
         config,
         args.batch_size,
         args.image_size,

@@ -24,7 +24,7 @@ from rich.table import Table
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_vitprune import Architecture, LatencyTable, NViTConfig, build, count, get_pruning_model, mask
-from hf_vitprune.latency.measure_time import device_name, measure_speed
+from hf_vitprune.latency.measure import device_name, measure_speed
 
 #: a run at target .54 of the paper: residual width; heads, q/k and v channels, neurons of the 12 layers
 WIDTH = 544

@@ -29,7 +29,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_vitprune import Architecture, PruningPlan, VTPConfig, build, count, get_pruning_model, prune, truncate
 from hf_vitprune.cost.meter import ClosedFormMeter
-from hf_vitprune.latency.measure_time import device_name, measure_speed
+from hf_vitprune.latency.measure import device_name, measure_speed
 from hf_vitprune.modeling.native import to_native
 
 SHAPES = {"vit-small": (384, 6), "vit-base": (768, 12)}

@@ -26,7 +26,7 @@ from speed import SHAPES, dense_config, interleaved
 from transformers import ViTForImageClassification
 
 from hf_vitprune import SPViTConfig, get_pruning_model
-from hf_vitprune.latency.measure_time import device_name
+from hf_vitprune.latency.measure import device_name
 
 SIDES = {"plain": None, "single-path": True, "multi-path": False}
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from hf_vitprune.latency.coverage import covered_model
-from hf_vitprune.latency.grid import StageAxes, grids_of, stage_axes
-from hf_vitprune.latency.measure_time import device_name
-from hf_vitprune.latency.sampled_grid import SampledGrid
+from hf_vitprune.latency.blocks import covered_model
+from hf_vitprune.latency.grid import SampledGrid, StageAxes, grids_of, stage_axes
+from hf_vitprune.latency.measure import device_name
 from hf_vitprune.latency.table import LatencyTable
 from hf_vitprune.spec.architecture import Architecture
 

@@ -8,7 +8,7 @@ import pytest
 
 from hf_vitprune import Architecture, LatencyTable
 from hf_vitprune.latency import grid as latency_grid
-from hf_vitprune.latency import rounds
+from hf_vitprune.latency import measure
 from hf_vitprune.latency.report import curves, parts, plot_latency
 from latency_tables import made_table
 from test_cli import VIT, call, printed, refused, saved
@@ -19,8 +19,8 @@ SWIN = "SwinForImageClassification"
 
 @pytest.fixture
 def instant(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "sample", lambda *_: 1e-3)
-    monkeypatch.setattr(rounds, "warm_up", lambda *_: 1)
+    monkeypatch.setattr(measure, "sample", lambda *_: 1e-3)
+    monkeypatch.setattr(measure, "warm_up", lambda *_: 1)
     monkeypatch.setitem(latency_grid.NAMED, "coarse", dict.fromkeys(latency_grid.COARSE, 2))
 
 
@@ -54,7 +54,7 @@ def test_goes_on_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
         return 1e-3
 
-    monkeypatch.setattr(rounds, "sample", breaks)
+    monkeypatch.setattr(measure, "sample", breaks)
     assert call(*arguments).exit_code != 0
     assert (tmp_path / "t.json.partial").exists() and not (tmp_path / "t.json").exists()
     taken = 0

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from hf_vitprune import PruningPlan, count
 from hf_vitprune.errors import InvalidDataError
-from hf_vitprune.latency import measure_time as latency
+from hf_vitprune.latency import measure as latency
 from hf_vitprune.utils.data import read_folder
 from test_cli import printed, refused
 from tiny import reset_weights

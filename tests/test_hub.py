@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from hf_vitprune.errors import HubUploadError, InvalidConfigError, UnsupportedModelError
-from hf_vitprune.latency.measure_time import Timing, environment
+from hf_vitprune.latency.measure import Timing, environment
 from hf_vitprune.modeling.native import to_native
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune

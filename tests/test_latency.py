@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hf_vitprune.errors import InvalidConfigError
-from hf_vitprune.latency import measure_time as latency
-from hf_vitprune.latency.measure_time import Timing, device_name, environment, measure_speed
+from hf_vitprune.latency import measure as latency
+from hf_vitprune.latency.measure import Timing, device_name, environment, measure_speed
 from tiny import make
 
 

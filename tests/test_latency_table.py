@@ -15,10 +15,8 @@ from torch import nn
 
 from hf_vitprune import Architecture, LatencyTable, PruningPlan, count
 from hf_vitprune.errors import InvalidConfigError, LatencyTableError
-from hf_vitprune.latency import measure_time as latency
-from hf_vitprune.latency import rounds
+from hf_vitprune.latency import measure
 from hf_vitprune.latency.grid import GRID_AXES, STEPS, spread, stage_axes
-from hf_vitprune.latency.measure import measure_table
 from latency_tables import made_table
 from plans import PLANS, plan_named
 from tiny import CASES, CLASSIFIERS, hybrid, make
@@ -37,8 +35,8 @@ def parameters_of(call: functools.partial[Any]) -> int:
 
 def weigh(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock on which everything takes a second more than it has parameters."""
-    monkeypatch.setattr(rounds, "sample", lambda call, device, repeats: 1.0 + parameters_of(call))
-    monkeypatch.setattr(rounds, "warm_up", lambda call, device, least: 1)
+    monkeypatch.setattr(measure, "sample", lambda call, device, repeats: 1.0 + parameters_of(call))
+    monkeypatch.setattr(measure, "warm_up", lambda call, device, least: 1)
 
 
 def measured(model: Any, **changes: Any) -> LatencyTable:
@@ -86,7 +84,7 @@ def test_what_is_around_the_blocks_is_timed_for_every_class(case: str, monkeypat
 
 
 def test_other_mixers_really_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "warm_up", lambda *_: 1)
+    monkeypatch.setattr(measure, "warm_up", lambda *_: 1)
     for case in (VIT, SWIN):
         model = hybrid(case)
         assert measured(model, grid=DENSE_ONLY).predict(Architecture.of(model)) > 0
@@ -107,7 +105,7 @@ def test_times_are_of_this_machine_and_in_a_plausible_proportion() -> None:
     table = measured(model, rounds=3, monotone=False, grid=few)
     mlp = table.stages[0]["mlp"]
     assert mlp.at(embedding=64, mlp=1024) > 2 * mlp.at(embedding=64, mlp=1) > 0
-    assert table.provenance["device"] == latency.device_name()
+    assert table.provenance["device"] == measure.device_name()
     assert table.provenance.items() >= {"batch_size": 2, "image_size": [64, 64], "dtype": "float32"}.items()
     assert table.provenance["threads"] == torch.get_num_threads() and table.provenance["attention"] == "sdpa"
     assert table.provenance["date"][:2] == "20"
@@ -117,7 +115,7 @@ def test_times_are_of_this_machine_and_in_a_plausible_proportion() -> None:
 def test_further_models_take_turns_with_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     weigh(monkeypatch)
     models = {"small": make(VIT, num_hidden_layers=1), "large": make(VIT, num_hidden_layers=5)}
-    table = measure_table(make(VIT), 2, grid=DENSE_ONLY, rounds=1, progress=False, beside=models)
+    table = measured(make(VIT), grid=DENSE_ONLY, beside=models)
     assert table.provenance["beside_seconds"] == {name: 1 + count(model).params for name, model in models.items()}
     assert table.provenance["dense_seconds"] == 1 + count(make(VIT)).params
     assert "beside_seconds" not in measured(make(VIT)).provenance
@@ -134,7 +132,7 @@ def test_dtype_image_size_and_config_are_what_is_asked(monkeypatch: pytest.Monke
         return 1.0
 
     weigh(monkeypatch)
-    monkeypatch.setattr(rounds, "sample", look)
+    monkeypatch.setattr(measure, "sample", look)
     table = measured(CASES[VIT].config(), image_size=(32, 16), dtype=torch.bfloat16, batch_size=3)
     assert {row[1:] for row in seen} == {(torch.bfloat16,) * 2}
     assert {row[0] for row in seen} == {(3, 3, 32, 16), (3, 9, 32), (3, 9, 1)}
@@ -192,16 +190,16 @@ def timer(stop_after: int | None = None) -> tuple[Callable[..., float], list[Any
     return sample, calls
 
 
-def run_rounds(partial: Path | None, number: int = 3, **changes: Any) -> list[list[float]]:
+def run_rounds(partial: Path | None, header: Any = None) -> list[list[float]]:
     calls = [functools.partial(str, i) for i in range(4)]
-    settings = {"header": {"grid": 1}, "device": torch.device("cpu"), "progress": False, **changes}
-    return rounds.timed_rounds(calls, [1.0] * 4, number, partial=partial, **settings)
+    kept = None if partial is None else measure.PartialFile(partial, header or {"grid": 1})
+    return measure.timed_rounds(calls, 3, torch.device("cpu"), 0.0, kept=kept, progress=False, shuffled=True)
 
 
 def test_rounds_take_everything_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "warm_up", lambda *_: 1)
+    monkeypatch.setattr(measure, "warm_up", lambda *_: 1)
     sample, calls = timer()
-    monkeypatch.setattr(rounds, "sample", sample)
+    monkeypatch.setattr(measure, "sample", sample)
     done = run_rounds(None)
     order = [call.args[0] for call in calls]
     turns = [order[i : i + 4] for i in range(0, 12, 4)]
@@ -214,15 +212,15 @@ def test_rounds_take_everything_in_turn(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "warm_up", lambda *_: 1)
+    monkeypatch.setattr(measure, "warm_up", lambda *_: 1)
     file = tmp_path / "deep" / "table.partial"
-    monkeypatch.setattr(rounds, "sample", timer(stop_after=6)[0])
+    monkeypatch.setattr(measure, "sample", timer(stop_after=6)[0])
     with pytest.raises(Interrupted):
         run_rounds(file)
     kept = json.loads(file.read_text())["rounds"]
     assert len(kept) == 1
     sample, calls = timer()
-    monkeypatch.setattr(rounds, "sample", sample)
+    monkeypatch.setattr(measure, "sample", sample)
     with pytest.raises(LatencyTableError, match="another measurement.*grid.*delete it"):
         run_rounds(file, header={"grid": 2})
     done = run_rounds(file)
@@ -242,12 +240,12 @@ def test_damaged_partial_file(tmp_path: Path, text: str) -> None:
 def test_measuring_takes_up_its_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weigh(monkeypatch)
     file = tmp_path / "partial"
-    monkeypatch.setattr(rounds.Path, "unlink", lambda self: None)
+    monkeypatch.setattr(measure.Path, "unlink", lambda self: None)
     first = measured(make(VIT), grid=DENSE_ONLY, partial=file)
     assert len(json.loads(file.read_text())["rounds"]) == 1
     with pytest.raises(LatencyTableError, match="batch_size"):
         measured(make(VIT), grid=DENSE_ONLY, partial=file, batch_size=3)
-    monkeypatch.setattr(rounds, "sample", lambda *_: pytest.fail("all rounds were there"))
+    monkeypatch.setattr(measure, "sample", lambda *_: pytest.fail("all rounds were there"))
     again = measured(make(VIT), grid=DENSE_ONLY, partial=file)
     assert again.summary()["digest"] != "" and again.predict(Architecture.of(make(VIT))) == first.predict(
         Architecture.of(make(VIT))

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from hf_vitprune.cost import ClosedFormMeter, CostMeter, LatencyMeter, count
+from hf_vitprune.cost import ClosedFormMeter, CostMeter, count
+from hf_vitprune.latency.table import LatencyMeter
 from hf_vitprune.spec.architecture import Architecture
 from latency_tables import made_table
 from plans import plan_named

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from hf_vitprune.errors import LatencyTableError
-from hf_vitprune.latency.sampled_grid import SampledGrid
+from hf_vitprune.latency.grid import SampledGrid
 
 axis = st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True).map(lambda v: tuple(sorted(v)))
 axes3 = st.fixed_dictionaries({"a": axis, "b": axis, "c": axis})

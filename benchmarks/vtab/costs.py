@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_vitprune import count
 from hf_vitprune.errors import AdapterError
-from hf_vitprune.latency.measure_time import measure_speed
+from hf_vitprune.latency.measure import measure_speed
 from hf_vitprune.modeling.peft_twin import is_peft, merged_twin, plain_twin
 from hf_vitprune.spec.architecture import unwrap
 

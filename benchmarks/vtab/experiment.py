@@ -18,7 +18,7 @@ from hf_vitprune.contrib.retraining import fresh_adapters
 from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.families import family_of
 from hf_vitprune.families.base import pair
-from hf_vitprune.latency.measure_time import environment
+from hf_vitprune.latency.measure import environment
 
 from .adapters import FULL, adapt, load_pretrained, load_trained, set_trainable, trained_tensors
 from .choices import LEARNED, Choice

@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from ..compensate import Compensation
 from ..cost import count
 from ..errors import VitPruneError
-from ..latency.measure_time import device_name
+from ..latency.measure import device_name
 from ..losses.distillation import DistillationConfig
 from ..methods import NViTConfig, OneShotScores, PruningConfig, SLSConfig, SPViTConfig, VTPConfig
 from ..pruning import prune

@@ -31,7 +31,7 @@ class OneShotRun:
         from rich.console import Console
 
         from ..compensate import Compensation
-        from ..latency.measure_time import device_name, measure_speed
+        from ..latency.measure import device_name, measure_speed
         from ..methods import OneShotSettings
         from ..methods.oneshot import check_target
         from ..pruning import prune

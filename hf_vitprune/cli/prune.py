@@ -105,7 +105,7 @@ def _train_and_prune(o: Any, goal: dict[str, Any]) -> None:
     from rich.console import Console
     from transformers import AutoImageProcessor, set_seed
 
-    from ..latency.measure_time import device_name
+    from ..latency.measure import device_name
     from ..losses.distillation import DistillationConfig
     from ..publish.report import comparison_table
     from ..utils.data import load_images

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from ..cost import count
-from ..latency.measure_time import Timing, measure_speed
+from ..latency.measure import Timing, measure_speed
 from ..losses.distillation import DistillationConfig
 from ..methods import PruningConfig, method_for
 from ..plan.plan import PruningPlan

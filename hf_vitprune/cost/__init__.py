@@ -1,21 +1,6 @@
-"""What a model costs: parameters and multiply-adds in closed form, and time as measured."""
+"""What a model costs: parameters and multiply-adds in closed form."""
 
-from ..latency.measure_time import Timing, device_name, environment, measure_speed
-from ..latency.table import LatencyTable
 from .closed_form import Cost, cost_parts, count
-from .meter import METRICS, ClosedFormMeter, CostMeter, LatencyMeter
+from .meter import ClosedFormMeter, CostMeter
 
-__all__ = [
-    "METRICS",
-    "ClosedFormMeter",
-    "Cost",
-    "CostMeter",
-    "LatencyMeter",
-    "LatencyTable",
-    "Timing",
-    "cost_parts",
-    "count",
-    "device_name",
-    "environment",
-    "measure_speed",
-]
+__all__ = ["ClosedFormMeter", "Cost", "CostMeter", "cost_parts", "count"]

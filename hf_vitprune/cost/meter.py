@@ -5,15 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from ..families import Part
-from ..latency.table import LatencyTable
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
 from .closed_form import layer_parts, outer_parts
 
 ImageSize = int | tuple[int, int] | None
-
-#: what a target can count
-METRICS = ("macs", "params", "latency")
 
 
 class CostMeter(ABC):
@@ -96,19 +92,3 @@ class ClosedFormMeter(CostMeter):
 
     def _amount(self, part: Part) -> int:
         return part.macs if self.metric == "macs" else part.weights + part.others
-
-
-class LatencyMeter(CostMeter):
-    """Seconds a batch, from a table that was measured on the device the model is for."""
-
-    metric = "latency"
-
-    def __init__(self, table: LatencyTable, reference: Architecture) -> None:
-        super().__init__(reference)
-        self.table = table
-
-    def _layer_cost(self, shape: LayerShape, width: int, stage: int) -> float:
-        return self.table.layer_seconds(shape, width, stage)
-
-    def _outer_cost(self, hidden_size: int) -> float:
-        return self.table.outer_seconds(hidden_size)

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
-from ..cost.closed_form import count
+from ..cost.closed_form import count, layer_parts
+from ..errors import InvalidConfigError
 from ..families.base import pair
 from ..modeling import build
 from ..modeling.conv_mixer import GRID
 from ..modeling.structure import layer_paths
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import KERNELS, LayerShape
-from .grid import StageAxes, grids_of
+from .grid import SampledGrid, StageAxes, grids_of
+from .measure import PartialFile, timed_rounds
 
 Call = Callable[[], Any]
 
 #: blocks take their weights in turn from as much memory as the dense model's take, up to so many elements: what is
 #: in a processor's cache and what is not is then as in the model
 POOL = 1 << 25
+#: one sample takes at least this long, by repeating the block
+LEAST_SECONDS = {"cpu": 0.005}
+LEAST_SECONDS_ELSEWHERE = 0.02
 #: weights start at multiples of this many elements, as separately allocated ones do
 ALIGNMENT = 64
 
@@ -52,6 +60,28 @@ class Point:
         return LayerShape(self.grid, shifted=shifted)
 
 
+def covered_model(architecture: Architecture, image_size: int | tuple[int, int]) -> dict[str, Any]:
+    """The dense model behind an architecture and the input it is timed on, as far as times depend on them."""
+    dense = Architecture.dense(architecture.config, architecture.task)
+    family, config = dense.family, dense.config
+    stages = sorted(set(dense.stages))
+    first = [dense.stages.index(stage) for stage in stages]
+    grid = family.grid(config, image_size)
+    return {
+        "model_type": dense.model_type,
+        "task": dense.task,
+        "hidden_size": dense.hidden_size,
+        "depths": [dense.stages.count(stage) for stage in stages],
+        "width_factors": [family.width_factor(stage) for stage in stages],
+        "heads": [dense.layers[i].heads for i in first],
+        "head_dim": [dense.layers[i].qk_dim for i in first],
+        "mlp": [dense.layers[i].mlp for i in first],
+        "fc1": len(family.fc1_names(config)),
+        "tokens": [list(family.attention_tokens(config, grid, stage)) for stage in stages],
+        "patch_size": list(pair(family.sizes_config(config).patch_size)),
+    }
+
+
 def points_of(stages: Sequence[StageAxes], architecture: Architecture) -> list[Point]:
     """Everything that a table of these axes times, in a fixed order."""
     points = [Point(None, "model", {"embedding": width}) for width in stages[0]["embedding"]]
@@ -72,7 +102,8 @@ class TimedModel:
         image_size: (height, width) in pixels; the models are built for it.
 
     Attributes:
-        attention: name of the attention implementation that runs.
+        dense: the dense architecture.
+        pixels: the input.
     """
 
     def __init__(
@@ -88,11 +119,34 @@ class TimedModel:
         if pair(sizes.image_size) != image_size:
             sizes.image_size = image_size[0] if image_size[0] == image_size[1] else list(image_size)
         self.dense = Architecture.dense(config, architecture.task)
+        self.image_size = image_size
         self.dtype, self.device = dtype, device
         self.pixels = torch.randn(batch_size, sizes.num_channels, *image_size).to(device, dtype)
-        self.attention = ""
         self._pool = self._memory(min(count(self.dense).params, POOL))
         self._taken = 0
+
+    @classmethod
+    def of(
+        cls,
+        model_or_config: Any,
+        batch_size: int,
+        image_size: int | tuple[int, int] | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> TimedModel:
+        """For a model, a config or an Architecture; by default at the config's image size, in the model's dtype and
+        where the model is (configs: float32, the processor).
+
+        Raises:
+            InvalidConfigError: an impossible image size.
+        """
+        architecture = _architecture_of(model_or_config)
+        at, kind = torch.device("cpu"), torch.float32
+        if isinstance(model_or_config, nn.Module):
+            parameter = next(p for p in model_or_config.parameters() if p.is_floating_point())
+            at, kind = parameter.device, parameter.dtype
+        at = at if device is None else torch.device(device)
+        return cls(architecture, batch_size, _image_size(architecture, image_size), dtype or kind, at)
 
     def calls(self, points: Sequence[Point]) -> list[Call]:
         """One function a point, to be called in inference mode."""
@@ -157,7 +211,6 @@ class TimedModel:
         with self.device:
             model: Any = build(config, wanted)
         model = model.to(self.dtype).eval()
-        self.attention = model.config._attn_implementation
         modules: Iterator[nn.Module] = (model.get_submodule(paths.layer) for paths in layer_paths(model, wanted))
         return model, [[next(modules) for _ in row] for row in shapes]
 
@@ -175,3 +228,75 @@ class TimedModel:
         """Values like those of weights, quickly."""
         some = torch.randn(min(size, 1 << 16), device=self.device, dtype=self.dtype) * 0.02
         return some.repeat(-(-size // len(some)))
+
+
+def time_blocks(
+    timed: TimedModel,
+    stages: Sequence[StageAxes],
+    rounds: int,
+    beside: Sequence[nn.Module],
+    kept: PartialFile | None = None,
+    progress: bool = True,
+) -> tuple[SampledGrid, list[dict[str, SampledGrid]], list[float]]:
+    """Median seconds over the rounds of everything that a table of these axes holds.
+
+    Args:
+        timed: builds and calls the blocks.
+        stages: axes of every stage.
+        rounds: samples of everything.
+        beside: whole models that take turns with the blocks; in eval mode, where the blocks are.
+        kept: file for the finished rounds.
+        progress: show a progress bar.
+
+    Returns:
+        Times of the model around the blocks; of the blocks, a mapping a stage; and of the models beside them.
+
+    Raises:
+        LatencyTableError: the kept rounds are damaged, or of something else.
+    """
+    points = points_of(stages, timed.dense)
+    calls = timed.calls(points) + [partial(model, pixel_values=timed.pixels) for model in beside]
+    size = timed.image_size
+    effort = [_effort(timed.dense, point, size) for point in points] + [count(model, size).macs for model in beside]
+    least = LEAST_SECONDS.get(timed.device.type, LEAST_SECONDS_ELSEWHERE)
+    done = timed_rounds(calls, rounds, timed.device, least, effort, kept, progress, shuffled=True)
+    medians = [median(row[i] for row in done) for i in range(len(calls))]
+    rest = iter(medians)
+
+    def sampled(name: str, axes: Mapping[str, tuple[int, ...]]) -> SampledGrid:
+        shape = [len(values) for values in axes.values()]
+        times = np.array([next(rest) for _ in range(int(np.prod(shape)))]).reshape(shape)
+        return SampledGrid(name, dict(axes), times)
+
+    whole = sampled("model", {"embedding": stages[0]["embedding"]})
+    grids = [
+        {name: sampled(f"stage {i} {name}", axes) for name, axes in grids_of(row, timed.dense).items()}
+        for i, row in enumerate(stages)
+    ]
+    return whole, grids, list(rest)
+
+
+def _effort(dense: Architecture, point: Point, image_size: tuple[int, int]) -> float:
+    """About how long a point takes, in multiply-adds: the model around the blocks is taken for a block."""
+    grid = dense.family.grid(dense.config, image_size)
+    stage, width = point.stage or 0, point.sizes["embedding"]
+    macs = sum(part.macs for part in layer_parts(dense, point.shape(False), width, stage, grid))
+    tokens = dense.family.attention_tokens(dense.config, grid, stage)[0]
+    return macs + 500 * tokens * width  # norms and residuals have no multiply-adds, but take time
+
+
+def _architecture_of(model_or_config: Any) -> Architecture:
+    if isinstance(model_or_config, Architecture):
+        return model_or_config
+    if isinstance(model_or_config, PreTrainedConfig):
+        return Architecture.from_config(model_or_config)
+    return Architecture.of(model_or_config)
+
+
+def _image_size(architecture: Architecture, image_size: Any) -> tuple[int, int]:
+    if image_size is None:
+        return pair(architecture.family.sizes_config(architecture.config).image_size)
+    sides = tuple(image_size) if isinstance(image_size, (list, tuple)) else (image_size,) * 2
+    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+        raise InvalidConfigError(f"image_size is a number of pixels or (height, width), not {image_size!r}")
+    return sides[0], sides[1]

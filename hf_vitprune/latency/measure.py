@@ -1,141 +1,295 @@
-"""Making a latency table: every block of a grid is built and timed on this machine."""
+"""Time as measured: everything takes turns, round after round, so that a slow minute hits all alike.
+
+``torch.utils.benchmark`` times one thing to its end before the next, and warms up again before every sample: a machine
+whose speed drifts would favour some.
+"""
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import copy
+import json
+import os
+import platform
+import random
 import time
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import PreTrainedConfig
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
 
-from ..cost.closed_form import count, layer_parts
-from ..errors import InvalidConfigError
+from ..errors import InvalidConfigError, LatencyTableError
+from ..families import family_of
 from ..families.base import pair
-from ..modeling import build
-from ..spec.architecture import Architecture
-from .blocks import Point, TimedModel, points_of
-from .coverage import covered_model
-from .grid import StageAxes, grids_of, stage_axes
-from .measure_time import environment
-from .rounds import timed_rounds
-from .sampled_grid import SampledGrid
-from .table import LatencyTable
+from ..utils.modes import evaluating
 
-Grid = str | Mapping[str, Sequence[int]]
+#: one sample takes at least this long, by repeating the call, so that the clock's grain does not show
+MIN_SAMPLE_SECONDS = 0.02
+MAX_REPEATS = 100
+WARM_UPS = 3
 
 
-def measure_table(
-    model_or_config: Any,
+@dataclass(frozen=True)
+class Timing:
+    """How long one forward pass of a batch takes.
+
+    Attributes:
+        seconds: median over the rounds.
+        spread: distance between the quartiles, in seconds.
+        speedup: how many times faster than the first model measured with it: median of the rounds' ratios.
+        images_per_second: batch size over ``seconds``.
+        samples: seconds a pass, round by round.
+        setting: batch size, image size, dtype, device, threads and library versions.
+    """
+
+    seconds: float
+    spread: float
+    speedup: float
+    images_per_second: float
+    samples: tuple[float, ...]
+    setting: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {**asdict(self), "samples": list(self.samples)}
+
+
+def measure_speed(
+    models: Mapping[str, nn.Module],
     batch_size: int = 8,
     image_size: int | tuple[int, int] | None = None,
-    dtype: torch.dtype | None = None,
+    rounds: int = 15,
     device: str | torch.device | None = None,
-    grid: Grid = "coarse",
-    rounds: int = 5,
-    monotone: bool = True,
-    partial: str | Path | None = None,
+    dtype: torch.dtype | None = None,
     progress: bool = True,
-    beside: Mapping[str, Any] | None = None,
-) -> LatencyTable:
-    """See :meth:`LatencyTable.measure`.
+) -> dict[str, Timing]:
+    """Measure the forward pass of several models on the same random images.
+
+    Every round times every model once, in turn. The models are in eval mode while they are measured, and are given
+    back as they were; where another device or dtype is asked for, copies are measured.
 
     Args:
-        beside: further models that take turns with the blocks, by name; ``provenance["beside_seconds"]`` has their
-            times. A machine's speed drifts, so that only what was timed in one run can be compared closely.
+        models: name -> model that takes ``pixel_values``; the first one is what ``speedup`` compares with.
+        batch_size: images a forward pass.
+        image_size: side, or (height, width), in pixels; by default what the first model's config says.
+        rounds: samples of every model.
+        device: where to measure; by default where the first model is.
+        dtype: in which type to measure; by default that of the first model.
+        progress: show a progress bar.
+
+    Raises:
+        InvalidConfigError: no model, an impossible number, or no image size and no config that has one.
     """
-    for name, value in (("batch_size", batch_size), ("rounds", rounds)):
+    if not models:
+        raise InvalidConfigError("give at least one model to measure")
+    check_counts(batch_size=batch_size, rounds=rounds)
+    first = next(iter(models.values()))
+    parameter = next((p for p in first.parameters() if p.is_floating_point()), torch.empty(0))
+    at = torch.device(device) if device is not None else parameter.device
+    kind = parameter.dtype if dtype is None else dtype
+    height, width, channels = _image_shape(first, image_size)
+    pixels = torch.randn(batch_size, channels, height, width).to(at, kind)
+    with contextlib.ExitStack() as stack:
+        ready = [_placed(model, at, kind) for model in models.values()]
+        for model in ready:
+            stack.enter_context(evaluating(model))
+        calls = [partial(model, pixel_values=pixels) for model in ready]
+        done = timed_rounds(calls, rounds, at, MIN_SAMPLE_SECONDS, progress=progress)
+    setting = {"batch_size": batch_size, "image_size": [height, width], "dtype": str(kind).removeprefix("torch.")}
+    samples = {name: [row[i] for row in done] for i, name in enumerate(models)}
+    return _summarised(samples, batch_size, {**setting, **environment(at)})
+
+
+def check_counts(**counts: Any) -> None:
+    """Raises:
+    InvalidConfigError: one of them is no whole number of at least 1.
+    """
+    for name, value in counts.items():
         if type(value) is not int or value < 1:
             raise InvalidConfigError(f"{name} is a whole number of at least 1, got {value!r}")
-    architecture = _architecture_of(model_or_config)
-    size = _image_size(architecture, image_size)
-    at, kind = _placement(model_or_config, device, dtype)
-    stages = stage_axes(architecture, grid)
-    points = points_of(stages, architecture)
-
-    timed = TimedModel(architecture, batch_size, size, kind, at)
-    started = time.monotonic()
-    calls = timed.calls(points)
-    dense: Any = build(timed.dense.config, timed.dense)
-    models = {"": dense.to(at, kind).eval()}
-    models |= {name: model.to(at, kind).eval() for name, model in (beside or {}).items()}
-    calls += [functools.partial(model, pixel_values=timed.pixels) for model in models.values()]
-    efforts = [_effort(timed.dense, point, size) for point in points]
-    efforts += [count(model, size).macs for model in models.values()]
-    setting = {"dtype": str(kind).removeprefix("torch."), "batch_size": batch_size, "image_size": list(size)}
-    setting = {**environment(at), **setting, "attention": timed.attention, "rounds": rounds}
-    covers = covered_model(architecture, size)
-    header = {**setting, **covers, "axes": [{k: list(v) for k, v in axes.items()} for axes in stages]}
-    header["beside"] = list(models)[1:]
-    done = timed_rounds(calls, efforts, rounds, at, header, None if partial is None else Path(partial), progress)
-    setting["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-    setting["minutes"] = round((time.monotonic() - started) / 60, 1)
-    medians = [median(row[i] for row in done) for i in range(len(calls))]
-    setting["dense_seconds"], *others = medians[len(points) :]
-    if beside:
-        setting["beside_seconds"] = dict(zip(beside, others, strict=True))
-    return _table(architecture, setting, stages, medians[: len(points)], monotone)
 
 
-def _architecture_of(model_or_config: Any) -> Architecture:
-    if isinstance(model_or_config, Architecture):
-        return model_or_config
-    if isinstance(model_or_config, PreTrainedConfig):
-        return Architecture.from_config(model_or_config)
-    return Architecture.of(model_or_config)
+def _summarised(samples: dict[str, list[float]], batch_size: int, setting: dict[str, Any]) -> dict[str, Timing]:
+    reference = next(iter(samples.values()))
+    timings = {}
+    for name, row in samples.items():
+        low, _, high = quantiles(row, n=4, method="inclusive") if len(row) > 1 else (row[0], row[0], row[0])
+        seconds = median(row)
+        ratio = median(a / b for a, b in zip(reference, row, strict=True))
+        timings[name] = Timing(seconds, high - low, ratio, batch_size / seconds, tuple(row), setting)
+    return timings
 
 
-def _image_size(architecture: Architecture, image_size: Any) -> tuple[int, int]:
-    if image_size is None:
-        return pair(architecture.family.sizes_config(architecture.config).image_size)
-    sides = tuple(image_size) if isinstance(image_size, (list, tuple)) else (image_size,) * 2
-    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
-        raise InvalidConfigError(f"image_size is a number of pixels or (height, width), not {image_size!r}")
-    return sides[0], sides[1]
+def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """What a measured time depends on besides the model: device, threads, versions. JSON-ready."""
+    device = torch.device(device)
+    record: dict[str, Any] = {"device": device_name(device), "device_type": device.type}
+    if device.type == "cpu":
+        record["threads"] = torch.get_num_threads()
+    if device.type == "cuda":
+        record["cuda"] = torch.version.cuda
+    return {
+        **record,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
 
 
-def _placement(
-    model_or_config: Any, device: str | torch.device | None, dtype: torch.dtype | None
-) -> tuple[torch.device, torch.dtype]:
-    """What is asked for, else the model's, else processor and float32."""
-    where, kind = torch.device("cpu"), torch.float32
-    if isinstance(model_or_config, torch.nn.Module):
-        parameter = next(p for p in model_or_config.parameters() if p.is_floating_point())
-        where, kind = parameter.device, parameter.dtype
-    return torch.device(device) if device is not None else where, dtype or kind
+def device_name(device: str | torch.device = "cpu") -> str:
+    """Name of the processor or accelerator, as people know it."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
-def _effort(dense: Architecture, point: Point, image_size: tuple[int, int]) -> float:
-    """About how long a point takes, in multiply-adds: the model around the blocks is taken for a block."""
-    grid = dense.family.grid(dense.config, image_size)
-    stage, width = point.stage or 0, point.sizes["embedding"]
-    macs = sum(part.macs for part in layer_parts(dense, point.shape(False), width, stage, grid))
-    tokens = dense.family.attention_tokens(dense.config, grid, stage)[0]
-    return macs + 500 * tokens * width  # norms and residuals have no multiply-adds, but take time
+def _image_shape(model: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
+    """(height, width, channels) of the model's images."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        if image_size is None:
+            raise InvalidConfigError(f"{type(model).__name__} has no config; give image_size")
+        return (*pair(image_size), 3)
+    sizes = family_of(config).sizes_config(config)
+    return (*pair(sizes.image_size if image_size is None else image_size), sizes.num_channels)
 
 
-def _table(
-    architecture: Architecture,
-    setting: dict[str, Any],
-    stages: list[StageAxes],
-    medians: list[float],
-    monotone: bool,
-) -> LatencyTable:
-    rest = iter(medians)
+def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model itself where it already is as asked, else a copy."""
+    tensors = [t for t in (*model.parameters(), *model.buffers())]
+    if all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in tensors):
+        return model
+    return copy.deepcopy(model).to(device, dtype)
 
-    def sampled(name: str, axes: Mapping[str, tuple[int, ...]]) -> SampledGrid:
-        shape = [len(values) for values in axes.values()]
-        times = np.array([next(rest) for _ in range(int(np.prod(shape)))]).reshape(shape)
-        return SampledGrid(name, dict(axes), times)
 
-    whole = sampled("model", {"embedding": stages[0]["embedding"]})
-    grids = [
-        {name: sampled(f"stage {i} {name}", axes) for name, axes in grids_of(row, architecture).items()}
-        for i, row in enumerate(stages)
-    ]
-    return LatencyTable(setting, covered_model(architecture, tuple(setting["image_size"])), whole, grids, monotone)
+# ---------------------------------------------------------------------- rounds
+@dataclass(frozen=True)
+class PartialFile:
+    """The finished rounds of a measurement that may be cut off; all or nothing: a killed run leaves the rounds before.
+
+    Attributes:
+        path: where; removed at the end.
+        header: what the times are of, JSON-ready; a file of anything else is refused.
+    """
+
+    path: Path
+    header: dict[str, Any]
+
+    def read(self, calls: int) -> list[list[float]]:
+        """Raises:
+        LatencyTableError: the file is damaged, or holds times of something else.
+        """
+        if not self.path.exists():
+            return []
+        try:
+            record = json.loads(self.path.read_text())
+            theirs, rounds = record["header"], [[float(t) for t in row] for row in record["rounds"]]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+            raise LatencyTableError(f"{self.path} is damaged ({error!r}); delete it to measure anew") from error
+        differing = sorted(key for key in {*theirs, *self.header} if theirs.get(key) != self.header.get(key))
+        if differing or any(len(row) != calls for row in rounds):
+            raise LatencyTableError(
+                f"{self.path} holds the first rounds of another measurement (other {', '.join(differing) or 'grid'}); "
+                "delete it to measure anew"
+            )
+        return rounds
+
+    def write(self, rounds: list[list[float]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_name(self.path.name + ".new")
+        fresh.write_text(json.dumps({"header": self.header, "rounds": rounds}))
+        os.replace(fresh, self.path)
+
+
+def timed_rounds(
+    calls: Sequence[Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    least_seconds: float,
+    effort: Sequence[float] | None = None,
+    kept: PartialFile | None = None,
+    progress: bool = True,
+    shuffled: bool = False,
+) -> list[list[float]]:
+    """Seconds of every call in every round; each round takes all of them once.
+
+    Args:
+        calls: what to time, in inference mode.
+        rounds: samples of every call.
+        device: where the calls run.
+        least_seconds: a sample takes so long, by repeating.
+        effort: about how long each takes, in any unit: the progress bar's estimate of the time left goes by it.
+        kept: taken up if it is there.
+        progress: show a progress bar with the time left.
+        shuffled: each round has an order of its own.
+
+    Returns:
+        One list a round, of one time a call.
+
+    Raises:
+        LatencyTableError: the kept rounds are damaged, or of something else.
+    """
+    done = [] if kept is None else kept.read(len(calls))[:rounds]
+    shares = [1.0] * len(calls) if effort is None else effort
+    bar = tqdm(
+        total=sum(shares) * (rounds - len(done) + 1),
+        desc="measuring",
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
+        disable=not progress,
+        leave=False,
+    )
+    with torch.inference_mode(), bar:
+        repeats = []
+        for call, share in zip(calls, shares, strict=True):
+            repeats.append(warm_up(call, device, least_seconds) if len(done) < rounds else 1)
+            bar.update(share)
+        while len(done) < rounds:
+            order = list(range(len(calls)))
+            if shuffled:
+                random.Random(len(done)).shuffle(order)
+            row = [0.0] * len(calls)
+            for i in order:
+                row[i] = sample(calls[i], device, repeats[i])
+                bar.update(shares[i])
+            done.append(row)
+            if kept is not None:
+                kept.write(done)
+    if kept is not None:
+        kept.path.unlink()
+    return done
+
+
+def warm_up(call: Callable[[], Any], device: torch.device, least_seconds: float) -> int:
+    """Run something until caches and kernels are settled; how often to repeat it for a sample of ``least_seconds``."""
+    seconds = min(sample(call, device, 1) for _ in range(WARM_UPS))
+    return max(1, min(MAX_REPEATS, round(least_seconds / max(seconds, 1e-9))))
+
+
+def sample(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Seconds a call, over ``repeats`` calls in a row."""
+    _finish(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _finish(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _finish(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

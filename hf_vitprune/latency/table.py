@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..cost.meter import CostMeter
 from ..errors import LatencyTableError
 from ..families.base import pair
+from ..modeling import build
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
-from .coverage import check_complete, covered_model
-from .grid import READING
-from .measure_time import device_name
-from .sampled_grid import SampledGrid
+from .blocks import TimedModel, covered_model, time_blocks
+from .grid import READING, SampledGrid, check_complete, stage_axes
+from .measure import PartialFile, check_counts, device_name, environment
 
 FORMAT_VERSION = 1
 
@@ -66,6 +69,7 @@ class LatencyTable:
         monotone: bool = True,
         partial: str | Path | None = None,
         progress: bool = True,
+        beside: Mapping[str, Any] | None = None,
     ) -> LatencyTable:
         """Time the blocks of a model in every shape of a grid, on this machine.
 
@@ -86,17 +90,35 @@ class LatencyTable:
             monotone: read times from a fit that never falls when a size grows.
             partial: file for the finished rounds: a measurement that was cut off goes on from it.
             progress: show a progress bar with the time left.
+            beside: further models that take turns with the blocks, by name; ``provenance["beside_seconds"]`` has
+                their times. A machine's speed drifts: only what was timed in one run can be compared closely.
 
         Raises:
             InvalidConfigError: an impossible number or grid.
             LatencyTableError: ``partial`` is damaged, or of another measurement.
             UnsupportedModelError: no family is registered for the model.
         """
-        from .measure import measure_table
-
-        return measure_table(
-            model_or_config, batch_size, image_size, dtype, device, grid, rounds, monotone, partial, progress
-        )
+        check_counts(batch_size=batch_size, rounds=rounds)
+        started = time.monotonic()
+        timed = TimedModel.of(model_or_config, batch_size, image_size, dtype, device)
+        stages = stage_axes(timed.dense, grid)
+        models: dict[str, Any] = {"": build(timed.dense.config, timed.dense), **(beside or {})}
+        wholes = [model.to(timed.device, timed.dtype).eval() for model in models.values()]
+        covers = covered_model(timed.dense, timed.image_size)
+        kind, attention = str(timed.dtype).removeprefix("torch."), wholes[0].config._attn_implementation
+        record = {**environment(timed.device), "dtype": kind, "batch_size": batch_size}
+        record |= {"image_size": list(timed.image_size), "attention": attention, "rounds": rounds}
+        kept = None
+        if partial is not None:
+            axes = [{axis: list(sizes) for axis, sizes in row.items()} for row in stages]
+            kept = PartialFile(Path(partial), {**record, **covers, "axes": axes, "beside": list(models)[1:]})
+        whole, grids, others = time_blocks(timed, stages, rounds, wholes, kept, progress)
+        record["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+        record["minutes"] = round((time.monotonic() - started) / 60, 1)
+        record["dense_seconds"] = others[0]
+        if beside:
+            record["beside_seconds"] = dict(zip(beside, others[1:], strict=True))
+        return cls(record, covers, whole, grids, monotone)
 
     # ------------------------------------------------------------------ predicting
     def predict(self, architecture: Architecture) -> float:
@@ -157,7 +179,7 @@ class LatencyTable:
         )
         return self._model.at(embedding=hidden_size) - sum(empty)
 
-    # ------------------------------------------------------------------ what it may be used for
+    # ------------------------------------------------------------------ use
     def check(
         self,
         architecture: Architecture,
@@ -267,3 +289,19 @@ class LatencyTable:
     def __repr__(self) -> str:
         p = self.provenance
         return f"LatencyTable({self.covers['model_type']} on {p['device']}, batch {p['batch_size']}, {p['dtype']})"
+
+
+class LatencyMeter(CostMeter):
+    """Seconds a batch, from a table that was measured on the device the model is for."""
+
+    metric = "latency"
+
+    def __init__(self, table: LatencyTable, reference: Architecture) -> None:
+        super().__init__(reference)
+        self.table = table
+
+    def _layer_cost(self, shape: LayerShape, width: int, stage: int) -> float:
+        return self.table.layer_seconds(shape, width, stage)
+
+    def _outer_cost(self, hidden_size: int) -> float:
+        return self.table.outer_seconds(hidden_size)

@@ -12,15 +12,18 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..cost.meter import METRICS, ClosedFormMeter, CostMeter, LatencyMeter
+from ..cost.meter import ClosedFormMeter, CostMeter
 from ..errors import InvalidConfigError
 from ..families.base import pair
-from ..latency.table import LatencyTable
+from ..latency.table import LatencyMeter, LatencyTable
 from ..losses.distillation import DistillationConfig
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
 from ..surgery.gates import Gate
 from ..utils.batches import ImageBatches
+
+#: what a target can count
+METRICS = ("macs", "params", "latency")
 
 
 @dataclass

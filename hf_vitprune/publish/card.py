@@ -15,7 +15,7 @@ from ..cost import count
 from ..errors import InvalidConfigError
 from ..families import PRUNED_PREFIX
 from ..families.base import pair
-from ..latency.measure_time import Timing
+from ..latency.measure import Timing
 from ..plan.lineage import lineage_of
 from ..spec.architecture import Architecture, task_of, unwrap
 from .report import comparison_markdown, human, layer_markdown
