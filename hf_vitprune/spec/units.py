@@ -1,0 +1,163 @@
+"""The one table of units: the sets of a model, and every axis of a tensor that carries one of them.
+
+A *set* holds units that are alike and can replace each other: the heads of a layer, its q/k channels (the same in
+every head), its v channels, its neurons; the residual channels (``embedding``); the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..families import LayerPaths
+from .architecture import Architecture
+
+#: units inside a layer -> name of their number in the layer's shape
+LAYER_UNITS = {"qk": "qk_dim", "v": "v_dim", "heads": "heads", "mlp": "mlp"}
+
+
+@dataclass(frozen=True)
+class UnitSet:
+    """A set of units.
+
+    Attributes:
+        name: ``layer 3 heads``, ``embedding``, ``layers``.
+        unit: ``qk``, ``v``, ``heads``, ``mlp``, ``embedding`` or ``layers``.
+        layer: the layer it belongs to; None for ``embedding`` and ``layers``.
+        size: number of units.
+    """
+
+    name: str
+    unit: str
+    layer: int | None
+    size: int
+
+
+class Axis(NamedTuple):
+    """An axis of a tensor along which a set of units lies.
+
+    Unit ``u`` of ``n`` is at the places ``(r * n + u) * run + i`` for every ``r`` under ``repeats`` and ``i`` under
+    ``run``: a head is a run of channels, a q/k channel comes again in every head.
+
+    Attributes:
+        tensor: name of the parameter, from the task model.
+        axis: of it.
+        repeats: how often the whole set comes again along the axis.
+        run: neighbouring places that a unit takes.
+        layer: the layer that the tensor is in; None outside the layers.
+    """
+
+    tensor: str
+    axis: int
+    repeats: int = 1
+    run: int = 1
+    layer: int | None = None
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """(units,) sums over all values of a unit.
+
+        Args:
+            values: of the tensor's shape.
+        """
+        along = values.movedim(self.axis, 0).flatten(1).sum(1) if values.ndim > 1 else values
+        return along.reshape(self.repeats, -1, self.run).sum((0, 2))
+
+    def places(self, units: Sequence[int], size: int) -> torch.Tensor:
+        """Indices along the axis of some units, of a set of ``size``, in the order given within every repeat."""
+        starts = torch.arange(self.repeats)[:, None] * size + torch.tensor(list(units), dtype=torch.long)
+        return (starts[..., None] * self.run + torch.arange(self.run)).flatten()
+
+
+def set_name(unit: str, layer: int | None = None) -> str:
+    """Name of a set."""
+    return unit if layer is None else f"layer {layer} {unit}"
+
+
+def has_embedding_set(architecture: Architecture) -> bool:
+    """Whether residual channels can be removed: not where parts of the model read some of them only."""
+    whole = all(shape.attention_in is None and shape.mlp_in is None for shape in architecture.layers)
+    return whole and "embedding" in architecture.family.units
+
+
+def unit_sets(architecture: Architecture) -> dict[str, UnitSet]:
+    """Every set of a model, by its name: the layers, then layer by layer what is in them, then the embedding."""
+    sets = [UnitSet("layers", "layers", None, len(architecture.layers))]
+    for i, shape in enumerate(architecture.layers):
+        for unit, field in LAYER_UNITS.items():
+            if (unit == "mlp" or shape.mixer == "attention") and getattr(shape, field):
+                sets.append(UnitSet(set_name(unit, i), unit, i, getattr(shape, field)))
+    if has_embedding_set(architecture):
+        sets.append(UnitSet("embedding", "embedding", None, architecture.hidden_size))
+    return {one.name: one for one in sets}
+
+
+def unit_table(
+    architecture: Architecture, paths: Sequence[LayerPaths], names: Collection[str] | None = None
+) -> dict[str, list[Axis]]:
+    """Set -> every axis that carries it, but for ``layers``: a layer takes all tensors below its path with it.
+
+    Outside the layers, the axes of ``embedding`` are those that the family names (patch projection and norms).
+    Tokens, positions and heads are not in its description.
+
+    Args:
+        architecture: of the model.
+        paths: of its layers (``modeling.structure.layer_paths``).
+        names: of the model's parameters: axes of tensors that it does not have (biases) are left out. None: all.
+    """
+    table: dict[str, list[Axis]] = {name: [] for name in unit_sets(architecture) if name != "layers"}
+    for i, (path, shape) in enumerate(zip(paths, architecture.layers, strict=True)):
+        if shape.mixer == "attention":
+            _add_attention(table, i, path, shape.heads, shape.qk_dim, shape.v_dim)
+        if shape.mlp:
+            table[set_name("mlp", i)] = [
+                *(axis for linear in path.fc1 for axis in _rows(linear, layer=i)),
+                Axis(f"{path.fc2}.weight", 1, layer=i),
+            ]
+    if "embedding" in table:
+        table["embedding"] = _embedding(architecture, paths)
+    if names is not None:
+        table = {one: [axis for axis in axes if axis.tensor in names] for one, axes in table.items()}
+    return table
+
+
+def _rows(linear: str, repeats: int = 1, run: int = 1, layer: int | None = None) -> list[Axis]:
+    """What a module computes: the rows of its weight, and its bias."""
+    return [Axis(f"{linear}.{name}", 0, repeats, run, layer) for name in ("weight", "bias")]
+
+
+def _add_attention(table: dict[str, list[Axis]], i: int, path: LayerPaths, heads: int, qk: int, v: int) -> None:
+    read = f"{path.o}.weight"
+    queries_keys = (path.q, path.k)
+    table[set_name("qk", i)] = [axis for linear in queries_keys for axis in _rows(linear, heads, 1, i)]
+    table[set_name("v", i)] = [*_rows(path.v, heads, 1, i), Axis(read, 1, heads, 1, i)]
+    table[set_name("heads", i)] = [
+        *(axis for linear in queries_keys for axis in _rows(linear, 1, qk, i)),
+        *_rows(path.v, 1, v, i),
+        Axis(read, 1, 1, v, i),
+    ]
+    if path.bias_table:
+        table[set_name("heads", i)].append(Axis(path.bias_table, 1, layer=i))
+
+
+def _embedding(architecture: Architecture, paths: Sequence[LayerPaths]) -> list[Axis]:
+    family = architecture.family
+    prefix = paths[0].layer.removesuffix(architecture.layer_names()[0])
+    axes = [axis for name in (family.patch, *family.norms) for axis in _rows(prefix + name)]
+    for i, (path, shape) in enumerate(zip(paths, architecture.layers, strict=True)):
+        if shape.mixer != "none":
+            axes += _rows(path.norm1, layer=i)
+            axes += [Axis(f"{path.scale1}.lambda1", 0, layer=i)] if path.scale1 else []
+        if shape.mixer == "attention":
+            axes += [Axis(f"{linear}.weight", 1, layer=i) for linear in (path.q, path.k, path.v)]
+        if shape.kernel:
+            axes.append(Axis(f"{path.attention}.conv.weight", 1, layer=i))
+        if shape.mixer == "attention" or shape.kernel:
+            axes += _rows(path.o, layer=i)
+        if shape.mlp:
+            axes += _rows(path.norm2, layer=i)
+            axes += [Axis(f"{linear}.weight", 1, layer=i) for linear in path.fc1] + _rows(path.fc2, layer=i)
+            axes += [Axis(f"{path.scale2}.lambda1", 0, layer=i)] if path.scale2 else []
+    return axes
