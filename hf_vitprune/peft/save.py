@@ -7,6 +7,8 @@ from typing import Any
 
 from ..errors import AdapterError
 from ..modeling.peft_twin import plain_twin
+from ..plan.lineage import lineage_of
+from .seal import seal
 
 BASE_FOLDER = "base"
 
@@ -21,7 +23,7 @@ def save_pruned_peft(
     base, which this function puts in ``folder/base`` and names in the adapter's config.
 
     Args:
-        model: a PeftModel that ``prune`` returned (or loaded again).
+        model: a PeftModel over a pruned model, from ``prune`` or ``get_peft_model``.
         folder: made where it does not exist.
         base: name or path of the pruned base where it was saved or pushed already; nothing but its name is written.
         always_base: save the base also where the dense checkpoint would do.
@@ -30,11 +32,14 @@ def save_pruned_peft(
         The folder of the base, None where none was written.
 
     Raises:
-        AdapterError: the model holds no adapters of a pruned model.
+        AdapterError: the model holds no adapters, or is not pruned.
     """
     configs = list(getattr(model, "peft_config", {}).values())
-    if not configs or not all(hasattr(config, "pruning") for config in configs):
-        raise AdapterError("not a PeftModel from hf_vitprune.prune; save it with its own save_pretrained")
+    if not configs or "plan" not in lineage_of(model.get_base_model().config):
+        raise AdapterError("not a PeftModel over a pruned model; save it with its own save_pretrained")
+    for config in configs:
+        if not hasattr(config, "pruning"):
+            seal(config, model.get_base_model())
     folder = Path(folder)
     stands_in = all(c.pruning["kept_layers"] is not None and c.base_model_name_or_path for c in configs)
     written: Path | None = None
