@@ -29,16 +29,18 @@ def layers(*apart: float, seed: int = 0, classes: torch.Tensor = LABELS) -> list
 
 
 def test_every_layer_is_scored_and_the_decision_is_that_of_the_walk() -> None:
-    features = layers(0.0, 0.6, 2.5)
-    report = analyse_layers(features, LABELS, QUICK)
-    walked = select_layers(features, LABELS, QUICK)
-    assert report.selection == walked and len(walked.scores) < len(report.scores) == 3
+    """At all steps of t-SNE: after 250 of them, the order of two maps without classes is that of rounding errors."""
+    settled = SLSConfig(perplexity=10.0, alpha=0.8)
+    features = layers(0.0, 1.0, 2.5)  # scores of about -0.05, 0.45 and 0.94
+    report = analyse_layers(features, LABELS, settled)
+    walked = select_layers(features, LABELS, settled)
+    assert report.selection == walked and walked.kept_layers == 3 and len(walked.scores) < len(report.scores) == 3
     assert walked.scores.items() <= report.scores.items()  # the layers under the first failure too
     for number, points in report.maps.items():
         assert points.shape == (48, 2) and points.min(0).tolist() == [0, 0] and points.max(0).tolist() == [1, 1]
-        assert map_score(points, report.labels, QUICK) == pytest.approx(report.scores[number], abs=1e-6)
+        assert map_score(points, report.labels, settled) == pytest.approx(report.scores[number], abs=1e-6)
     accuracies = [report.probe_accuracy[number] for number in (1, 2, 3)]
-    assert accuracies[0] < 0.6 < 0.95 < accuracies[2] and report.correlation == pytest.approx(1)
+    assert accuracies[0] < 0.6 < accuracies[1] < 0.95 < accuracies[2] and report.correlation == pytest.approx(1)
     record = json.loads(json.dumps(report.to_dict()))
     assert record["selection"]["kept_layers"] == walked.kept_layers and list(record["scores"]) == ["1", "2", "3"]
 
