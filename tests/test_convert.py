@@ -102,6 +102,39 @@ def test_the_centre_is_found_by_what_was_trained(name: str) -> None:
     assert relative_error(run(converted(net, state), pixels)["logits"].double(), expected) < 1e-5
 
 
+def folded(net: Net, state: State) -> State:
+    """The form of the authors' tool: convolution blocks hold a convolution, its BatchNorm, and a 1 x 1 convolution."""
+    made = dict(state)
+    for i, mixer in enumerate(net.mixers[0]):
+        name = f"blocks.{i}.attn."
+        if not mixer.startswith("conv"):
+            continue
+        size = mixer[-3:]
+        weights = [made.pop(f"{name}{key}").double() for key in ("v.weight", "v.bias", "proj.weight", "head_probs")]
+        v, v_bias, o, table = weights
+        convolution = fold_heads(v, v_bias, o, mixing_probabilities(table, net.tau), int(size[0]))
+        made[f"{name}bconv.0.weight"] = convolution.weight.float()
+        made[f"{name}bconv.0.bias"] = convolution.bias.float()
+        made[f"{name}bconv.3.weight"] = convolution.output_weight.float()[..., None, None]
+        made[f"{name}bconv.3.bias"] = made.pop(f"{name}proj.bias")
+        for key in torch.nn.BatchNorm2d(1).state_dict():
+            made[f"{name}bconv.1.{key}"] = made.pop(f"{name}bn_{size}.{key}")
+    return made
+
+
+def test_convolutions_that_were_folded_before() -> None:
+    state = random_state(DEIT)
+    model = converted(DEIT, folded(DEIT, state))
+    assert [shape.mixer for shape in Architecture.of(model).layers] == MIXERS
+    pixels = images(2, DEIT.image)
+    assert relative_error(run(model, pixels)["logits"].double(), Reference(DEIT, state).logits(pixels)) < 1e-5
+    wrong = {k: t for k, t in folded(DEIT, state).items() if k != "blocks.0.attn.bconv.1.running_var"}
+    with pytest.raises(CheckpointMismatchError, match=r"lacks blocks.0.attn.bconv.1.running_var"):
+        converted(DEIT, wrong)
+    with pytest.raises(CheckpointMismatchError, match=r"layer 0 .* is conv3x3 in the checkpoint, and conv1x1"):
+        convert_spvit_checkpoint(folded(DEIT, state), config_of(DEIT), ["conv1x1", *MIXERS[1:]], DEIT.hidden[0])
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     model = converted(DEIT, random_state(DEIT))
     model.save_pretrained(tmp_path)

@@ -155,6 +155,8 @@ def config(**settings: Any) -> Callable[[], Any]:
         (config(target=0.5, initial_score=-1.5), InvalidConfigError, "initial_score is a number, not negative"),
         (config(target=0.5, cost_warmup=2), InvalidConfigError, "cost_warmup is a number, between 0 and 1"),
         (config(target=0.5, single_path=1), InvalidConfigError, "single_path is True or False"),
+        (config(target=0.5, enforce_target=0), InvalidConfigError, "enforce_target is True or False"),
+        (config(target=0.5, gate_gradients="all"), InvalidConfigError, "gate_gradients is one of shared, topmost"),
         (config(target=0.5, round_to=0), InvalidConfigError, "round_to is a whole number"),
         (config(target=0.5, patience=-1), InvalidConfigError, "patience is a number of steps"),
         (config(target=0.5, tolerance=True), InvalidConfigError, "tolerance is a number"),
@@ -173,6 +175,9 @@ def test_published_settings() -> None:
     tiny = SPViTConfig.published("deit-tiny", patience=5)
     assert (tiny.cost_weight, tiny.target_gmacs, tiny.gate_learning_rate, tiny.patience) == (20.0, 1.0, 1e-3, 5)
     assert SPViTConfig.published("swin-small").gate_learning_rate == 5e-4
+    # the released code: a soft target, every gate of a mixer that is on learns, no end before the last step
+    base = SPViTConfig.published("deit-base")
+    assert (base.enforce_target, base.gate_gradients, base.patience) == (False, "shared", 0)
 
 
 def test_adapters_are_merged_first() -> None:

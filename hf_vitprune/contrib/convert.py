@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import CheckpointMismatchError, InvalidArchitectureError, InvalidConfigError, UnsupportedModelError
 from ..families import LayerPaths
@@ -19,12 +20,18 @@ from ..modeling.structure import layer_paths
 from ..spec.architecture import Architecture, stock_config
 from ..spec.layer_shape import KERNELS
 
+logger = logging.get_logger(__name__)
+
 #: temperature of the mixing table, by family, as in the released code
 TEMPERATURES = {"vit": 0.01, "deit": 0.01, "swin": 100.0}
 #: LayerNorm epsilon of the released DeiT code; configs on the Hub say otherwise
 DEIT_EPSILON = 1e-6
 #: other words for mixers
 ALIASES = {"msa": "attention", "skip": "identity"}
+#: what tells the mixers of a fine-tuned checkpoint apart
+_MIXER_KEYS = (("attention", "qk.weight"), ("conv3x3", "bn_3x3.weight"), ("conv1x1", "bn_1x1.weight"))
+#: module of a convolution block where the authors' tool has folded the mixing: convolution, BatchNorm, ReLU, 1 x 1
+_FOLDED = "bconv"
 #: buffers that transformers computes itself
 _COMPUTED = ("attn.relative_position_index", "attn_mask")
 _OUTSIDE = {
@@ -55,7 +62,9 @@ def convert_spvit_checkpoint(
 
     Args:
         state_dict: tensors under DeiT or Swin names: ``blocks.{i}.attn.{qk,v,proj}``, ``attn.head_probs``,
-            ``attn.bn_1x1``, ``attn.bn_3x3``, ``mlp.{fc1,fc2}``; Swin ``layers.{s}.blocks.{i}...``.
+            ``attn.bn_1x1``, ``attn.bn_3x3``, ``mlp.{fc1,fc2}``; Swin ``layers.{s}.blocks.{i}...``. Convolution
+            blocks may be folded already, as the authors' tool writes them (``attn.bconv.{0,1,3}``); that tool folds
+            Swin at the temperature of DeiT, so convert the checkpoint of before for a Swin.
         base_config: stock config of the dense model (ViT for DeiT without a distillation token, DeiT, or Swin).
         mixers: of every layer (Swin: a list a stage): ``attention`` (or ``msa``), ``conv3x3``, ``conv1x1``,
             ``identity`` (or ``skip``: in these checkpoints a skipped block adds its normalised input).
@@ -85,6 +94,12 @@ def convert_spvit_checkpoint(
     architecture = _architecture(config, mixers, mlp_hidden, "head_dist.weight" in state_dict)
     names = _layer_names(architecture)
     _check_layers(state_dict, architecture, names)
+    if stock.model_type == "swin" and any(f".{_FOLDED}." in key for key in state_dict):
+        logger.warning(
+            "the convolutions of this Swin checkpoint are folded already. The authors' tool folds them at the "
+            "temperature of DeiT, which changes what they compute: convert the checkpoint from before it, if that is "
+            "where they come from"
+        )
     if centre_column is None:
         centre_column = _centre_column(state_dict, architecture, names)
     if centre_column not in (0, CENTRE):
@@ -145,11 +160,10 @@ def _check_layers(state: State, architecture: Architecture, names: list[str]) ->
     """
     for i, (name, shape) in enumerate(zip(names, architecture.layers, strict=True)):
         where = f"layer {i} ({name})"
-        held = [
-            mixer
-            for mixer, key in (("attention", "qk.weight"), ("conv3x3", "bn_3x3.weight"), ("conv1x1", "bn_1x1.weight"))
-            if f"{name}.attn.{key}" in state
-        ]
+        held = [mixer for mixer, key in _MIXER_KEYS if f"{name}.attn.{key}" in state]
+        folded = state.get(f"{name}.attn.{_FOLDED}.0.weight")
+        if folded is not None and folded.ndim == 4:
+            held += [mixer for mixer, kernel in KERNELS.items() if kernel == folded.shape[-1]]
         if len(held) > 1:
             raise CheckpointMismatchError(
                 f"{where} holds the weights of several mixers ({', '.join(held)}): the checkpoint is of a search, not "
@@ -232,7 +246,8 @@ class _Translation:
             if paths.bias_table:
                 self.move(f"{attn}.relative_position_bias_table", paths.bias_table)
         elif mixer in KERNELS:
-            state = self.convolution(attn, KERNELS[mixer], output_name)
+            folded = f"{attn}.{_FOLDED}.0.weight" in self.state
+            state = self.folded(attn, output_name) if folded else self.convolution(attn, KERNELS[mixer], output_name)
             self.made |= {f"{paths.attention}.{key}": tensor for key, tensor in state.items()}
 
     def convolution(self, attn: str, kernel: int, output_name: str) -> dict[str, torch.Tensor]:
@@ -253,6 +268,16 @@ class _Translation:
         norm = {key: self.take(bn + key) for key in keys}
         state = mixer_state(folded, norm, self.take(f"{attn}.proj.bias"), output_name)
         return {k: t.to(v.dtype) if t.is_floating_point() else t for k, t in state.items()}
+
+    def folded(self, attn: str, output_name: str) -> dict[str, torch.Tensor]:
+        """Weights of a convolution mixer that was folded before; the running mean takes the first bias up."""
+        first, norm, second = (f"{attn}.{_FOLDED}.{place}." for place in (0, 1, 3))
+        state = {f"norm.{key}": self.take(norm + key) for key in nn.BatchNorm2d(1).state_dict()}
+        if f"{first}bias" in self.state:
+            state["norm.running_mean"] = state["norm.running_mean"] - self.take(f"{first}bias")
+        output = {f"{output_name}.weight": self.take(f"{second}weight").flatten(1)}
+        output |= {f"{output_name}.bias": self.take(f"{second}bias")}
+        return {"conv.weight": self.take(f"{first}weight"), **state, **output}
 
     def checked(self, skeleton: PreTrainedModel) -> dict[str, torch.Tensor]:
         """All tensors, when they are just those of the skeleton and nothing of the checkpoint is left over.

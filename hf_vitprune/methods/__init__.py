@@ -7,7 +7,7 @@ from .base import PruningConfig, PruningMethod
 from .nvit import NViT, NViTConfig
 from .oneshot import OneShotScores, OneShotSettings
 from .sls import SLS, LayerSelection, SLSConfig, select_layers
-from .spvit import SPViT, SPViTConfig
+from .spvit import SPViT, SPViTConfig, SPViTTuning, SPViTTuningConfig
 from .truncation import Truncation, TruncationConfig
 from .vtp import VTP, VTPConfig
 
@@ -35,6 +35,7 @@ register_method(NViTConfig, NViT)
 register_method(VTPConfig, VTP)
 register_method(SLSConfig, SLS)
 register_method(SPViTConfig, SPViT)
+register_method(SPViTTuningConfig, SPViTTuning)
 register_method(TruncationConfig, Truncation)
 
 __all__ = [
@@ -50,6 +51,8 @@ __all__ = [
     "SLSConfig",
     "SPViT",
     "SPViTConfig",
+    "SPViTTuning",
+    "SPViTTuningConfig",
     "Truncation",
     "TruncationConfig",
     "VTPConfig",

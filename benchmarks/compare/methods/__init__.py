@@ -13,7 +13,7 @@ from typing import Any
 from ..tasks import Task
 from .baselines import magnitude, random_units
 from .learned import nvit, vtp
-from .spvit import multi_path, random_search, spvit
+from .spvit import multi_path, random_search, shared_gradients, spvit, topmost_gradients
 from .taylor import torch_pruning_taylor
 
 Method = Callable[[Any, Task, float, int, int], Any]
@@ -25,6 +25,8 @@ METHODS: dict[str, Method] = {
     "vtp": vtp,
     "nvit": nvit,
     "spvit": spvit,
+    "spvit-shared": shared_gradients,
+    "spvit-topmost": topmost_gradients,
     "spvit-multi-path": multi_path,
     "spvit-random-search": random_search,
 }

@@ -19,16 +19,13 @@ LEARNING_RATE, SHARE = 3e-4, 0.5
 CANDIDATES = 10
 
 
-def _search(model: Any, task: Task, budget: float, steps: int, seed: int, *, single_path: bool) -> Any:
+def _search(model: Any, task: Task, budget: float, steps: int, seed: int, **settings: Any) -> Any:
     first = round(SHARE * steps)
     # a gate may come down from its start, and go up again: the paper has 50000 steps at 1e-3 for that
-    config = SPViTConfig(
-        target=budget, single_path=single_path, round_to=ROUND_TO, gate_learning_rate=12 / first, patience=0
-    )
+    config = SPViTConfig(target=budget, round_to=ROUND_TO, gate_learning_rate=12 / first, patience=0, **settings)
     started = time.perf_counter()
     wrapped = get_pruning_model(copy.deepcopy(model), config)
-    name = "SPViT" if single_path else "multi-path"
-    fit(wrapped, task, first, LEARNING_RATE, seed, what=f"{name}, {first} steps", schedule="constant")
+    fit(wrapped, task, first, LEARNING_RATE, seed, what=f"{settings or 'SPViT'}, {first} steps", schedule="constant")
     small = wrapped.export(compensate=False)
     small.search_seconds = time.perf_counter() - started
     return tune(small, model, task, steps - first, seed)
@@ -36,7 +33,17 @@ def _search(model: Any, task: Task, budget: float, steps: int, seed: int, *, sin
 
 def spvit(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
     """Single path: convolutions made of the attention's weights."""
-    return _search(model, task, budget, steps, seed, single_path=True)
+    return _search(model, task, budget, steps, seed)
+
+
+def shared_gradients(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
+    """Single path, by the authors' rule of what the gates learn from."""
+    return _search(model, task, budget, steps, seed, gate_gradients="shared")
+
+
+def topmost_gradients(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
+    """Single path; gates below a mixer that is on learn nothing."""
+    return _search(model, task, budget, steps, seed, gate_gradients="topmost")
 
 
 def multi_path(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -57,13 +58,16 @@ class SharedBranches(Branches):
 
     Attributes:
         table: (heads, 9) parameter, m.
+        kernel_norm: the BatchNorms, by kind; transformers gives no weight decay to parameters under such a name.
     """
 
-    def __init__(self, heads: int, channels: int, temperature: float, device: torch.device) -> None:
+    def __init__(
+        self, heads: int, channels: int, temperature: float, device: torch.device, kinds: Iterable[str] = KERNELS
+    ) -> None:
         super().__init__()
         self.temperature = temperature
         self.table = nn.Parameter(torch.ones(heads, POSITIONS, device=device))
-        self.norms = nn.ModuleDict({kind: MixerBatchNorm(channels, device=device) for kind in KERNELS})
+        self.kernel_norm = nn.ModuleDict({kind: MixerBatchNorm(channels, device=device) for kind in kinds})
 
     def convolve(self, kind: str, patches: torch.Tensor, grid: Grid, attention: Attention) -> torch.Tensor:
         kernel = KERNELS[kind]
@@ -74,7 +78,7 @@ class SharedBranches(Branches):
         else:  # on CPUs, convolutions of what is not laid out for them take twice as long
             image = inputs.transpose(1, 2).contiguous().unflatten(2, grid)
             hidden = F.conv2d(image, folded.weight, folded.bias, padding=1)
-        mixed = F.relu(self.norms[kind](hidden)).flatten(2).transpose(1, 2)
+        mixed = F.relu(self.kernel_norm[kind](hidden)).flatten(2).transpose(1, 2)
         bias: Any = attention.o.bias
         return F.linear(mixed, folded.output_weight, bias)
 
@@ -89,7 +93,7 @@ class SharedBranches(Branches):
         bias: Any = attention.o.bias
         if bias is None:
             bias = folded.output_weight.new_zeros(attention.width)
-        return mixer_state(folded, self.norms[kind].state_dict(), bias, attention.output_name)
+        return mixer_state(folded, self.kernel_norm[kind].state_dict(), bias, attention.output_name)
 
 
 class OwnBranches(Branches):

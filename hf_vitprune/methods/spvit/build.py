@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,6 +12,7 @@ from ...errors import UnsupportedModelError
 from ...families import LayerPaths
 from ...modeling.conv_mixer import ConvMixer
 from ...modeling.structure import get
+from ...plan.plan import PruningPlan
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import KERNELS
 from .branches import Attention, Branches, OwnBranches, SharedBranches
@@ -36,7 +39,7 @@ def mixer_search(
     device = next(model.parameters()).device
     special = architecture.family.extra_tokens_of(architecture.config)
     gates = MixerGates(config.initial_score, annealing, device)
-    return MixerSearch(gates, _branches(architecture, i, config, device), attention, special)
+    return MixerSearch(gates, _branches(architecture, i, config, device), attention, special, config.gate_gradients)
 
 
 def attention_of(model: PreTrainedModel, architecture: Architecture, i: int, paths: LayerPaths) -> Attention:
@@ -46,14 +49,49 @@ def attention_of(model: PreTrainedModel, architecture: Architecture, i: int, pat
 
 
 def _branches(architecture: Architecture, i: int, config: SPViTConfig, device: torch.device) -> Branches:
-    shape, family = architecture.layers[i], architecture.family
     if config.single_path:
-        tau = config.mixing_temperature
-        tau = MIXING_TEMPERATURES.get(family.model_type, MIXING_TEMPERATURE) if tau is None else tau
-        return SharedBranches(shape.heads, shape.v_dim, tau, device)
-    width = architecture.width(i)
+        return shared_branches(architecture, i, config.mixing_temperature, device)
+    shape, family, width = architecture.layers[i], architecture.family, architecture.width(i)
     # they see patches only
     return OwnBranches({kind: ConvMixer(mixer_shape(shape, kind), width, 0, family.o).to(device) for kind in KERNELS})
+
+
+def shared_branches(
+    architecture: Architecture, i: int, temperature: float | None, device: torch.device, kinds: Iterable[str] = KERNELS
+) -> SharedBranches:
+    """Convolutions of layer ``i`` made of its attention's weights: a table of ones, and fresh BatchNorms.
+
+    Args:
+        architecture: of the model.
+        i: the layer, one of attention.
+        temperature: of the table; None: that of the family.
+        device: of the new tensors.
+        kinds: of convolutions that there are.
+    """
+    shape, family = architecture.layers[i], architecture.family
+    if temperature is None:
+        temperature = MIXING_TEMPERATURES.get(family.model_type, MIXING_TEMPERATURE)
+    return SharedBranches(shape.heads, shape.v_dim, temperature, device, kinds)
+
+
+@torch.no_grad()
+def convolution_weights(
+    plan: PruningPlan, branches: Mapping[int, Branches], attentions: Mapping[int, Attention], paths: list[LayerPaths]
+) -> dict[str, torch.Tensor]:
+    """The weights of the convolutions that a plan has, by their names in the small model, which keeps every layer.
+
+    Args:
+        plan: says the mixer of every layer.
+        branches: by number of the layer.
+        attentions: whose weights they are made of, by number of the layer.
+        paths: of all layers.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for entry in plan.layers:
+        if entry.index in branches and entry.mixer in KERNELS:
+            made = branches[entry.index].weights(entry.mixer, attentions[entry.index])
+            weights |= {f"{paths[entry.index].attention}.{name}": tensor for name, tensor in made.items()}
+    return weights
 
 
 def checked_linear(model: PreTrainedModel, path: str) -> nn.Linear:

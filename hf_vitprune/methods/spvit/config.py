@@ -7,6 +7,7 @@ from typing import Any
 
 from ...errors import InvalidConfigError
 from ..base import PruningConfig, check_number
+from .gates import GATE_GRADIENTS
 
 #: settings that the paper searched its models with: (weight of the cost, 10^9 multiply-adds, learning rate of gates)
 PUBLISHED = {
@@ -41,9 +42,14 @@ class SPViTConfig(PruningConfig):
         mixing_temperature: tau of the table that mixes heads into convolution kernels; None: 0.01, and 100 for Swin.
         single_path: convolutions share the attention's weights. False is the paper's baseline: every candidate has
             weights of its own, drawn at random.
+        gate_gradients: which of the three gates of a layer learn from mixers that are on. ``"shared"``: all gates of
+            the most complex one, which needs them all, in the loss and in the cost (the authors' code).
+            ``"topmost"``: its own gate alone, and those above it.
+        enforce_target: a search that ends over the target gives the rest at once, so that the small model meets it.
+            False: the target is what the cost term draws to, as in the paper, whose searches end above it.
         round_to: neurons that an MLP keeps are a multiple of this (none is one too).
         tolerance: a search counts as having met the target within this fraction of it; what it is over then goes from
-            the MLPs.
+            the MLPs, where the target is enforced.
         patience: the search stops once the target has been met and no mixer has changed for so many steps; None: a
             twentieth of the planned ones. 0: it never stops early.
         gate_learning_rate: of the gates, constant and without weight decay (paper: 1e-3; 5e-4 for DeiT-S and Swin).
@@ -58,6 +64,8 @@ class SPViTConfig(PruningConfig):
     final_temperature: float | None = None
     mixing_temperature: float | None = None
     single_path: bool = True
+    gate_gradients: str = "topmost"
+    enforce_target: bool = True
     round_to: int = 8
     tolerance: float = 0.02
     patience: int | None = None
@@ -71,8 +79,13 @@ class SPViTConfig(PruningConfig):
             value = getattr(self, name)
             if value is not None:
                 check_positive(name, value)
-        if not isinstance(self.single_path, bool):
-            raise InvalidConfigError(f"single_path is True or False, not {self.single_path!r}")
+        for name in ("single_path", "enforce_target"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidConfigError(f"{name} is True or False, not {getattr(self, name)!r}")
+        if self.gate_gradients not in GATE_GRADIENTS:
+            raise InvalidConfigError(
+                f"gate_gradients is one of {', '.join(GATE_GRADIENTS)}, not {self.gate_gradients!r}"
+            )
         if type(self.round_to) is not int or self.round_to < 1:
             raise InvalidConfigError(f"round_to is a whole number of at least 1, not {self.round_to!r}")
         if self.patience is not None and (type(self.patience) is not int or self.patience < 0):
@@ -98,6 +111,9 @@ class SPViTConfig(PruningConfig):
         """The settings of a model of the paper: ``deit-tiny``, ``deit-small``, ``deit-base``, ``deit-base-10g``
         (the larger of its two), ``swin-tiny``, ``swin-small`` or ``swin-base``.
 
+        Their target is soft: the architecture is taken as the search finds it, and the rules of the released code
+        say what the gates learn from. A search does not end before its last step.
+
         Args:
             name: of the model.
             changes: further settings, or other values.
@@ -108,7 +124,13 @@ class SPViTConfig(PruningConfig):
         if name not in PUBLISHED:
             raise InvalidConfigError(f"no published settings for {name!r}; known: {', '.join(PUBLISHED)}")
         weight, gmacs, rate = PUBLISHED[name]
-        settings = {"cost_weight": weight, "target_gmacs": gmacs, "gate_learning_rate": rate, "round_to": 1}
+        settings: dict[str, Any] = {
+            "cost_weight": weight,
+            "target_gmacs": gmacs,
+            "gate_learning_rate": rate,
+            "round_to": 1,
+        }
+        settings |= {"gate_gradients": "shared", "enforce_target": False, "patience": 0}
         return cls(**{**settings, **changes})
 
 

@@ -16,7 +16,7 @@ import torch
 from ...cost.meter import CostMeter
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import KERNELS, LayerShape
-from .gates import LEVELS, MixerGates, NeuronGates, nested
+from .gates import LEVELS, MixerGates, NeuronGates, nested, products
 
 
 def mixer_shape(shape: LayerShape, kind: str) -> LayerShape:
@@ -42,6 +42,7 @@ class SearchCost:
         neurons: Mapping[int, NeuronGates],
         meter: CostMeter,
         device: torch.device,
+        gradients: str,
     ) -> None:
         self.total = meter.total(architecture)
         rest = self.total
@@ -63,16 +64,21 @@ class SearchCost:
                 lines.append((slope / self.total, (gone - shape.mlp * slope) / self.total))
                 rest -= gone
         self.lowest = rest / self.total
+        self._gradients = gradients
         self._mixers, self._neurons = list(mixers.values()), list(neurons.values())
         # double: fractions of 1e-9 are a multiply-add of a large model
         self._steps = torch.tensor(steps, dtype=torch.float64, device=device) / self.total
         self._lines = lines
 
     def expected(self) -> torch.Tensor:
-        """Cost of the gates at their likelier values, a fraction; gradients are straight through."""
+        """Cost of the gates at their likelier values, a fraction; gradients are straight through.
+
+        With ``"shared"`` gradients every gate of a product gets its cost's gradient, whatever is on above it.
+        """
         cost: Any = self.lowest
         if self._mixers:
-            on = nested(torch.stack([gates.likelier() for gates in self._mixers]))
+            likelier = torch.stack([gates.likelier() for gates in self._mixers])
+            on = products(likelier) if self._gradients == "shared" else nested(likelier, self._gradients)
             cost = cost + (on * self._steps).sum()
         for gates, (slope, fixed) in zip(self._neurons, self._lines, strict=True):
             neurons = gates.likelier().sum(dtype=torch.float64)

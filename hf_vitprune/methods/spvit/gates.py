@@ -115,16 +115,29 @@ class NeuronGates(BinaryGates):
         return kept
 
 
-def nested(gates: torch.Tensor) -> torch.Tensor:
-    """Cumulative products of (..., 3) gates: a more complex mixer needs the simpler ones to be on.
+#: which gates learn from the products that are on; see :func:`nested`
+GATE_GRADIENTS = ("shared", "topmost")
 
-    While a product is on, the gates of the simpler ones get no gradient: only the most complex mixer that is on, and
-    those above it, are in question.
-    """
+
+def products(gates: torch.Tensor) -> torch.Tensor:
+    """Cumulative products of (..., 3) gates: a more complex mixer needs the simpler ones to be on."""
     first, second, third = gates.unbind(-1)
-    with torch.no_grad():
-        two = first * second > 0.5
-        three = two & (third > 0.5)
-    first = torch.where(two, first.detach(), first)
-    second = torch.where(three, second.detach(), second)
     return torch.stack([first, first * second, first * second * third], dim=-1)
+
+
+def nested(gates: torch.Tensor, gradients: str) -> torch.Tensor:
+    """Cumulative products of (..., 3) gates, without the gradients that the mixers below one that is on would give.
+
+    Args:
+        gates: of ones and zeros.
+        gradients: ``"shared"``: a product below one that is on is a constant, and all gates of a product learn from
+            it (the authors' code). ``"topmost"``: the gates below it are constants, in every product; only the most
+            complex mixer that is on, and those above it, are in question.
+    """
+    with torch.no_grad():
+        below = (products(gates) > 0.5)[..., 1:]
+    below = torch.cat([below, torch.zeros_like(below[..., :1])], dim=-1)  # nothing is over attention
+    if gradients == "topmost":
+        return products(torch.where(below, gates.detach(), gates))
+    together = products(gates)
+    return torch.where(below, together.detach(), together)

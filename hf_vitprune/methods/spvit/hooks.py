@@ -5,7 +5,7 @@ Nothing of the model is replaced: removing the handles gives back what it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,24 +26,20 @@ from .gates import LEVELS, MixerGates, NeuronGates, nested
 Windows = Callable[[Any, torch.Tensor, Grid], torch.Tensor]
 
 
-class MixerSearch:
-    """What one layer may mix its tokens with, and how much of each counts now.
+class Mixing:
+    """What a layer may mix its tokens with, computed from its attention's input.
 
     Attributes:
-        gates: the layer's.
         branches: its convolutions.
         attention: its attention.
         special: tokens in front of the grid.
     """
 
-    def __init__(self, gates: MixerGates, branches: Branches, attention: Attention, special: int) -> None:
-        self.gates, self.branches = gates, branches
-        self.attention, self.special = attention, special
+    def __init__(self, branches: Branches, attention: Attention, special: int) -> None:
+        self.branches, self.attention, self.special = branches, attention, special
 
     def mix(self, attended: torch.Tensor, tokens: torch.Tensor, grid: Grid, as_attended: Any = None) -> torch.Tensor:
-        """Output of the searched mixer: g3 MSA + g2 (1 - g3) Conv3 + g1 (1 - g2) (1 - g3) Conv1.
-
-        Branches without a part in the output or a gradient are not computed.
+        """What the layer mixes its tokens to.
 
         Args:
             attended: what the attention gave.
@@ -51,23 +47,15 @@ class MixerSearch:
             grid: (rows, columns).
             as_attended: brings (B, rows * columns, C) into the order of ``attended``; None: it is the same.
         """
-        if not self.gates.training or self.gates.decided:
-            kind = LEVELS[self.gates.level()]
-            if kind == "attention":
-                return attended
-            if kind == "none":
-                return torch.zeros_like(attended)
-            return self._brought(self._convolved({kind: 1.0}, tokens, grid), attended, as_attended)
-        drawn = self.gates.sample()
-        simple, middle, attention = nested(drawn)
-        shares = {"conv3x3": middle * (1 - attention), "conv1x1": simple * (1 - middle) * (1 - attention)}
-        ones = [value > 0.5 for value in drawn.tolist()]
-        needed = _needed(*ones) if torch.is_grad_enabled() else {LEVELS[sum(_prefix(ones))]}
-        mixed = attention * attended
-        convolutions = {kind: share for kind, share in shares.items() if kind in needed}
-        if convolutions:
-            mixed = mixed + self._brought(self._convolved(convolutions, tokens, grid), attended, as_attended)
-        return mixed
+        raise NotImplementedError
+
+    def mix_by(self, kind: str, attended: torch.Tensor, tokens: torch.Tensor, grid: Grid, as_attended: Any) -> Any:
+        """Output of the mixer ``kind`` alone; arguments as of :meth:`mix`."""
+        if kind == "attention":
+            return attended
+        if kind == "none":
+            return torch.zeros_like(attended)
+        return self._brought(self._convolved({kind: 1.0}, tokens, grid), attended, as_attended)
 
     def _convolved(self, shares: dict[str, Any], tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Weighted sum of convolution branches; special tokens pass them as they are."""
@@ -80,6 +68,54 @@ class MixerSearch:
 
     def _brought(self, mixed: torch.Tensor, attended: torch.Tensor, as_attended: Any) -> torch.Tensor:
         return (mixed if as_attended is None else as_attended(mixed)).to(attended.dtype)
+
+
+class FixedMixer(Mixing):
+    """One kind, decided.
+
+    Attributes:
+        kind: of the mixer.
+    """
+
+    def __init__(self, kind: str, branches: Branches, attention: Attention, special: int) -> None:
+        super().__init__(branches, attention, special)
+        self.kind = kind
+
+    def mix(self, attended: torch.Tensor, tokens: torch.Tensor, grid: Grid, as_attended: Any = None) -> torch.Tensor:
+        return self.mix_by(self.kind, attended, tokens, grid, as_attended)
+
+
+class MixerSearch(Mixing):
+    """All kinds, and how much of each counts now.
+
+    Attributes:
+        gates: the layer's.
+        gradients: of the gates; see :func:`~hf_vitprune.methods.spvit.gates.nested`.
+    """
+
+    def __init__(
+        self, gates: MixerGates, branches: Branches, attention: Attention, special: int, gradients: str
+    ) -> None:
+        super().__init__(branches, attention, special)
+        self.gates, self.gradients = gates, gradients
+
+    def mix(self, attended: torch.Tensor, tokens: torch.Tensor, grid: Grid, as_attended: Any = None) -> torch.Tensor:
+        """Output of the searched mixer: g3 MSA + g2 (1 - g3) Conv3 + g1 (1 - g2) (1 - g3) Conv1.
+
+        Branches without a part in the output or a gradient are not computed.
+        """
+        if not self.gates.training or self.gates.decided:
+            return self.mix_by(LEVELS[self.gates.level()], attended, tokens, grid, as_attended)
+        drawn = self.gates.sample()
+        simple, middle, attention = nested(drawn, self.gradients)
+        shares = {"conv3x3": middle * (1 - attention), "conv1x1": simple * (1 - middle) * (1 - attention)}
+        ones = [value > 0.5 for value in drawn.tolist()]
+        needed = _needed(*ones) if torch.is_grad_enabled() else {LEVELS[sum(_prefix(ones))]}
+        mixed = attention * attended
+        convolutions = {kind: share for kind, share in shares.items() if kind in needed}
+        if convolutions:
+            mixed = mixed + self._brought(self._convolved(convolutions, tokens, grid), attended, as_attended)
+        return mixed
 
 
 def _prefix(ones: list[bool]) -> list[bool]:
@@ -118,7 +154,7 @@ class _TakeGrid(GateHook):
 class _Mix(GateHook):
     """Behind an attention."""
 
-    def __init__(self, search: MixerSearch, taken: _TakeGrid) -> None:
+    def __init__(self, search: Mixing, taken: _TakeGrid) -> None:
         self.search, self.taken = search, taken
 
     def __call__(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -151,7 +187,7 @@ class _NormOutput(GateHook):
 class _MixWindows(GateHook):
     """Behind an attention in windows: the convolutions run on the whole grid, and are cut into windows after."""
 
-    def __init__(self, search: MixerSearch, place: _LayerInput, windows: Windows) -> None:
+    def __init__(self, search: Mixing, place: _LayerInput, windows: Windows) -> None:
         self.search, self.place, self.windows = search, place, windows
 
     def __call__(self, attention: Any, args: tuple[Any, ...], output: Any) -> Any:
@@ -171,7 +207,7 @@ class _Cut:
 
 
 def attach_mixers(
-    model: PreTrainedModel, architecture: Architecture, searches: dict[int, MixerSearch], paths: list[LayerPaths]
+    model: PreTrainedModel, architecture: Architecture, searches: Mapping[int, Mixing], paths: list[LayerPaths]
 ) -> list[RemovableHandle]:
     """Hook the searches into ``model``, by number of the layer."""
     family: Family = architecture.family

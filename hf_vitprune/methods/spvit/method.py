@@ -25,7 +25,7 @@ from ...spec.layer_shape import KERNELS
 from ...utils.batches import ImageBatches
 from ..base import PruningMethod
 from .branches import Attention
-from .build import attention_of, checked_linear, mixer_search
+from .build import attention_of, checked_linear, convolution_weights, mixer_search
 from .config import SPViTConfig
 from .cost import SearchCost
 from .gates import LEVELS, Annealing, NeuronGates
@@ -70,7 +70,7 @@ class SPViT(PruningMethod):
         mixers = {i: search.gates for i, search in self.searches.items()}
         neurons = {i: columns.gates for i, columns in self._columns.items()}
         self._meter = config.meter(self.architecture)
-        self.cost = SearchCost(self.architecture, mixers, neurons, self._meter, self._device)
+        self.cost = SearchCost(self.architecture, mixers, neurons, self._meter, self._device, config.gate_gradients)
         unit = 1e9 / self.cost.total
         self.target = config.target if config.target is not None else (config.target_gmacs or 0.0) * unit
         # the weight of a squared difference: in units of the whole model, or of 10^9 multiply-adds
@@ -208,8 +208,8 @@ class SPViT(PruningMethod):
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
         """Fix the gates at their likelier values.
 
-        Where these cost more than the target, the least likely ones that are on go as well; within the tolerance of
-        it, neurons only.
+        Where these cost more than the target, and ``enforce_target``, the least likely ones that are on go as well;
+        within the tolerance of it, neurons only.
 
         Raises:
             InvalidPlanError: there was no search yet, or a score is not finite.
@@ -235,14 +235,14 @@ class SPViT(PruningMethod):
         """What the gates say, or with the lowest threshold of scores under which the cost is the target's."""
         plan = self._shapes()
         found = self._meter.ratio(plan.architecture)
-        if found <= self.target:
+        if found <= self.target or not self.config.enforce_target:
             return plan
         close = found <= self.target * (1 + self.config.tolerance)
         if not close:
             logger.warning(
                 f"the search ended at {found:.3f} of the {self._meter.metric}, over the target of {self.target:.3f}: "
                 "the gates least likely to be on go at once. A longer search, a higher gate_learning_rate or "
-                "cost_weight gets there by itself"
+                "cost_weight comes closer by itself; enforce_target=False takes the architecture as it was found"
             )
         elif self.cost.at(self._levels_now(), [0] * len(self._columns)) > self.target:
             close = False
@@ -279,16 +279,10 @@ class SPViT(PruningMethod):
                 entry = entry.with_mixer(kind, channels)
         return entry
 
-    @torch.no_grad()
     def _with_weights(self, plan: PruningPlan, attentions: dict[int, Attention]) -> PruningPlan:
-        """The plan, with convolutions made of these weights; their names are those of the small model, which keeps
-        every layer.
-        """
-        weights: dict[str, torch.Tensor] = {}
-        for entry in plan.layers:
-            if entry.index in self.searches and entry.mixer in KERNELS:
-                made = self.searches[entry.index].branches.weights(entry.mixer, attentions[entry.index])
-                weights |= {f"{self._paths[entry.index].attention}.{name}": tensor for name, tensor in made.items()}
+        """The plan, with convolutions made of these weights."""
+        branches = {i: search.branches for i, search in self.searches.items()}
+        weights = convolution_weights(plan, branches, attentions, self._paths)
         return replace(plan, weights=weights, info=self.config.to_dict()).validated()
 
     def _all_gates(self) -> Iterator[Any]:

@@ -1,0 +1,127 @@
+"""Fine-tuning of a searched architecture from fresh convolutions, unfolded: the start that SPViT's authors take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ...errors import InvalidConfigError, InvalidPlanError
+from ...modeling.structure import get, layer_paths
+from ...plan.plan import PruningPlan
+from ...spec.layer_shape import KERNELS
+from ...surgery.gates import ForwardOverride
+from ...utils.batches import ImageBatches
+from ..base import PruningConfig, PruningMethod
+from .branches import Attention, Branches
+from .build import attention_of, convolution_weights, shared_branches
+from .config import check_positive
+from .gates import LEVELS
+from .hooks import FixedMixer, attach_mixers
+
+#: settings that every method has, and that say nothing here
+_UNUSED = ("target", "gate_learning_rate", "latency_table", "latency_batch_size")
+
+
+@dataclass
+class SPViTTuningConfig(PruningConfig):
+    """What mixes the tokens of every layer, decided; the convolutions train as heads and a table that mixes them.
+
+    The table starts at ones and the BatchNorms are new, as in the fine-tuning of SPViT's authors. Exporting folds
+    them. :func:`hf_vitprune.contrib.spvit_start.released_start` makes the model for it out of a search's plan.
+
+    Attributes:
+        mixers: of every layer: ``attention``, ``conv3x3``, ``conv1x1`` or ``none``.
+        mixing_temperature: tau of the table; None: 0.01, and 100 for Swin.
+    """
+
+    mixers: Sequence[str] = ()
+    mixing_temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in _UNUSED:
+            if getattr(self, name) is not None:
+                raise InvalidConfigError(f"the architecture is decided, nothing is searched: leave {name} out")
+        self.mixers = tuple(self.mixers)
+        unknown = [mixer for mixer in self.mixers if mixer not in LEVELS]
+        if unknown or not self.mixers:
+            raise InvalidConfigError(f"mixers are {', '.join(LEVELS)}, one a layer; not {self.mixers!r}")
+        if self.mixing_temperature is not None:
+            check_positive("mixing_temperature", self.mixing_temperature)
+
+    @property
+    def method_name(self) -> str:
+        return "SPViT"
+
+
+class SPViTTuning(PruningMethod):
+    """The convolutions of a decided architecture, over a model whose attention they are made of."""
+
+    config: SPViTTuningConfig
+    takes_adapters = False
+    may_keep_everything = True
+    no_reference = "the architecture was fine-tuned as it is exported"
+    decided = True
+
+    def __init__(self, config: SPViTTuningConfig, model: PreTrainedModel) -> None:
+        super().__init__(config, model)
+        shapes = self.architecture.layers
+        if len(config.mixers) != len(shapes):
+            raise InvalidPlanError(f"{len(config.mixers)} mixers are given for a model of {len(shapes)} layers")
+        # by this name, unlike gates, the tables have the optimizer's weight decay, as the authors' code gives them
+        self.branches = nn.ModuleDict()
+        self._paths = layer_paths(model, self.architecture)
+        self._attentions: dict[int, Attention] = {}
+        self._mixers: dict[int, FixedMixer] = {}
+        device = next(model.parameters()).device
+        special = self.architecture.family.extra_tokens_of(self.architecture.config)
+        for i, (kind, shape) in enumerate(zip(config.mixers, shapes, strict=True)):
+            if kind == shape.mixer:
+                continue
+            if shape.mixer != "attention":
+                raise InvalidPlanError(f"layer {i} has {shape.mixer}, which {kind} cannot be made of")
+            attention = attention_of(model, self.architecture, i, self._paths[i])
+            kinds = [kind] if kind in KERNELS else []
+            branches = shared_branches(self.architecture, i, config.mixing_temperature, device, kinds)
+            if kinds:
+                self.branches[f"layer{i}"] = branches
+            self._attentions[i] = attention
+            self._mixers[i] = FixedMixer(kind, branches, attention, special)
+
+    def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        handles: list[Any] = [_NotAttended(get(model, self._paths[i].attention)).attach() for i in self._mixers]
+        return handles + attach_mixers(model, self.architecture, self._mixers, self._paths)
+
+    def decide(self, model: Any, images: ImageBatches | None = None) -> None:
+        """Nothing is left to decide."""
+
+    def choose(self) -> PruningPlan:
+        """The architecture, its convolutions folded as they are now."""
+        return self._plan(self._attentions)
+
+    def choose_for(self, model: PreTrainedModel) -> PruningPlan:
+        """The same, with convolutions made of the weights of another model of the same shape."""
+        return self._plan({i: attention_of(model, self.architecture, i, self._paths[i]) for i in self._mixers})
+
+    def _plan(self, attentions: dict[int, Attention]) -> PruningPlan:
+        plan = PruningPlan.dense(self.architecture)
+        layers = list(plan.layers)
+        for i, mixer in self._mixers.items():
+            channels = self.architecture.layers[i].v_dim if mixer.kind in KERNELS else None
+            layers[i] = layers[i].with_mixer(mixer.kind, channels)
+        plan = plan.with_layers(layers)
+        branches: dict[int, Branches] = {i: mixer.branches for i, mixer in self._mixers.items()}
+        weights = convolution_weights(plan, branches, attentions, self._paths)
+        return replace(plan, weights=weights, info=self.config.to_dict()).validated()
+
+
+class _NotAttended(ForwardOverride):
+    """In the place of an attention whose output no mixer takes: its input, which has the right shape."""
+
+    def __call__(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states, None
