@@ -25,7 +25,8 @@ from rich.table import Table
 from speed import interleaved
 from transformers import ViTConfig
 
-from hf_vitprune import Architecture, build, count, fuse_bn
+from hf_vitprune import Architecture, build, count
+from hf_vitprune.contrib.fuse import fuse_bn
 from hf_vitprune.cost.blocks import block_macs
 from hf_vitprune.latency.measure import device_name, measure_speed
 

@@ -26,8 +26,9 @@ from rich.table import Table
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
-from hf_vitprune import LayerSelection, SLSConfig, select_layers
+from hf_vitprune import SLSConfig, select_layers
 from hf_vitprune.latency.measure import device_name
+from hf_vitprune.methods import LayerSelection
 from hf_vitprune.methods.sls.scoring import layer_score
 from hf_vitprune.methods.sls.screening import estimated_score
 

@@ -42,7 +42,6 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-import hf_vitprune
 from hf_vitprune import (
     DistillationConfig,
     NViTConfig,
@@ -52,11 +51,14 @@ from hf_vitprune import (
     build,
     count,
     get_pruning_model,
+    push_to_hub,
     revit,
 )
 from hf_vitprune.cli.demo import IMAGE_SIZE, tiny_vit
 from hf_vitprune.cli.workflow import accuracy_of
+from hf_vitprune.modeling.native import to_native
 from hf_vitprune.publish.block_report import plot_architecture
+from hf_vitprune.publish.card import model_card
 from hf_vitprune.publish.run_report import plot_gates
 from hf_vitprune.utils.data import DIGITS, load_images
 
@@ -300,11 +302,11 @@ def save(
     if hasattr(small, "merge_and_unload"):
         small = small.merge_and_unload()
     if model_args.native:
-        small = hf_vitprune.to_native(small)
+        small = to_native(small)
     small = small.to("cpu", dtype=torch.float32)
     small.save_pretrained(training_args.output_dir)
     processor.save_pretrained(training_args.output_dir)
-    card = hf_vitprune.model_card(
+    card = model_card(
         small,
         after={"accuracy": summary["accuracy"]},
         dataset=data_args.dataset,
@@ -313,7 +315,7 @@ def save(
     card.save(Path(training_args.output_dir) / "README.md")
     if training_args.push_to_hub:
         repo = training_args.hub_model_id or Path(training_args.output_dir).name
-        hf_vitprune.push_to_hub(
+        push_to_hub(
             small, repo, card=card, image_processor=processor, private=training_args.hub_private_repo
         )
 

@@ -1,82 +1,93 @@
-"""Structured pruning of Hugging Face vision transformers: smaller, faster, and still loaded by `from_pretrained`."""
+"""Structured pruning of Hugging Face vision transformers: smaller, faster, and still loaded by `from_pretrained`.
 
-from .compensate import Compensation, compensate_plan
-from .contrib.convert import convert_spvit_checkpoint
-from .contrib.fuse import fuse_bn
-from .contrib.retraining import retrain, retraining_arguments
-from .contrib.storage import StorageReport, storage_report
-from .cost import Cost, count
-from .errors import VitPruneError
-from .latency.table import LatencyTable
-from .losses.distillation import DistillationConfig
-from .methods import (
-    LayerSelection,
-    NViTConfig,
-    OneShotScores,
-    OneShotSettings,
-    SLSConfig,
-    SPViTConfig,
-    TruncationConfig,
-    VTPConfig,
-    select_layers,
-)
-from .methods.nvit.revit import revit
-from .modeling import build
-from .modeling.native import to_native
-from .peft import load_old_adapter, register_peft_types, share_backbone, translate_peft_config
-from .peft.methods import ConvpassConfig, RepAdapterConfig
-from .plan.plan import PruningPlan
-from .pruning import mask, prune, truncate
-from .publish.card import model_card
-from .publish.hub import push_to_hub
-from .spec.architecture import Architecture
-from .training.model import PruningModel, get_pruning_model
-from .training.trainer import PruningCallback, PruningTrainer
+Importing this makes transformers and PEFT know what pruned models need in order to load. The names below are loaded
+when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .modeling import registry as _registry  # noqa: F401  pruned classes, in the Auto classes
+from .peft import register_peft_types as _register_peft_types
+from .publish import hub as _hub  # noqa: F401  what push_to_hub of a pruned model does
+
+if TYPE_CHECKING:
+    from .compensate import Compensation as Compensation
+    from .contrib.convert import convert_spvit_checkpoint as convert_spvit_checkpoint
+    from .cost import Cost as Cost
+    from .cost import count as count
+    from .errors import VitPruneError as VitPruneError
+    from .latency.table import LatencyTable as LatencyTable
+    from .losses.distillation import DistillationConfig as DistillationConfig
+    from .methods import NViTConfig as NViTConfig
+    from .methods import OneShotScores as OneShotScores
+    from .methods import SLSConfig as SLSConfig
+    from .methods import SPViTConfig as SPViTConfig
+    from .methods import TruncationConfig as TruncationConfig
+    from .methods import VTPConfig as VTPConfig
+    from .methods import register_method as register_method
+    from .methods import select_layers as select_layers
+    from .methods.nvit.revit import revit as revit
+    from .modeling import build as build
+    from .modeling import register_family as register_family
+    from .plan.plan import PruningPlan as PruningPlan
+    from .pruning import mask as mask
+    from .pruning import prune as prune
+    from .pruning import truncate as truncate
+    from .publish.hub import push_to_hub as push_to_hub
+    from .spec.architecture import Architecture as Architecture
+    from .training.model import PruningModel as PruningModel
+    from .training.model import get_pruning_model as get_pruning_model
+    from .training.trainer import PruningCallback as PruningCallback
+    from .training.trainer import PruningTrainer as PruningTrainer
 
 __version__ = "0.1.0"
 
-register_peft_types()  # adapters of pruned models load once this package is imported, and only then
+#: public name -> module that it comes from, or that it is
+_PUBLIC = {
+    "Architecture": "spec.architecture",
+    "Compensation": "compensate",
+    "Cost": "cost",
+    "DistillationConfig": "losses.distillation",
+    "LatencyTable": "latency.table",
+    "NViTConfig": "methods",
+    "OneShotScores": "methods",
+    "PruningCallback": "training.trainer",
+    "PruningModel": "training.model",
+    "PruningPlan": "plan.plan",
+    "PruningTrainer": "training.trainer",
+    "SLSConfig": "methods",
+    "SPViTConfig": "methods",
+    "TruncationConfig": "methods",
+    "VTPConfig": "methods",
+    "VitPruneError": "errors",
+    "build": "modeling",
+    "convert_spvit_checkpoint": "contrib.convert",
+    "count": "cost",
+    "get_pruning_model": "training.model",
+    "mask": "pruning",
+    "prune": "pruning",
+    "push_to_hub": "publish.hub",
+    "register_family": "modeling",
+    "register_method": "methods",
+    "revit": "methods.nvit.revit",
+    "select_layers": "methods",
+    "truncate": "pruning",
+}
+__all__ = [*_PUBLIC]
 
-__all__ = [
-    "Architecture",
-    "Compensation",
-    "ConvpassConfig",
-    "Cost",
-    "DistillationConfig",
-    "LatencyTable",
-    "LayerSelection",
-    "NViTConfig",
-    "OneShotScores",
-    "OneShotSettings",
-    "PruningCallback",
-    "PruningModel",
-    "PruningPlan",
-    "PruningTrainer",
-    "RepAdapterConfig",
-    "SLSConfig",
-    "SPViTConfig",
-    "StorageReport",
-    "TruncationConfig",
-    "VTPConfig",
-    "VitPruneError",
-    "build",
-    "compensate_plan",
-    "convert_spvit_checkpoint",
-    "count",
-    "fuse_bn",
-    "get_pruning_model",
-    "load_old_adapter",
-    "mask",
-    "model_card",
-    "prune",
-    "push_to_hub",
-    "retrain",
-    "retraining_arguments",
-    "revit",
-    "select_layers",
-    "share_backbone",
-    "storage_report",
-    "to_native",
-    "translate_peft_config",
-    "truncate",
-]
+_register_peft_types()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f".{_PUBLIC[name]}", __name__)
+    value = globals()[name] = module if _PUBLIC[name] == name else getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

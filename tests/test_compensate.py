@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from hf_vitprune import Architecture, Compensation, PruningPlan, compensate_plan, mask, prune
-from hf_vitprune.compensate import PARTS
+from hf_vitprune import Architecture, Compensation, PruningPlan, mask, prune
+from hf_vitprune.compensate import PARTS, compensate_plan
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError, InvalidPlanError, UnsupportedModelError
 from plans import PLANS, each_layer, few, plan_named, pruning_plans, without_scales
 from tiny import CASES, CLASSIFIERS, assert_same, images, make, relative_error, run

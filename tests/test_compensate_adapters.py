@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForImageClassification
 
-from hf_vitprune import Architecture, Compensation, PruningPlan, compensate_plan, mask, prune
+from hf_vitprune import Architecture, Compensation, PruningPlan, mask, prune
+from hf_vitprune.compensate import compensate_plan
 from hf_vitprune.errors import AdapterError
 from hf_vitprune.modeling.peft_twin import is_peft, merged_twin, tuner_layers
 from hf_vitprune.peft import save_pruned_peft

@@ -22,9 +22,9 @@ from hf_vitprune import (
     TruncationConfig,
     VTPConfig,
     get_pruning_model,
-    model_card,
 )
 from hf_vitprune.errors import AdapterError, InvalidConfigError, InvalidDataError
+from hf_vitprune.publish.card import model_card
 from pruning_runs import SMALL_GROUPS, VIT, Patterns, gated, lora_model, nvit, scatter_scores, state_of, trainer
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from hf_vitprune import VTPConfig, fuse_bn, get_pruning_model, to_native
+from hf_vitprune import VTPConfig, get_pruning_model
+from hf_vitprune.contrib.fuse import fuse_bn
 from hf_vitprune.cost import count
 from hf_vitprune.errors import InvalidArchitectureError, InvalidPlanError, NativeExportError, TokenGridError
 from hf_vitprune.families import VIT
 from hf_vitprune.modeling.conv_mixer import ConvMixer, IdentityMixer
+from hf_vitprune.modeling.native import to_native
 from hf_vitprune.modeling.structure import layer_paths
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import mask, prune

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from hf_vitprune import load_old_adapter, translate_peft_config, truncate
+from hf_vitprune import truncate
 from hf_vitprune.errors import AdapterError
 from hf_vitprune.modeling.peft_twin import tuner_layers
+from hf_vitprune.peft import load_old_adapter, translate_peft_config
 from hf_vitprune.peft.old_names import old_names
 from tiny import CLASSIFIERS, assert_same, make, run
 from tiny_adapters import adapted

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import milp
 
-from hf_vitprune import Architecture, OneShotScores, OneShotSettings, PruningPlan, count, mask, prune
+from hf_vitprune import Architecture, OneShotScores, PruningPlan, count, mask, prune
 from hf_vitprune.errors import (
     InvalidConfigError,
     InvalidDataError,
@@ -27,6 +27,7 @@ from hf_vitprune.errors import (
     UnsupportedModelError,
     UnsupportedUnitError,
 )
+from hf_vitprune.methods import OneShotSettings
 from hf_vitprune.methods.oneshot import check_target
 from hf_vitprune.methods.oneshot.allocate import Options, allocate, undominated
 from hf_vitprune.methods.oneshot.choose import _attention, _branch_cost, _mlp, at_output

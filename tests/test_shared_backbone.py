@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageClassification
 
-from hf_vitprune import ConvpassConfig, prune, share_backbone, truncate
+from hf_vitprune import prune, truncate
 from hf_vitprune.errors import AdapterError
+from hf_vitprune.peft import share_backbone
+from hf_vitprune.peft.methods import ConvpassConfig
 from hf_vitprune.plan.plan import PruningPlan
 from tiny import CLASSIFIERS, assert_same, images, make, run
 from tiny_adapters import CONFIGS, adapted, randomize

@@ -14,8 +14,9 @@ from sklearn.datasets import load_digits
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
-from hf_vitprune import LayerSelection, SLSConfig, select_layers
+from hf_vitprune import SLSConfig, select_layers
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError
+from hf_vitprune.methods import LayerSelection
 from hf_vitprune.methods.sls import scoring, screening, selection
 
 #: quick maps for what does not depend on their quality

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from hf_vitprune import prune, storage_report, truncate
+from hf_vitprune import prune, truncate
+from hf_vitprune.contrib.storage import storage_report
 from hf_vitprune.errors import AdapterError, InvalidDataError
 from hf_vitprune.peft import save_pruned_peft
 from hf_vitprune.plan.plan import PruningPlan

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageClassification
 
-from hf_vitprune import to_native
 from hf_vitprune.errors import AdapterError, CheckpointMismatchError
+from hf_vitprune.modeling.native import to_native
 from hf_vitprune.modeling.peft_twin import tuner_layers
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune, truncate

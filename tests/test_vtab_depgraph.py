@@ -13,10 +13,11 @@ from peft import LoraConfig, get_peft_model
 from transformers.models.vit.modeling_vit import ViTAttention
 
 from benchmarks.vtab.depgraph import depgraph_plan
-from hf_vitprune import ConvpassConfig, PruningPlan, prune
+from hf_vitprune import PruningPlan, prune
 from hf_vitprune.errors import InvalidPlanError, MissingExtraError
 from hf_vitprune.modeling.peft_twin import is_peft
 from hf_vitprune.modeling.structure import get_wrapped
+from hf_vitprune.peft.methods import ConvpassConfig
 from tiny import make
 
 ADAPTERS = {

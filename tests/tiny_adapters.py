@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_vitprune import ConvpassConfig, RepAdapterConfig
+from hf_vitprune.peft.methods import ConvpassConfig, RepAdapterConfig
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj")
 INWARD = ("fc2", "down_proj", "o_proj")

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_vitprune import Compensation, PruningPlan, compensate_plan
+from hf_vitprune import Compensation, PruningPlan
+from hf_vitprune.compensate import compensate_plan
 from pruning_runs import gated, scatter_scores
 from tiny import images, make
 

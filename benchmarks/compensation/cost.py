@@ -37,7 +37,8 @@ def _here(width: int, layers: int, images: int, threads: int, statistics: bool) 
     import torch
     from transformers import ViTConfig, ViTForImageClassification
 
-    from hf_vitprune import OneShotScores, OneShotSettings, prune
+    from hf_vitprune import OneShotScores, prune
+    from hf_vitprune.methods import OneShotSettings
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)

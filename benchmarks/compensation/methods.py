@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hf_vitprune import Architecture, Compensation, OneShotScores, OneShotSettings, PruningPlan, count, prune
+from hf_vitprune import Architecture, Compensation, OneShotScores, PruningPlan, count, prune
+from hf_vitprune.methods import OneShotSettings
 
 from ..compare.methods.common import plan_of_budget
 from ..trained import Split, fit

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_vitprune import OneShotScores, OneShotSettings
+from hf_vitprune import OneShotScores
+from hf_vitprune.methods import OneShotSettings
 
 from ..compare.runs import write_record
 from ..trained import SUBJECTS, accuracy_of, logits_of, read, trained

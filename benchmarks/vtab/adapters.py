@@ -11,9 +11,9 @@ from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, VeraConfig, g
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.utils import logging
 
-from hf_vitprune import ConvpassConfig, RepAdapterConfig
 from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.families import family_of
+from hf_vitprune.peft.methods import ConvpassConfig, RepAdapterConfig
 
 HEAD = "classifier"
 QUERY_VALUE = ["q_proj", "v_proj"]

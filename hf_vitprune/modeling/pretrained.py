@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 
 from ..errors import CheckpointMismatchError, InvalidArchitectureError
 from ..spec.architecture import Architecture, write_record
+from ..utils.upload import upload
 from .structure import apply_architecture, layer_paths, materialize
 
 STUB_MODULE = "modeling_hf_vitprune"
@@ -137,9 +138,7 @@ class PrunedModelMixin:
         Raises:
             HubUploadError: the push did not go through.
         """
-        from ..publish.hub import push_to_hub
-
-        return push_to_hub(self, repo_id, **kwargs)
+        return upload(self, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -55,7 +55,8 @@ def check_heads(model: Any, config: Any) -> None:
     if not is_shared(model) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise AdapterError(
             f"this adapter is for {len(labels)} labels, and those of the model, which has adapters already, are "
-            f"{model.config.num_labels}; prepare the dense model with hf_vitprune.share_backbone before loading them"
+            f"{model.config.num_labels}; prepare the dense model with "
+            "hf_vitprune.peft.share_backbone before loading them"
         )
 
 

@@ -77,7 +77,7 @@ def fit_base(model: Any, config: Any) -> None:
             raise AdapterError(
                 f"this adapter belongs to a model of {len(kept)} layers, and the base model of {len(there)} already "
                 "has adapters; load it into a fresh base model, or all of them into one base prepared by "
-                "hf_vitprune.share_backbone"
+                "hf_vitprune.peft.share_backbone"
             )
         truncate_in_place(model, [there.index(layer) for layer in kept])
         return

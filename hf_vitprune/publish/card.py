@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -15,10 +15,12 @@ from ..cost import count
 from ..errors import InvalidConfigError
 from ..families import PRUNED_PREFIX
 from ..families.base import pair
-from ..latency.measure import Timing
 from ..plan.lineage import lineage_of
 from ..spec.architecture import Architecture, task_of, unwrap
 from .report import comparison_markdown, human, layer_markdown
+
+if TYPE_CHECKING:
+    from ..latency.measure import Timing
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 #: task suffix of a class -> Auto class that loads it

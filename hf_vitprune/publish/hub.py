@@ -15,13 +15,12 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 from ..errors import HubUploadError
 from ..spec.architecture import unwrap
+from ..utils.upload import register_upload
 from .card import model_card
 
 CARD = "README.md"
 #: weights of an earlier push in other pieces; they would be loaded in place of, or beside, the new ones
 _SHARDS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
-
-__all__ = ["model_card", "push_to_hub"]
 
 
 def push_to_hub(
@@ -163,3 +162,6 @@ def _explained(repo_id: str, consequence: str) -> Iterator[None]:
 def _line(error: BaseException | None) -> str:
     """An error's message on one line."""
     return " ".join(str(error).split())
+
+
+register_upload(push_to_hub)

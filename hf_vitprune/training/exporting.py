@@ -37,7 +37,7 @@ def export_plan(pruning_model: Any, calibration: Any, compensate: Any, weights: 
     Raises:
         AdapterError: images were given for a PeftModel that only loses layers.
         InvalidConfigError: ``compensate`` asks for something, and there are no images.
-        InvalidDataError, UnsupportedModelError: as :func:`hf_vitprune.compensate_plan`.
+        InvalidDataError, UnsupportedModelError: as :func:`hf_vitprune.compensate.compensate_plan`.
     """
     asked, images = calibration is not None, calibration
     if not asked and weights is None:

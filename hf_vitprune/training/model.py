@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..errors import AdapterError, InvalidConfigError, InvalidDataError, ResumeError, UnsupportedModelError
 from ..losses.task import is_classifier, task_loss
 from ..methods import PruningConfig, method_for
+from ..modeling.native import to_native
 from ..modeling.peft_twin import check_peft_model, is_peft, tuner_layers
 from ..peft.configs import check_config
 from ..peft.methods.convpass import ConvpassLayer
@@ -247,8 +248,6 @@ class PruningModel(nn.Module):
         source = self.model if weights is None else weights
         small = prune(source, plan, allow_unchanged=self.method.may_keep_everything)
         if native:
-            from ..modeling.native import to_native
-
             return to_native(small)
         return small
 

@@ -15,9 +15,9 @@ from ..compensate import Compensation
 from ..errors import InvalidConfigError, MissingLabelsError
 from ..losses.distillation import DistillationConfig, Teacher, distillation_loss
 from ..losses.task import is_classifier, task_loss
-from ..publish.hub import push_to_hub
 from ..spec.architecture import unwrap
 from ..surgery.gates import strip_gates
+from ..utils.upload import upload
 from .callback import PruningCallback, check_setup, pruning_model_of
 from .model import PruningModel
 from .resume import enable_exact_resume
@@ -201,7 +201,7 @@ class PruningTrainer(Trainer):
         repo = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir or "").name
         kwargs.setdefault("token", self.args.hub_token)
         kwargs.setdefault("private", self.args.hub_private_repo)
-        return push_to_hub(model, repo, image_processor=self.processing_class, commit_message=commit_message, **kwargs)
+        return upload(model, repo, image_processor=self.processing_class, commit_message=commit_message, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         self._check_labels()
