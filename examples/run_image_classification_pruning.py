@@ -315,9 +315,7 @@ def save(
     card.save(Path(training_args.output_dir) / "README.md")
     if training_args.push_to_hub:
         repo = training_args.hub_model_id or Path(training_args.output_dir).name
-        push_to_hub(
-            small, repo, card=card, image_processor=processor, private=training_args.hub_private_repo
-        )
+        push_to_hub(small, repo, card=card, image_processor=processor, private=training_args.hub_private_repo)
 
 
 if __name__ == "__main__":
