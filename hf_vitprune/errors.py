@@ -83,7 +83,3 @@ class MissingExtraError(VitPruneError, ImportError):
 
 class LatencyTableError(VitPruneError, ValueError):
     """A latency table is damaged, is of another model, device or input, or does not cover the sizes asked for."""
-
-
-class SolverError(VitPruneError, RuntimeError):
-    """The solver behind an allocation failed, and what it left is not used."""

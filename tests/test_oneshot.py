@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import milp
 
 from hf_vitprune import Architecture, OneShotScores, PruningPlan, count, mask, prune
 from hf_vitprune.errors import (
@@ -22,7 +20,6 @@ from hf_vitprune.errors import (
     InvalidDataError,
     InvalidPlanError,
     LatencyTableError,
-    SolverError,
     UnreachableTargetError,
     UnsupportedModelError,
     UnsupportedUnitError,
@@ -63,6 +60,12 @@ def scored() -> dict[str, tuple[object, OneShotScores]]:
 numbers = st.integers(0, 12)
 
 
+def best_error(groups: list[Options], budget: float) -> float:
+    """The least sum of errors of all choices within the budget, each looked at."""
+    every = itertools.product(*(zip(g.costs, g.errors, strict=True) for g in groups))
+    return min(sum(e for _, e in choice) for choice in every if sum(c for c, _ in choice) <= budget)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
     groups=st.lists(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=5), min_size=1, max_size=4),
@@ -75,11 +78,10 @@ def test_allocation_is_the_best_there_is(groups: list, share: float, scale: floa
     ]
     lowest, highest = (sum(f(g.costs) for g in options) for f in (min, max))
     budget = lowest + share * (highest - lowest) + 1e-3 * scale  # costs are whole: no choice sits on the budget
-    chosen = allocate(options, budget)
+    chosen, gap = allocate(options, budget)
     cost, error = (sum(float(g[k][p]) for g, p in zip(options, chosen, strict=True)) for k in (0, 1))
-    every = itertools.product(*(zip(g.costs, g.errors, strict=True) for g in options))
-    best = min(sum(e for _, e in choice) for choice in every if sum(c for c, _ in choice) <= budget)
-    assert cost <= budget and error == pytest.approx(best, abs=1e-12)
+    assert cost <= budget and error == pytest.approx(best_error(options, budget), abs=1e-12)
+    assert gap <= 1e-6 * max(float(np.ptp(group.errors)) for group in options) * (1 + 1e-9)
 
 
 def test_an_impossible_budget_is_refused() -> None:
@@ -87,25 +89,41 @@ def test_an_impossible_budget_is_refused() -> None:
         allocate([Options(np.array([2.0, 3.0]), np.array([1.0, 0.0]))], 1.9)
 
 
-@pytest.mark.parametrize("failures", [1, 2, 5, 6])
-def test_a_solver_that_fails_is_not_taken_for_the_cheapest_choice(
-    failures: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """HiGHS ends with a solve error on some inputs: then without presolve, at budgets beside it, and given up."""
-    calls: list[bool] = []
+def test_too_many_partial_choices_widen_the_gap_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_vitprune.methods.oneshot.allocate.STATES", 3)
+    generator = np.random.default_rng(0)
+    gaps = []
+    for _ in range(40):
+        groups = [Options(generator.random(6), generator.random(6)) for _ in range(4)]
+        budget = 0.4 * sum(group.costs.max() for group in groups)
+        chosen, gap = allocate(groups, budget)
+        error = sum(float(group.errors[p]) for group, p in zip(groups, chosen, strict=True))
+        assert best_error(groups, budget) <= error <= best_error(groups, budget) + gap + 1e-12
+        gaps.append(gap)
+    assert max(gaps) > 1e-4
 
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs["options"]["presolve"])
-        return SimpleNamespace(x=None, status=4, message="error") if len(calls) <= failures else milp(*args, **kwargs)
 
-    monkeypatch.setattr("hf_vitprune.methods.oneshot.allocate.milp", failing)
-    groups = [Options(np.array([1.0, 2.0, 3.0]), np.array([9.0, 2.0, 0.0])) for _ in range(2)]
-    if failures == 6:
-        with pytest.raises(SolverError, match="slightly different target"):
-            allocate(groups, 4.5)
-    else:
-        assert allocate(groups, 4.5) == [1, 1]
-    assert calls == [True, False, True, False, True, False][: failures + 1]
+def test_thousands_of_options_are_solved_to_a_millionth_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
+    """As many as twelve layers of 1,536 neurons have at round_to=1; a solver for integers took over eight minutes."""
+    generator = np.random.default_rng(0)
+    kept = np.arange(1537)
+    groups = [
+        Options(kept * cost, error * (1 - kept / 1536) ** power * (1 + 0.01 * generator.random(1537)))
+        for cost, error, power in generator.uniform([300, 0.1, 1], [900, 1, 4], (12, 3))
+    ]
+    budget = 0.5 * sum(group.costs[-1] for group in groups)
+    start = time.process_time()
+    chosen, gap = allocate(groups, budget)
+    assert time.process_time() - start < 10  # 0.2 s on a quiet machine
+    assert gap <= 1.1e-6
+    cost, error = (sum(float(g[k][p]) for g, p in zip(groups, chosen, strict=True)) for k in (0, 1))
+    # no price of cost gives a bound above what was found, and the best one gives nearly that
+    bounds = [
+        sum(float((g.errors + price * g.costs).min()) for g in groups) - price * budget
+        for price in np.geomspace(1e-8, 1e-5, 2000)
+    ]
+    assert cost <= budget and max(bounds) <= error <= max(bounds) + 1e-4
+    assert capfd.readouterr() == ("", "")
 
 
 def test_dominated_options_go() -> None:
@@ -140,7 +158,7 @@ def test_no_plan_within_the_target_has_a_smaller_error(case: str, metric: str, s
         whole + sum(row.options.costs[p] for row, p in zip(rows, chosen, strict=True))
     )
     best = sum(row.options.errors[p] for row, p in zip(rows, chosen, strict=True))
-    assert plan.info["error"] == pytest.approx(best)
+    assert plan.info["error"] == pytest.approx(best) and plan.info["gap"] <= 1e-5 * best
     generator = np.random.default_rng(0)
     budget = 0.6 * meter.total(architecture) - whole
     for _ in range(3000):  # any other choice, at random

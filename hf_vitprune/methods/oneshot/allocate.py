@@ -1,24 +1,27 @@
 """The multiple-choice knapsack: one option of every group, least error in all, within a budget.
 
-Solved to optimality, up to the tolerance that :func:`allocate` names.
+A price for the cost (the best Lagrange multiplier, from the groups' lower convex hulls) gives a bound that no choice
+beats, and how far each option is above its group's share of it. A choice whose error is near the bound takes options
+that are near it, so that a search over those alone, group by group, finds the best one (Sinha and Zoltners 1979;
+Pisinger 1995), to a tolerance that is stated.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_matrix
 
-from ...errors import SolverError, UnreachableTargetError
+from ...errors import UnreachableTargetError
 
-#: of scipy's milp
-OPTIMAL, INFEASIBLE = 0, 2
-#: shares of the budget that are left over, one after the other where the solver fails
-SLACKS = (1e-6, 2e-6, 5e-6)
+#: how far the sum of errors may be above the least one, as a share of the largest error of one choice
+TOLERANCE = 1e-6
+#: how many partial choices, and products of them with the next group's options, are looked at at once; with more, the
+#: tolerance is widened, and the wider one reported
+STATES, PRODUCTS = 20_000, 500_000
+#: share of the budget that rounding may take
+ROUNDING = 1e-9
 
 
 class Options(NamedTuple):
@@ -28,6 +31,13 @@ class Options(NamedTuple):
     errors: np.ndarray
 
 
+class Allocation(NamedTuple):
+    """An option of each group, and how far their errors may be above the least sum within the budget."""
+
+    chosen: list[int]
+    gap: float
+
+
 def undominated(options: Options) -> np.ndarray:
     """Positions of the options for which none is as cheap and as good, cheapest first."""
     order = np.lexsort((options.errors, options.costs))
@@ -35,15 +45,14 @@ def undominated(options: Options) -> np.ndarray:
     return order[np.r_[True, falling[1:] < falling[:-1]]]
 
 
-def allocate(groups: Sequence[Options], budget: float) -> list[int]:
+def allocate(groups: Sequence[Options], budget: float) -> Allocation:
     """An option of each group: the sum of costs within ``budget``, the sum of errors the least possible.
 
-    A mixed-integer program (HiGHS), solved to its tolerance: a millionth of the largest choice. Costs and errors are
-    brought to the scale of the budget and of the largest choice first. ``SLACKS`` of the budget are left over.
+    Least up to the returned gap: ``TOLERANCE`` of the largest error of one choice, or more where ``STATES`` and
+    ``PRODUCTS`` are not enough.
 
     Raises:
         UnreachableTargetError: the cheapest options cost more than the budget.
-        SolverError: the solver failed, at every one of ``SLACKS``.
     """
     kept = [undominated(group) for group in groups]
     choices = [Options(g.costs[k], g.errors[k]) for g, k in zip(groups, kept, strict=True)]
@@ -51,30 +60,126 @@ def allocate(groups: Sequence[Options], budget: float) -> list[int]:
     if cheapest > budget:
         raise UnreachableTargetError(f"the cheapest options cost {cheapest:.6g}, over the budget of {budget:.6g}")
     if sum(float(c.costs[-1]) for c in choices) <= budget:
-        return [int(k[-1]) for k in kept]
-    # what a group costs at the least is spent: only the rest is up for choice
-    costs = np.concatenate([c.costs - c.costs[0] for c in choices]) / (budget - cheapest or 1.0)
-    errors = np.concatenate([c.errors - c.errors[-1] for c in choices])
-    sizes = [len(c.costs) for c in choices]
-    rows = np.repeat(np.arange(len(sizes)), sizes)
-    one_each = csr_matrix((np.ones(len(rows)), (rows, np.arange(len(rows)))))
-    # HiGHS fails now and then: on what it presolved and not without, or at one budget and not right beside it
-    for slack, presolve in itertools.product(SLACKS, (True, False)):
-        found = milp(
-            errors / (errors.max() or 1.0),
-            integrality=np.ones(len(rows)),
-            bounds=Bounds(0, np.where(costs > 1, 0, 1)),  # what does not fit on its own never does
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(csr_matrix(costs), -np.inf, 1 - slack)],
-            options={"mip_rel_gap": 0.0, "presolve": presolve},
-        )
-        if found.status in (OPTIMAL, INFEASIBLE):
+        return Allocation([int(k[-1]) for k in kept], 0.0)
+    # what a group costs and loses at the least is settled: the rest is what there is to choose, on a scale of its own
+    room, scale = budget - cheapest, max(float(c.errors[0] - c.errors[-1]) for c in choices)
+    if room <= ROUNDING * abs(budget):
+        return Allocation([int(k[0]) for k in kept], 0.0)
+    choices = [Options((c.costs - c.costs[0]) / room, (c.errors - c.errors[-1]) / scale) for c in choices]
+    best, price = _greedy(choices)
+    search = _Search(choices, price)
+    most, reach = search.excess(best), TOLERANCE
+    while True:
+        found = search.within(min(reach, most))
+        if found is not None or reach >= most:
             break
-    else:
-        raise SolverError(f"the solver found no choice of sizes ({found.message}): try a slightly different target")
-    if found.status == INFEASIBLE:  # within the solver's tolerance of the cheapest
-        return [int(k[0]) for k in kept]
-    chosen, start = [], 0
-    for size, positions in zip(sizes, kept, strict=True):
-        chosen.append(int(positions[found.x[start : start + size].argmax()]))
-        start += size
-    return chosen
+        reach *= 8
+    if found is not None and search.excess(found) < most:
+        best = found
+    gap = min(search.excess(best), search.tolerance)
+    return Allocation([int(k[p]) for k, p in zip(kept, best, strict=True)], gap * scale)
+
+
+def _greedy(choices: list[Options]) -> tuple[list[int], float]:
+    """Steps down the groups' lower hulls, those that gain most for their cost first, and the gain where room ends.
+
+    Returns:
+        A good choice, and the price of cost.
+    """
+    steps = []
+    for g, group in enumerate(choices):
+        hull = _lower_hull(group)
+        gains = -np.diff(group.errors[hull]) / np.diff(group.costs[hull])
+        steps += [(float(gain), g, int(a), int(b)) for gain, a, b in zip(gains, hull[:-1], hull[1:], strict=True)]
+    at, room, price = [0] * len(choices), 1.0 - ROUNDING, 0.0
+    for gain, g, start, end in sorted(steps, reverse=True):
+        cost = choices[g].costs[end] - choices[g].costs[start]
+        if cost <= room and at[g] == start:
+            at[g], room = end, room - cost
+        else:
+            price = price or gain
+    for g, group in enumerate(choices):  # what is left over, group by group
+        better = np.searchsorted(group.costs, group.costs[at[g]] + room, side="right") - 1
+        at[g], room = int(better), room - (group.costs[better] - group.costs[at[g]])
+    return at, price
+
+
+def _lower_hull(group: Options) -> list[int]:
+    """Positions on the lower convex hull of errors over costs (which rise, as errors fall)."""
+    hull: list[int] = []
+    for p, (x, y) in enumerate(zip(group.costs.tolist(), group.errors.tolist(), strict=True)):
+        while len(hull) > 1:
+            (x1, y1), (x2, y2) = ((group.costs[q], group.errors[q]) for q in hull[-2:])
+            if (y2 - y1) * (x - x2) < (y - y2) * (x2 - x1):
+                break
+            hull.pop()
+        hull.append(p)
+    return hull
+
+
+class _Search:
+    """All choices whose errors are within some reach of the bound that a price gives.
+
+    The excess over the bound is the sum of what every option is above its group's best one, cost at its price
+    included, and the price of the room that is left.
+
+    Attributes:
+        tolerance: how much better a choice in reach may be than the one that was found.
+    """
+
+    def __init__(self, choices: list[Options], price: float) -> None:
+        self.choices, self.price = choices, price
+        priced = [c.errors + price * c.costs for c in choices]
+        self.above = [p - p.min() for p in priced]
+        self.bound = sum(float(p.min()) for p in priced) - price * (1.0 - ROUNDING)
+        self.tolerance = 0.0
+
+    def excess(self, chosen: list[int]) -> float:
+        """Of the errors of a choice over the bound; no choice within the budget has one under 0."""
+        return sum(float(c.errors[p]) for c, p in zip(self.choices, chosen, strict=True)) - self.bound
+
+    def within(self, reach: float) -> list[int] | None:
+        """The best choice whose excess is at most ``reach``, or None.
+
+        Group by group; of the partial choices with nearly the same error the cheapest stays.
+        """
+        count, merged = len(self.choices), TOLERANCE / len(self.choices)
+        near = [np.flatnonzero(a <= reach + TOLERANCE) for a in self.above]
+        order = sorted(range(count), key=lambda g: len(near[g]))
+        costs = [self.choices[g].costs[near[g]] for g in order]
+        least, most = (np.r_[np.cumsum([f(c) for c in costs[::-1]])[::-1][1:], 0.0] for f in (np.min, np.max))
+        room, self.tolerance = 1.0 - ROUNDING, 0.0
+        cost, above, trail = np.zeros(1), np.zeros(1), []
+        for step, g in enumerate(order):
+            wider = (cost[:, None] + costs[step]).ravel()
+            higher = (above[:, None] + self.above[g][near[g]]).ravel()
+            idle = np.maximum(room - wider - most[step], 0.0)  # what no choice of the others can use
+            fits = (wider + least[step] <= room) & (higher + self.price * idle <= reach + self.tolerance)
+            stay = np.flatnonzero(fits)
+            stay = stay[np.argsort(wider[stay], kind="stable")]
+            errors = higher[stay] - self.price * wider[stay]
+            later = max(len(near[h]) for h in order[step:])
+            while len(kept := _stairs(errors, merged)) > min(STATES, PRODUCTS // later):
+                merged *= 2
+            stay, self.tolerance = stay[kept], self.tolerance + merged
+            if not len(stay):
+                return None
+            cost, above = wider[stay], higher[stay]
+            trail.append(stay)
+        position, chosen = int((above - self.price * cost).argmin()), [0] * count
+        for g, stay in zip(reversed(order), reversed(trail), strict=True):
+            position, option = divmod(int(stay[position]), len(near[g]))
+            chosen[g] = int(near[g][option])
+        return chosen
+
+
+def _stairs(errors: np.ndarray, step: float) -> np.ndarray:
+    """Positions, from the first on, of errors lower by ``step`` at least than all those kept before."""
+    kept: list[int] = []
+    lowest = np.inf
+    candidates = np.flatnonzero(np.r_[True, errors[1:] < np.minimum.accumulate(errors)[:-1]][: len(errors)])
+    for p in candidates.tolist():
+        if errors[p] < lowest - step:
+            lowest = errors[p]
+            kept.append(p)
+    return np.array(kept, dtype=int)

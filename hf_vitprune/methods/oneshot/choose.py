@@ -104,13 +104,13 @@ def best_plan(
             branches.append(_mlp(i, shape, mine, goal, cost))
     whole = goal.meter.total(architecture)
     fixed = whole - sum(float(branch.options.costs[0]) for branch in branches)  # outside of what can be cut
-    picked = allocate([branch.options for branch in branches], goal.target * whole - fixed)
+    picked, gap = allocate([branch.options for branch in branches], goal.target * whole - fixed)
     layers = [LayerPlan.dense(i, shape) for i, shape in enumerate(architecture.layers)]
     for branch, position in zip(branches, picked, strict=True):
         layers[branch.layer] = branch.apply(layers[branch.layer], branch.sizes[position])
     error = sum(float(branch.options.errors[p]) for branch, p in zip(branches, picked, strict=True))
     info = {"method": "OneShot", "target": goal.target, "target_metric": goal.meter.metric, "error": error}
-    info |= {"units": list(goal.units), "round_to": goal.round_to}
+    info |= {"gap": gap, "units": list(goal.units), "round_to": goal.round_to}
     return PruningPlan(architecture, tuple(layers), info=info).validated()
 
 
