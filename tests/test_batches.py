@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_vitprune.errors import InvalidDataError
-from hf_vitprune.utils.batches import ImageBatches
+from hf_vitprune.utils.batches import ImageBatches, run_images
+from tiny import make
 
 PIXELS = torch.arange(10 * 12, dtype=torch.float32).reshape(10, 3, 2, 2)
 EXAMPLES = [{"pixel_values": image, "labels": i} for i, image in enumerate(PIXELS)]
@@ -21,8 +22,14 @@ def together(batches: ImageBatches) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "data",
-    [PIXELS, EXAMPLES, list(zip(PIXELS, range(10), strict=True)), DataLoader(EXAMPLES, shuffle=True)],  # type: ignore[arg-type]
-    ids=["tensor", "examples", "pairs", "loader"],
+    [
+        PIXELS,
+        EXAMPLES,
+        list(zip(PIXELS, range(10), strict=True)),
+        DataLoader(EXAMPLES, shuffle=True),  # type: ignore[arg-type]
+        {"pixel_values": PIXELS, "labels": list(range(10))},
+    ],
+    ids=["tensor", "examples", "pairs", "loader", "columns"],
 )
 def test_every_source_gives_every_image_in_order(data: Any) -> None:
     batches = ImageBatches(data, batch_size=4)
@@ -58,8 +65,71 @@ class _Stream(IterableDataset):
         ([{"image": 1}], "image processor"),
         ([{"pixel_values": PIXELS[0, 0]}], "got"),
         (torch.full((2, 3, 2, 2), torch.nan), "not finite"),
+        ({"train": EXAMPLES, "test": EXAMPLES}, "it has train, test .of several splits"),
+        ({"pixel_values": PIXELS, "labels": [1, 2]}, "labels has 2 rows, and there are 10 images"),
     ],
 )
 def test_what_cannot_be_read_is_refused(data: Any, words: str) -> None:
     with pytest.raises(InvalidDataError, match=words):
         list(ImageBatches(data))
+
+
+def test_other_columns_stay_in_their_batches() -> None:
+    masks = torch.arange(40).view(10, 4) % 3 == 0
+    columns = {"pixel_values": PIXELS, "bool_masked_pos": masks, "interpolate_pos_encoding": True}
+    for data in (columns, ImageBatches(columns), ImageBatches(columns, limit=10)):
+        batches = list(ImageBatches(data, batch_size=4))
+        assert torch.equal(torch.cat([batch["bool_masked_pos"] for batch in batches]), masks)
+        assert [batch["interpolate_pos_encoding"] for batch in batches] == [True] * 3
+    thinned = list(ImageBatches(columns, limit=5))
+    assert torch.equal(thinned[0]["bool_masked_pos"], masks[::2]) and thinned[0]["interpolate_pos_encoding"] is True
+
+
+# ---------------------------------------------------------------------- running a model
+#: with position embeddings that are interpolated where that is asked for; CLIP's classifier takes that as a keyword
+INTERPOLATING = [
+    "ViTForImageClassification",
+    "DeiTForImageClassificationWithTeacher",
+    "CLIPForImageClassification",
+    "CLIPVisionModelWithProjection",
+    "SiglipForImageClassification",
+]
+
+
+@pytest.mark.parametrize("case", INTERPOLATING)
+def test_a_model_gets_what_it_takes_of_a_batch(case: str) -> None:
+    model = make(case)
+    images = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        expected = model(pixel_values=images, interpolate_pos_encoding=True)[0]
+        batch = {"pixel_values": images, "labels": torch.tensor([0, 1]), "name": "first", "weight": torch.ones(2)}
+        assert torch.equal(run_images(model, {**batch, "interpolate_pos_encoding": True})[0], expected)
+        with pytest.raises(
+            InvalidDataError, match=r"does not take images of shape \(3, 24, 24\).*interpolate_pos_enc"
+        ):
+            run_images(model, batch)
+
+
+def test_the_cure_is_named_only_where_it_is_one() -> None:
+    with pytest.raises(InvalidDataError, match="does not take images") as info:
+        run_images(make("Dinov2ForImageClassification"), {"pixel_values": torch.randn(2, 1, 16, 16)})
+    assert "interpolate_pos_encoding" not in str(info.value)  # it interpolates always
+
+
+def test_a_subclass_that_hands_keywords_on() -> None:
+    class Own(type(make("ViTForImageClassification"))):  # type: ignore[misc]
+        def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+            return super().forward(pixel_values, **kwargs)
+
+    model = Own(make("ViTForImageClassification").config).eval()
+    batch = {"pixel_values": torch.randn(1, 3, 24, 24), "interpolate_pos_encoding": True, "name": "first"}
+    assert run_images(model, batch).logits.shape[0] == 1
+
+
+def test_masks_reach_the_model_on_its_device_and_the_images_have_its_dtype() -> None:
+    model = make("ViTForMaskedImageModeling").to(torch.bfloat16)
+    images, masks = torch.randn(2, 3, 16, 16), torch.tensor([[True, False, True, False]] * 2)
+    with torch.no_grad():
+        expected = model(pixel_values=images.bfloat16(), bool_masked_pos=masks)
+        got = run_images(model, {"pixel_values": images, "bool_masked_pos": masks})
+    assert torch.equal(got.reconstruction, expected.reconstruction)

@@ -391,8 +391,8 @@ def test_bad_images_are_refused() -> None:
     for calibration, message in (
         (images(4)[:0], "empty"),
         ([], "empty"),
-        (images(4, size=24), "does not take calibration images of shape"),
-        (images(4)[:, :1], "does not take calibration images of shape"),
+        (images(4, size=24), "does not take images of shape.*interpolate_pos_encoding"),
+        (images(4)[:, :1], "does not take images of shape"),
         (broken, "not finite"),
         (images(4)[0], "images, channels"),
         ("folder", "pass a tensor"),

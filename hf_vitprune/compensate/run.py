@@ -70,7 +70,7 @@ def compensate_plan(
     small = prune_plain(dense, bare)
     _check_weights(plan, find_cuts(dense, small, bare))
     batches = ImageBatches(calibration, settings.batch_size, settings.images, shard=shard())
-    first = next(iter(ImageBatches(batches, settings.batch_size)))["pixel_values"]
+    first = next(iter(ImageBatches(batches, settings.batch_size)))
     walks = Walk(dense, plan.source, first), Walk(small, plan.architecture, first)
     streams = Streams(*walks, bare, batches, settings)
     ledger = Ledger(lossy=plan.embedding is not None)

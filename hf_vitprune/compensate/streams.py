@@ -31,8 +31,8 @@ class Streams:
         self.dense: list[torch.Tensor] = []
         self.small: list[torch.Tensor] = []
         for batch in batches:
-            self.dense.append(dense.start(batch["pixel_values"]))
-            self.small.append(small.start(batch["pixel_values"]))
+            self.dense.append(dense.start(batch))
+            self.small.append(small.start(batch))
         self.device = dense.first.device
         self.kept = None if plan.embedding is None else torch.tensor(plan.embedding, device=self.device)
         self.position = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..families import LayerPaths
 from ..modeling.peft_twin import whole_shadow
 from ..modeling.structure import finish_mixers, layer_paths
 from ..spec.architecture import Architecture
+from ..utils.batches import run_images
 
 
 class _Stop(Exception):
@@ -170,13 +171,13 @@ class Walk:
     Args:
         model: a plain transformers model; it is neither changed nor moved.
         architecture: of it.
-        pixels: a first batch of images: tells how the model calls its layers.
+        batch: a first batch of ``ImageBatches``: tells how the model calls its layers.
 
     Raises:
-        InvalidDataError: the model does not take these images.
+        InvalidDataError: the model does not take these images, or they come with an attention mask.
     """
 
-    def __init__(self, model: PreTrainedModel, architecture: Architecture, pixels: torch.Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, batch: Mapping[str, Any]) -> None:
         self.model: Any = whole_shadow(model).eval()
         finish_mixers(self.model, architecture.family)  # the shadow has lost the hook
         self.architecture = architecture
@@ -186,13 +187,13 @@ class Walk:
         names = architecture.layer_names()
         outputs = architecture.family.output_names(len(names), architecture.depths)
         self._bridges = [root + path for path, name in zip(outputs, names, strict=True) if path != name]
-        calls = self._record(pixels)
+        calls = self._record(batch)
         self.layers = [
             Layer(self.model.get_submodule(paths.layer), paths, calls[paths.layer]) for paths in self._paths
         ]
         self._bridge_calls = [calls[path] for path in self._bridges]
 
-    def _record(self, pixels: torch.Tensor) -> dict[str, Any]:
+    def _record(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         calls: dict[str, Any] = {}
         handles = []
 
@@ -206,22 +207,18 @@ class Walk:
             module = self.model.get_submodule(path)
             handles.append(module.register_forward_pre_hook(listen(path), with_kwargs=True))
         try:
-            inputs_of(self.model.get_submodule(self._paths[-1].norm2), lambda: self._forward(pixels))
-        except (ValueError, RuntimeError, AssertionError) as error:
-            raise InvalidDataError(
-                f"the model does not take calibration images of shape {tuple(pixels.shape[1:])}: {error}"
-            ) from error
+            inputs_of(self.model.get_submodule(self._paths[-1].norm2), lambda: run_images(self.model, batch))
         finally:
             for handle in handles:
                 handle.remove()
+        if any(kwargs.get("attention_mask") is not None for _, kwargs in calls.values()):
+            raise InvalidDataError("layers are run one by one without an attention_mask: leave it out of the batches")
         return calls
 
-    def _forward(self, pixels: torch.Tensor) -> Any:
-        return self.model(pixel_values=pixels.to(self.first.device, self.first.dtype))
-
-    def start(self, pixels: torch.Tensor) -> torch.Tensor:
+    def start(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Residual stream before the first layer."""
-        return inputs_of(self.model.get_submodule(self._paths[0].layer), lambda: self._forward(pixels))[0][0]
+        first = self.model.get_submodule(self._paths[0].layer)
+        return inputs_of(first, lambda: run_images(self.model, batch))[0][0]
 
     def bridge(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
         """From the last layer of a stage to the first one of the next."""

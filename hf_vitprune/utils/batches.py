@@ -1,15 +1,17 @@
-"""Images in batches, in one fixed order: what methods score with and what compensation is calibrated on."""
+"""Images in batches, in one fixed order, and a model run on them: for scores and for calibration."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from transformers import default_data_collator
 
 from ..errors import InvalidDataError
@@ -18,11 +20,16 @@ from ..errors import InvalidDataError
 class ImageBatches:
     """Batches ``{"pixel_values": (batch, channels, height, width), "labels": (batch,) where there are any}``.
 
+    Whatever else a collated batch has (``interpolate_pos_encoding``, ``bool_masked_pos``, ...) stays in it;
+    :func:`run_images` gives the model those that it takes.
+
     Every pass gives the same batches in the order of the data, whatever shuffling a loader does.
 
     Args:
-        data: a tensor of images (images, channels, height, width); a map-style dataset or list whose examples are
-            mappings with ``pixel_values`` (or pairs of image and label); a DataLoader over one; or ImageBatches.
+        data: a tensor of images (images, channels, height, width); a mapping of columns, such as
+            ``{"pixel_values": <such a tensor>, "interpolate_pos_encoding": True}``; a map-style dataset or list whose
+            examples are mappings with ``pixel_values`` (or pairs of image and label); a DataLoader over one; or
+            ImageBatches.
         batch_size: images a batch.
         limit: use only this many images, evenly spaced over the data (which may be sorted by class); None: all.
         collate_fn: makes a batch of a list of examples; by default the loader's own, or transformers' collator.
@@ -49,6 +56,9 @@ class ImageBatches:
                     f"a tensor of images is (images, channels, height, width), not of shape {tuple(data.shape)}"
                 )
             data = TensorDataset(data)
+        if isinstance(data, Mapping):
+            data = _Columns(data)
+            collate_fn = collate_fn or data.collate
         if (
             isinstance(data, (IterableDataset, str, bytes))
             or not hasattr(data, "__getitem__")
@@ -77,7 +87,7 @@ class ImageBatches:
         rank, processes = self.shard
         return len(range(rank * self.batch_size, self.images, processes * self.batch_size))
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         rank, processes = self.shard
         for start in range(rank * self.batch_size, self.images, processes * self.batch_size):
             examples = [self.dataset[i] for i in range(start, min(start + self.batch_size, self.images))]
@@ -106,7 +116,7 @@ def _as_mapping(example: Any) -> Any:
     return example
 
 
-def _checked(batch: Any) -> dict[str, torch.Tensor]:
+def _checked(batch: Any) -> dict[str, Any]:
     if not isinstance(batch, Mapping) or not isinstance(batch.get("pixel_values"), torch.Tensor):
         given = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise InvalidDataError(
@@ -118,4 +128,91 @@ def _checked(batch: Any) -> dict[str, torch.Tensor]:
         raise InvalidDataError(f"pixel_values are (batch, channels, height, width), got {tuple(pixels.shape)}")
     if not torch.isfinite(pixels).all():
         raise InvalidDataError("there are pixel values that are not finite numbers")
-    return {"pixel_values": pixels, **({"labels": batch["labels"]} if batch.get("labels") is not None else {})}
+    return {name: value for name, value in batch.items() if value is not None}
+
+
+class _Columns(Dataset):
+    """Images in columns: those with a row an image are split, what holds for all of them goes into every batch."""
+
+    def __init__(self, columns: Mapping[str, Any]) -> None:
+        pixels = columns.get("pixel_values")
+        if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
+            raise InvalidDataError(
+                "a mapping of columns needs pixel_values, a tensor (images, channels, height, width); it has "
+                f"{', '.join(map(str, columns))} (of several splits of a data set, pass one)"
+            )
+        self.columns: dict[str, Any] = {}
+        self.constant: dict[str, Any] = {}
+        for name, value in columns.items():
+            single = isinstance(value, str) or not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0
+            if not single and len(value) != len(pixels):
+                raise InvalidDataError(f"{name} has {len(value)} rows, and there are {len(pixels)} images")
+            (self.constant if single else self.columns)[name] = value
+
+    def __len__(self) -> int:
+        return len(self.columns["pixel_values"])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: column[index] for name, column in self.columns.items()}
+
+    def collate(self, examples: list[Any]) -> dict[str, Any]:
+        return {**default_data_collator(examples), **self.constant}
+
+
+# ---------------------------------------------------------------------- running a model
+def run_images(model: Any, batch: Mapping[str, Any]) -> Any:
+    """The model's output for a batch of :class:`ImageBatches`, by whatever of the batch its forward takes.
+
+    Labels stay out: nothing here wants a loss. Images go to the model's device and dtype.
+
+    Raises:
+        InvalidDataError: the model does not run on them; names what is missing for another resolution.
+    """
+    first = next(model.parameters())
+    images = batch["pixel_values"].to(first.device, first.dtype)
+    others = {name: value for name, value in batch.items() if name not in ("pixel_values", "labels")}
+    taken = _arguments(model) if others else set()
+    kwargs = {
+        name: value.to(first.device) if isinstance(value, torch.Tensor) else value
+        for name, value in others.items()
+        if name in taken
+    }
+    try:
+        return model(pixel_values=images, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise InvalidDataError(
+            f"the model does not take images of shape {tuple(images.shape[1:])}: {error}{_cure(model, kwargs)}"
+        ) from error
+
+
+def _cure(model: nn.Module, given: Mapping[str, Any]) -> str:
+    name = "interpolate_pos_encoding"
+    if given.get(name) or name not in _arguments(model):
+        return ""
+    return (
+        f'. For a resolution that is not the config\'s, give {{"pixel_values": <images>, "{name}": True}}, or a '
+        "DataLoader whose collate_fn puts that into its batches"
+    )
+
+
+def _arguments(model: nn.Module) -> set[str]:
+    """Names that the forward takes: its own, and where it hands keywords on, those of what reads the images inside."""
+    own, open_ended = _parameters(type(model))
+    if not open_ended:
+        return own
+    inside = (_parameters(type(module))[0] for module in model.modules())
+    return own.union(*(names for names in inside if "pixel_values" in names))
+
+
+def _parameters(kind: type) -> tuple[set[str], bool]:
+    """Parameters of a class's forward and, while keywords are handed on, of its parents'; whether they still are."""
+    names: set[str] = set()
+    for parent in kind.__mro__:
+        if parent is not nn.Module and "forward" in vars(parent):
+            parameters = inspect.signature(vars(parent)["forward"]).parameters
+            names |= {name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                return names, False
+    return names, True

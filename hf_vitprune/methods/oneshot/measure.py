@@ -29,11 +29,10 @@ class Measurement:
     def __init__(self, model: PreTrainedModel, batches: ImageBatches, settings: OneShotSettings) -> None:
         self.architecture = Architecture.of(model)
         self.settings = settings
-        first = next(iter(batches))["pixel_values"]
-        self.walk = Walk(model, self.architecture, first)
+        self.walk = Walk(model, self.architecture, next(iter(batches)))
         self.device = precise_device(self.walk.first.device)
-        self.hidden = [self.walk.start(batch["pixel_values"]) for batch in batches]
-        few = next(iter(ImageBatches(batches, settings.probe_images, settings.probe_images)))["pixel_values"]
+        self.hidden = [self.walk.start(batch) for batch in batches]
+        few = next(iter(ImageBatches(batches, settings.probe_images, settings.probe_images)))
         self.probe = Probe(self.walk, few)
         self.tensors: dict[str, torch.Tensor] = {}
 

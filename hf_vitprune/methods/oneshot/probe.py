@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from ...compensate.walk import Layer, Walk
 from ...modeling.peft_twin import whole_shadow
+from ...utils.batches import run_images
 
 #: new weight and bias of a Linear, by its part of the layer
 Changes = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -19,13 +21,13 @@ class Probe:
 
     Args:
         walk: the model.
-        pixels: (images, channels, height, width), a few.
+        batch: a batch of ``ImageBatches``, of a few images.
     """
 
-    def __init__(self, walk: Walk, pixels: torch.Tensor) -> None:
+    def __init__(self, walk: Walk, batch: Mapping[str, Any]) -> None:
         self.walk = walk
-        self.pixels = pixels.to(walk.first.device, walk.first.dtype)
-        self.hidden = walk.start(pixels)
+        self.batch = batch
+        self.hidden = walk.start(batch)
         self.position = 0
         self._stages = walk.architecture.stages
         self._readout = whole_shadow(walk.model).eval()
@@ -44,7 +46,7 @@ class Probe:
 
     def _read(self, hidden: torch.Tensor) -> torch.Tensor:
         self._final = hidden
-        outputs = read_outputs(self._readout(pixel_values=self.pixels))
+        outputs = read_outputs(run_images(self._readout, self.batch))
         return hidden.flatten(1).double() if outputs is None else outputs
 
     def _on(self, hidden: torch.Tensor, start: int) -> torch.Tensor:

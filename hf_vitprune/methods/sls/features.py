@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ...errors import InvalidConfigError, InvalidDataError
 from ...spec.architecture import Architecture, unwrap
-from ...utils.batches import ImageBatches
+from ...utils.batches import ImageBatches, run_images
 from ...utils.modes import evaluating
 from .config import SLSConfig
 
@@ -54,7 +54,7 @@ def extract_features(
         for batch in tqdm(batches, desc="features", leave=False, disable=None):
             if "labels" not in batch:
                 raise InvalidDataError("the images have no labels, and layers are judged by how well classes separate")
-            base(pixel_values=batch["pixel_values"].to(device, torch.float32))
+            run_images(base, batch)
             labels.append(torch.as_tensor(batch["labels"]).cpu())
     features = {number: torch.cat(parts) for number, parts in rows.items()}
     return features, check_labels(torch.cat(labels))

@@ -16,7 +16,7 @@ from ...plan.plan import PruningPlan
 from ...plan.targets import reach_target
 from ...spec.architecture import Architecture, unwrap
 from ...surgery.gates import DepthGate, attach_depth_gate
-from ...utils.batches import ImageBatches
+from ...utils.batches import ImageBatches, run_images
 from ...utils.modes import evaluating
 from ..depth import DepthMethod
 from .config import TruncationConfig
@@ -113,7 +113,7 @@ class Truncation(DepthMethod):
                 if "labels" not in batch:
                     raise InvalidDataError("the images have no labels, and truncation by validation goes by accuracy")
                 labels = torch.as_tensor(batch["labels"])
-                logits = model(pixel_values=batch["pixel_values"].to(device, model.dtype)).logits
+                logits = run_images(model, batch).logits
                 right += int((logits.argmax(-1).cpu() == labels).sum())
                 counted += int((labels >= 0).sum())
         if not counted:
