@@ -14,6 +14,7 @@ from .peft import register_peft_types as _register_peft_types
 from .publish import hub as _hub  # noqa: F401  what push_to_hub of a pruned model does
 
 if TYPE_CHECKING:
+    from . import criteria as criteria
     from .compensate import Compensation as Compensation
     from .contrib.convert import convert_spvit_checkpoint as convert_spvit_checkpoint
     from .cost import Cost as Cost
@@ -66,6 +67,7 @@ _PUBLIC = {
     "build": "modeling",
     "convert_spvit_checkpoint": "contrib.convert",
     "count": "cost",
+    "criteria": "criteria",
     "get_pruning_model": "training.model",
     "mask": "pruning",
     "prune": "pruning",

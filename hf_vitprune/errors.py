@@ -21,6 +21,10 @@ class InvalidPlanError(VitPruneError, ValueError):
     """A plan removes nothing, empties a set, or belongs to another model."""
 
 
+class ScoresError(VitPruneError, ValueError):
+    """Scores of units are of another model, lack a set that is to be pruned, or are not finite."""
+
+
 class InvalidArchitectureError(VitPruneError, ValueError):
     """The sizes of an architecture are impossible, or do not match its own record."""
 

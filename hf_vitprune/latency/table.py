@@ -226,6 +226,34 @@ class LatencyTable:
                 "model is to run there, say so with allow_other_device; otherwise measure a table here"
             )
 
+    def meter(
+        self,
+        reference: Architecture,
+        image_size: int | tuple[int, int] | None = None,
+        *,
+        batch_size: int | None = None,
+        allow_other_device: bool = False,
+    ) -> LatencyMeter:
+        """Seconds a batch of models pruned from ``reference``, for a search.
+
+        Args:
+            reference: what ratios are taken of.
+            image_size: side, or (height, width), in pixels; the model's own by default.
+            batch_size: images a forward pass that the pruned model is for; None: the table's.
+            allow_other_device: the table may be of another device than this machine's.
+
+        Raises:
+            LatencyTableError: the table is of another model, input, batch or device, or its grid does not cover the
+                reference.
+        """
+        sizes = reference.family.sizes_config(reference.config)
+        self.check(reference, pair(sizes.image_size if image_size is None else image_size), batch_size)
+        if not allow_other_device:
+            self.check_device()
+        meter = LatencyMeter(self, reference)
+        meter.ratio(reference)
+        return meter
+
     # ------------------------------------------------------------------ files
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""

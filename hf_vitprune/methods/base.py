@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..cost.meter import ClosedFormMeter, CostMeter
 from ..errors import InvalidConfigError
-from ..families.base import pair
-from ..latency.table import LatencyMeter, LatencyTable
+from ..latency.table import LatencyTable
 from ..losses.distillation import DistillationConfig
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
@@ -92,14 +91,12 @@ class PruningConfig:
         """
         if self._table is None:
             return ClosedFormMeter(self.target_metric, reference, self.image_size)
-        sizes = reference.family.sizes_config(reference.config)
-        image_size = pair(sizes.image_size if self.image_size is None else self.image_size)
-        self._table.check(reference, image_size, self.latency_batch_size)
-        if not self.allow_other_device:
-            self._table.check_device()
-        meter = LatencyMeter(self._table, reference)
-        meter.ratio(reference)
-        return meter
+        return self._table.meter(
+            reference,
+            self.image_size,
+            batch_size=self.latency_batch_size,
+            allow_other_device=self.allow_other_device,
+        )
 
     @property
     def method_name(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -146,3 +147,56 @@ def check_indices(what: str, kept: Indices, size: int, may_be_empty: bool = Fals
         raise InvalidPlanError(f"{what}: indices {min(kept)}..{max(kept)} are not in 0..{size - 1}")
     if len(set(kept)) != len(kept):
         raise InvalidPlanError(f"{what}: an index is repeated")
+
+
+def check_layer(entry: LayerPlan, source: LayerShape, width: int, whole_stream: bool) -> None:
+    """Refuse a layer that cannot be made.
+
+    Args:
+        source: the layer that it is made of.
+        width: of the residual stream there.
+        whole_stream: no residual channels are removed.
+
+    Raises:
+        InvalidPlanError: naming the layer and the set.
+    """
+    where = f"layer {entry.index}"
+    if entry.replaces_mixer(source) and (entry.mixer == "attention" or source.mixer == "none"):
+        raise InvalidPlanError(f"{where}: mixer {entry.mixer!r} cannot be made from {source.mixer!r}")
+    if entry.mixer not in ("attention", "none") and (
+        entry.heads or entry.qk or entry.v or entry.attention_in is not None
+    ):
+        raise InvalidPlanError(
+            f"{where}: a layer whose mixer is {entry.mixer!r} keeps no heads, channels of heads or inputs"
+        )
+    if entry.mixer == "attention":
+        check_indices(f"{where}: heads", entry.heads, source.heads)
+        for name, rows, size in (("qk", entry.qk, source.qk_dim), ("v", entry.v, source.v_dim)):
+            if len(rows) != len(entry.heads) or len({len(row) for row in rows}) != 1:
+                raise InvalidPlanError(f"{where}: {name} needs one list of one length for each kept head")
+            for row in rows:
+                check_indices(f"{where}: {name}", tuple(c for c in row if c != PAD), size, may_be_empty=len(row) > 0)
+    if entry.mlp:
+        check_indices(f"{where}: mlp", entry.mlp, source.mlp)
+    for name in ("attention_in", "mlp_in"):
+        kept = getattr(entry, name)
+        if kept is not None:
+            check_indices(f"{where}: {name}", kept, getattr(source, name) or width)
+    if not whole_stream and (
+        entry.attention_in is not None or entry.mlp_in is not None or source.attention_in or source.mlp_in
+    ):
+        raise InvalidPlanError(
+            f"{where}: residual channels and the inputs of attention or MLP cannot be pruned together; "
+            "prune one, then the other"
+        )
+    lengths = {
+        "attention_in": len(entry.attention_in) if entry.attention_in is not None else source.attention_in or width,
+        "mlp_in": len(entry.mlp_in) if entry.mlp_in is not None else source.mlp_in or width,
+        "v": sum(map(len, entry.v)),
+        "mlp": len(entry.mlp),
+    }
+    for name, scale in entry.scales.items():
+        if any(not isinstance(factor, (int, float)) or not math.isfinite(factor) for factor in scale):
+            raise InvalidPlanError(f"{where}: scales of {name!r} are finite numbers")
+        if lengths.get(name) != len(scale):
+            raise InvalidPlanError(f"{where}: {len(scale)} scales for {lengths.get(name)} units of {name!r}")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,23 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from .. import criteria
 from ..errors import InvalidPlanError, UnsupportedUnitError, VitPruneError
 from ..spec.architecture import Architecture
-from ..spec.layer_shape import LayerShape
-from .layer_plan import PAD, Indices, LayerPlan, check_indices, layer_from_dict, optional_whole_numbers
-from .select import Scores, check_units, cut_every_set, l2_scores
+from .from_scores import MakesMeters, Selection, meter_of
+from .layer_plan import (
+    PAD,
+    Indices,
+    LayerPlan,
+    check_indices,
+    check_layer,
+    layer_from_dict,
+    optional_whole_numbers,
+)
+from .select import check_ratio, check_share, check_units, plan_keeping
+from .targets import reach_target
+
+__all__ = ["PAD", "LayerPlan", "PruningPlan"]
 
 PLAN_VERSION = 1
 
@@ -48,46 +59,91 @@ class PruningPlan:
         return cls(source, tuple(LayerPlan.dense(i, shape) for i, shape in enumerate(source.layers)))
 
     @classmethod
-    def random(
+    def from_scores(
         cls,
         model: Any,
-        ratio: float,
-        units: Sequence[str] | None = None,
-        round_to: int = 1,
-        seed: int = 0,
+        scores: Mapping[str, torch.Tensor],
+        target: float | None = None,
+        target_metric: str = "macs",
+        *,
+        ratio: float | None = None,
+        scope: str = "global",
+        units: Sequence[str] | None = ("heads", "qk", "v", "mlp"),
+        round_to: int = 8,
+        image_size: int | tuple[int, int] | None = None,
+        latency_table: MakesMeters | None = None,
+        allow_other_device: bool = False,
     ) -> PruningPlan:
-        """Remove ``ratio`` of the units of every set, at random: the baseline of every method.
+        """Keep the units with the highest scores: down to a cost, or all but a share of them.
 
         Args:
             model: the model to prune, or its Architecture.
-            ratio: share of units removed from every set, in (0, 1).
-            units: any of ``heads``, ``qk``, ``v``, ``mlp``, ``embedding``, ``layers``; by default the first five
-                as far as the family has them.
+            scores: of its units: what a function of :mod:`hf_vitprune.criteria` gives.
+            target: fraction of the model's cost that may remain, in (0, 1); the weakest plan that gets there.
+            target_metric: what ``target`` counts: ``macs``, ``params`` or ``latency``.
+            ratio: share of the units to remove, in (0, 1), instead of ``target``.
+            scope: which units are compared. ``local``: every set loses the same share. ``isomorphic``: one ranking
+                over the like sets of all layers (heads with heads), of which each loses the same share (Isomorphic
+                Pruning, arXiv 2407.04616). ``global``: one ranking over all sets, scores divided by the mean of their
+                set (Torch-Pruning's normalisation, arXiv 2301.12900).
+            units: any of ``heads``, ``qk``, ``v``, ``mlp``, ``embedding``, ``layers``; None: the first five as far as
+                the family has them.
             round_to: kept channels and neurons are a multiple of this (heads and layers are never rounded).
-            seed: of the draw.
+            image_size: side, or (height, width), in pixels at which cost is counted; the model's own by default.
+            latency_table: a LatencyTable, for the metric ``latency``.
+            allow_other_device: the table may be of another device than this machine's.
 
         Raises:
-            InvalidPlanError: a ratio outside (0, 1), that empties a set, or that removes nothing.
+            InvalidPlanError: an impossible setting, or nothing would be removed.
             UnsupportedUnitError: the family has not got one of the units.
+            ScoresError: the scores are of another architecture, or lack a set.
+            UnreachableTargetError: the smallest sizes cost more than ``target``.
+            LatencyTableError: the table is of another model, input or device.
         """
-        generator = torch.Generator().manual_seed(seed)
-        return cls._cut(model, ratio, units, round_to, lambda name, count: torch.rand(count, generator=generator))
+        source = model if isinstance(model, Architecture) else Architecture.of(model)
+        selection = Selection(source, scores, units, round_to, scope)
+        info = {"method": f"{getattr(scores, 'criterion', 'own')} scores", "scope": scope, "round_to": round_to}
+
+        def plan(kept: Mapping[str, Indices], **goal: Any) -> PruningPlan:
+            return cls(source, *plan_keeping(source, kept), info={**info, **goal}).validated()
+
+        if (target is None) == (ratio is None):
+            raise InvalidPlanError("give either target (cost that stays) or ratio (share of units that goes)")
+        if target is not None:
+            check_share("the target", target)
+            meter = meter_of(source, target_metric, image_size, latency_table, allow_other_device)
+            goal = {"target": target, "target_metric": target_metric}
+            return reach_target(lambda k: plan(selection.without(k), **goal), len(selection.ranking), target, meter)
+        found = plan(selection.at_ratio(check_ratio(ratio)), ratio=ratio)
+        if found.removes_nothing:
+            raise InvalidPlanError(
+                f"a ratio of {ratio} removes no unit of {', '.join(selection.units)} (round_to={round_to}): raise the "
+                "ratio or lower round_to"
+            )
+        return found
+
+    @classmethod
+    def random(
+        cls, model: Any, ratio: float, units: Sequence[str] | None = None, round_to: int = 1, seed: int = 0
+    ) -> PruningPlan:
+        """Remove ``ratio`` of the units of every set, at random: the baseline of every method.
+
+        See :meth:`from_scores`, with ``scope="local"`` and scores of :func:`hf_vitprune.criteria.random`.
+        """
+        check_ratio(ratio)
+        source = model if isinstance(model, Architecture) else Architecture.of(model)
+        scores = criteria.random(source, seed, check_units(source, units))
+        return cls.from_scores(source, scores, ratio=ratio, scope="local", units=units, round_to=round_to)
 
     @classmethod
     def magnitude(cls, model: Any, ratio: float, units: Sequence[str] | None = None, round_to: int = 1) -> PruningPlan:
-        """Remove the ``ratio`` of units with the smallest weights (L2 norm) from every set; see :meth:`random`."""
-        return cls._cut(model, ratio, units, round_to, l2_scores(model))
+        """Remove the ``ratio`` of units with the smallest weights (L2 norm) from every set.
 
-    @classmethod
-    def _cut(cls, model: Any, ratio: float, units: Sequence[str] | None, round_to: int, scores: Scores) -> PruningPlan:
-        source = model if isinstance(model, Architecture) else Architecture.of(model)
-        plan = cls(source, *cut_every_set(source, ratio, units, round_to, scores)).validated()
-        if plan.removes_nothing:
-            raise InvalidPlanError(
-                f"a ratio of {ratio} removes no unit of {', '.join(check_units(source, units))} "
-                f"(round_to={round_to}): raise the ratio or lower round_to"
-            )
-        return plan
+        See :meth:`from_scores`, with ``scope="local"`` and scores of :func:`hf_vitprune.criteria.magnitude`.
+        """
+        check_ratio(ratio)
+        scores = criteria.magnitude(model)
+        return cls.from_scores(model, scores, ratio=ratio, scope="local", units=units, round_to=round_to)
 
     # ------------------------------------------------------------------ what follows from it
     @property
@@ -135,56 +191,9 @@ class PruningPlan:
             if list(self.embedding) != sorted(self.embedding):
                 raise InvalidPlanError("embedding: kept residual channels are given in ascending order")
         for entry in self.layers:
-            self._check_layer(entry, self.source.layers[entry.index])
+            check_layer(entry, self.source.layers[entry.index], self.source.width(entry.index), self.embedding is None)
         self.architecture  # noqa: B018  raises when the shape is impossible
         return self
-
-    def _check_layer(self, entry: LayerPlan, source: LayerShape) -> None:
-        where = f"layer {entry.index}"
-        if entry.replaces_mixer(source) and (entry.mixer == "attention" or source.mixer == "none"):
-            raise InvalidPlanError(f"{where}: mixer {entry.mixer!r} cannot be made from {source.mixer!r}")
-        if entry.mixer not in ("attention", "none") and (
-            entry.heads or entry.qk or entry.v or entry.attention_in is not None
-        ):
-            raise InvalidPlanError(
-                f"{where}: a layer whose mixer is {entry.mixer!r} keeps no heads, channels of heads or inputs"
-            )
-        if entry.mixer == "attention":
-            check_indices(f"{where}: heads", entry.heads, source.heads)
-            for name, rows, size in (("qk", entry.qk, source.qk_dim), ("v", entry.v, source.v_dim)):
-                if len(rows) != len(entry.heads) or len({len(row) for row in rows}) != 1:
-                    raise InvalidPlanError(f"{where}: {name} needs one list of one length for each kept head")
-                for row in rows:
-                    check_indices(
-                        f"{where}: {name}", tuple(c for c in row if c != PAD), size, may_be_empty=len(row) > 0
-                    )
-        if entry.mlp:
-            check_indices(f"{where}: mlp", entry.mlp, source.mlp)
-        width = self.source.width(entry.index)
-        for name in ("attention_in", "mlp_in"):
-            kept = getattr(entry, name)
-            if kept is not None:
-                check_indices(f"{where}: {name}", kept, getattr(source, name) or width)
-        if self.embedding is not None and (
-            entry.attention_in is not None or entry.mlp_in is not None or source.attention_in or source.mlp_in
-        ):
-            raise InvalidPlanError(
-                f"{where}: residual channels and the inputs of attention or MLP cannot be pruned together; "
-                "prune one, then the other"
-            )
-        lengths = {
-            "attention_in": len(entry.attention_in)
-            if entry.attention_in is not None
-            else source.attention_in or width,
-            "mlp_in": len(entry.mlp_in) if entry.mlp_in is not None else source.mlp_in or width,
-            "v": sum(map(len, entry.v)),
-            "mlp": len(entry.mlp),
-        }
-        for name, scale in entry.scales.items():
-            if any(not isinstance(factor, (int, float)) or not math.isfinite(factor) for factor in scale):
-                raise InvalidPlanError(f"{where}: scales of {name!r} are finite numbers")
-            if lengths.get(name) != len(scale):
-                raise InvalidPlanError(f"{where}: {len(scale)} scales for {lengths.get(name)} units of {name!r}")
 
     def keep_layers(self, layers: Iterable[int]) -> PruningPlan:
         """Keep only these layers (positions in the source model)."""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from ..cost.meter import CostMeter
 from ..errors import UnreachableTargetError
-from .plan import PruningPlan
+from ..spec.architecture import Architecture
 
 
-def reach_target(
-    plan_at: Callable[[int], PruningPlan], strongest: int, target: float, meter: CostMeter
-) -> PruningPlan:
+class _Plan(Protocol):
+    @property
+    def architecture(self) -> Architecture: ...
+
+
+P = TypeVar("P", bound=_Plan)
+
+
+def reach_target(plan_at: Callable[[int], P], strongest: int, target: float, meter: CostMeter) -> P:
     """The weakest plan whose cost is at most ``target`` of the source's.
 
     Args:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ...plan.select import l2_scores
+from ... import criteria
+from ...spec.units import set_name
 from .units import UnitSet
 
 
@@ -20,11 +21,10 @@ def magnitudes(model: Any, sets: Sequence[UnitSet], alive: torch.Tensor) -> torc
         model: stock, or a PeftModel (its adapters merged).
         alive: (units,) booleans; the mean is over these.
     """
-    norms = l2_scores(model)
+    norms = criteria.magnitude(model)
     parts = []
     for one in sets:
-        name = one.kind if one.layer is None else f"layer {one.layer} {one.kind}"
-        norm = norms(name, one.size).cpu()
+        norm = norms[set_name(one.kind, one.layer)]
         mean = norm[alive[one.places]].mean().clamp(min=torch.finfo(norm.dtype).tiny)
         parts.append(norm / mean / one.group)
     return torch.cat(parts)

@@ -9,13 +9,11 @@ import torch
 
 from ...errors import InvalidConfigError
 from ...plan.plan import PruningPlan
-from ...plan.select import check_units
+from ...plan.select import check_units, plan_keeping
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import LayerShape
+from ...spec.units import LAYER_UNITS, has_embedding_set, set_name
 from .config import NViTConfig
-
-#: name in a layer's shape of the number of units of a kind
-FIELDS = {"heads": "heads", "qk": "qk_dim", "v": "v_dim", "mlp": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,11 @@ def unit_sets(architecture: Architecture, config: NViTConfig) -> tuple[UnitSet, 
             )
         sets.append(UnitSet(kind, layer, sets[-1].places.stop if sets else 0, size, group))
 
-    if all(shape.attention_in is None and shape.mlp_in is None for shape in architecture.layers):
+    if has_embedding_set(architecture):
         add("embedding", None, architecture.hidden_size)
     for i, shape in enumerate(architecture.layers):
-        for kind, name in FIELDS.items():
-            add(kind, i, getattr(shape, name))
+        for kind in ("heads", "qk", "v", "mlp"):
+            add(kind, i, getattr(shape, LAYER_UNITS[kind]))
     if not sets:
         raise InvalidConfigError(f"the model has none of the units {', '.join(wanted)}")
     return tuple(sets)
@@ -96,24 +94,13 @@ def resized(architecture: Architecture, sets: Sequence[UnitSet], counts: Sequenc
 
 def resized_layer(shape: LayerShape, kind: str, count: int) -> LayerShape:
     """The layer with so many units of a kind."""
-    changes: dict[str, int] = {FIELDS[kind]: count}
+    changes: dict[str, int] = {LAYER_UNITS[kind]: count}
     return replace(shape, **changes)  # type: ignore[arg-type]
 
 
 def plan_of(architecture: Architecture, sets: Sequence[UnitSet], alive: torch.Tensor) -> PruningPlan:
     """The plan that keeps the units marked in ``alive`` (units,)."""
-    plan = PruningPlan.dense(architecture)
-    layers, embedding = list(plan.layers), plan.embedding
-    for one in sets:
-        kept = tuple(alive[one.places].nonzero().squeeze(1).tolist())
-        if len(kept) == one.size:
-            continue
-        if one.layer is None:
-            embedding = kept
-        elif one.kind == "heads":
-            layers[one.layer] = layers[one.layer].keep_heads(kept)
-        elif one.kind == "mlp":
-            layers[one.layer] = replace(layers[one.layer], mlp=kept)
-        else:
-            layers[one.layer] = layers[one.layer].keep_channels(one.kind, kept)
-    return replace(plan, layers=tuple(layers), embedding=embedding).validated()
+    kept = {set_name(one.kind, one.layer): tuple(alive[one.places].nonzero().squeeze(1).tolist()) for one in sets}
+    fewer = {set_name(one.kind, one.layer) for one in sets if not alive[one.places].all()}
+    parts = plan_keeping(architecture, {name: units for name, units in kept.items() if name in fewer})
+    return PruningPlan(architecture, *parts).validated()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,12 @@ from ...cost.meter import ClosedFormMeter
 from ...errors import UnreachableTargetError
 from ...modeling.structure import layer_paths
 from ...plan.plan import PruningPlan
+from ...plan.ranking import Ranking
+from ...plan.select import best, rounded
+from ...plan.targets import reach_target
 from ...spec.architecture import Architecture, unwrap
 from ...spec.layer_shape import KERNELS
+from ...spec.units import set_name
 from .branches import SharedBranches
 from .build import attention_of
 from .gates import LEVELS
@@ -49,13 +54,14 @@ def random_plan(
     generator = torch.Generator().manual_seed(seed)
     for _ in range(1000):
         plan = _with_random_mixers(PruningPlan.dense(source), generator)
-        order = torch.rand(sum(len(entry.mlp) for entry in plan.layers), generator=generator)
-        if (
-            meter.ratio(_without_neurons(plan, order, len(order), 1).architecture)
-            <= target
-            < meter.ratio(plan.architecture)
-        ):
-            plan = _cut_to(plan, order, target, meter, round_to)
+        sizes = {set_name("mlp", entry.index): len(entry.mlp) for entry in plan.layers if entry.mlp}
+        order = torch.rand(sum(sizes.values()), generator=generator).split(list(sizes.values()))
+        ranking = Ranking(dict(zip(sizes, order, strict=True)))
+        lowest = _without_neurons(plan, ranking, len(ranking), round_to)
+        if meter.ratio(lowest.architecture) <= target < meter.ratio(plan.architecture):
+            plan = reach_target(
+                partial(_without_neurons, plan, ranking, round_to=round_to), len(ranking), target, meter
+            )
             return replace(plan, weights=_uniform_weights(model, plan), info={"method": "random search"}).validated()
     raise UnreachableTargetError(f"no random architecture has {target:.3f} of the {metric}: raise the target")
 
@@ -71,33 +77,19 @@ def _with_random_mixers(plan: PruningPlan, generator: torch.Generator) -> Prunin
     return plan.with_layers(layers)
 
 
-def _without_neurons(plan: PruningPlan, order: torch.Tensor, dropped: int, round_to: int) -> PruningPlan:
-    """Without the ``dropped`` first neurons in the order of all layers; counts rounded."""
-    threshold = torch.inf if dropped == len(order) else float(order.sort().values[dropped])
-    layers, start = [], 0
+def _without_neurons(plan: PruningPlan, ranking: Ranking, dropped: int, round_to: int) -> PruningPlan:
+    """Without the ``dropped`` first neurons in the order of all layers; counts rounded, down to none."""
+    kept = ranking.kept(dropped)
+    layers = []
     for entry in plan.layers:
-        own = order[start : start + len(entry.mlp)]
-        start += len(entry.mlp)
-        count = int((own >= threshold).sum())
-        if count < len(own):
-            count = min(round(count / round_to) * round_to, len(own))
-        chosen = own.argsort(descending=True)[:count].sort().values.tolist()
-        kept = tuple(entry.mlp[j] for j in chosen)
-        layers.append(replace(entry, mlp=kept, mlp_in=entry.mlp_in if kept else None))
+        name = set_name("mlp", entry.index)
+        if name in kept:
+            size, count = len(kept[name]), int(kept[name].sum())
+            count = count if count == size else rounded(count, size, round_to, least=0)
+            mlp = tuple(entry.mlp[j] for j in best(ranking.keys[name], count))
+            entry = replace(entry, mlp=mlp, mlp_in=entry.mlp_in if mlp else None)
+        layers.append(entry)
     return plan.with_layers(layers)
-
-
-def _cut_to(
-    plan: PruningPlan, order: torch.Tensor, target: float, meter: ClosedFormMeter, round_to: int
-) -> PruningPlan:
-    low, high = 0, len(order)  # cost(low) > target >= cost(high)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if meter.ratio(_without_neurons(plan, order, middle, round_to).architecture) > target:
-            low = middle
-        else:
-            high = middle
-    return _without_neurons(plan, order, high, round_to)
 
 
 @torch.no_grad()

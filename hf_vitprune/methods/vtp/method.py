@@ -15,7 +15,8 @@ from ...errors import InvalidConfigError, InvalidPlanError
 from ...modeling.structure import layer_paths
 from ...plan.layer_plan import PAD, LayerPlan
 from ...plan.plan import PruningPlan
-from ...plan.select import best
+from ...plan.ranking import Ranking
+from ...plan.select import best, rounded
 from ...plan.targets import reach_target
 from ...surgery.gates import Gate, attach_gates, gate_name, gate_sizes
 from ...utils.batches import ImageBatches
@@ -121,25 +122,16 @@ class VTP(PruningMethod):
 
     def _plan_for_goal(self, scores: _Sets) -> PruningPlan:
         config = self.config
-        ranked = torch.cat(list(scores.values())).sort().values
+        ranking = Ranking(scores)
         if config.pruning_ratio is not None:
-            return self._plan_at(round(len(ranked) * config.pruning_ratio), scores, ranked)
+            return self._plan(ranking.kept(round(len(ranking) * config.pruning_ratio)), scores)
         assert config.target is not None
         return reach_target(
-            lambda dropped: self._plan_at(dropped, scores, ranked),
-            len(ranked),
+            lambda dropped: self._plan(ranking.kept(dropped), scores),
+            len(ranking),
             config.target,
             config.meter(self.architecture),
         )
-
-    def _plan_at(self, dropped: int, scores: _Sets, ranked: torch.Tensor) -> PruningPlan:
-        """The plan that drops about this many channels: those under the score of that rank."""
-        if dropped >= len(ranked):
-            above = {name: torch.zeros_like(s, dtype=torch.bool) for name, s in scores.items()}
-        else:
-            above = {name: s >= ranked[dropped] for name, s in scores.items()}
-            above = _break_ties(above, scores, ranked[dropped], len(ranked) - dropped)
-        return self._plan(above, scores)
 
     def _plan(self, above: _Sets, scores: _Sets) -> PruningPlan:
         plan = PruningPlan.dense(self.architecture)
@@ -149,7 +141,7 @@ class VTP(PruningMethod):
         for point, target in (("attention_in", "attention_in"), ("mlp_in", "mlp_in"), ("mlp_hidden", "mlp")):
             name = gate_name(entry.index, point)
             if name in above:
-                count = self._rounded(int(above[name].sum()), len(above[name]))
+                count = rounded(int(above[name].sum()), len(above[name]), self.config.round_to)
                 kept = best(scores[name], count)
                 dense_input = target != "mlp" and count == len(above[name])
                 changes: dict[str, Any] = {target: None if dense_input else kept}
@@ -171,19 +163,13 @@ class VTP(PruningMethod):
         heads = kept.any(1).nonzero().squeeze(1).tolist() or [int(table.sum(1).argmax())]
         counts = [int(kept[h].sum()) for h in heads]
         if self.config.uneven:
-            width = self._rounded(max(counts), shape.v_dim, up=True)
+            width = rounded(max(counts), shape.v_dim, self.config.round_to, up=True)
             rows = [best(table[h], max(n, 1)) for h, n in zip(heads, counts, strict=True)]
             v = tuple(row + (PAD,) * (width - len(row)) for row in rows)
         else:
-            width = self._rounded(round(sum(counts) / len(heads)), shape.v_dim)
+            width = rounded(round(sum(counts) / len(heads)), shape.v_dim, self.config.round_to)
             v = tuple(best(table[h], width) for h in heads)
         return replace(entry.keep_heads(heads), v=v)
-
-    def _rounded(self, count: int, size: int, up: bool = False) -> int:
-        """``count`` as a multiple of ``round_to``, at least one multiple and at most ``size``."""
-        step = self.config.round_to
-        multiple = -(-count // step) if up else round(count / step)
-        return min(max(multiple, 1) * step, size)
 
     def _scaled(self, entry: LayerPlan, target: str, name: str, kept: tuple[int, ...]) -> LayerPlan:
         """Fold the kept scores: surgery multiplies them into the columns behind the gate."""
@@ -211,22 +197,3 @@ class VTP(PruningMethod):
                 if name in kept:
                     kept[name][slice(None) if units is None else list(units)] = True
         return kept
-
-
-def _break_ties(above: _Sets, scores: _Sets, threshold: torch.Tensor, keep: int) -> _Sets:
-    """Drop just enough of the units that sit exactly on the threshold, spread evenly over the sets and in them.
-
-    Without it, equal scores (all of them, before training) would stay or go together.
-    """
-    excess = sum(int(kept.sum()) for kept in above.values()) - keep
-    tied = {name: (scores[name] == threshold).nonzero().squeeze(1) for name in above}
-    total = sum(map(len, tied.values()))
-    out, seen, dropped = {}, 0, 0
-    for name, kept in above.items():
-        seen += len(tied[name])
-        quota = round(excess * seen / total)
-        out[name] = kept.clone()
-        count = quota - dropped
-        out[name][tied[name][torch.arange(count) * len(tied[name]) // max(count, 1)]] = False
-        dropped = quota
-    return out

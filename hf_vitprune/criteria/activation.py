@@ -1,0 +1,119 @@
+"""Activation: how large what a unit puts out is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..families import LayerPaths
+from ..spec.architecture import Architecture
+from ..spec.units import has_embedding_set, set_name
+from ..utils.batches import ImageBatches
+from ..utils.modes import evaluating
+from .scores import UnitScores, model_to_score
+
+
+def activation(model: Any, images: Any) -> UnitScores:
+    """Mean magnitude, over tokens and images, of what every unit puts out; no labels, no gradients.
+
+    After Minitron (Muralidharan et al., arXiv 2407.14679), with the mean as aggregation. A neuron: what the second
+    Linear reads. A v channel and a head: what the output projection reads, averaged over the head. A q/k
+    channel: mean ``|q|`` times mean ``|k|``. A residual channel: what the norms of all layers put out there. A
+    layer: what it adds to the residual stream, relative to the stream.
+
+    Args:
+        model: stock or pruned transformers model, or a PeftModel over one (active adapters merged).
+        images: anything that ``ImageBatches`` takes; labels are not looked at.
+
+    Raises:
+        UnsupportedModelError: no family is registered for the model.
+        InvalidDataError: there are no images, or they cannot be read.
+        ScoresError: an activation is not finite.
+    """
+    base, architecture, paths = model_to_score(model)
+    data = ImageBatches(images) if not isinstance(images, ImageBatches) else images
+    meter = _Magnitudes()
+    handles = [handle for i, path in enumerate(paths) for handle in _attach(base, architecture, i, path, meter)]
+    device = next(base.parameters()).device
+    try:
+        with evaluating(base):
+            for batch in data:
+                base(pixel_values=batch["pixel_values"].to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return UnitScores(architecture, _scores(architecture, meter), "activation", {"images": data.images})
+
+
+class _Magnitudes:
+    """Mean magnitude of every channel of some activations, by name."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, int] = {}
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        """Add (..., channels)."""
+        flat = values.detach().abs().flatten(0, -2)
+        total = flat.sum(0, dtype=torch.promote_types(flat.dtype, torch.float32)).double().cpu()
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._tokens[name] = self._tokens.get(name, 0) + len(flat)
+
+    def mean(self, name: str) -> torch.Tensor:
+        return self._sums[name] / self._tokens[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sums
+
+
+def _attach(
+    model: nn.Module, architecture: Architecture, i: int, paths: LayerPaths, meter: _Magnitudes
+) -> list[torch.utils.hooks.RemovableHandle]:
+    shape = architecture.layers[i]
+
+    def writes(path: str, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            meter.add(name, output)
+
+        return model.get_submodule(path).register_forward_hook(hook)
+
+    def reads(path: str, name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            meter.add(name, args[0])
+
+        return model.get_submodule(path).register_forward_pre_hook(hook)
+
+    def layer(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        meter.add(f"{i} stream", before)
+        meter.add(f"{i} update", after - before)
+
+    handles: list[Any] = [model.get_submodule(paths.layer).register_forward_hook(layer, with_kwargs=True)]
+    if shape.mixer == "attention":
+        handles += [writes(paths.q, f"{i} q"), writes(paths.k, f"{i} k"), reads(paths.o, f"{i} heads")]
+    if shape.mixer != "none":
+        handles.append(writes(paths.norm1, f"{i} norm1"))
+    if shape.mlp:
+        handles += [writes(paths.norm2, f"{i} norm2"), reads(paths.fc2, f"{i} mlp")]
+    return handles
+
+
+def _scores(architecture: Architecture, meter: _Magnitudes) -> dict[str, torch.Tensor]:
+    mean: Callable[[str], torch.Tensor] = meter.mean
+    layers = range(len(architecture.layers))
+    scores = {"layers": torch.stack([mean(f"{i} update").mean() / mean(f"{i} stream").mean() for i in layers])}
+    for i, shape in enumerate(architecture.layers):
+        if shape.mixer == "attention":
+            channels = mean(f"{i} heads").view(shape.heads, shape.v_dim)
+            scores[set_name("heads", i)], scores[set_name("v", i)] = channels.mean(1), channels.mean(0)
+            scores[set_name("qk", i)] = (mean(f"{i} q") * mean(f"{i} k")).view(shape.heads, -1).mean(0)
+        if shape.mlp:
+            scores[set_name("mlp", i)] = mean(f"{i} mlp")
+    if has_embedding_set(architecture):
+        names = [name for i in layers for name in (f"{i} norm1", f"{i} norm2") if name in meter]
+        scores["embedding"] = torch.stack([mean(name) for name in names]).mean(0)
+    return scores

@@ -1,0 +1,34 @@
+"""Random: the baseline of every criterion."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from ..spec.architecture import Architecture
+from ..spec.units import UnitSet, unit_sets
+from .scores import UnitScores
+
+
+def random(model: Any, seed: int = 0, units: Collection[str] | None = None) -> UnitScores:
+    """Uniform draws from [0, 1), the same for the same seed and architecture.
+
+    Args:
+        model: a model, or its Architecture: weights are not looked at.
+        seed: of the draw.
+        units: draw for these units only (``heads``, ``qk``, ``v``, ``mlp``, ``embedding``, ``layers``); None: all.
+
+    Raises:
+        UnsupportedModelError: no family is registered for the model.
+    """
+    architecture = model if isinstance(model, Architecture) else Architecture.of(model)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(one: UnitSet) -> torch.Tensor:
+        parts = (architecture.depths or (one.size,)) if one.unit == "layers" else (one.size,)
+        return torch.cat([torch.rand(size, generator=generator) for size in parts])
+
+    chosen = [one for one in unit_sets(architecture).values() if units is None or one.unit in units]
+    return UnitScores(architecture, {one.name: draw(one) for one in chosen}, "random", {"seed": seed})

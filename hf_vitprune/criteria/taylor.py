@@ -1,0 +1,84 @@
+"""Taylor: what the loss would change by without a unit, to first order."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import MissingLabelsError, UnsupportedModelError
+from ..spec.architecture import task_of
+from ..utils.batches import ImageBatches
+from ..utils.modes import evaluating
+from .scores import UnitScores, UnitSums, model_to_score
+
+#: (model, batch) -> scalar loss
+Loss = Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]
+
+
+def taylor(model: Any, batches: Any, loss: Loss | None = None) -> UnitScores:
+    """Sum of ``|weight * gradient|`` over all weights of a unit, averaged over the images.
+
+    The first-order Taylor criterion of Molchanov et al. (arXiv 1906.10771), with the absolute value of every weight
+    before the sum, as in the element-wise variant of LLM-Pruner (Ma et al., arXiv 2305.11627). Weights, biases and
+    norms count; the gradient is that of a batch's mean loss, in evaluation mode. Weights need not require gradients;
+    the model, its gradients and its mode are left as they were.
+
+    Args:
+        model: an image classifier, stock or pruned, or a PeftModel over one (active adapters merged).
+        batches: images with labels: anything that ``ImageBatches`` takes. The size of the batches matters.
+        loss: (model, batch) -> scalar, for models without labels or with a loss of their own. By default the loss that
+            the classifier is trained with.
+
+    Raises:
+        UnsupportedModelError: no family is registered for the model, or it is no classifier and there is no ``loss``.
+        MissingLabelsError: a batch has no labels and there is no ``loss``.
+        InvalidDataError: there are no images, or they cannot be read.
+        ScoresError: a gradient is not finite.
+    """
+    base, architecture, paths = model_to_score(model)
+    if loss is None and not task_of(base).startswith("ForImageClassification"):
+        raise UnsupportedModelError(
+            f"{type(base).__name__} is no image classifier: pass loss=, a function of (model, batch)"
+        )
+    data = ImageBatches(batches) if not isinstance(batches, ImageBatches) else batches
+    weights = {name: weight for name, weight in base.named_parameters() if weight.is_floating_point()}
+    sums = UnitSums(architecture, paths, weights)
+    device = next(base.parameters()).device
+    images = 0
+    with evaluating(base), _trainable(base), torch.enable_grad():
+        for batch in data:
+            on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+            value = (loss or _classification_loss)(base, on_device)
+            gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+            count = len(batch["pixel_values"])
+            images += count
+            with torch.no_grad():
+                for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+                    if gradient is not None:
+                        sums.add(name, (weight.float() * gradient.float()).abs() * count)
+    scores = {name: values / images for name, values in sums.sums.items()}
+    return UnitScores(architecture, scores, "taylor", {"images": images, "batch_size": data.batch_size})
+
+
+def _classification_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if "labels" not in batch:
+        raise MissingLabelsError("Taylor scores need labels, and the batch has none: pass labelled images, or loss=")
+    logits = model(pixel_values=batch["pixel_values"]).logits
+    return model.loss_function(batch["labels"], logits, model.config)
+
+
+@contextlib.contextmanager
+def _trainable(model: nn.Module) -> Iterator[None]:
+    """All weights require gradients; afterwards those do that did."""
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

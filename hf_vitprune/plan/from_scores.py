@@ -1,0 +1,177 @@
+"""From scores to the units that stay: which are compared with each other, and how many go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from ..cost.meter import ClosedFormMeter, CostMeter
+from ..criteria.scores import UnitScores
+from ..errors import InvalidPlanError, ScoresError
+from ..spec.architecture import Architecture
+from ..spec.units import UnitSet, has_embedding_set, unit_sets
+from .layer_plan import Indices
+from .ranking import Ranking
+from .select import best, check_ratio, check_units, keep_count, rounded
+
+SCOPES = ("global", "local", "isomorphic")
+
+
+class MakesMeters(Protocol):
+    """A latency table: it counts what a target of latency counts."""
+
+    def meter(self, reference: Architecture, image_size: Any = None, *, allow_other_device: bool = False) -> CostMeter:
+        """Seconds of architectures like ``reference``."""
+        ...
+
+
+class Selection:
+    """Scores of the units that may go, in one order.
+
+    Args:
+        source: architecture of the model.
+        scores: of it.
+        units: what may go; None: all five sizes, as far as the family has them.
+        round_to: kept channels and neurons are a multiple of this.
+        scope: see :meth:`PruningPlan.from_scores`.
+
+    Raises:
+        InvalidPlanError: an impossible setting.
+        UnsupportedUnitError: the family has not got one of the units.
+        ScoresError: the scores are of another architecture, or lack a set.
+    """
+
+    def __init__(
+        self,
+        source: Architecture,
+        scores: Mapping[str, torch.Tensor],
+        units: Sequence[str] | None,
+        round_to: int,
+        scope: str,
+    ) -> None:
+        if scope not in SCOPES:
+            raise InvalidPlanError(f"scope is one of {', '.join(SCOPES)}, not {scope!r}")
+        if type(round_to) is not int or round_to < 1:
+            raise InvalidPlanError(f"round_to is a whole number of at least 1, got {round_to!r}")
+        self.units = check_units(source, units)
+        if "embedding" in self.units and not has_embedding_set(source):
+            raise InvalidPlanError(
+                "residual channels and the inputs of attention or MLP cannot be pruned together: leave embedding out "
+                "of the units"
+            )
+        if not isinstance(scores, UnitScores):
+            scores = UnitScores(source, scores)
+        if not scores.architecture.fits(source):
+            raise ScoresError(
+                f"the scores are of another architecture ({scores.architecture.model_type} of "
+                f"{len(scores.architecture.layers)} layers) than the model ({source.model_type} of "
+                f"{len(source.layers)} layers): score this model"
+            )
+        self.source, self.scope, self.round_to = source, scope, round_to
+        self.sets = {name: one for name, one in unit_sets(source).items() if one.unit in self.units}
+        missing = [name for name in self.sets if name not in scores]
+        if missing:
+            raise ScoresError(f"there are no scores of {', '.join(missing)}: leave them out of units, or score them")
+        self._parts = {part: (one, where, scores[one.name][where]) for part, one, where in self._split()}
+        self.ranking = Ranking(self._keys())
+
+    def _split(self) -> list[tuple[str, UnitSet, slice]]:
+        """(name, set, places in it) of what must not come down to nothing: layers stage by stage, other sets whole."""
+        parts = []
+        for name, one in self.sets.items():
+            if one.unit == "layers" and self.source.depths is not None:
+                ends = torch.tensor(self.source.depths).cumsum(0).tolist()
+                for stage, (end, depth) in enumerate(zip(ends, self.source.depths, strict=True)):
+                    parts.append((f"stage {stage} layers", one, slice(end - depth, end)))
+            else:
+                parts.append((name, one, slice(0, one.size)))
+        return parts
+
+    # ------------------------------------------------------------------ who is compared with whom
+    def _keys(self) -> dict[str, torch.Tensor]:
+        scores = {part: values.double() for part, (_, _, values) in self._parts.items()}
+        if self.scope == "global":
+            tiny = torch.finfo(torch.float64).tiny
+            return {part: values / values.mean().clamp(min=tiny) for part, values in scores.items()}
+        groups: dict[Any, list[str]] = {}
+        for part in scores:
+            groups.setdefault(part if self.scope == "local" else self._kind(part), []).append(part)
+        keys: dict[str, torch.Tensor] = {}
+        for members in groups.values():
+            shares = _shares(torch.cat([scores[part] for part in members]))
+            keys |= dict(zip(members, shares.split([len(scores[part]) for part in members]), strict=True))
+        return {part: keys[part] for part in scores}
+
+    def _kind(self, part: str) -> tuple[str, int | str]:
+        one = self._parts[part][0]
+        return one.unit, part if one.layer is None else self.source.stages[one.layer]
+
+    # ------------------------------------------------------------------ what stays
+    def at_ratio(self, ratio: float) -> dict[str, Indices]:
+        """Without this share of the units.
+
+        Raises:
+            InvalidPlanError: a ratio outside (0, 1), or that empties a set where every set loses the same.
+        """
+        ratio = check_ratio(ratio)
+        if self.scope != "local":
+            return self.without(round(ratio * len(self.ranking)))
+        counts = {
+            part: keep_count(len(values), ratio, self._step(one), part)
+            for part, (one, _, values) in self._parts.items()
+        }
+        return self._kept(counts)
+
+    def without(self, dropped: int) -> dict[str, Indices]:
+        """Without about this many units, in the order of the ranking; every set keeps some."""
+        kept = self.ranking.kept(dropped)
+        return self._kept(
+            {
+                part: rounded(int(kept[part].sum()), len(values), self._step(one))
+                for part, (one, _, values) in self._parts.items()
+            }
+        )
+
+    def _step(self, one: UnitSet) -> int:
+        return 1 if one.unit in ("heads", "layers") else self.round_to
+
+    def _kept(self, counts: dict[str, int]) -> dict[str, Indices]:
+        kept: dict[str, Indices] = {}
+        for part, (one, where, values) in self._parts.items():
+            units = tuple(where.start + unit for unit in best(values, counts[part]))
+            kept[one.name] = kept.get(one.name, ()) + units
+        return kept
+
+
+def _shares(scores: torch.Tensor) -> torch.Tensor:
+    """(units,) the share of the units that have gone when half of a unit has; of equal ones the last goes first."""
+    order = torch.argsort(scores, descending=True, stable=True).flip(0)
+    shares = torch.empty_like(scores)
+    shares[order] = (torch.arange(len(scores), dtype=scores.dtype) + 0.5) / len(scores)
+    return shares
+
+
+def meter_of(
+    source: Architecture, metric: str, image_size: Any, latency_table: MakesMeters | None, allow_other_device: bool
+) -> CostMeter:
+    """What a target counts.
+
+    Raises:
+        InvalidPlanError: an unknown metric, or a latency table where none belongs, or none where one does.
+        LatencyTableError: the table is of another model, input or device.
+    """
+    if metric not in ("macs", "params", "latency"):
+        raise InvalidPlanError(f"target_metric is macs, params or latency, not {metric!r}")
+    if (metric == "latency") != (latency_table is not None):
+        raise InvalidPlanError(
+            "target_metric='latency' and latency_table go together (LatencyTable.measure or LatencyTable.load give "
+            f"one); got {metric!r} and {latency_table!r}"
+        )
+    if latency_table is None:
+        return ClosedFormMeter(metric, source, image_size)
+    make: Callable[..., CostMeter] | None = getattr(latency_table, "meter", None)
+    if make is None:
+        raise InvalidPlanError(f"latency_table is a LatencyTable (LatencyTable.load reads one), not {latency_table!r}")
+    return make(source, image_size, allow_other_device=allow_other_device)
