@@ -182,8 +182,9 @@ def run_images(model: Any, batch: Mapping[str, Any]) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError, AssertionError) as error:
+        reason = str(error).rstrip(".") + _cure(model, kwargs)
         raise InvalidDataError(
-            f"the model does not take images of shape {tuple(images.shape[1:])}: {error}{_cure(model, kwargs)}"
+            f"the model does not take images of shape {tuple(images.shape[1:])}: {reason}"
         ) from error
 
 
