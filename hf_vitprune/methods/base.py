@@ -185,6 +185,17 @@ class PruningMethod(nn.Module):
             InvalidConfigError: the method cannot do its work in such a training.
         """
 
+    def check_images(self, model: Any, images: ImageBatches) -> None:
+        """Called when training begins, with the images that :meth:`decide` will get.
+
+        Args:
+            model: the wrapped model.
+            images: only a few are to be looked at.
+
+        Raises:
+            InvalidDataError: the method could not decide by them.
+        """
+
     @property
     def distils(self) -> bool:
         """Whether a ``kl`` term counts yet (see :class:`DistillationConfig`)."""

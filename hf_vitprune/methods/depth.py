@@ -9,10 +9,12 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..errors import InvalidConfigError, InvalidPlanError
+from ..errors import InvalidConfigError, InvalidDataError, InvalidPlanError
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture, unwrap
 from ..surgery.gates import DepthGate, attach_depth_gate
+from ..utils.batches import ImageBatches, fixed_randomness, run_images
+from ..utils.modes import evaluating
 from .base import PruningConfig, PruningMethod
 
 
@@ -33,6 +35,24 @@ def fewest_layers(model: Any) -> int:
     if architecture.task == "Backbone":
         return max(1, *(index % (total + 1) for index in base.config.out_indices))
     return 1
+
+
+def class_numbers(batch: dict[str, Any]) -> torch.Tensor:
+    """(images,) class numbers of a batch, negative where an image has no class.
+
+    Raises:
+        InvalidDataError: there are no labels, or they are something else: several an image, or fractions.
+    """
+    if "labels" not in batch:
+        raise InvalidDataError("the images have no labels: layers are judged by the images' classes")
+    labels = torch.as_tensor(batch["labels"])
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        raise InvalidDataError(
+            f"layers are judged by how well classes separate: labels are one class number an image, not "
+            f"{labels.dtype} of shape {tuple(labels.shape)}. Where training has other labels (several classes, "
+            "mixtures), give PruningCallback(images=<images with class numbers>)"
+        )
+    return labels.cpu().long()
 
 
 class DepthMethod(PruningMethod):
@@ -68,6 +88,16 @@ class DepthMethod(PruningMethod):
 
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
         return attach_depth_gate(model, self.architecture, self.depth)
+
+    def check_images(self, model: Any, images: ImageBatches) -> None:
+        """Two images are looked at: their labels, and whether the model takes them."""
+        if not (self.needs_images or self.needs_held_out_images):
+            return
+        base = unwrap(model)
+        with fixed_randomness(), evaluating(base), torch.no_grad():
+            batch = next(iter(ImageBatches(images, batch_size=2, limit=2)))
+            class_numbers(batch)
+            run_images(base, batch)
 
     @property
     def decided(self) -> bool:

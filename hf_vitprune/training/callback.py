@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from ..compensate import Compensation
 from ..errors import InvalidConfigError
 from ..methods import PruningMethod
 from ..utils.batches import ImageBatches
@@ -39,7 +40,8 @@ class PruningCallback(TrainerCallback):
     Raises:
         InvalidConfigError: when training begins: the model is no PruningModel, its gates are not in the optimizer or
             not at the rate that the config asks for, the gradients are not whole on every process, the method scores
-            by gradients and a plain Trainer clips them, or it decides by images of its own and there are none.
+            by gradients and a plain Trainer clips them, or it decides by images and there are none to read again.
+        InvalidDataError: when training begins: the method cannot decide by the images.
     """
 
     def __init__(self, images: Any = None) -> None:
@@ -56,11 +58,7 @@ class PruningCallback(TrainerCallback):
         self._check_clipping(args, method)
         method.check_training(args, state.max_steps)
         _check_optimizer(kwargs.get("optimizer"), method)
-        if method.needs_held_out_images and self.images is None and not method.decided:
-            raise InvalidConfigError(
-                f"{method.config.method_name} decides by images that were not trained on: give the Trainer "
-                "callbacks=[PruningCallback(images=<evaluation set>)]"
-            )
+        self._check_images(_images_of(kwargs.get("train_dataloader")), pruning_model_of(model))
         if method.decided:
             model.tuned = True
             logger.warning("what to prune is decided already: this training tunes what stays and changes no choice")
@@ -119,6 +117,36 @@ class PruningCallback(TrainerCallback):
             state.log_history.append({**numbers, "step": state.global_step})
         summary = {unit: round(share, 3) for unit, share in pruning_model.plan().summary().items() if share < 1}
         logger.info(f"pruning decided; share of units kept: {summary}")
+
+    def _check_images(self, training_images: ImageBatches | None, model: PruningModel) -> None:
+        """What would be missed after the training is missed before it."""
+        method = model.method
+        if training_images is None and Compensation.of(model.compensate) is not None:
+            if model.compensate != "auto":
+                raise InvalidConfigError(
+                    f"compensate={model.compensate!r} looks at training images again, and these are a stream: leave "
+                    "it out, and give images to the export: export(calibration=<images>, compensate=...)"
+                )
+            logger.warning(
+                "the training images are a stream, so that export() compensates only with export(calibration=<images>)"
+            )
+        if method.decided:
+            return
+        images = None if self.images is None else ImageBatches(self.images)
+        if images is None and method.needs_held_out_images:
+            raise InvalidConfigError(
+                f"{method.config.method_name} decides by images that were not trained on: give the Trainer "
+                "callbacks=[PruningCallback(images=<evaluation set>)]"
+            )
+        images = training_images if images is None else images
+        if images is None and method.needs_images:
+            raise InvalidConfigError(
+                f"{method.config.method_name} decides by labelled images that it reads again at the end, and these "
+                "training images are a stream: give the Trainer callbacks=[PruningCallback(images=<labelled images in "
+                "a list, or in a data set with a length>)]"
+            )
+        if images is not None:
+            method.check_images(model.model, images)
 
     def _check_clipping(self, args: TrainingArguments, method: PruningMethod) -> None:
         if method.needs_gradients and self.gradient_scale is None and args.max_grad_norm:

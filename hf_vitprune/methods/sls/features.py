@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,10 @@ from ...errors import InvalidConfigError, InvalidDataError
 from ...spec.architecture import Architecture, unwrap
 from ...utils.batches import ImageBatches, run_images
 from ...utils.modes import evaluating
+from ..depth import class_numbers
 from .config import SLSConfig
+
+logger = logging.getLogger(__name__)
 
 
 def extract_features(
@@ -34,7 +38,8 @@ def extract_features(
         layers: layer numbers from 1; None for all.
 
     Returns:
-        Layer number -> (images, channels) on the CPU; and the (images,) labels. Both in the order of the data.
+        Layer number -> (images, channels) on the CPU; and the (images,) labels. Both in the order of the data, without
+        images whose class is negative (-100, for no label).
 
     Raises:
         InvalidDataError: no labels, labels that are no classes, or features that are not finite.
@@ -52,12 +57,16 @@ def extract_features(
     device = next(base.parameters()).device
     with _watching(base, architecture, rows, pool), evaluating(base), torch.autocast(device.type, enabled=False):
         for batch in tqdm(batches, desc="features", leave=False, disable=None):
-            if "labels" not in batch:
-                raise InvalidDataError("the images have no labels, and layers are judged by how well classes separate")
+            labels.append(class_numbers(batch))
             run_images(base, batch)
-            labels.append(torch.as_tensor(batch["labels"]).cpu())
-    features = {number: torch.cat(parts) for number, parts in rows.items()}
-    return features, check_labels(torch.cat(labels))
+    classes = torch.cat(labels)
+    labelled = classes >= 0
+    if labelled.all():
+        return {number: torch.cat(parts) for number, parts in rows.items()}, classes
+    if not labelled.any():
+        raise InvalidDataError(f"all {len(classes)} images have a negative class (such as -100, for no label)")
+    logger.warning("%d of %d images have no class and are not looked at", (~labelled).sum(), len(classes))
+    return {number: torch.cat(parts)[labelled] for number, parts in rows.items()}, classes[labelled]
 
 
 def check_labels(labels: Any) -> torch.Tensor:
@@ -66,18 +75,13 @@ def check_labels(labels: Any) -> torch.Tensor:
     Raises:
         InvalidDataError: they are something else: several labels an image, fractions, or images without a class.
     """
-    labels = torch.as_tensor(labels)
-    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
-        raise InvalidDataError(
-            f"layers are judged by how well classes separate: labels are one class number an image, not "
-            f"{labels.dtype} of shape {tuple(labels.shape)}"
-        )
+    labels = class_numbers({"labels": labels})
     unlabelled = int((labels < 0).sum())
     if unlabelled:
         raise InvalidDataError(
             f"{unlabelled} of {len(labels)} images have a negative class (such as -100, for no label): leave them out"
         )
-    return labels.long()
+    return labels
 
 
 def check_features(features: Any, number: int, images: int | None = None) -> np.ndarray:

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -18,7 +17,7 @@ from ...spec.architecture import Architecture, unwrap
 from ...surgery.gates import DepthGate, attach_depth_gate
 from ...utils.batches import ImageBatches, run_images
 from ...utils.modes import evaluating
-from ..depth import DepthMethod
+from ..depth import DepthMethod, class_numbers
 from .config import TruncationConfig
 
 logger = logging.getLogger(__name__)
@@ -110,9 +109,7 @@ class Truncation(DepthMethod):
         right = counted = 0
         with evaluating(model), _gated(model, self.architecture, trial):
             for batch in batches:
-                if "labels" not in batch:
-                    raise InvalidDataError("the images have no labels, and truncation by validation goes by accuracy")
-                labels = torch.as_tensor(batch["labels"])
+                labels = class_numbers(batch)
                 logits = run_images(model, batch).logits
                 right += int((logits.argmax(-1).cpu() == labels).sum())
                 counted += int((labels >= 0).sum())
