@@ -9,6 +9,10 @@ class UnsupportedModelError(VitPruneError, TypeError):
     """The model is of no registered family, or holds more than a vision encoder."""
 
 
+class ModelMismatchError(UnsupportedModelError, ValueError):
+    """The live model is not what its config and its family say it is."""
+
+
 class UnsupportedUnitError(VitPruneError, ValueError):
     """The family does not have the unit that was to be removed."""
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ..modeling.blocks import PrunedAttentionMixin
+from ..utils.mixing import mix_into
 from .algebra import obs, value_map
 from .fits import refit
 from .moments import Moments, Statistics
@@ -31,15 +33,18 @@ def compensate_attention(site: Site) -> None:
 def _widened(site: Site, inputs: Inputs, every_head: bool) -> Layer:
     """The kept layer with all v channels, of its own heads and its q and k, or of every head with all of theirs."""
     wide = site.small.copy()
-    attention = wide.part("attention")
-    attention.v_dim = site.source.v_dim
+    attention, source = wide.part("attention"), site.streams.plan.source
+    heads, qk_dim = len(site.entry.heads), len(site.entry.qk[0])
     rows = slice(None) if every_head else site.head_rows
     parts = {"v": rows}
     if every_head:
-        attention.pruned_heads, attention.qk_dim = site.source.heads, site.source.qk_dim
+        heads, qk_dim = site.source.heads, site.source.qk_dim
         parts |= {"q": slice(None), "k": slice(None)}
         if site.dense.table() is not None:
             wide.replace_table(site.dense.table())
+    mix_into(attention, PrunedAttentionMixin)  # a stock one has one width for q/k and v
+    shape = replace(site.source, heads=heads, qk_dim=qk_dim)
+    attention.set_shape(shape, source.scaling(site.entry.index), source.family)
     for part, chosen in parts.items():
         weight, bias = inputs.weights(site, part)
         linear = wide.part(part)

@@ -223,6 +223,9 @@ class Family:
     def finish_structure(self, model: nn.Module, config: PreTrainedConfig, dense_hidden_size: int) -> None:
         """Adjust what lies outside the layers after the skeleton has its new width (nothing, for most)."""
 
+    def narrow_stream(self, model: nn.Module, width: int, kept: int) -> None:
+        """Adjust what reads a narrowed residual stream in another way than by the width of its tensors."""
+
     def configure_layer(self, layer: nn.Module, config: PreTrainedConfig, shifted: bool | None) -> None:
         """Set attributes of a layer that depend on its place in the dense model (window shift)."""
 

@@ -40,12 +40,17 @@ class SiglipFamily(Family):
         head_class = type(tower.head)
         full = copy.copy(self.sizes_config(config))
         full.hidden_size = dense_hidden_size
-        head = head_class(full)
-        width = self.sizes_config(config).hidden_size
-        if width != dense_hidden_size:
-            mix_into(head, WideInputMixin)
-            head.widen(dense_hidden_size, width)
-        tower.head = head
+        tower.head = head_class(full)
+        self.narrow_stream(model, dense_hidden_size, self.sizes_config(config).hidden_size)
+
+    def narrow_stream(self, model: nn.Module, width: int, kept: int) -> None:
+        tower: Any = getattr(model, self.root, model)
+        if not getattr(tower, "use_head", False) or kept == width:
+            return
+        if isinstance(tower.head, WideInputMixin):  # it was narrowed before
+            width = tower.head.full_width
+        mix_into(tower.head, WideInputMixin)
+        tower.head.widen(width, kept)
 
     def uniform_config(
         self, config: PreTrainedConfig, heads: int, head_dim: int, mlp: int, hidden_size: int

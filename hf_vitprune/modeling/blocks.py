@@ -25,6 +25,14 @@ def read_inputs(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states.gather(-1, index.expand(*hidden_states.shape[:-1], -1))
 
 
+def set_attention_sizes(attention: Any, shape: LayerShape, scaling: float) -> None:
+    """Sizes that stock forwards, kernels and other people's code read on an attention."""
+    sizes = {"num_attention_heads": shape.heads, "num_heads": shape.heads, "head_dim": shape.v_dim}
+    for name, size in {**sizes, "scaling": scaling, "scale": scaling}.items():
+        if hasattr(attention, name):
+            setattr(attention, name, size)
+
+
 class PrunedAttentionMixin(InPlaceMixin):
     """Forward for attention whose heads, q/k channels and v channels are free.
 
@@ -40,14 +48,7 @@ class PrunedAttentionMixin(InPlaceMixin):
         self.pruned_scaling = scaling
         self.output_name = family.o
         self.bias_function = family.attention_bias
-        # attributes that kernels and other people's code read on a stock module
-        for name in ("num_attention_heads", "num_heads"):
-            if hasattr(self, name):
-                setattr(self, name, shape.heads)
-        self.head_dim = shape.v_dim
-        for name in ("scaling", "scale"):
-            if hasattr(self, name):
-                setattr(self, name, scaling)
+        set_attention_sizes(self, shape, scaling)
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any

@@ -43,6 +43,7 @@ class ConvMixer(nn.Module):
         channels, kernel = shape.conv_channels, shape.kernel
         assert channels is not None and kernel is not None
         self.special_tokens = special_tokens
+        self.shape = (kernel, channels, bool(shape.batch_norm))
         self.output_name = output_name
         # a bias in front of BatchNorm would do nothing
         self.conv = nn.Conv2d(width, channels, kernel, padding=kernel // 2, bias=not shape.batch_norm)

@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from ..errors import CheckpointMismatchError, InvalidArchitectureError
 from ..spec.architecture import Architecture, write_record
 from ..utils.upload import upload
-from .structure import apply_architecture, layer_paths, materialize
+from .structure import layer_paths, materialize, resize_
 
 STUB_MODULE = "modeling_hf_vitprune"
 _STUB = '''"""Loads a vision transformer pruned with hf_vitprune; needs `pip install hf_vitprune`."""
@@ -81,7 +81,7 @@ class PrunedModelMixin:
         dense_width = Architecture.dense(architecture.config).hidden_size
         with torch.device("meta"):
             family.finish_structure(model, config, dense_width)
-        apply_architecture(model, architecture)
+        resize_(model, architecture)
         # from_pretrained builds on the meta device and fills in the weights itself
         if ambient.type != "meta":
             materialize(model, ambient)

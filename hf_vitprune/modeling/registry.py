@@ -28,7 +28,10 @@ AUTO_CLASSES = (
 UNMAPPED = {"clip_vision_model": ("CLIPVisionModelWithProjection",)}
 
 _configs: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
+#: every class -> its pruned twin, those of users included
 _models: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+#: the classes of transformers among them
+_stock: set[type[PreTrainedModel]] = set()
 
 
 def register_family(family: Family) -> None:
@@ -53,11 +56,27 @@ def pruned_model_class(model_class: type[PreTrainedModel]) -> type[PreTrainedMod
     """
     if issubclass(model_class, PrunedModelMixin):
         return model_class
-    for known in model_class.__mro__:  # subclasses by users share their parent's twin
-        if known in _models:
-            return _models[known]
+    if model_class not in _models:  # written by a user: its own twin, with its own forward
+        parent = _models[stock_ancestor(model_class)]
+        body = {name: parent.__dict__[name] for name in ("config_class", "config", "pruning_task")}
+        body |= {"auto_classes": (), "__module__": model_class.__module__}
+        name = f"Pruned{model_class.__name__}"
+        _models[model_class] = type(name, (PrunedModelMixin, model_class), body)
+        _copy_conversions(name, parent.__name__)
+    return _models[model_class]
+
+
+def stock_ancestor(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of transformers that a class is or inherits from; for a pruned class, of the dense one.
+
+    Raises:
+        UnsupportedModelError: no Auto class maps any of them.
+    """
+    for known in model_class.__mro__:
+        if known in _stock:
+            return known
     raise UnsupportedModelError(
-        f"{model_class.__name__} has no pruned class; known: {', '.join(sorted(c.__name__ for c in _models))}"
+        f"{model_class.__name__} has no pruned class; known: {', '.join(sorted(c.__name__ for c in _stock))}"
     )
 
 
@@ -76,7 +95,7 @@ def class_for_task(family: Family, task: str) -> type[PreTrainedModel]:
         UnsupportedModelError: the family has no such class.
     """
     for stock, pruned in _models.items():
-        if stock.config_class.model_type == family.model_type and pruned.pruning_task == task:  # type: ignore
+        if stock in _stock and stock.config_class.model_type == family.model_type and pruned.pruning_task == task:  # type: ignore
             return pruned
     raise UnsupportedModelError(f"{family.model_type} has no class for {task!r}")
 
@@ -93,6 +112,7 @@ def _make_classes(family: Family) -> None:
     AutoConfig.register(pruned_type, pruned_config)
     _copy_conversions(pruned_type, family.model_type)
     for auto_name, stock in _stock_classes(family, config_class):
+        _stock.add(stock)
         if stock not in _models:
             task = strip_family(stock.__name__, config_class.__name__)
             body = {"config_class": pruned_config, "config": pruned_config, "pruning_task": task, "auto_classes": ()}

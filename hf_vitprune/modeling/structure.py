@@ -1,47 +1,28 @@
-"""From a stock skeleton to the sizes of an architecture: replaces what differs, on the device it finds."""
+"""New sizes for the layers of a live model, in place: the only code that changes shapes of layers.
+
+Surgery runs it on a copy of the user's model, loading on the skeleton that the config makes. Modules keep their
+identity wherever they can, so that hooks, subclasses and swapped activations stay.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..errors import UnsupportedModelError
 from ..families import Family, LayerPaths
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
-from ..utils.mixing import mix_into
-from .blocks import PrunedAttentionMixin, PrunedMlpMixin, RemovedAttention, RemovedMlp
+from ..utils.mixing import mix_into, unmix
+from ..utils.modules import get, get_wrapped, put, resize_tensor
+from .blocks import PrunedAttentionMixin, PrunedMlpMixin, RemovedAttention, RemovedMlp, set_attention_sizes
 from .conv_mixer import ConvMixer, IdentityMixer, follow_grid
 
-
-def get(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path)
-
-
-def get_wrapped(model: nn.Module, path: str) -> nn.Module:
-    """The module of that name before PEFT wrapped the parts it is in; itself with its wrapper, if it has one."""
-    module = model
-    for name in path.split("."):
-        while name not in module._modules and "base_layer" in module._modules:
-            module = get(module, "base_layer")
-        module = get(module, name)
-    return module
-
-
-def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
-
-
-def resize_linear(model: nn.Module, path: str, inputs: int, outputs: int) -> None:
-    """Give a Linear other sizes, in place: its weights are new and empty."""
-    linear = get(model, path)
-    assert isinstance(linear, nn.Linear)
-    if (linear.in_features, linear.out_features) != (inputs, outputs):
-        linear.in_features, linear.out_features = inputs, outputs
-        linear.weight = nn.Parameter(linear.weight.new_empty(outputs, inputs))
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(linear.bias.new_empty(outputs))
+__all__ = ["finish_mixers", "get", "get_wrapped", "layer_paths", "materialize", "put", "replace_mixer", "resize_"]
 
 
 def layer_paths(model: PreTrainedModel, architecture: Architecture) -> list[LayerPaths]:
@@ -51,23 +32,81 @@ def layer_paths(model: PreTrainedModel, architecture: Architecture) -> list[Laye
     return [family.layer_paths(prefix, name, architecture.config) for name in architecture.layer_names()]
 
 
-def apply_architecture(model: PreTrainedModel, architecture: Architecture) -> None:
-    """Give every layer of a skeleton (right depth and residual width) the sizes of ``architecture``, in place."""
+def resize_(model: PreTrainedModel, architecture: Architecture, kept: Sequence[int] | None = None) -> None:
+    """Give every layer of ``model`` the sizes of ``architecture``, in place; new tensors are empty.
+
+    The residual width outside the layers is not touched (see ``outer.py``).
+
+    Args:
+        model: stock or pruned, of the architecture's family, with at least its layers.
+        architecture: the new shape.
+        kept: positions of the layers that stay, ascending; the first ones of every stage by default.
+
+    Raises:
+        UnsupportedModelError: a layer needs an attention of ours, and has one of the user's.
+    """
     family = architecture.family
+    _drop_layers(model, architecture, kept)
+    own = any(shape.kernel for shape in architecture.layers)  # those tell every layer the grid of patches
     for i, (paths, shape) in enumerate(zip(layer_paths(model, architecture), architecture.layers, strict=True)):
+        width = architecture.width(i)
         family.configure_layer(get(model, paths.layer), architecture.config, shape.shifted)
         if shape.mixer == "attention":
-            _apply_attention(model, family, paths, shape, architecture.width(i), architecture.scaling(i))
+            _resize_attention(model, family, paths, shape, width, architecture.scaling(i), own)
+            _resize_around(model, paths.norm1, paths.scale1, width)
+        elif shape.mixer == "none":
+            if not isinstance(get(model, paths.attention), RemovedAttention):
+                put(model, paths.attention, RemovedAttention())
+            _drop(model, paths.norm1, paths.scale1)
         else:
-            replace_mixer(model, family, architecture.config, paths, shape, architecture.width(i))
-            if shape.mixer == "none":
-                _drop(model, paths.norm1, paths.scale1)
-        _apply_mlp(model, paths, shape, architecture.width(i))
+            _resize_mixer(model, family, architecture.config, paths, shape, width)
+            _resize_around(model, paths.norm1, paths.scale1, width)
+        _resize_mlp(model, paths, shape, width)
     finish_mixers(model, family)
 
 
-def _apply_attention(
-    model: PreTrainedModel, family: Family, paths: LayerPaths, shape: LayerShape, width: int, scaling: float
+def _drop_layers(model: PreTrainedModel, architecture: Architecture, kept: Sequence[int] | None) -> None:
+    family = architecture.family
+    prefix = family.encoder_path(model)
+    wanted: dict[str, int] = {}
+    for name in architecture.layer_names():
+        path = prefix + name.rpartition(".")[0]
+        wanted[path] = wanted.get(path, 0) + 1
+    start = 0
+    for path, count in wanted.items():
+        layers: Any = get(model, path)
+        there = len(layers)
+        stay = set(range(count)) if kept is None else {k - start for k in kept if start <= k < start + there}
+        for i in reversed(range(there)):
+            if i not in stay:
+                del layers[i]
+        start += there
+
+
+def resize_linear(model: nn.Module, path: str, inputs: int, outputs: int) -> None:
+    """Give a Linear other sizes, in place: its new weights are empty."""
+    linear = get(model, path)
+    resize_tensor(model, f"{path}.weight", (outputs, inputs))
+    if linear._parameters.get("bias") is not None:
+        resize_tensor(model, f"{path}.bias", (outputs,))
+
+
+def _resize_around(model: nn.Module, norm: str, scale: str | None, width: int) -> None:
+    """Norm and LayerScale of a branch, over the residual stream."""
+    for path in (norm, scale):
+        if path is not None:
+            for name in list(get(model, path)._parameters):
+                resize_tensor(model, f"{path}.{name}", (width,))
+
+
+def _resize_attention(
+    model: PreTrainedModel,
+    family: Family,
+    paths: LayerPaths,
+    shape: LayerShape,
+    width: int,
+    scaling: float,
+    own: bool,
 ) -> None:
     inputs = width if shape.attention_in is None else shape.attention_in
     for path in (paths.q, paths.k):
@@ -75,13 +114,48 @@ def _apply_attention(
     resize_linear(model, paths.v, inputs, shape.heads * shape.v_dim)
     resize_linear(model, paths.o, shape.heads * shape.v_dim, width)
     if paths.bias_table:
-        path = paths.bias_table.rpartition(".")[0]
-        old = get(model, path)
-        put(model, path, type(old)(shape.heads, old.window_size))
-    attention = get(model, paths.attention)
-    mix_into(attention, PrunedAttentionMixin)
-    attention.set_shape(shape, scaling, family)  # type: ignore[operator]
-    _register_inputs(attention, shape.attention_in, width)
+        table = model.get_parameter(paths.bias_table)
+        resize_tensor(model, paths.bias_table, (table.shape[0], shape.heads))
+    attention: Any = get(model, paths.attention)
+    if own or shape.qk_dim != shape.v_dim or shape.attention_in is not None:
+        _check_stock(attention, paths.attention)
+        mix_into(attention, PrunedAttentionMixin)
+        attention.set_shape(shape, scaling, family)
+        _register_inputs(attention, shape.attention_in, width)
+    else:
+        unmix(attention, PrunedAttentionMixin)  # the stock forward computes the right thing with new sizes
+        attention._buffers.pop("input_index", None)
+        set_attention_sizes(attention, shape, scaling)
+
+
+def _check_stock(attention: nn.Module, path: str) -> None:
+    """Our forward would replace one that somebody wrote.
+
+    Raises:
+        UnsupportedModelError: naming the module.
+    """
+    written_in = getattr(type(attention), "stock_class", type(attention)).__module__
+    if not written_in.startswith("transformers."):
+        raise UnsupportedModelError(
+            f"{path} is a {type(attention).__name__} of {written_in}: q/k and v of different widths, or over some "
+            "channels only, need an attention of ours in its place. Cut both alike (as many channels of q/k as of v, "
+            "or heads), or register the class as a family of your own"
+        )
+
+
+def _resize_mixer(
+    model: nn.Module, family: Family, config: PreTrainedConfig, paths: LayerPaths, shape: LayerShape, width: int
+) -> None:
+    """A convolution or the identity in the place of attention; one that is there already gets the new width."""
+    there = get(model, paths.attention)
+    if isinstance(there, IdentityMixer) and shape.mixer == "identity":
+        return
+    if isinstance(there, ConvMixer) and there.shape == (shape.kernel, shape.conv_channels, shape.batch_norm):
+        convolution = f"{paths.attention}.conv.weight"
+        resize_tensor(model, convolution, (there.conv.out_channels, width, *there.conv.kernel_size))
+        resize_linear(model, paths.o, there.conv.out_channels, width)
+        return
+    replace_mixer(model, family, config, paths, shape, width)
 
 
 def replace_mixer(
@@ -115,18 +189,23 @@ def finish_mixers(model: nn.Module, family: Family) -> None:
         follow_grid(get(model, family.encoder_path(model).rstrip(".")))
 
 
-def _apply_mlp(model: PreTrainedModel, paths: LayerPaths, shape: LayerShape, width: int) -> None:
+def _resize_mlp(model: PreTrainedModel, paths: LayerPaths, shape: LayerShape, width: int) -> None:
     if shape.mlp == 0:
-        put(model, paths.mlp, RemovedMlp())
+        if not isinstance(get(model, paths.mlp), RemovedMlp):
+            put(model, paths.mlp, RemovedMlp())
         _drop(model, paths.norm2, paths.scale2)
         return
     for path in paths.fc1:
         resize_linear(model, path, width if shape.mlp_in is None else shape.mlp_in, shape.mlp)
     resize_linear(model, paths.fc2, shape.mlp, width)
+    _resize_around(model, paths.norm2, paths.scale2, width)
+    mlp = get(model, paths.mlp)
     if shape.mlp_in is not None:
-        mlp = get(model, paths.mlp)
         mix_into(mlp, PrunedMlpMixin)
         _register_inputs(mlp, shape.mlp_in, width)
+    else:
+        unmix(mlp, PrunedMlpMixin)
+        mlp._buffers.pop("input_index", None)
 
 
 def _register_inputs(module: nn.Module, count: int | None, width: int) -> None:

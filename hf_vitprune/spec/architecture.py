@@ -22,6 +22,9 @@ from .layer_shape import (
     shape_from_words,
     shape_to_words,
 )
+from .live import check_live, unwrap
+
+__all__ = ["Architecture", "unwrap"]
 
 #: version of the ``pruning_config`` written to config.json
 FORMAT_VERSION = 1
@@ -48,14 +51,17 @@ class Architecture:
     # ------------------------------------------------------------------ making one
     @classmethod
     def of(cls, model: Any) -> Architecture:
-        """The architecture of a stock, pruned, PEFT or wrapped model.
+        """The architecture of a stock, pruned, PEFT or wrapped model, compared with its live tensors.
 
         Raises:
             UnsupportedModelError: no family is registered for it.
+            ModelMismatchError: its tensors are not what its config says.
         """
         model = unwrap(model)
         family_of(model)
-        return cls.from_config(model.config, task=task_of(model))
+        found = cls.from_config(model.config, task=task_of(model))
+        check_live(model, found)
+        return found
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, task: str = "ForImageClassification") -> Architecture:
@@ -389,19 +395,13 @@ def _checked_dense_sizes(dense: Any, family: Family, config: PreTrainedConfig) -
 
 
 # ---------------------------------------------------------------------- small helpers
-def unwrap(model: Any) -> Any:
-    """The transformers model inside a PruningModel, a PeftModel, or itself."""
-    while True:
-        inner = getattr(model, "get_base_model", None)
-        if inner is None:
-            return model
-        model = inner()
-
-
 def task_of(model: Any) -> str:
     """Class name without the family's prefix: ``ViTForImageClassification`` -> ``ForImageClassification``."""
     stated = getattr(model, "pruning_task", None)
-    return stated or strip_family(type(model).__name__, type(model.config).__name__)
+    if stated:
+        return stated
+    stock = next((c for c in type(model).__mro__ if c.__module__.startswith("transformers.")), type(model))
+    return strip_family(stock.__name__, type(model.config).__name__)
 
 
 def strip_family(model_class: str, config_class: str) -> str:

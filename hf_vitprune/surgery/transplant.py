@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +15,85 @@ from transformers import PreTrainedModel
 from ..errors import InvalidPlanError
 from ..modeling import config_for, pruned_model_class
 from ..modeling.blocks import RemovedAttention, mask_layer_norm
-from ..modeling.structure import finish_mixers, layer_paths, put, replace_mixer
+from ..modeling.outer import Outer, find_outer, narrow_outer
+from ..modeling.registry import stock_ancestor
+from ..modeling.structure import finish_mixers, layer_paths, put, replace_mixer, resize_
 from ..plan.lineage import lineage
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
+from ..utils.modules import meta_copy, named_tensors, owner
 from .cuts import Cut, find_cuts, small_state
 from .gates import strip_gates
 
 
-def prune_plain(model: PreTrainedModel, plan: PruningPlan, *, allow_unchanged: bool = False) -> PreTrainedModel:
-    """``surgery.prune`` of a model without adapters."""
+def prune_plain(model: PreTrainedModel, plan: PruningPlan, *, allow_unchanged: bool = False) -> Any:
+    """``pruning.prune`` of a model without adapters: a copy of the live model, cut in place, as its pruned twin.
+
+    Modules, attributes and hooks stay; only tensors that carry a removed unit are replaced.
+    """
     check_plan(model, plan, allow_unchanged)
-    small = empty_like(model, plan)
-    state = small_state(model.state_dict(), model, small, plan)
-    small.load_state_dict(state, strict=True, assign=True)
-    _copy_frozen_buffers(model, small, plan)
-    cuts = find_cuts(model, small, plan)
-    for name, parameter in small.named_parameters():
-        if name in cuts:  # the rest is new
-            parameter.requires_grad_(model.get_parameter(cuts[name].source).requires_grad)
-    return small.train(model.training)
+    small = resized_copy(model, plan)
+    small.load_state_dict(small_state(model.state_dict(), model, small, plan), strict=True, assign=True)
+    _tie(small, model)
+    return small
+
+
+def resized_copy(model: PreTrainedModel, plan: PruningPlan) -> Any:
+    """A copy of the live model with the plan's sizes, its weights on the meta device.
+
+    Raises:
+        UnsupportedUnitError: the embedding is cut, and a module of the user's reads it in a way that is not known.
+        UnsupportedModelError: an attention of the user's is in the place of one that has to be ours.
+    """
+    skeleton = empty_like(model, plan)
+    family, config = plan.source.family, skeleton.config
+    replaced = {id(model.config): config, id(family.sizes_config(model.config)): family.sizes_config(config)}
+    small = meta_copy(model, replaced)
+    strip_gates(small)
+    width, kept = plan.source.hidden_size, plan.architecture.hidden_size
+    outer = outer_of(model, plan.source, kept)
+    with _empty_modules_like(model):
+        resize_(small, plan.architecture, [entry.index for entry in plan.layers])
+        if outer is not None:
+            narrow_outer(small, outer, width, kept)
+            family.narrow_stream(small, width, kept)
+    small.__class__ = pruned_model_class(type(model))
+    small._built_as = plan.architecture
+    return small
+
+
+def outer_of(model: PreTrainedModel, source: Architecture, kept: int) -> Outer | None:
+    """What follows the residual width outside the layers when ``kept`` channels stay; None where all stay.
+
+    Raises:
+        UnsupportedUnitError: a module that may read the stream in a way that is not known.
+    """
+    if kept == source.hidden_size:
+        return None
+    wide, narrow = (_skeleton(model, source.replace(hidden_size=width)) for width in (source.hidden_size, kept))
+    layers = tuple(f"{paths.layer}." for paths in layer_paths(model, source))
+    return find_outer(model, wide, narrow, layers, source.hidden_size)
+
+
+def _tie(small: nn.Module, model: nn.Module) -> None:
+    """Tensors that were one under several names are one again."""
+    first: dict[int, str] = {}
+    for name, tensor in named_tensors(model):
+        known = first.setdefault(id(tensor), name)
+        if known != name:
+            try:
+                module, leaf = owner(small, name)
+                other, other_leaf = owner(small, known)
+            except AttributeError:  # in a layer that is gone
+                continue
+            if leaf in module._parameters and other_leaf in other._parameters:
+                module._parameters[leaf] = other._parameters[other_leaf]
 
 
 def mask_plain(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """``surgery.mask`` of a model without adapters."""
     check_plan(model, plan, allow_unchanged=True)
-    small = empty_like(model, plan)
+    small = resized_copy(model, plan)
     state = small_state(model.state_dict(), model, small, plan)
     full = copy.deepcopy(model)
     strip_gates(full)
@@ -54,7 +109,9 @@ def mask_plain(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     _replace_mixers(full, small, state, plan)
     if plan.embedding is not None:
         kept = torch.tensor(plan.embedding, device=next(full.parameters()).device)
-        for norm in residual_norms(full, plan.source):
+        outer = outer_of(model, plan.source, len(plan.embedding))
+        custom = [full.get_submodule(path) for path in outer.norms] if outer is not None else []
+        for norm in residual_norms(full, plan.source) + custom:
             mask_layer_norm(norm, kept)
     return full
 
@@ -79,7 +136,7 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan, allow_unchanged: bool)
 
 
 def empty_like(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
-    """The small model on the meta device, without weights."""
+    """The skeleton that loading makes from the small model's config: on the meta device, without weights."""
     info = dict(plan.info)
     base = getattr(model.config, "_name_or_path", "")
     if base and not Path(base).exists():  # a Hub id; a folder of this machine is nobody else's business
@@ -87,19 +144,32 @@ def empty_like(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     info.update(lineage(model.config, plan))
     config = config_for(plan.architecture, model.config, info)
     _follow_backbone_stages(model, config, plan)
+    return _skeleton(model, plan.architecture, config)
+
+
+def _skeleton(model: PreTrainedModel, architecture: Architecture, config: Any = None) -> PreTrainedModel:
+    """The pruned twin of the stock class behind a model, on the meta device."""
+    config = config_for(architecture, model.config) if config is None else config
+    with _empty_modules_like(model):
+        skeleton = pruned_model_class(stock_ancestor(type(model)))(config)
+    prefix = architecture.family.encoder_path(model)
+    if getattr(model.get_submodule(prefix.rstrip(".")), "pooler", 0) is None:
+        encoder: Any = skeleton.get_submodule(prefix.rstrip("."))
+        encoder.pooler = None  # a base model made without its pooling layer
+    return skeleton
+
+
+@contextlib.contextmanager
+def _empty_modules_like(model: PreTrainedModel) -> Iterator[None]:
+    """New modules are on the meta device and in the model's dtype."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            small = pruned_model_class(type(model))(config)
+            yield
     finally:
         torch.set_default_dtype(before)
-    prefix = plan.source.family.encoder_path(model)
-    if getattr(model.get_submodule(prefix.rstrip(".")), "pooler", 0) is None:
-        encoder: Any = small.get_submodule(prefix.rstrip("."))
-        encoder.pooler = None  # a base model made without its pooling layer
-    return small
 
 
 def _removed_branches(model: PreTrainedModel, plan: PruningPlan) -> list[str]:
@@ -154,7 +224,8 @@ def residual_norms(model: nn.Module, architecture: Architecture) -> list[nn.Modu
     for paths, shape in zip(layer_paths(model, architecture), architecture.layers, strict=True):  # type: ignore[arg-type]
         names += [paths.norm1] if shape.mixer != "none" else []
         names += [paths.norm2] if shape.mlp else []
-    return [model.get_submodule(name) for name in names]
+    norms = [model.get_submodule(name) for name in names]
+    return [norm for norm in norms if not isinstance(norm, nn.Identity)]  # somebody may have taken one out
 
 
 def _follow_backbone_stages(model: PreTrainedModel, config: Any, plan: PruningPlan) -> None:
@@ -175,16 +246,3 @@ def _follow_backbone_stages(model: PreTrainedModel, config: Any, plan: PruningPl
             )
         names.append("stem" if index == 0 else f"stage{position[index - 1] + 1}")
     config.set_output_features_output_indices(out_features=names, out_indices=None)
-
-
-def _copy_frozen_buffers(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan) -> None:
-    """Buffers that are not saved (position indices) depend on no size that a plan changes."""
-    old_paths, new_paths = layer_paths(model, plan.source), layer_paths(small, plan.architecture)
-    renamed = {new.layer: old_paths[e.index].layer for new, e in zip(new_paths, plan.layers, strict=True)}
-    source = dict(model.named_buffers())
-    for name, buffer in list(small.named_buffers()):
-        if buffer.device.type == "meta":
-            layer = next((new for new in renamed if name.startswith(new + ".")), None)
-            old = source[name if layer is None else renamed[layer] + name[len(layer) :]]
-            parent, _, leaf = name.rpartition(".")
-            small.get_submodule(parent).register_buffer(leaf, old.clone(), persistent=False)

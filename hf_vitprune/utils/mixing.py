@@ -35,6 +35,20 @@ def mix_into(module: nn.Module, mixin: type[InPlaceMixin]) -> None:
         module.__class__ = mixed_class(mixin, type(module))
 
 
+def unmix(module: nn.Module, mixin: type[InPlaceMixin]) -> None:
+    """Give a module its own class back."""
+    if isinstance(module, mixin):
+        module.__class__ = module.stock_class
+
+
+def stock_type(module: nn.Module) -> type:
+    """The module's own class, before anything was mixed in front of it."""
+    made = type(module)
+    while issubclass(made, InPlaceMixin):
+        made = made.stock_class
+    return made
+
+
 def _empty(mixin: type, base: type) -> Any:
     made = mixed_class(mixin, base)
     return object.__new__(made)

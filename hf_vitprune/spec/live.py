@@ -1,0 +1,149 @@
+"""At the door: are a model's tensors where its config and its family say? What differs is named before any work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..errors import ModelMismatchError, UnsupportedModelError
+from ..families import LayerPaths
+from ..utils.modules import get_wrapped, unwrapped
+
+if TYPE_CHECKING:
+    from .architecture import Architecture
+    from .layer_shape import LayerShape
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside a PruningModel, a PeftModel, or itself.
+
+    Raises:
+        UnsupportedModelError: it is wrapped in something that stands between its tensors and its users.
+    """
+    while True:
+        cure = _WRAPPERS.get(type(model).__name__)
+        if cure is not None:
+            raise UnsupportedModelError(f"the model is wrapped in {type(model).__name__}: pass {cure}")
+        inner = getattr(model, "get_base_model", None)
+        if inner is None:
+            return model
+        model = inner()
+
+
+#: class of a wrapper -> what to pass instead
+_WRAPPERS = {
+    "OptimizedModule": "what torch.compile was given (model._orig_mod), and compile the result",
+    "DistributedDataParallel": "model.module (accelerator.unwrap_model(model))",
+    "DataParallel": "model.module",
+    "FullyShardedDataParallel": "the model from before it was sharded",
+}
+
+
+def check_live(model: nn.Module, architecture: Architecture) -> None:
+    """Compare the live tensors of every layer, and the stem, with an architecture.
+
+    Args:
+        model: a transformers model; its Linears may be wrapped by PEFT.
+        architecture: that its config describes.
+
+    Raises:
+        ModelMismatchError: naming the first module that differs, and the cure.
+    """
+    family, config = architecture.family, architecture.config
+    if getattr(model, "is_quantized", False):
+        raise ModelMismatchError("the model is quantized: prune it in full precision, then quantize the small one")
+    prefix = family.encoder_path(model)
+    _check_depth(model, architecture, prefix)
+    for i, name in enumerate(architecture.layer_names()):
+        paths = family.layer_paths(prefix, name, config)
+        _check_layer(model, paths, architecture.layers[i], architecture.width(i))
+    _check_stem(model, architecture, prefix + family.patch)
+
+
+def _check_depth(model: nn.Module, architecture: Architecture, prefix: str) -> None:
+    wanted: dict[str, int] = {}
+    for name in architecture.layer_names():
+        path = prefix + name.rpartition(".")[0]
+        wanted[path] = wanted.get(path, 0) + 1
+    for path, count in wanted.items():
+        layers: Any = _find(model, path)
+        there = getattr(layers, "visible", None) or len(layers)  # a shared backbone shows some of its layers
+        if there != count:
+            field = "depths" if architecture.depths is not None else "num_hidden_layers"
+            raise ModelMismatchError(
+                f"{path} holds {there} layers, and by the config there are {count}: layers were cut or added by hand. "
+                f"Set config.{field} to what the model is (or keep all layers, and remove them with "
+                "hf_vitprune.truncate)"
+            )
+
+
+def _check_layer(model: nn.Module, paths: LayerPaths, shape: LayerShape, width: int) -> None:
+    if shape.mixer == "attention":
+        inputs = width if shape.attention_in is None else shape.attention_in
+        qk, v = shape.heads * shape.qk_dim, shape.heads * shape.v_dim
+        for path, outputs in ((paths.q, qk), (paths.k, qk), (paths.v, v)):
+            check_linear(model, path, outputs, inputs)
+        check_linear(model, paths.o, width, v)
+    if shape.mlp:
+        for path in paths.fc1:
+            check_linear(model, path, shape.mlp, width if shape.mlp_in is None else shape.mlp_in)
+        check_linear(model, paths.fc2, width, shape.mlp)
+
+
+def _find(model: nn.Module, path: str) -> Any:
+    try:
+        return get_wrapped(model, path)
+    except AttributeError as error:
+        raise ModelMismatchError(f"the model has no module {path}, which its family says it has") from error
+
+
+def check_linear(model: nn.Module, path: str, outputs: int, inputs: int) -> None:
+    """A plain Linear of these sizes, with a weight of its own.
+
+    Raises:
+        ModelMismatchError: it is something else.
+    """
+    module = unwrapped(_find(model, path))
+    _check_own_weight(module, path)
+    if not isinstance(module, nn.Linear):
+        raise ModelMismatchError(f"{path} is a {type(module).__name__}, and only a torch.nn.Linear can be pruned")
+    found = tuple(module.weight.shape)
+    if found != (outputs, inputs):
+        raise ModelMismatchError(
+            f"{path} has a weight of {found}, and by the config it has {(outputs, inputs)}: the model was changed "
+            "after it was built. Set the config to what the model is, or undo the change"
+        )
+
+
+def _check_own_weight(module: nn.Module, path: str) -> None:
+    if parametrize.is_parametrized(module):
+        raise ModelMismatchError(
+            f"the weight of {path} is computed from other tensors (weight norm, ...): call "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first"
+        )
+    if "weight_orig" in module._parameters:
+        raise ModelMismatchError(
+            f"the weight of {path} is masked by torch.nn.utils.prune: call torch.nn.utils.prune.remove(module, "
+            "'weight') first, which makes the zeros permanent"
+        )
+    if "weight_g" in module._parameters:
+        raise ModelMismatchError(f"{path} has weight norm: call torch.nn.utils.remove_weight_norm(module) first")
+
+
+def _check_stem(model: nn.Module, architecture: Architecture, path: str) -> None:
+    projection = unwrapped(_find(model, path))
+    _check_own_weight(projection, path)
+    channels = getattr(architecture.family.sizes_config(architecture.config), "num_channels", None)
+    weight: Any = getattr(projection, "weight", None)
+    if weight is None or len(weight) != architecture.hidden_size:
+        raise ModelMismatchError(
+            f"{path} does not make tokens of the config's width {architecture.hidden_size}: the model was changed "
+            "after it was built"
+        )
+    if isinstance(projection, nn.Conv2d) and channels is not None and projection.in_channels != channels:
+        raise ModelMismatchError(
+            f"{path} takes {projection.in_channels} channels, and config.num_channels is {channels}: set the config "
+            "(and the num_channels of the patch embedding) to what the model is"
+        )
