@@ -11,7 +11,7 @@ from torch import nn
 from ..families import LayerPaths
 from ..spec.architecture import Architecture
 from ..spec.units import has_embedding_set, set_name
-from ..utils.batches import ImageBatches
+from ..utils.batches import ImageBatches, run_images
 from ..utils.modes import evaluating
 from .scores import UnitScores, model_to_score
 
@@ -37,11 +37,10 @@ def activation(model: Any, images: Any) -> UnitScores:
     data = ImageBatches(images) if not isinstance(images, ImageBatches) else images
     meter = _Magnitudes()
     handles = [handle for i, path in enumerate(paths) for handle in _attach(base, architecture, i, path, meter)]
-    device = next(base.parameters()).device
     try:
         with evaluating(base):
             for batch in data:
-                base(pixel_values=batch["pixel_values"].to(device))
+                run_images(base, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -11,12 +11,12 @@ from torch import nn
 
 from ..errors import MissingLabelsError, UnsupportedModelError
 from ..spec.architecture import task_of
-from ..utils.batches import ImageBatches
+from ..utils.batches import ImageBatches, run_images
 from ..utils.modes import evaluating
 from .scores import UnitScores, UnitSums, model_to_score
 
 #: (model, batch) -> scalar loss
-Loss = Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]
+Loss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 
 
 def taylor(model: Any, batches: Any, loss: Loss | None = None) -> UnitScores:
@@ -51,7 +51,7 @@ def taylor(model: Any, batches: Any, loss: Loss | None = None) -> UnitScores:
     images = 0
     with evaluating(base), _trainable(base), torch.enable_grad():
         for batch in data:
-            on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+            on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             value = (loss or _classification_loss)(base, on_device)
             gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
             count = len(batch["pixel_values"])
@@ -64,11 +64,10 @@ def taylor(model: Any, batches: Any, loss: Loss | None = None) -> UnitScores:
     return UnitScores(architecture, scores, "taylor", {"images": images, "batch_size": data.batch_size})
 
 
-def _classification_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _classification_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     if "labels" not in batch:
         raise MissingLabelsError("Taylor scores need labels, and the batch has none: pass labelled images, or loss=")
-    logits = model(pixel_values=batch["pixel_values"]).logits
-    return model.loss_function(batch["labels"], logits, model.config)
+    return model.loss_function(batch["labels"], run_images(model, batch).logits, model.config)
 
 
 @contextlib.contextmanager

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from ..errors import InvalidConfigError
 from .base import PruningConfig, PruningMethod
 from .nvit import NViT, NViTConfig
 from .oneshot import OneShotScores, OneShotSettings
+from .registry import config_class_of, method_for, method_names, register_method
 from .sls import SLS, LayerSelection, SLSConfig, select_layers
 from .spvit import SPViT, SPViTConfig, SPViTTuning, SPViTTuningConfig
 from .truncation import Truncation, TruncationConfig
 from .vtp import VTP, VTPConfig
 
-_METHODS: dict[type[PruningConfig], type[PruningMethod]] = {}
-
-
-def register_method(config_class: type[PruningConfig], method_class: type[PruningMethod]) -> None:
-    """Make ``get_pruning_model(model, config_class(...))`` use ``method_class``."""
-    _METHODS[config_class] = method_class
-
-
-def method_for(config: PruningConfig) -> type[PruningMethod]:
-    """The method that a config belongs to.
-
-    Raises:
-        InvalidConfigError: it is no config of a registered method.
-    """
-    if type(config) not in _METHODS:
-        known = ", ".join(sorted(c.__name__ for c in _METHODS))
-        raise InvalidConfigError(f"{type(config).__name__} is no pruning config; known: {known}")
-    return _METHODS[type(config)]
-
-
-register_method(NViTConfig, NViT)
 register_method(VTPConfig, VTP)
-register_method(SLSConfig, SLS)
+register_method(NViTConfig, NViT)
 register_method(SPViTConfig, SPViT)
+register_method(SLSConfig, SLS)
 register_method(SPViTTuningConfig, SPViTTuning)
 register_method(TruncationConfig, Truncation)
 
@@ -56,7 +36,9 @@ __all__ = [
     "Truncation",
     "TruncationConfig",
     "VTPConfig",
+    "config_class_of",
     "method_for",
+    "method_names",
     "register_method",
     "select_layers",
 ]

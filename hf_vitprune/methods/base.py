@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -39,8 +39,10 @@ class PruningConfig:
             None: whatever the table has.
         allow_other_device: the table was measured on another device than this machine's, where the model is to run.
         gate_learning_rate: learning rate of gates; None uses the optimizer's.
+        takes_target: a target is all that the method needs to be told.
     """
 
+    takes_target: ClassVar[bool] = True
     target: float | None = None
     target_metric: str = "macs"
     image_size: int | tuple[int, int] | None = None
@@ -97,6 +99,39 @@ class PruningConfig:
             batch_size=self.latency_batch_size,
             allow_other_device=self.allow_other_device,
         )
+
+    @classmethod
+    def from_goal(
+        cls,
+        target: float | None,
+        target_metric: str = "macs",
+        latency_table: str | Path | LatencyTable | None = None,
+        *,
+        round_to: int = 8,
+        **settings: Any,
+    ) -> Self:
+        """Settings for a goal: for callers that know nothing else of the method, such as the command line.
+
+        Args:
+            target, target_metric, latency_table: as the attributes.
+            round_to: kept channels and neurons are to be a multiple of this, where the method has a say in it.
+            settings: of the method; they go before what it would choose.
+
+        Raises:
+            InvalidConfigError: an impossible setting, or one that the method does not have.
+        """
+        known = {field.name for field in fields(cls)}
+        if settings.keys() - known:
+            unknown = ", ".join(sorted(settings.keys() - known))
+            raise InvalidConfigError(f"{cls.__name__} has no {unknown}; it has {', '.join(sorted(known))}")
+        goal = {"target": target, "target_metric": target_metric, "latency_table": latency_table}
+        own = cls.defaults_for_goal(round_to)
+        return cls(**{**goal, **{name: value for name, value in own.items() if name in known}, **settings})
+
+    @classmethod
+    def defaults_for_goal(cls, round_to: int) -> dict[str, Any]:
+        """What :meth:`from_goal` sets beside the goal."""
+        return {"round_to": round_to}
 
     @property
     def method_name(self) -> str:

@@ -82,6 +82,10 @@ class NViTConfig(PruningConfig):
         check_whole("seed", self.seed, 0)
         self._check_snapshots(self.target)
 
+    @classmethod
+    def defaults_for_goal(cls, round_to: int) -> dict[str, Any]:
+        return {"group_sizes": {**dict.fromkeys(KINDS, round_to), "heads": 1}}
+
     def _check_groups(self) -> None:
         given = self.group_sizes
         if not isinstance(given, dict) or set(given) - set(KINDS):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from ...errors import InvalidConfigError
 from ..base import PruningConfig, check_number, check_open_interval
@@ -47,6 +47,7 @@ class SLSConfig(PruningConfig):
             what scikit-learn uses, but two at most, since with more the digits change from run to run.
     """
 
+    takes_target: ClassVar[bool] = False
     alpha: float = 0.3
     perplexity: float = 30.0
     iterations: int = 1000

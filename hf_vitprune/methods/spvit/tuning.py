@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -39,6 +39,7 @@ class SPViTTuningConfig(PruningConfig):
         mixing_temperature: tau of the table; None: 0.01, and 100 for Swin.
     """
 
+    takes_target: ClassVar[bool] = False
     mixers: Sequence[str] = ()
     mixing_temperature: float | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from ...errors import InvalidConfigError
 from ...surgery.gates import POINTS
@@ -67,6 +68,10 @@ class VTPConfig(PruningConfig):
                 re.compile(pattern or "")
             except (re.error, TypeError) as error:
                 raise InvalidConfigError(f"{name} {pattern!r} is no regular expression: {error}") from error
+
+    @classmethod
+    def defaults_for_goal(cls, round_to: int) -> dict[str, Any]:
+        return {"round_to": round_to, "gate_learning_rate": 1e-2}
 
     def gates_layer(self, path: str) -> bool:
         """Whether the layer at this path is gated."""
