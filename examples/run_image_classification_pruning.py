@@ -54,13 +54,13 @@ from hf_vitprune import (
     push_to_hub,
     revit,
 )
-from hf_vitprune.cli.demo import IMAGE_SIZE, tiny_vit
-from hf_vitprune.cli.workflow import accuracy_of
 from hf_vitprune.modeling.native import to_native
 from hf_vitprune.publish.block_report import plot_architecture
 from hf_vitprune.publish.card import model_card
 from hf_vitprune.publish.run_report import plot_gates
 from hf_vitprune.utils.data import DIGITS, load_images
+from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
+from hf_vitprune_cli.workflow import accuracy_of
 
 
 @dataclass

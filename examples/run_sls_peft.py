@@ -34,10 +34,10 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_vitprune import PruningCallback, SLSConfig, count, get_pruning_model
-from hf_vitprune.cli.demo import IMAGE_SIZE, tiny_vit
-from hf_vitprune.cli.workflow import Schedule, accuracy_of, evaluate
 from hf_vitprune.contrib.retraining import retrain
 from hf_vitprune.utils.data import DIGITS, LabelledImages, load_images
+from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
+from hf_vitprune_cli.workflow import Schedule, accuracy_of, evaluate
 
 
 @dataclass

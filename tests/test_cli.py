@@ -14,12 +14,12 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification, BertConfig, CLIPConfig, PreTrainedModel
 from typer.testing import CliRunner, Result
 
-from hf_vitprune.cli import main as cli
 from hf_vitprune.cost import count
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune
 from hf_vitprune.publish.block_report import COLOURS
 from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune_cli import main as cli
 from tiny import CASES, TEXT, WITH_MLP, assert_same, hybrid, make, run
 
 VIT = "ViTForImageClassification"
@@ -41,6 +41,13 @@ def refused(*args: object) -> str:
     assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("hf-vitprune: ")
     return done.stderr
+
+
+def misused(*args: object) -> str:
+    """What is printed for a command that cannot be meant, on one line."""
+    done = call(*args)
+    assert done.exit_code == 2, done.output
+    return " ".join(done.stderr.replace("│", " ").split())
 
 
 def saved(folder: Path, name: str = VIT, units: list[str] | None = None) -> PreTrainedModel:
@@ -189,28 +196,33 @@ def test_wrong_usage_is_explained() -> None:
 # ---------------------------------------------------------------------- the script itself
 def test_commands_are_listed_without_slow_imports() -> None:
     script = """
-import sys, types
-package = types.ModuleType("hf_vitprune")
-package.__path__ = ["hf_vitprune"]
-sys.modules["hf_vitprune"] = package  # the command's own modules, without the package's public names
-from hf_vitprune.cli.main import app
+import sys
+from hf_vitprune_cli.main import app
 from typer.testing import CliRunner
+commands = ("demo", "inspect", "prune", "latency", "export", "report", "convert", "card")
 print(CliRunner().invoke(app, ["--help"]).output)
-assert not {"torch", "transformers", "numpy"} & sys.modules.keys()
+for command in commands:
+    shown = CliRunner().invoke(app, [command, "--help"])
+    assert shown.exit_code == 0 and "--help" in shown.output, command
+    assert CliRunner().invoke(app, [command, "--no-such-option"]).exit_code == 2
+assert CliRunner().invoke(app, ["prune", "model", "out"]).exit_code == 2
+assert not {"torch", "transformers", "numpy", "hf_vitprune"} & sys.modules.keys()
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1]
     )
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("inspect", "export", "card", "prune", "demo", "--debug"))
+    assert all(
+        command in done.stdout for command in ("inspect", "export", "report", "card", "prune", "demo", "--debug")
+    )
 
 
 def test_console_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The entry point as the shell calls it: arguments from sys.argv, and an exit status."""
     monkeypatch.setattr(sys, "argv", ["hf-vitprune", "inspect", str(tmp_path / "nothing")])
-    monkeypatch.delitem(sys.modules, "hf_vitprune.cli.main")
+    monkeypatch.delitem(sys.modules, "hf_vitprune_cli.main")
     with pytest.raises(SystemExit) as exit:
-        runpy.run_module("hf_vitprune.cli.main", run_name="__main__")
+        runpy.run_module("hf_vitprune_cli.main", run_name="__main__")
     printed = capsys.readouterr()
     assert (exit.value.code, printed.out) == (1, "")
     assert printed.err == f"hf-vitprune: there is no folder {tmp_path / 'nothing'}\n"

@@ -11,7 +11,7 @@ from hf_vitprune.latency import grid as latency_grid
 from hf_vitprune.latency import measure
 from hf_vitprune.latency.report import curves, parts, plot_latency
 from latency_tables import made_table
-from test_cli import VIT, call, printed, refused, saved
+from test_cli import VIT, call, misused, printed, refused, saved
 from tiny import make
 
 SWIN = "SwinForImageClassification"
@@ -68,8 +68,8 @@ def test_refusals_are_one_line(tmp_path: Path) -> None:
     taken.write_text("{")
     assert "--force" in refused("latency", tmp_path / "model", "--out", taken)
     assert "no usable latency table" in refused("latency", taken)
-    assert "float32, bfloat16" in refused("latency", tmp_path / "model", "--out", tmp_path / "t", "--dtype", "int8")
-    assert "coarse, fine" in refused("latency", tmp_path / "model", "--out", tmp_path / "t", "--grid", "huge")
+    assert "'float32', 'bfloat16'" in misused("latency", "model", "--out", tmp_path / "t", "--dtype", "int8")
+    assert "'coarse', 'fine'" in misused("latency", "model", "--out", tmp_path / "t", "--grid", "huge")
     assert "no folder" in refused("latency", tmp_path / "nothing", "--out", tmp_path / "t")
     assert taken.read_text() == "{" and not (tmp_path / "t").exists()
 
@@ -77,14 +77,11 @@ def test_refusals_are_one_line(tmp_path: Path) -> None:
 def test_prune_takes_a_table_that_fits_and_no_other(tmp_path: Path) -> None:
     folder, file = tmp_path / "model", tmp_path / "table.json"
     saved(folder)
-    command = ("prune", folder, "digits", tmp_path / "out", "--target-metric", "latency", "--new-head")
+    command = ("prune", folder, tmp_path / "out", "--data", "digits", "--target-metric", "latency", "--new-head")
     assert "go together" in refused(*command)
     assert "LatencyTable or a file" in refused(*command, "--latency-table", file)
     made_table(make(VIT), device="a toaster").save(file)
     assert "a toaster" in refused(*command, "--latency-table", file)
-    assert "batches of 9" in refused(
-        *command, "--latency-table", file, "--allow-other-device", "--latency-batch-size", 9
-    )
     assert not (tmp_path / "out").exists()
 
 

@@ -1,7 +1,9 @@
-"""``hf-vitprune prune --train none``: unlabelled images or stored scores in, a model folder out."""
+"""``hf-vitprune prune`` without labels: unlabelled images or stored scores in, a model folder out."""
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,9 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from hf_vitprune import PruningPlan, count
 from hf_vitprune.errors import InvalidDataError
-from hf_vitprune.latency import measure as latency
 from hf_vitprune.utils.data import read_folder
-from test_cli import printed, refused
+from hf_vitprune_cli import from_images
+from test_cli import misused, printed, refused
 from tiny import reset_weights
 
 PAGE = Path(__file__).parent.parent / "docs" / "compensation.md"
@@ -48,9 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plot and one round of timing: both are tested elsewhere."""
-    monkeypatch.setattr("hf_vitprune.cli.workflow.plot_removed", lambda *_: None)
-    measure = latency.measure_speed
-    monkeypatch.setattr(latency, "measure_speed", lambda *args, **kwargs: measure(*args, **kwargs, rounds=1))
+    monkeypatch.setattr("hf_vitprune_cli.workflow.plot_removed", lambda *_: None)
+    once = partial(from_images.measure_speed, rounds=1)
+    monkeypatch.setattr(from_images, "measure_speed", once)
 
 
 def ratio(small: Path, dense: Path) -> float:
@@ -73,7 +75,7 @@ def test_the_commands_of_the_documentation(
         before = {path.name for path in tmp_path.iterdir()}
         names = {"MODEL": model, "FOLDER": folder}
         force = ["--force"] if "small" in command and (tmp_path / "small").exists() else []
-        if "--scores" in command:
+        if "--images" not in command:
             monkeypatch.setattr("hf_vitprune.utils.data._read", None)  # no image is read
         text = printed(*(names.get(word, word) for word in command), *force)
         assert "speed-up" in text and "from 40 unlabelled images" in text
@@ -86,18 +88,17 @@ def test_the_commands_of_the_documentation(
         plan = PruningPlan.load(tmp_path / name / "plan.json")
         assert plan.info["target"] == target and plan.info["method"] == "OneShot"
     assert "OneShot" in (tmp_path / "small" / "README.md").read_text()
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "digits-0.8").mkdir()
-    (tmp_path / "digits-0.8" / "mine").touch()
-    assert "digits-0.8 is there already" in refused("prune", "--scores", "scores.safetensors", "--target", 0.8)
+    assert "small is there already" in refused("prune", model, "small", "--scores", "scores.safetensors")
+    assert "scores.safetensors is there already" in refused(
+        "prune", model, "another", "--images", folder, "--scores", "scores.safetensors"
+    )
 
 
-def test_the_seed_decides_and_nothing_else(model: Path, folder: Path, tmp_path: Path, quick: None) -> None:
-    """Without --train, with the folder as a second argument, and over what is there."""
-    arguments = ("--images", folder, "--target", 0.6, "--num-images", 12, "--seed")
-    for name, seed in (("a", 1), ("b", 0), ("b", 1)):
-        printed("prune", model, tmp_path / name, *arguments, seed, "--force")
+def test_a_second_run_gives_the_same_model_over_what_is_there(
+    model: Path, folder: Path, tmp_path: Path, quick: None
+) -> None:
+    for name, target in (("a", 0.6), ("b", 0.8), ("b", 0.6)):
+        printed("prune", model, tmp_path / name, "--images", folder, "--target", target, "--force")
     same = (AutoModelForImageClassification.from_pretrained(tmp_path / name).state_dict() for name in "ab")
     assert all(torch.equal(x, y) for x, y in zip(*(s.values() for s in same), strict=True))
 
@@ -105,22 +106,12 @@ def test_the_seed_decides_and_nothing_else(model: Path, folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--train", "none"), "needs --images FOLDER (unlabelled images) or --scores FILE"),
-        (("--images", "{digits}", "--scores", "s"), "takes only one of them"),
-        (("--images", "{digits}", "--train", "half"), "--train is one of full, none"),
-        (("--images", "{digits}", "--train", "full"), "are for --train none"),
-        (("--save-scores", "s"), "are for --train none"),
-        (("out", "--images", "{digits}", "--out", "o"), "leave out 'out'"),
-        (("digits", "out", "--images", "{digits}"), "leave out 'digits'"),
-        (("--images", "{digits}", "--method", "vtp"), "--method vtp trains"),
-        (("--scores", "{digits}/notes.txt", "--save-scores", "s"), "in a file already"),
         (("--scores", "{digits}/notes.txt"), "no file of one-shot scores"),
         (("--scores", "{digits}/nothing"), "nothing"),
         (("--images", "{digits}/nowhere"), "is no folder"),
         (("--images", "{digits}", "--target", 0.01), "cannot be reached"),
         (("--images", "{digits}", "--target", 1.5), "target must lie strictly between 0 and 1"),
         (("--images", "{digits}", "--target-metric", "latency"), "go together"),
-        ((), "or MODEL and --images FOLDER to prune without"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
@@ -133,17 +124,35 @@ def test_what_cannot_be_done_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     filled = [str(argument).replace("{digits}", str(folder)) for argument in arguments]
-    assert message in refused("prune", model, *filled)
+    assert message in refused("prune", model, "out", *filled)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("model",), "Missing argument"),
+        (("model", "out"), "give --data"),
+        (("model", "data", "out", "--data", "digits"), "unexpected extra argument"),
+        (("model", "out", "--data", "digits", "--images", "i"), "--data is for training"),
+        (("model", "out", "--data", "digits", "--scores", "s"), "--data is for training"),
+        (("model", "out", "--data", "digits", "--method", "oneshot"), "takes no labels"),
+        (("model", "out", "--images", "i", "--method", "vtp"), "--method vtp trains on labels"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_at_once(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "hf_vitprune_cli.from_images", None)  # nothing is loaded for it
+    monkeypatch.setitem(sys.modules, "hf_vitprune_cli.from_labels", None)
+    assert message in misused("prune", *arguments)
 
 
 def test_scores_of_another_model_and_a_model_without_a_processor(
     model: Path, folder: Path, tmp_path: Path, quick: None
 ) -> None:
     scores, out = tmp_path / "s.safetensors", tmp_path / "out"
-    printed(
-        "prune", model, tmp_path / "a", "--images", folder, "--num-images", 8, "--save-scores", scores, "--target", 0.7
-    )
+    printed("prune", model, tmp_path / "a", "--images", folder, "--scores", scores, "--target", 0.7)
     other = AutoModelForImageClassification.from_pretrained(model)
     other.classifier.bias.data += 1
     other.save_pretrained(tmp_path / "other")

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 import hf_vitprune
 from hf_vitprune import PruningPlan, count
-from hf_vitprune.cli import demo
-from hf_vitprune.cli.main import app
-from hf_vitprune.cli.workflow import Schedule
+from hf_vitprune_cli import digits as demo
+from hf_vitprune_cli.main import app
+from hf_vitprune_cli.workflow import Schedule
 from test_data import image_folder
 
 
@@ -96,8 +96,8 @@ def run_prune(*arguments):
 def test_prune_makes_a_loadable_folder_from_a_folder_of_images(method, classifier_folder, tmp_path):
     images = image_folder(tmp_path / "pets")
     out = tmp_path / "small"
-    options = ["--epochs", 1, "--tune-epochs", 1, "--target", 0.6, "--batch-size", 4, "--method", method.lower()]
-    result = run_prune(classifier_folder, images, out, *options)
+    options = ["--epochs", 1, 1, "--target", 0.6, "--batch-size", 4, "--method", method.lower()]
+    result = run_prune(classifier_folder, out, "--data", images, *options)
     assert result.exit_code == 0, result.output
     model = AutoModelForImageClassification.from_pretrained(out)
     dense = AutoModelForImageClassification.from_pretrained(classifier_folder)
@@ -115,7 +115,8 @@ def test_prune_makes_a_loadable_folder_from_a_folder_of_images(method, classifie
     ],
 )
 def test_bad_requests_are_one_line(classifier_folder, tmp_path, arguments, message):
-    result = run_prune(classifier_folder, image_folder(tmp_path / "pets"), tmp_path / "out", *arguments)
+    data = image_folder(tmp_path / "pets")
+    result = run_prune(classifier_folder, tmp_path / "out", "--data", data, *arguments)
     assert result.exit_code == 1
     assert message in result.output and "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
@@ -123,10 +124,10 @@ def test_bad_requests_are_one_line(classifier_folder, tmp_path, arguments, messa
 
 def test_a_classifier_for_other_classes_is_refused_unless_replaced(classifier_folder, tmp_path):
     images = image_folder(tmp_path / "pets", classes=("a", "b", "c"))
-    result = run_prune(classifier_folder, images, tmp_path / "out")
+    result = run_prune(classifier_folder, tmp_path / "out", "--data", images)
     assert result.exit_code == 1 and "--new-head" in result.output
-    options = ["--epochs", 1, "--tune-epochs", 0, "--new-head", "--target", 0.6]
-    result = run_prune(classifier_folder, images, tmp_path / "out", *options)
+    options = ["--epochs", 1, 0, "--new-head", "--target", 0.6]
+    result = run_prune(classifier_folder, tmp_path / "out", "--data", images, *options)
     assert result.exit_code == 0, result.output
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {
         0: "a",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 import hf_vitprune
-import hf_vitprune.cli.demo
+import hf_vitprune_cli.digits
 from hub_standin import HubStandIn, hub_environment
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "run_image_classification_pruning.py"
@@ -94,10 +94,10 @@ def test_it_pushes_the_model_with_its_card(undisturbed):
 @pytest.mark.slow
 def test_nvit_with_another_teacher(tmp_path):
     """The full model teaches by KL while it is pruned, another classifier by hard labels in both stages."""
-    images = hf_vitprune.cli.demo.load_images("digits")
+    images = hf_vitprune_cli.digits.load_images("digits")
     model = tmp_path / "dense"
-    hf_vitprune.cli.demo.tiny_vit(images.label_names).save_pretrained(model)
-    hf_vitprune.cli.demo.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(model)
+    hf_vitprune_cli.digits.tiny_vit(images.label_names).save_pretrained(model)
+    hf_vitprune_cli.digits.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(model)
     sizes = json.dumps({"group_sizes": {"heads": 1, "qk": 4, "v": 4}})
     options = ["--method", "nvit", "--method_config", sizes, "--temperature", "20", "--teacher_name_or_path", model]
     output = run(SCRIPT, *ARGUMENTS, *options, "--model_name_or_path", model, "--output_dir", tmp_path / "out")
@@ -109,10 +109,10 @@ def test_nvit_with_another_teacher(tmp_path):
 @pytest.mark.parametrize("stage", ["learn", "tune"])
 def test_a_killed_search_resumes_to_the_same_model(tmp_path, stage):
     """SPViT, fine-tuned from the weights of before the search; the architecture goes from stage to stage by itself."""
-    images = hf_vitprune.cli.demo.load_images("digits")
+    images = hf_vitprune_cli.digits.load_images("digits")
     model = tmp_path / "dense"
-    hf_vitprune.cli.demo.tiny_vit(images.label_names).save_pretrained(model)
-    hf_vitprune.cli.demo.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(model)
+    hf_vitprune_cli.digits.tiny_vit(images.label_names).save_pretrained(model)
+    hf_vitprune_cli.digits.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(model)
     options = [
         *(
             "--method",
@@ -149,7 +149,7 @@ def test_redistributed_model_from_scratch(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     runpy.run_path(str(SCRIPT), run_name="__main__")  # a process of its own would import for longer than it trains
     summary = summary_of(capsys.readouterr().out)
-    base = hf_vitprune.cli.demo.tiny_vit([str(i) for i in range(10)]).config
+    base = hf_vitprune_cli.digits.tiny_vit([str(i) for i in range(10)]).config
     base.num_attention_heads = 1
     expected = hf_vitprune.count(hf_vitprune.revit(base, 32))
     assert summary["macs"] == expected.macs and summary["weight_params"] == expected.weight_params

@@ -30,15 +30,14 @@ ORDER = [
     "training",
     "publish",
     "contrib",
-    "cli",
 ]
-PACKAGE = "hf_vitprune"
+PACKAGE, CLI = "hf_vitprune", "hf_vitprune_cli"
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:
-    """Dotted name -> file, of every module of the package."""
+    """Dotted name -> file, of every module of the package and of the command line."""
     found = {}
-    for path in sorted((root / PACKAGE).rglob("*.py")):
+    for path in sorted(path for package in (PACKAGE, CLI) for path in (root / package).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
@@ -64,14 +63,16 @@ def graph(root: Path = ROOT) -> dict[str, dict[str, int]]:
     """Module -> modules of ours that it imports, with the line."""
     known = modules(root)
     return {
-        name: {target: line for target, line in imports(name, path, known) if target.split(".")[0] == PACKAGE}
+        name: {target: line for target, line in imports(name, path, known) if target.split(".")[0] in (PACKAGE, CLI)}
         for name, path in known.items()
     }
 
 
 def rank(module: str) -> int:
-    """Place of a module's package in the order; the public names stand above everything."""
-    package = (module.split(".") + [""])[1]
+    """Place of a module's package in the order; the public names come after them, and the command line last."""
+    top, package = (module.split(".") + [""])[:2]
+    if top == CLI:
+        return len(ORDER) + 1
     return ORDER.index(package) if package else len(ORDER)
 
 
@@ -104,7 +105,7 @@ def ring(edges: dict[str, dict[str, int]]) -> list[str]:
 
 
 def test_every_package_has_its_place() -> None:
-    assert {name.split(".")[1] for name in modules() if "." in name} <= set(ORDER)
+    assert {name.split(".")[1] for name in modules() if name.startswith(f"{PACKAGE}.")} <= set(ORDER)
 
 
 def test_no_import_goes_up() -> None:
@@ -117,7 +118,7 @@ def test_no_ring() -> None:
 
 def test_the_table_of_packages_has_this_order() -> None:
     rows = re.findall(r"^\| `(\w+)/?` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert rows == ORDER
+    assert rows == [*ORDER, CLI]
 
 
 @pytest.mark.parametrize(
@@ -130,14 +131,14 @@ def test_the_table_of_packages_has_this_order() -> None:
         ("from hf_vitprune import publish\n", "hf_vitprune.spec.bad:1 imports hf_vitprune.publish"),
         ("import hf_vitprune\n", "hf_vitprune.spec.bad:1 imports hf_vitprune"),
         (
-            "importlib.import_module('hf_vitprune.cli')\n",
-            "hf_vitprune.spec.bad:1 imports hf_vitprune.cli",
+            "importlib.import_module('hf_vitprune_cli.app')\n",
+            "hf_vitprune.spec.bad:1 imports hf_vitprune_cli.app",
         ),
         ("from ..errors import VitPruneError\n", ""),
     ],
 )
 def test_what_goes_up_is_found(source: str, wrong: str, tmp_path: Path) -> None:
-    files = {"spec/bad.py": source, "publish/card.py": "", "errors.py": "", "cli/__init__.py": ""}
+    files = {"spec/bad.py": source, "publish/card.py": "", "errors.py": "", "../hf_vitprune_cli/app.py": ""}
     for name, text in files.items():
         path = tmp_path / PACKAGE / name
         for folder in (path.parent, tmp_path / PACKAGE):

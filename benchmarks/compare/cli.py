@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hf_vitprune.cli.app import make_app
 from hf_vitprune.publish.report import markdown_table
+from hf_vitprune_cli.app import make_app
 
 OUTPUT = Path("runs/compare")
 

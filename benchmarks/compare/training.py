@@ -9,8 +9,8 @@ import torch
 from transformers import TrainingArguments
 
 from hf_vitprune import DistillationConfig, PruningTrainer
-from hf_vitprune.cli.workflow import use_quiet_progress
 from hf_vitprune.errors import InvalidDataError
+from hf_vitprune_cli.workflow import use_quiet_progress
 
 from .tasks import Examples, Task
 

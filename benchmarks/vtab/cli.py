@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from hf_vitprune.cli.app import make_app
+from hf_vitprune_cli.app import make_app
 
 from .settings import MODEL, PREPROCESSINGS, RETRAININGS
 from .tasks import DIGITS, VTAB

@@ -13,9 +13,9 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from hf_vitprune import Architecture, PruningPlan, PruningTrainer, count, get_pruning_model, prune, truncate
-from hf_vitprune.cli.workflow import use_quiet_progress
 from hf_vitprune.errors import InvalidConfigError, InvalidPlanError
 from hf_vitprune.methods.depth import fewest_layers
+from hf_vitprune_cli.workflow import use_quiet_progress
 
 from .adapters import FULL, set_trainable
 from .choices import LEARNED, RANDOM, SLS, Choice, config_class

@@ -12,15 +12,16 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, pipeline, set_seed
 
-from ..compensate import Compensation
-from ..cost import count
-from ..errors import VitPruneError
-from ..latency.measure import device_name
-from ..losses.distillation import DistillationConfig
-from ..methods import NViTConfig, OneShotScores, PruningConfig, SLSConfig, SPViTConfig, VTPConfig
-from ..pruning import prune
-from ..publish.report import comparison_table
-from ..utils.data import DIGITS, LabelledImages, load_images
+from hf_vitprune.compensate import Compensation
+from hf_vitprune.cost import count
+from hf_vitprune.errors import VitPruneError
+from hf_vitprune.latency.measure import device_name
+from hf_vitprune.losses.distillation import DistillationConfig
+from hf_vitprune.methods import NViTConfig, OneShotScores, PruningConfig, SLSConfig, SPViTConfig, VTPConfig
+from hf_vitprune.pruning import prune
+from hf_vitprune.publish.report import comparison_table
+from hf_vitprune.utils.data import DIGITS, LabelledImages, load_images
+
 from .workflow import PrunedResult, Schedule, compare, evaluate, prune_and_tune, save_result, train
 
 IMAGE_SIZE = 16

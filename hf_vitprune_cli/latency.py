@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import InvalidConfigError
+from .app import ForceOption, ImageSizeOption, empty_output, say
 
-DTYPES = ("float32", "bfloat16", "float16")
+
+class Dtype(StrEnum):
+    """What is timed in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Grid(StrEnum):
+    """How many shapes are timed."""
+
+    coarse = "coarse"
+    fine = "fine"
 
 
 def latency(
@@ -18,49 +32,49 @@ def latency(
     ],
     out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("latency_table.json"),
     batch_size: Annotated[int, typer.Option(help="Images a forward pass.", min=1)] = 8,
-    image_size: Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own.")] = None,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "float32",
+    image_size: ImageSizeOption = None,
+    dtype: Annotated[Dtype, typer.Option(help="What is timed in.")] = Dtype.float32,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "cpu",
-    grid: Annotated[str, typer.Option(help="coarse (minutes on two cores) or fine (an hour).")] = "coarse",
+    grid: Annotated[Grid, typer.Option(help="Minutes on two cores, or an hour.")] = Grid.coarse,
     rounds: Annotated[int, typer.Option(help="How often every shape is timed.", min=1)] = 5,
     monotone: Annotated[bool, typer.Option(help="Read times from a fit that never falls when a size grows.")] = True,
     show: Annotated[Path | None, typer.Option("--show", help="Plot the table into this file (png, svg, pdf).")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
+    force: ForceOption = False,
 ) -> None:
     """Time the blocks of a model in many shapes on this machine: a table for --target-metric latency.
 
     A measurement that was cut off goes on where it was: its rounds are kept in OUT.partial.
     """
+    is_table = Path(model).is_file()
+    if not is_table:
+        empty_output(out, force)
+
     import torch
     from rich.console import Console
 
-    from ..latency.report import described, latency_tables, plot_latency
-    from ..latency.table import LatencyTable
+    from hf_vitprune.latency.report import described, latency_tables, plot_latency
+    from hf_vitprune.latency.table import LatencyTable
 
-    if dtype not in DTYPES:
-        raise InvalidConfigError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
-    console = Console()
-    if Path(model).is_file():
+    from .saved import load_architecture
+
+    if is_table:
         table = LatencyTable.load(model)
     else:
-        from .app import empty_output, load_architecture
-
-        empty_output(out, force)
         table = LatencyTable.measure(
             load_architecture(model),
             batch_size=batch_size,
             image_size=image_size,
-            dtype=getattr(torch, dtype),
+            dtype=getattr(torch, dtype.value),
             device=device,
-            grid=grid,
+            grid=grid.value,
             rounds=rounds,
             monotone=monotone,
             partial=out.with_name(out.name + ".partial"),
         )
         table.save(out)
-        console.print(f"table written to {out}", highlight=False, soft_wrap=True)
-    console.print(described(table), highlight=False, soft_wrap=True)
+        say(f"table written to {out}")
+    say(described(table))
     for part in latency_tables(table):
-        console.print(part)
+        Console().print(part)
     if show is not None:
-        console.print(f"plot written to {plot_latency(table, show)}", highlight=False, soft_wrap=True)
+        say(f"plot written to {plot_latency(table, show)}")

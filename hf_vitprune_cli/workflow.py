@@ -12,17 +12,17 @@ import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from ..cost import count
-from ..latency.measure import Timing, measure_speed
-from ..losses.distillation import DistillationConfig
-from ..methods import PruningConfig, method_for
-from ..plan.plan import PruningPlan
-from ..publish.card import model_card
-from ..publish.report import plot_removed
-from ..spec.architecture import Architecture
-from ..training.exporting import is_compensated
-from ..training.model import get_pruning_model
-from ..training.trainer import PruningTrainer
+from hf_vitprune.cost import count
+from hf_vitprune.latency.measure import Timing, measure_speed
+from hf_vitprune.losses.distillation import DistillationConfig
+from hf_vitprune.methods import PruningConfig, method_for
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.publish.card import model_card
+from hf_vitprune.publish.report import plot_removed
+from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune.training.exporting import is_compensated
+from hf_vitprune.training.model import get_pruning_model
+from hf_vitprune.training.trainer import PruningTrainer
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,81 @@
+"""What every command line here has in common: errors in one line, ``--debug``, and arguments that commands share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from safetensors import SafetensorError
+from typer.core import TyperGroup
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a saved model, or its id on the Hub.")]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+ImageSizeOption = Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own.", min=1)]
+
+
+class Commands(TyperGroup):
+    """The group of all commands: takes ``--debug`` anywhere, and says what went wrong in one line."""
+
+    program = "hf-vitprune"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = [arg for arg in args if arg != "--debug"]
+        return super().parse_args(ctx, [*(["--debug"] if len(rest) < len(args) else []), *rest])
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if ctx.params["debug"] or not isinstance(error, _explained()):
+                raise
+            print(f"{self.program}: {one_line(error)}", file=sys.stderr)
+            raise typer.Exit(1) from error
+
+
+def _explained() -> tuple[type[Exception], ...]:
+    """Errors whose message is all that a user needs; the Hub's are OSErrors."""
+    own = sys.modules.get("hf_vitprune.errors")  # before it is imported nothing can raise its errors
+    return (OSError, SafetensorError, *([own.VitPruneError] if own else []))
+
+
+def make_app(name: str, about: str | None) -> typer.Typer:
+    """An application without commands yet.
+
+    Args:
+        name: what errors begin with.
+        about: its help.
+    """
+    return typer.Typer(
+        cls=type("NamedCommands", (Commands,), {"program": name}),
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help=about,
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def say(text: str) -> None:
+    """Print a line as it is: no wrapping, no colours."""
+    from rich.console import Console
+
+    Console().print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def empty_output(path: Path, force: bool) -> Path:
+    """The path, if nothing would be overwritten there.
+
+    Raises:
+        FileExistsError: it is a file or a folder with something in it, and ``--force`` is not given.
+    """
+    taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if taken and not force:
+        raise FileExistsError(f"{path} is there already; choose another place, or add --force to overwrite it")
+    return path

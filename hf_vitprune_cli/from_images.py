@@ -1,0 +1,87 @@
+"""Pruning without training: unlabelled images, or the scores of an earlier run, to a small model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoImageProcessor
+
+from hf_vitprune.compensate import Compensation
+from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune.latency.measure import device_name, measure_speed
+from hf_vitprune.methods import OneShotScores, OneShotSettings
+from hf_vitprune.methods.oneshot import check_target
+from hf_vitprune.pruning import prune
+from hf_vitprune.publish.report import comparison_table
+from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune.utils.data import read_folder
+
+from .app import say
+from .saved import load_config, model_class_of
+from .workflow import PrunedResult, model_row, save_result
+
+#: images that are drawn from the folder; more change little
+NUM_IMAGES = 128
+
+
+def prune_from_images(
+    model: str,
+    out: Path,
+    images: Path | None,
+    scores_file: Path | None,
+    goal: dict[str, Any],
+    *,
+    round_to: int,
+    batch_size: int,
+) -> None:
+    """Prune, save, and print what came of it.
+
+    Args:
+        model: folder or Hub id.
+        out: folder for the pruned model.
+        images: folder of images; None reads ``scores_file`` instead.
+        scores_file: where the scores are kept; None for nowhere.
+        goal: ``target``, ``target_metric``, ``latency_table``.
+        round_to: kept sizes are multiples of it.
+        batch_size: images a forward pass.
+    """
+    dense: Any = model_class_of(load_config(model)).from_pretrained(model).eval()
+    processor = _processor(model, images is not None)
+    check_target(Architecture.of(dense), OneShotSettings(), round_to=round_to, **goal)
+    if images is not None:
+        pixels = read_folder(images, processor, NUM_IMAGES)
+        settings = OneShotSettings(images=None, batch_size=batch_size, statistics=scores_file is not None)
+        scores = OneShotScores.measure(dense, pixels, settings, name=model)
+        if scores_file is not None:
+            scores.save(scores_file)
+        plan = scores.plan(round_to=round_to, **goal)
+        small = prune(dense, plan, calibration=pixels, compensate=Compensation(images=None, batch_size=batch_size))
+    else:
+        scores = OneShotScores.load(scores_file or "")
+        scores.check(dense)
+        plan = scores.plan(round_to=round_to, **goal)
+        small = prune(dense, scores.compensate(dense, plan))
+    timings = measure_speed({"dense": dense, "pruned": small}, batch_size=8)
+    rows = [model_row(key, one, None, timings[key]) for key, one in (("dense", dense), ("pruned", small))]
+    macs, params = (rows[1][key] / rows[0][key] for key in ("macs", "params"))
+    pair = {"before": timings["dense"], "after": timings["pruned"]}
+    save_result(out, PrunedResult(small, plan, {}, macs, params), processor, pair, dataset=None, base_model=model)
+    Console().print(comparison_table(rows, title=f"{model}, measured on {device_name()}, batch 8"))
+    seen = f"{scores.images} unlabelled images" + (f" seen when {scores_file} was made" if images is None else "")
+    say(f"saved to {out}: pruned without training, from {seen}")
+
+
+def _processor(model: str, needed: bool) -> Any:
+    """The image processor; None where the model has none and no image is read."""
+    try:
+        return AutoImageProcessor.from_pretrained(model)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        if not needed:
+            return None
+        raise InvalidConfigError(
+            f"{model} has no usable image processor (preprocessor_config.json), which images have to go through: "
+            f"{error}"
+        ) from error

@@ -1,0 +1,98 @@
+"""Pruning while it trains: labelled images to a small, fine-tuned model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+
+from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune.latency.measure import device_name
+from hf_vitprune.losses.distillation import DistillationConfig
+from hf_vitprune.methods import NViTConfig, PruningConfig, SPViTConfig, VTPConfig
+from hf_vitprune.publish.report import comparison_table
+from hf_vitprune.utils.data import load_images
+
+from .app import say
+from .workflow import Schedule, compare, prune_and_tune, save_result
+
+
+def prune_from_labels(
+    model: str,
+    out: Path,
+    data: str,
+    method: str,
+    goal: dict[str, Any],
+    learn: Schedule,
+    tune: Schedule,
+    *,
+    round_to: int,
+    new_head: bool,
+) -> None:
+    """Learn what to prune, prune, fine-tune, save, and print what came of it.
+
+    Args:
+        model: folder or Hub id of an image classifier.
+        out: folder for the pruned model.
+        data: what ``load_images`` takes.
+        method: ``vtp``, ``nvit`` or ``spvit``.
+        goal: ``target``, ``target_metric``, ``latency_table``.
+        learn: schedule of the training that decides.
+        tune: of the fine-tuning; of 0 epochs for none.
+        round_to: kept sizes are multiples of it.
+        new_head: replace the classifier by one for the data's classes.
+    """
+    config = _config(method, goal, round_to)
+    set_seed(learn.seed)
+    images = load_images(data, seed=learn.seed)
+    classifier = _classifier(model, images.label_names, new_head)
+    processor = AutoImageProcessor.from_pretrained(model)
+    train_set, eval_set = images.processed(processor)
+    result = prune_and_tune(
+        classifier,
+        config,
+        train_set,
+        eval_set,
+        learn=learn,
+        tune=tune if tune.epochs else None,
+        distillation=DistillationConfig(),
+    )
+    rows, timings = compare(classifier, result.accuracy["dense"], {config.method_name: result}, batch_size=8)
+    pair = {"before": timings["dense"], "after": timings[config.method_name]}
+    save_result(out, result, processor, pair, dataset=data, base_model=model)
+    Console().print(comparison_table(rows, title=f"{model} on {data}, measured on {device_name()}, batch 8"))
+    say(f"saved to {out}")
+
+
+def _config(method: str, goal: dict[str, Any], round_to: int) -> PruningConfig:
+    """Raises:
+    InvalidConfigError: an unknown method, or an impossible goal.
+    """
+    if method == "nvit":
+        sizes = dict.fromkeys(("embedding", "qk", "v", "mlp"), round_to)
+        return NViTConfig(**goal, group_sizes={**sizes, "heads": 1})
+    if method == "spvit":
+        return SPViTConfig(**goal, round_to=round_to)
+    if method == "vtp":
+        return VTPConfig(**goal, round_to=round_to, gate_learning_rate=1e-2)
+    raise InvalidConfigError(f"unknown method {method!r}; one of vtp, nvit, spvit, oneshot")
+
+
+def _classifier(model: str, label_names: list[str], new_head: bool) -> Any:
+    """The image classifier, with the data's classes.
+
+    Raises:
+        InvalidConfigError: its classes are not the data's, and no new head is asked for.
+    """
+    names = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+    if new_head:
+        return AutoModelForImageClassification.from_pretrained(model, ignore_mismatched_sizes=True, **names)
+    classifier = AutoModelForImageClassification.from_pretrained(model)
+    if classifier.config.num_labels != len(label_names):
+        raise InvalidConfigError(
+            f"{model} has {classifier.config.num_labels} classes and the data {len(label_names)}: fine-tune the model "
+            "first, or pass --new-head"
+        )
+    return classifier
