@@ -96,6 +96,21 @@ def test_inspect_of_configs_that_name_no_class(tmp_path: Path) -> None:
     assert json.loads(printed("inspect", tmp_path, "--json"))["task"] == "ForImageClassification"
 
 
+# ---------------------------------------------------------------------- report
+def test_report_puts_models_side_by_side(uneven: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    dense, plot = tmp_path / "dense", tmp_path / "kept.svg"
+    whole = count(saved(dense), 32)
+    rows = json.loads(printed("report", dense, uneven, "--json", "--image-size", 32))
+    small = count(AutoModelForImageClassification.from_pretrained(uneven), 32)
+    assert [row["name"] for row in rows] == [str(dense), str(uneven)]
+    assert [(row["params"], row["macs"]) for row in rows] == [(cost.params, cost.macs) for cost in (whole, small)]
+    assert rows[1]["MACs kept"] == small.macs / whole.macs
+    assert [layer["qk"] for layer in rows[1]["layers"][:-1]] == [4, 4, 4]
+    text = printed("report", dense, uneven, "--plot", plot)
+    assert "MACs kept" in text and text.count("attention") == 3 and "qk" in plot.read_text()
+
+
 # ---------------------------------------------------------------------- export
 def test_export_native(tmp_path: Path) -> None:
     small = saved(tmp_path / "small", units=["heads", "mlp"])

@@ -33,7 +33,7 @@ from hf_vitprune.modeling.conv_fold import fold_heads, mixing_probabilities
 from hf_vitprune.spec.architecture import Architecture
 from hf_vitprune.utils.checkpoint_file import read_checkpoint
 from spvit_reference import Net, Reference, State, random_state
-from test_cli import printed, refused
+from test_cli import misused, printed, refused
 from tiny import images, relative_error, run
 
 MIXERS = ["conv3x3", "conv1x1", "attention", "identity", "conv3x3"]
@@ -328,5 +328,5 @@ def test_command_with_bad_lists(content: str, message: str, tmp_path: Path) -> N
     config_of(DEIT).save_pretrained(tmp_path / "base")
     (tmp_path / "layers.json").write_text(content)
     how = ["--base", tmp_path / "base", "--layers", tmp_path / "layers.json"]
-    assert message in refused("convert", tmp_path / "model.pth", tmp_path / "out", *how)
+    assert message in misused("convert", tmp_path / "model.pth", tmp_path / "out", *how)
     assert not (tmp_path / "out").exists()
