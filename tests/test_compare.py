@@ -13,11 +13,14 @@ from typer.testing import CliRunner
 
 from benchmarks.compare import models, runs
 from benchmarks.compare.cli import app
-from benchmarks.compare.methods import METHODS
-from benchmarks.compare.methods.common import ROUND_TO, plan_of_budget
+from benchmarks.compare.methods import METHODS, baselines, method_named
+from benchmarks.compare.methods.taylor import plan_of_budget
 from benchmarks.compare.report import table_of
 from benchmarks.compare.tasks import Examples, Task
-from hf_vitprune import PruningPlan, count
+from hf_vitprune import PruningPlan, count, prune, register_method
+from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune.methods import registry
+from toy_method import Toy, ToyConfig
 
 
 def tiny_task(name: str = "tiny") -> Task:
@@ -29,16 +32,13 @@ def tiny_task(name: str = "tiny") -> Task:
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 @pytest.mark.parametrize("budget", [0.5, 0.3])
-def test_rounded_plans_land_on_the_budget(family: str, budget: float) -> None:
+def test_rounded_plans_land_on_the_budget(family: str, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForImageClassification.from_config(models.FAMILIES[family](tiny_task()))
-    for plan_at in (
-        lambda ratio: PruningPlan.random(model, ratio, round_to=ROUND_TO),
-        lambda ratio: PruningPlan.magnitude(model, ratio, round_to=ROUND_TO),
-    ):
-        architecture = plan_of_budget(model, budget, plan_at).architecture
-        assert count(architecture).macs / count(model).macs == pytest.approx(budget, rel=runs.TOLERANCE)
-        sizes = [s for shape in architecture.layers for s in (shape.qk_dim, shape.v_dim, shape.mlp)]
-        assert all(size % ROUND_TO == 0 for size in [*sizes, architecture.hidden_size])
+    monkeypatch.setattr(baselines, "tune", lambda small, *rest: small)
+    smalls = [METHODS[name](model, tiny_task(), budget, 0, 0) for name in ("random", "magnitude", "taylor-global")]
+    smalls.append(prune(model, plan_of_budget(model, budget, lambda ratio: PruningPlan.magnitude(model, ratio))))
+    for small in smalls:
+        assert count(small).macs / count(model).macs == pytest.approx(budget, rel=runs.TOLERANCE)
 
 
 def test_runs_are_done_once_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +57,16 @@ def test_runs_are_done_once_and_reported(tmp_path: Path, monkeypatch: pytest.Mon
     assert f"{len(records)} of {len(records)} runs are done already" in again.output
     shown = CliRunner().invoke(app, ["report", "--markdown", "--output", str(tmp_path)], catch_exceptions=False)
     assert all(name in shown.output for name in methods)
+
+
+def test_registered_methods_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidConfigError, match="methods are random, .*truncation; not toy"):
+        method_named("toy")
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    register_method(ToyConfig, Toy)
+    model = AutoModelForImageClassification.from_config(models.FAMILIES["vit"](tiny_task()))
+    small = method_named("toy")(model, tiny_task(), 0.6, 2, 0)
+    assert count(small).macs / count(model).macs == pytest.approx(0.6, rel=runs.TOLERANCE)
 
 
 def test_table_has_mean_and_deviation_over_seeds() -> None:

@@ -68,7 +68,8 @@ def test_installed_packages_bring_methods(toy: Any, tmp_path: Path, monkeypatch:
     package.mkdir()
     (package / "METADATA").write_text("Name: toy-package\nVersion: 1\n")
     (package / "entry_points.txt").write_text(f"[{registry.ENTRY_POINTS}]\ntoy = installed_toy\n")
-    (tmp_path / "installed_toy.py").write_text("import toy_method as t\nt.register_method(t.ToyConfig, t.Toy)\n")
+    code = "import hf_vitprune, toy_method as t\nhf_vitprune.register_method(t.ToyConfig, t.Toy)\n"
+    (tmp_path / "installed_toy.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     assert "toy" in method_names()
     assert config_class_of("toy") is toy.ToyConfig

@@ -15,10 +15,10 @@ import torch
 from transformers import set_seed
 
 from hf_vitprune import Architecture, count
-from hf_vitprune.errors import InvalidConfigError, InvalidDataError
+from hf_vitprune.errors import InvalidDataError
 
 from ..vtab.files import write_atomically
-from .methods import METHODS
+from .methods import method_named
 from .models import dense_model
 from .tasks import load_task
 from .training import accuracy
@@ -64,9 +64,8 @@ def runs_of(
     Raises:
         InvalidConfigError: an unknown method.
     """
-    unknown = sorted(set(methods) - METHODS.keys())
-    if unknown:
-        raise InvalidConfigError(f"methods are {', '.join(METHODS)}; not {', '.join(unknown)}")
+    for method in methods:
+        method_named(method)
     runs = []
     for family, task, seed in itertools.product(families, tasks, seeds):
         runs.append(Run(family, task, DENSE, 1.0, 0, seed))
@@ -86,7 +85,7 @@ def do_run(run: Run, folder: Path) -> dict[str, Any]:
     set_seed(run.seed)
     small = dense
     if run.method != DENSE:
-        small = METHODS[run.method](copy.deepcopy(dense), task, run.budget, run.steps, run.seed)
+        small = method_named(run.method)(copy.deepcopy(dense), task, run.budget, run.steps, run.seed)
     ratio = count(small).macs / count(dense).macs
     if abs(ratio / run.budget - 1) > TOLERANCE:
         raise InvalidDataError(f"{run.name}: {ratio:.3f} of the MACs stay, over {TOLERANCE:.0%} off the budget")

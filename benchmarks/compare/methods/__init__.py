@@ -2,17 +2,22 @@
 
 A function gets the trained dense model (a copy of its own), the task, the budget (fraction of the MACs that may
 remain), the number of optimizer steps that it may take in all, and a seed; it gives the pruned, fine-tuned model. A
-method joins with a function in a file of this folder and a line in :data:`METHODS`.
+method joins with a function in a file of this folder and a line in :data:`METHODS`; one that is registered with
+``register_method`` is known by its name without that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune.methods import method_names
+
 from ..tasks import Task
-from .baselines import magnitude, random_units
-from .learned import nvit, vtp
+from .baselines import activation, magnitude, random_units, taylor, taylor_global, taylor_isomorphic
+from .learned import by_goal, nvit, vtp
 from .spvit import multi_path, random_search, shared_gradients, spvit, topmost_gradients
 from .taylor import torch_pruning_taylor
 
@@ -21,6 +26,10 @@ Method = Callable[[Any, Task, float, int, int], Any]
 METHODS: dict[str, Method] = {
     "random": random_units,
     "magnitude": magnitude,
+    "activation": activation,
+    "taylor": taylor,
+    "taylor-global": taylor_global,
+    "taylor-isomorphic": taylor_isomorphic,
     "torch-pruning": torch_pruning_taylor,
     "vtp": vtp,
     "nvit": nvit,
@@ -30,3 +39,16 @@ METHODS: dict[str, Method] = {
     "spvit-multi-path": multi_path,
     "spvit-random-search": random_search,
 }
+
+
+def method_named(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        InvalidConfigError: there is none.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if name not in method_names():
+        raise InvalidConfigError(f"methods are {', '.join(dict.fromkeys([*METHODS, *method_names()]))}; not {name}")
+    return partial(by_goal, name)

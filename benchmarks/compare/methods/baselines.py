@@ -1,23 +1,44 @@
-"""Baselines: units of every set cut by one ratio before any step, then fine-tuning."""
+"""Baselines: scores of the units, a plan of the budget, then fine-tuning; nothing is learned in between."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from hf_vitprune import PruningPlan, prune
+from hf_vitprune import PruningPlan, criteria, prune
+from hf_vitprune.criteria import UnitScores
+from hf_vitprune.utils.batches import ImageBatches
 
 from ..tasks import Task
 from ..training import tune
-from .common import ROUND_TO, plan_of_budget
+from .common import ROUND_TO
+
+#: images that scores are made of, and of a batch of them; their gradients count as no step
+IMAGES, BATCH_SIZE = 320, 32
 
 
-def random_units(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
-    """Units drawn at random."""
-    plan = plan_of_budget(model, budget, lambda ratio: PruningPlan.random(model, ratio, round_to=ROUND_TO, seed=seed))
-    return tune(prune(model, plan), model, task, steps, seed)
+def _scored(scope: str, score: Callable[[Any, Task, int], UnitScores]) -> Callable[[Any, Task, float, int, int], Any]:
+    """The method that prunes to the budget by these scores."""
+
+    def run(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
+        scores = score(model, task, seed)
+        plan = PruningPlan.from_scores(model, scores, budget, scope=scope, units=None, round_to=ROUND_TO)
+        return tune(prune(model, plan), model, task, steps, seed)
+
+    return run
 
 
-def magnitude(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
-    """Units of the smallest weights (L2 norm)."""
-    plan = plan_of_budget(model, budget, lambda ratio: PruningPlan.magnitude(model, ratio, round_to=ROUND_TO))
-    return tune(prune(model, plan), model, task, steps, seed)
+def _images(task: Task) -> ImageBatches:
+    return ImageBatches(task.train, BATCH_SIZE, IMAGES)
+
+
+def _taylor(model: Any, task: Task, seed: int) -> UnitScores:
+    return criteria.taylor(model, _images(task))
+
+
+random_units = _scored("local", lambda model, task, seed: criteria.random(model, seed))
+magnitude = _scored("local", lambda model, task, seed: criteria.magnitude(model))
+activation = _scored("local", lambda model, task, seed: criteria.activation(model, _images(task)))
+taylor = _scored("local", _taylor)
+taylor_global = _scored("global", _taylor)
+taylor_isomorphic = _scored("isomorphic", _taylor)

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from hf_vitprune import NViTConfig, VTPConfig, get_pruning_model
+from hf_vitprune.methods import PruningConfig, config_class_of
 
 from ..tasks import Task
 from ..training import fit, tune
@@ -38,7 +39,17 @@ def vtp(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
     config = VTPConfig(
         target=budget, sparsity_weight=1e-4, sparsity_warmup=0.2, gate_learning_rate=2e-2, round_to=ROUND_TO
     )
+    return _learned(config, model, task, steps, seed)
+
+
+def by_goal(name: str, model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
+    """Any registered method, with the settings that it chooses for the budget."""
+    config = config_class_of(name).from_goal(budget, round_to=ROUND_TO)
+    return _learned(config, model, task, steps, seed)
+
+
+def _learned(config: PruningConfig, model: Any, task: Task, steps: int, seed: int) -> Any:
     wrapped = get_pruning_model(copy.deepcopy(model), config)
     first = max(1, round(SHARE * steps))
-    fit(wrapped, task, first, LEARNING_RATE, seed, what=f"VTP, {first} steps")
+    fit(wrapped, task, first, LEARNING_RATE, seed, what=f"{config.method_name}, {first} steps")
     return tune(wrapped.export(compensate=False), model, task, steps - first, seed)
