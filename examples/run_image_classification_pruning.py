@@ -35,6 +35,7 @@ from accelerate import PartialState
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    DeiTConfig,
     HfArgumentParser,
     TrainingArguments,
     ViTImageProcessorPil,
@@ -45,6 +46,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_vitprune import (
     DistillationConfig,
     NViTConfig,
+    PruningModel,
     PruningTrainer,
     SPViTConfig,
     VTPConfig,
@@ -54,6 +56,8 @@ from hf_vitprune import (
     push_to_hub,
     revit,
 )
+from hf_vitprune.contrib.drop_path import attach_drop_path
+from hf_vitprune.contrib.spvit_start import released_start
 from hf_vitprune.modeling.native import to_native
 from hf_vitprune.publish.block_report import plot_architecture
 from hf_vitprune.publish.card import model_card
@@ -103,7 +107,10 @@ class ModelArguments:
     )
     weights: str = field(
         default="searched",
-        metadata={"help": "what the small model is cut out of: searched, or pretrained (before the first stage)"},
+        metadata={
+            "help": "what the small model is cut out of: searched, or pretrained (before the first stage); released: "
+            "pretrained, with fresh unfolded convolutions, as SPViT's authors do"
+        },
     )
     lora_rank: int = field(
         default=0, metadata={"help": "train LoRA adapters of this rank instead of all weights; 0: all"}
@@ -117,6 +124,9 @@ class ModelArguments:
     temperature: float = field(default=1.0, metadata={"help": "of that distillation (NViT: 20)"})
     teacher_name_or_path: str | None = field(
         default=None, metadata={"help": "image classifier of the same classes that teaches hard labels in both stages"}
+    )
+    drop_path: float = field(
+        default=0.0, metadata={"help": "chance of the last layer's branches to be dropped, in both stages (DeiT: 0.1)"}
     )
     native: bool = field(default=False, metadata={"help": "save a stock model, where the pruned shape allows it"})
 
@@ -157,7 +167,7 @@ def load_model(args: ModelArguments, label_names: list[str]) -> tuple[Any, Any]:
         )
         processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
     if args.revit_hidden_size is not None:
-        return build(model.config, revit(model.config, args.revit_hidden_size)), processor
+        return untrained(model.config, args), processor
     if args.lora_rank:
         from peft import LoraConfig, get_peft_model
 
@@ -165,6 +175,16 @@ def load_model(args: ModelArguments, label_names: list[str]) -> tuple[Any, Any]:
         lora = LoraConfig(r=args.lora_rank, target_modules=targets, modules_to_save=["classifier"])
         model = get_peft_model(model, lora)
     return model, processor
+
+
+def untrained(config: Any, args: ModelArguments) -> Any:
+    """A model of ReViT's shape; with a head of its own for what a teacher says, if there is one."""
+    if args.teacher_name_or_path is None:
+        return build(config, revit(config, args.revit_hidden_size))
+    known = DeiTConfig().to_dict().keys() - {"model_type", "architectures"}
+    config = DeiTConfig(**{name: value for name, value in config.to_dict().items() if name in known})
+    architecture = revit(config, args.revit_hidden_size).replace(task="ForImageClassificationWithTeacher")
+    return build(config, architecture)
 
 
 def other_teacher(args: ModelArguments) -> list[tuple[DistillationConfig, Any]]:
@@ -222,10 +242,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if model_args.revit_hidden_size is not None:
         return train_from_scratch(model, processor, sets, model_args, data_args, training_args)
 
-    if model_args.weights not in ("searched", "pretrained"):
-        raise ValueError(f"--weights is searched or pretrained, not {model_args.weights}")
-    if model_args.weights == "pretrained" and model_args.model_name_or_path is None:
-        raise ValueError("--weights pretrained needs a pre-trained model: give --model_name_or_path")
+    if model_args.weights not in ("searched", "pretrained", "released"):
+        raise ValueError(f"--weights is searched, pretrained or released, not {model_args.weights}")
+    if model_args.weights != "searched" and model_args.model_name_or_path is None:
+        raise ValueError(f"--weights {model_args.weights} needs a pre-trained model: give --model_name_or_path")
+    if model_args.weights == "released" and model_args.method != "spvit":
+        raise ValueError("--weights released is for --method spvit")
     config = make_config(model_args)
     dense_cost = count(model)
 
@@ -238,10 +260,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     other = other_teacher(model_args)
     lessons = [*other, *([(method.distillation, full)] if method.distillation and full is not None else [])]
     learner = PruningTrainer(pruning_model, stage_arguments(training_args, "learn"), **sets, **taught_by(lessons))
+    handles = attach_drop_path(pruning_model, model_args.drop_path)
     learned = run_stage(learner, training_args)
+    for handle in handles:
+        handle.remove()
     if learner.is_world_process_zero():
         draw(learner, pruning_model, Path(training_args.output_dir))
-    small = pruning_model.export(weights=before if model_args.weights == "pretrained" else None)
+    if model_args.weights == "released":
+        small: Any = released_start(before, pruning_model.plan())
+    else:
+        small = pruning_model.export(weights=before if model_args.weights == "pretrained" else None)
     teacher = pruning_model.unload() if not method.zeroes_weights else full
 
     # stage 2: fine-tune the small model, taught by the full one
@@ -251,7 +279,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         lessons.append((distillation, teacher))
     arguments = stage_arguments(training_args, "tune", model_args.tune_epochs)
     tuner = PruningTrainer(small, arguments, **sets, **taught_by(lessons))
+    handles = attach_drop_path(small, model_args.drop_path)
     tuned = run_stage(tuner, training_args)
+    for handle in handles:
+        handle.remove()
+    if isinstance(small, PruningModel):
+        small = small.export()
 
     cost = count(small)
     summary = {
@@ -282,8 +315,12 @@ def train_from_scratch(
     training_args: TrainingArguments,
 ) -> dict[str, Any]:
     """Train a model of redistributed shape: nothing is pruned, and there is no second stage."""
-    trainer = PruningTrainer(model, stage_arguments(training_args, "scratch"), **sets)
+    lessons = taught_by(other_teacher(model_args))
+    trainer = PruningTrainer(model, stage_arguments(training_args, "scratch"), **sets, **lessons)
+    handles = attach_drop_path(model, model_args.drop_path)
     summary = {"accuracy": run_stage(trainer, training_args)["eval_accuracy"], **count(model)._asdict()}
+    for handle in handles:
+        handle.remove()
     if trainer.is_world_process_zero():
         save(model, processor, summary, model_args, training_args, data_args)
         print(json.dumps(summary, indent=2))

@@ -144,15 +144,25 @@ def test_two_processes_give_one_result(tmp_path):
     assert summary_of(output)["macs_ratio"] <= 0.5
 
 
-def test_redistributed_model_from_scratch(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("taught", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_redistributed_model_from_scratch(tmp_path, monkeypatch, capsys, taught):
+    """Taught, it has a second head: both heads learn, from labels and from the teacher."""
     arguments = [SCRIPT, *ARGUMENTS, "--revit_hidden_size", "32", "--output_dir", tmp_path]
+    if taught:
+        hf_vitprune.cli.demo.tiny_vit([str(i) for i in range(10)]).save_pretrained(tmp_path / "teacher")
+        arguments += ["--teacher_name_or_path", tmp_path / "teacher", "--drop_path", "0.1", "--warmup_steps", "0.2"]
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     runpy.run_path(str(SCRIPT), run_name="__main__")  # a process of its own would import for longer than it trains
     summary = summary_of(capsys.readouterr().out)
     base = hf_vitprune_cli.digits.tiny_vit([str(i) for i in range(10)]).config
     base.num_attention_heads = 1
-    expected = hf_vitprune.count(hf_vitprune.revit(base, 32))
-    assert summary["macs"] == expected.macs and summary["weight_params"] == expected.weight_params
+    expected = hf_vitprune.revit(base, 32)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
-    assert hf_vitprune.Architecture.of(loaded) == hf_vitprune.revit(base, 32)
+    if taught:
+        assert type(loaded).__name__ == "PrunedDeiTForImageClassificationWithTeacher"
+        assert hf_vitprune.Architecture.of(loaded).layers == expected.layers
+    else:
+        cost = hf_vitprune.count(expected)
+        assert summary["macs"] == cost.macs and summary["weight_params"] == cost.weight_params
+        assert hf_vitprune.Architecture.of(loaded) == expected
     assert 0 <= summary["accuracy"] <= 1 and (tmp_path / "README.md").exists()

@@ -45,6 +45,17 @@ def test_the_shape_of_width_384() -> None:
     assert architecture.scaling(0) == 1 / 8
 
 
+def test_the_rule_of_the_table() -> None:
+    """Without the 10 heads and the doubled q/k at both ends: 2 * 768 * (10 (32 + 64) - 4 (16 + 64)) fewer weights."""
+    architecture = revit(ViTConfig(**BASE), rule="table")
+    assert [s.heads for s in architecture.layers] == [4, 4, 4, 8, 8, 8, 8, 8, 8, 4, 4, 4]
+    assert [s.qk_dim for s in architecture.layers] == [16, 16, 16, 32, 32, 32, 32, 32, 32, 16, 16, 16]
+    released = revit(ViTConfig(**BASE))
+    assert count(released).weight_params - count(architecture).weight_params == 2 * 768 * 640
+    with pytest.raises(InvalidConfigError, match="rule is released or table"):
+        revit(ViTConfig(**BASE), rule="paper")
+
+
 @settings(max_examples=30, deadline=None)
 @given(depth=st.integers(1, 40), width=st.integers(1, 1024))
 def test_any_depth_has_a_wide_middle_and_two_like_ends(depth: int, width: int) -> None:

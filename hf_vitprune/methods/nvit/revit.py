@@ -13,25 +13,30 @@ from ...spec.architecture import Architecture, stock_config
 HEAD_DIM = 64
 
 
-def revit(base_config: PreTrainedConfig, hidden_size: int = 384) -> Architecture:
+def revit(base_config: PreTrainedConfig, hidden_size: int = 384, rule: str = "released") -> Architecture:
     """A wide middle and narrow ends: the redistributed shape of NViT (arXiv 2110.04869), not pruned.
 
     With a = round(0.005 E) and b = round(0.00625 E) (at least 1) for width E, a quarter of the layers at either end
-    have 2a heads with 8b q/k channels and an MLP of 3E, the outermost of them 10 heads with 16b; the half between
-    has 4a heads with 16b and an MLP of 6E. Heads have 64 value channels. The paper has 12 layers (3, 6, 3); other
-    depths are split in the same proportions.
+    have 2a heads with 8b q/k channels and an MLP of 3E; the half between has 4a heads with 16b and an MLP of 6E.
+    Heads have 64 value channels. The paper has 12 layers (3, 6, 3); other depths are split in the same proportions.
+    The released code, whose sizes are the published ones, gives the first and the last layer 10 heads with 16b; the
+    paper's table 6 does not.
 
     Args:
         base_config: stock config: depth, labels, image and patch size; its heads have 64 channels.
         hidden_size: residual width E.
+        rule: ``"released"``, or ``"table"`` for the paper's table 6.
 
     Returns:
         The architecture; ``build(base_config, revit(base_config))`` is an untrained model of it.
 
     Raises:
-        InvalidConfigError: the family has stages, or a fixed width, or the config's heads have not 64 channels.
+        InvalidConfigError: the family has stages, or a fixed width, or the config's heads have not 64 channels; an
+            unknown rule.
         InvalidArchitectureError: the width is no positive whole number, or far over the config's.
     """
+    if rule not in ("released", "table"):
+        raise InvalidConfigError(f"rule is released or table, not {rule!r}")
     dense = Architecture.dense(stock_config(base_config))
     if dense.depths is not None or "embedding" not in dense.family.units:
         raise InvalidConfigError(f"ReViT shapes are for models of one width, which {dense.model_type} models are not")
@@ -49,6 +54,8 @@ def revit(base_config: PreTrainedConfig, hidden_size: int = 384) -> Architecture
 
     depth = len(dense.layers)
     quarter = round(depth / 4)
-    ends = [layer(10, 2 * qk, 3), *[layer(2 * heads, qk, 3)] * (quarter - 1)][:quarter]
+    ends = [layer(2 * heads, qk, 3)] * quarter
+    if rule == "released":
+        ends[:1] = [layer(10, 2 * qk, 3)] * min(1, quarter)
     middle = [layer(4 * heads, 2 * qk, 6)] * (depth - 2 * quarter)
     return Architecture.from_layers(dense.config, [*ends, *middle, *reversed(ends)], hidden_size)

@@ -73,6 +73,19 @@ class VTPConfig(PruningConfig):
     def defaults_for_goal(cls, round_to: int) -> dict[str, Any]:
         return {"round_to": round_to, "gate_learning_rate": 1e-2}
 
+    @classmethod
+    def published(cls, pruning_ratio: float = 0.4, **changes: Any) -> VTPConfig:
+        """The paper's settings: lambda 1e-4, all four points, kept scores set to one, any number of channels a head.
+
+        The rest of its recipe is the training's: ``examples/recipes/vtp-40.json``.
+
+        Args:
+            pruning_ratio: share of the channels that goes; the paper has 0.2 and 0.4.
+            changes: further settings, or other values.
+        """
+        settings: dict[str, Any] = {"sparsity_weight": 1e-4, "binarize": True, "uneven": True, "round_to": 1}
+        return cls(**{"pruning_ratio": pruning_ratio, **settings, **changes})
+
     def gates_layer(self, path: str) -> bool:
         """Whether the layer at this path is gated."""
         if self.target_modules is not None and not re.search(self.target_modules, path):

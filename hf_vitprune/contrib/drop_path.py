@@ -1,0 +1,64 @@
+"""Stochastic depth (Huang et al., arXiv 1603.09382) for models whose config has none: ViT, DeiT, CLIP, SigLIP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import InvalidConfigError
+from ..modeling.structure import get, layer_paths
+from ..spec.architecture import Architecture, unwrap
+from ..surgery.gates import GateHook
+
+
+def attach_drop_path(model: Any, rate: float) -> list[RemovableHandle]:
+    """While ``model`` trains, drop a layer's attention or MLP for some images; the others are scaled up.
+
+    The chance grows evenly from 0 in the first layer to ``rate`` in the last (DeiT trains with 0.1). In eval mode
+    nothing changes. Attach it after the gates of a pruning method, and remove it before an export.
+
+    Args:
+        model: stock or pruned, or a PruningModel; no weights change.
+        rate: of the last layer, in [0, 1).
+
+    Returns:
+        Handles; removing them all leaves the model as it was.
+
+    Raises:
+        InvalidConfigError: an impossible rate, or the model has a ``drop_path_rate`` in its config.
+    """
+    if not 0 <= rate < 1:
+        raise InvalidConfigError(f"the rate of drop path lies in [0, 1), not {rate!r}")
+    base = unwrap(getattr(model, "model", model))
+    if rate and hasattr(base.config, "drop_path_rate"):
+        raise InvalidConfigError(
+            f"{base.config.model_type} models drop paths themselves: load this one with drop_path_rate={rate}"
+        )
+    architecture = Architecture.of(base)
+    paths = layer_paths(base, architecture)
+    handles: list[RemovableHandle] = []
+    for i, (entry, shape) in enumerate(zip(paths, architecture.layers, strict=True)):
+        chance = rate * i / max(1, len(paths) - 1)
+        branches = [entry.attention] * (shape.mixer != "none") + [entry.mlp] * (shape.mlp > 0)
+        handles += [get(base, path).register_forward_hook(_DropPath(chance)) for path in branches if chance]
+    return handles
+
+
+class _DropPath(GateHook):
+    """Behind a branch: (B, tokens, C) alone, or first in a tuple."""
+
+    def __init__(self, chance: float) -> None:
+        self.chance = chance
+
+    def __call__(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        if not module.training:
+            return output
+        if isinstance(output, tuple):
+            return (self._dropped(output[0]), *output[1:])
+        return self._dropped(output)
+
+    def _dropped(self, branch: torch.Tensor) -> torch.Tensor:
+        kept = torch.rand((len(branch), 1, 1), device=branch.device) >= self.chance
+        return branch * kept.to(branch.dtype) / (1 - self.chance)
