@@ -149,7 +149,7 @@ def test_redistributed_model_from_scratch(tmp_path, monkeypatch, capsys, taught)
     """Taught, it has a second head: both heads learn, from labels and from the teacher."""
     arguments = [SCRIPT, *ARGUMENTS, "--revit_hidden_size", "32", "--output_dir", tmp_path]
     if taught:
-        hf_vitprune.cli.demo.tiny_vit([str(i) for i in range(10)]).save_pretrained(tmp_path / "teacher")
+        hf_vitprune_cli.digits.tiny_vit([str(i) for i in range(10)]).save_pretrained(tmp_path / "teacher")
         arguments += ["--teacher_name_or_path", tmp_path / "teacher", "--drop_path", "0.1", "--warmup_steps", "0.2"]
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     runpy.run_path(str(SCRIPT), run_name="__main__")  # a process of its own would import for longer than it trains
