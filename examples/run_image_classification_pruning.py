@@ -45,11 +45,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_vitprune import (
     DistillationConfig,
-    NViTConfig,
     PruningModel,
     PruningTrainer,
-    SPViTConfig,
-    VTPConfig,
     build,
     count,
     get_pruning_model,
@@ -58,6 +55,7 @@ from hf_vitprune import (
 )
 from hf_vitprune.contrib.drop_path import attach_drop_path
 from hf_vitprune.contrib.spvit_start import released_start
+from hf_vitprune.methods import config_class_of, method_names
 from hf_vitprune.modeling.native import to_native
 from hf_vitprune.publish.block_report import plot_architecture
 from hf_vitprune.publish.card import model_card
@@ -89,7 +87,7 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "model folder or Hub id; a small untrained ViT for the digits by default"}
     )
-    method: str = field(default="vtp", metadata={"help": "pruning method: vtp, nvit, spvit"})
+    method: str = field(default="vtp", metadata={"help": f"pruning method: {', '.join(method_names())}"})
     method_config: str = field(
         default="{}", metadata={"help": 'JSON of further settings of the method, e.g. {"uneven": true}'}
     )
@@ -131,24 +129,12 @@ class ModelArguments:
     native: bool = field(default=False, metadata={"help": "save a stock model, where the pruned shape allows it"})
 
 
-METHODS = {"vtp": VTPConfig, "nvit": NViTConfig, "spvit": SPViTConfig}
-#: learning rate of the gates, where the method has not got its own
-GATE_LEARNING_RATES = {"vtp": 1e-2}
-
-
 def make_config(args: ModelArguments) -> Any:
     """The method's settings, those of ``method_config`` above all."""
-    rate = GATE_LEARNING_RATES.get(args.method) if args.gate_learning_rate is None else args.gate_learning_rate
-    settings: dict[str, Any] = {
-        "target": args.target,
-        "target_metric": args.target_metric,
-        "latency_table": args.latency_table,
-        **({} if rate is None else {"gate_learning_rate": rate}),
-        **json.loads(args.method_config),
-    }
-    if "target_gmacs" in settings:
-        del settings["target"]
-    return METHODS[args.method](**settings)
+    rate = {} if args.gate_learning_rate is None else {"gate_learning_rate": args.gate_learning_rate}
+    settings = {**rate, **json.loads(args.method_config)}
+    target = None if "target_gmacs" in settings else args.target
+    return config_class_of(args.method).from_goal(target, args.target_metric, args.latency_table, **settings)
 
 
 def load_model(args: ModelArguments, label_names: list[str]) -> tuple[Any, Any]:

@@ -46,6 +46,7 @@ def test_settings_follow_from_a_goal() -> None:
     assert config == VTPConfig(target=0.4, target_metric="params", round_to=4, gate_learning_rate=1e-2)
     sizes = {"embedding": 4, "heads": 1, "qk": 4, "v": 4, "mlp": 4}
     assert NViTConfig.from_goal(0.5, round_to=4, eta=0.1) == NViTConfig(target=0.5, group_sizes=sizes, eta=0.1)
+    assert NViTConfig.from_goal(0.5) == NViTConfig(target=0.5)
     assert config_class_of("truncation").from_goal(0.5).to_dict()["target"] == 0.5
     with pytest.raises(InvalidConfigError, match="VTPConfig has no eta"):
         VTPConfig.from_goal(0.5, eta=0.1)

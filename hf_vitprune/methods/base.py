@@ -107,14 +107,15 @@ class PruningConfig:
         target_metric: str = "macs",
         latency_table: str | Path | LatencyTable | None = None,
         *,
-        round_to: int = 8,
+        round_to: int | None = None,
         **settings: Any,
     ) -> Self:
         """Settings for a goal: for callers that know nothing else of the method, such as the command line.
 
         Args:
             target, target_metric, latency_table: as the attributes.
-            round_to: kept channels and neurons are to be a multiple of this, where the method has a say in it.
+            round_to: kept channels and neurons are to be a multiple of this, where the method has a say in it; None:
+                as it does by itself.
             settings: of the method; they go before what it would choose.
 
         Raises:
@@ -125,13 +126,19 @@ class PruningConfig:
             unknown = ", ".join(sorted(settings.keys() - known))
             raise InvalidConfigError(f"{cls.__name__} has no {unknown}; it has {', '.join(sorted(known))}")
         goal = {"target": target, "target_metric": target_metric, "latency_table": latency_table}
-        own = cls.defaults_for_goal(round_to)
+        own = {} if round_to is None else cls.rounded_to(round_to)
+        own |= cls.defaults_for_goal()
         return cls(**{**goal, **{name: value for name, value in own.items() if name in known}, **settings})
 
     @classmethod
-    def defaults_for_goal(cls, round_to: int) -> dict[str, Any]:
-        """What :meth:`from_goal` sets beside the goal."""
-        return {"round_to": round_to}
+    def rounded_to(cls, multiple: int) -> dict[str, Any]:
+        """The settings under which kept channels and neurons are a multiple of this."""
+        return {"round_to": multiple}
+
+    @classmethod
+    def defaults_for_goal(cls) -> dict[str, Any]:
+        """Other settings that :meth:`from_goal` chooses."""
+        return {}
 
     @property
     def method_name(self) -> str:

@@ -83,8 +83,8 @@ class NViTConfig(PruningConfig):
         self._check_snapshots(self.target)
 
     @classmethod
-    def defaults_for_goal(cls, round_to: int) -> dict[str, Any]:
-        return {"group_sizes": {**dict.fromkeys(KINDS, round_to), "heads": 1}}
+    def rounded_to(cls, multiple: int) -> dict[str, Any]:
+        return {"group_sizes": {**dict.fromkeys(KINDS, multiple), "heads": 1}}
 
     def _check_groups(self) -> None:
         given = self.group_sizes

@@ -70,8 +70,8 @@ class VTPConfig(PruningConfig):
                 raise InvalidConfigError(f"{name} {pattern!r} is no regular expression: {error}") from error
 
     @classmethod
-    def defaults_for_goal(cls, round_to: int) -> dict[str, Any]:
-        return {"round_to": round_to, "gate_learning_rate": 1e-2}
+    def defaults_for_goal(cls) -> dict[str, Any]:
+        return {"gate_learning_rate": 1e-2}
 
     @classmethod
     def published(cls, pruning_ratio: float = 0.4, **changes: Any) -> VTPConfig:

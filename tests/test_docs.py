@@ -1,0 +1,32 @@
+"""The examples of the documentation run as they stand there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+import toy_method
+from hf_vitprune.methods import config_class_of, registry
+from tiny import LABELS, images, make
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def examples(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def test_criteria(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    train = [{"pixel_values": x, "labels": torch.tensor(i % LABELS)} for i, x in enumerate(images(8))]
+    names = {"model": make("ViTForImageClassification"), "train": train}
+    names |= {"MyConfig": toy_method.ToyConfig, "MyMethod": toy_method.Toy}
+    blocks = examples("criteria.md")
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, names)
+    assert 0.3 < float(capsys.readouterr().out.split()[0]) <= 0.5
+    assert [len(entry.mlp) for entry in names["plan"].layers] == [32] * 3
+    assert config_class_of("toy") is toy_method.ToyConfig
