@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
+from transformers.utils.generic import can_return_loss, find_labels
 
 from hf_vitprune import DistillationConfig, PruningCallback, PruningTrainer, VTPConfig, get_pruning_model
 from hf_vitprune.errors import InvalidConfigError, MissingLabelsError
+from hf_vitprune.losses.task import is_classifier
 from pruning_runs import VIT, Images, gated, lora_model, state_of, trainer
-from tiny import LABELS, assert_same, make
+from tiny import CASES, LABELS, assert_same, images, make, run
 
 TWO_HEADS = "DeiTForImageClassificationWithTeacher"
 SOFT = DistillationConfig("soft", weight=0.3, temperature=2.0)
@@ -146,6 +149,39 @@ def test_labels_may_have_other_names_and_models_other_tasks(tmp_path: Path) -> N
     masked = gated("ViTForMaskedImageModeling")
     trainer(masked, tmp_path, train_dataset=rows, remove_unused_columns=False).train()
     assert masked.method.decided
+
+
+@pytest.mark.parametrize("kind", [Trainer, PruningTrainer])
+@pytest.mark.parametrize("case", CASES)
+def test_columns_and_labels_are_those_of_the_wrapped_model(case: str, kind: type[Trainer], tmp_path: Path) -> None:
+    stock, wrapped = make(case), get_pruning_model(make(case), VTPConfig(pruning_ratio=0.4, round_to=4))
+    takes = {name: p.default for name, p in inspect.signature(stock.forward).parameters.items()}
+    ours = {name: p.default for name, p in inspect.signature(wrapped.forward).parameters.items()}
+    takes |= {"labels": None} if is_classifier(stock) else {}
+    assert ours == takes
+    labels = ["labels"] if is_classifier(stock) else find_labels(type(stock))
+    assert find_labels(type(wrapped)) == labels and can_return_loss(type(wrapped)) == can_return_loss(type(stock))
+    run_ = trainer(wrapped, tmp_path, kind=kind, callbacks=[PruningCallback()])
+    run_._set_signature_columns_if_needed()
+    assert set(run_._signature_columns) == {*takes, *labels, "label", "label_ids"} and run_.label_names == labels
+    by_position = wrapped.eval()(images(2))
+    assert_same(run(wrapped), {k: v for k, v in run(stock).items()})
+    assert type(by_position) is type(stock(images(2)))
+    with pytest.raises(TypeError):
+        wrapped(images(2), pixel_values=images(2))
+    with pytest.raises(TypeError):
+        wrapped(*[None] * (len(ours) + 1))
+
+
+@pytest.mark.parametrize("kind", [Trainer, PruningTrainer])
+def test_masked_image_modelling_keeps_its_columns(kind: type[Trainer], tmp_path: Path) -> None:
+    """With the Trainer's default, which drops what the model does not take; the loss is the stock model's."""
+    rows = [{**NoLabels()[i], "bool_masked_pos": torch.arange(4) % 2, "file": i} for i in range(8)]
+    model, stock = gated("ViTForMaskedImageModeling", sparsity_weight=0), make("ViTForMaskedImageModeling")
+    for one in (model, stock):
+        trainer(one, tmp_path, kind=kind, callbacks=[PruningCallback()] * (one is model), train_dataset=rows,
+                gradient_accumulation_steps=2, max_steps=1).train()  # fmt: skip
+    assert_same({name: t for name, t in model.model.state_dict().items()}, dict(stock.state_dict()))
 
 
 def test_a_teacher_is_needed_to_distil_into_another_model(tmp_path: Path) -> None:

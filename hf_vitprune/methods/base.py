@@ -177,6 +177,8 @@ class PruningMethod(nn.Module):
     :meth:`after_step`; at its end :meth:`decide`.
 
     Attributes:
+        needs_steps: the decision comes from :meth:`penalty`, :meth:`observe` or :meth:`after_step`; a training without
+            them has told it nothing.
         needs_gradients: :meth:`observe` wants the gradients of the task loss.
         needs_images: :meth:`decide` wants the training images.
         needs_held_out_images: :meth:`decide` wants labelled images that were not trained on.
@@ -189,6 +191,7 @@ class PruningMethod(nn.Module):
         distillation: what the method's authors train with beside the labels; None: nothing.
     """
 
+    needs_steps = True
     needs_gradients = False
     needs_images = False
     needs_held_out_images = False
@@ -264,6 +267,14 @@ class PruningMethod(nn.Module):
             model: the wrapped model.
             step: updates made so far, of ``max_steps``.
         """
+
+    @property
+    def on_target(self) -> bool:
+        """Whether evaluations now are of a model that may be kept as it is.
+
+        What was best on the way to a target, with more units, is no candidate for ``load_best_model_at_end``.
+        """
+        return True
 
     @property
     def finished(self) -> bool:

@@ -67,6 +67,7 @@ class DepthMethod(PruningMethod):
 
     found_bits: torch.Tensor
 
+    needs_steps = False
     may_keep_everything = True
     removes_layers_only = True
 

@@ -75,8 +75,20 @@ class LayerPlan:
         return self.mixer != "none" and mine != (source.mixer, source.conv_channels, source.batch_norm)
 
     def keep_heads(self, heads: Iterable[int]) -> LayerPlan:
-        """Keep only these heads (positions in the source layer)."""
+        """Keep only these heads (positions in the source layer).
+
+        Raises:
+            InvalidPlanError: none, or one that the layer does not have.
+        """
         chosen = tuple(sorted(heads))
+        if not chosen:
+            raise InvalidPlanError(
+                f"layer {self.index} keeps a head at least: with_mixer('none') takes the attention away, "
+                "with_mixer('identity') leaves its norm and values"
+            )
+        foreign = sorted(set(chosen) - set(self.heads))
+        if foreign:
+            raise InvalidPlanError(f"layer {self.index} has the heads {list(self.heads)}, not {foreign}")
         rows = [self.heads.index(h) for h in chosen]
         return replace(self, heads=chosen, qk=tuple(self.qk[r] for r in rows), v=tuple(self.v[r] for r in rows))
 

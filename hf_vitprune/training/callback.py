@@ -46,7 +46,7 @@ class PruningCallback(TrainerCallback):
 
     def __init__(self, images: Any = None) -> None:
         self.images = images
-        self._penalty = 0.0
+        self._penalty: torch.Tensor | None = None
         self.gradient_scale: float | None = None
 
     def on_train_begin(
@@ -54,6 +54,7 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         method = pruning_model_of(model).method
         check_setup(args)
+        model.guided = True
         _check_checkpointing(args, model)
         self._check_clipping(args, method)
         method.check_training(args, state.max_steps)
@@ -63,27 +64,23 @@ class PruningCallback(TrainerCallback):
             model.tuned = True
             logger.warning("what to prune is decided already: this training tunes what stays and changes no choice")
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """What was best before the method came to its target is forgotten: it is not what is trained for."""
+        if not pruning_model_of(model).method.on_target:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        pruning_model = pruning_model_of(model)
-        method = pruning_model.method
-        if method.needs_gradients:
-            method.observe(pruning_model.model, 1.0 if self.gradient_scale is None else self.gradient_scale)
-        penalty = method.penalty(state.global_step / max(state.max_steps, 1))
-        if penalty is None:
-            self._penalty = 0.0
-            return
-        parameters = method.gate_parameters()
-        for parameter, grad in zip(parameters, torch.autograd.grad(penalty, parameters), strict=True):
-            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-        self._penalty = penalty.item()
+        scale = 1.0 if self.gradient_scale is None else self.gradient_scale
+        self._penalty = pruning_model_of(model).before_step(state.global_step, state.max_steps, scale)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        pruning_model = pruning_model_of(model)
-        pruning_model.method.after_step(pruning_model.model, state.global_step + 1, state.max_steps)
+        pruning_model_of(model).after_step(state.global_step, state.max_steps)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -102,7 +99,8 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        extra = {"penalty": self._penalty, **pruning_model_of(model).method.logs()}
+        penalty = 0.0 if self._penalty is None else self._penalty.item()
+        extra = {"penalty": penalty, **pruning_model_of(model).method.logs()}
         logs.update(extra)
         state.log_history[-1].update(extra)  # log() has stored a copy already
 
@@ -117,6 +115,11 @@ class PruningCallback(TrainerCallback):
             state.log_history.append({**numbers, "step": state.global_step})
         summary = {unit: round(share, 3) for unit, share in pruning_model.plan().summary().items() if share < 1}
         logger.info(f"pruning decided; share of units kept: {summary}")
+        if self.gradient_scale is None:
+            logger.warning(
+                "what this Trainer's save_model() writes is a checkpoint with gates: save the small model with "
+                "trainer.model.save_pretrained(folder), or train with PruningTrainer, whose save_model() does it"
+            )
 
     def _check_images(self, training_images: ImageBatches | None, model: PruningModel) -> None:
         """What would be missed after the training is missed before it."""

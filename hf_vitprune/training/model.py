@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import AdapterError, InvalidConfigError, InvalidDataError, ResumeError, UnsupportedModelError
+from ..errors import AdapterError, InvalidConfigError, InvalidDataError, InvalidPlanError, UnsupportedModelError
 from ..losses.task import is_classifier, task_loss
 from ..methods import PruningConfig, method_for
 from ..modeling.native import to_native
 from ..modeling.peft_twin import check_peft_model, is_peft, tuner_layers
+from ..peft import save_pruned_peft
 from ..peft.configs import check_config
 from ..peft.methods.convpass import ConvpassLayer
 from ..plan.plan import PruningPlan
@@ -24,7 +21,9 @@ from ..pruning import prune
 from ..spec.architecture import Architecture, unwrap
 from ..utils.batches import ImageBatches
 from ..utils.processes import broadcast
+from .checkpoints import Checkpoints
 from .exporting import export_plan
+from .forward import class_with, signature_of, takes_loss_kwargs
 
 
 def get_pruning_model(model: Any, config: PruningConfig) -> PruningModel:
@@ -45,23 +44,30 @@ def get_pruning_model(model: Any, config: PruningConfig) -> PruningModel:
     return PruningModel(model, config)
 
 
-class PruningModel(nn.Module):
+class PruningModel(Checkpoints):
     """A model with gates. Train it with ``PruningTrainer``, then ``plan()`` and ``export()``.
 
-    The wrapped model keeps its weights, names and classes; gates act through hooks that :meth:`unload` removes. Its
-    checkpoints are this wrapper's state dict, so that a Trainer restores every tensor exactly.
+    The wrapped model keeps its weights, names and classes; gates act through hooks that :meth:`unload` removes. It
+    takes what the wrapped model takes. Its checkpoints are this wrapper's state dict, so that a Trainer restores
+    every tensor exactly.
+
+    In a training loop of one's own, call :meth:`before_step` and :meth:`after_step` around every ``optimizer.step()``
+    (of an optimizer over :meth:`parameter_groups`), and :meth:`decide` at the end.
 
     Attributes:
         model: the wrapped model.
         method: scores, penalty and decision.
         training_images: of the last training, in the order of its data set; None before.
-        compensate: what :meth:`export` does about the loss when it is given no images: ``"none"``, until a
-            ``PruningTrainer`` says otherwise.
+        compensate: what :meth:`export` does about the loss when it is given no images, and there are
+            ``training_images``: ``"auto"``, unless a ``PruningTrainer`` was told otherwise.
         tuned: it was trained after the decision.
     """
 
-    #: tells the Trainer that the loss below is normalised by num_items_in_batch
-    accepts_loss_kwargs = True
+    def __new__(cls, model: Any = None, config: Any = None) -> PruningModel:
+        base = unwrap(model)
+        if isinstance(base, PreTrainedModel):
+            cls = class_with(PruningModel, signature_of(base))
+        return super().__new__(cls)
 
     def __init__(self, model: Any, config: PruningConfig) -> None:
         super().__init__()
@@ -79,40 +85,56 @@ class PruningModel(nn.Module):
         self.model = model
         self.method = method_for(config)(config, base)
         self.training_images: ImageBatches | None = None
-        self.compensate: Any = "none"
+        self.compensate: Any = "auto"
         self.tuned = False
+        self.guided = False
+        self._trained = False
         if is_peft(model) and not self.method.removes_layers_only:
             _check_sliceable(model, self.pruning_config.method_name)
         self._handles = self.method.attach(base)
-        self._takes_labels = "labels" in inspect.signature(base.forward).parameters
+        self._arguments = list(signature_of(base).parameters)
         self._classifies = is_classifier(base)
+        #: what the Trainer asks: whether the loss below is normalised by num_items_in_batch
+        self.accepts_loss_kwargs = self._classifies or takes_loss_kwargs(base)
+
+    def __reduce__(self) -> Any:
+        return _empty, (signature_of(self.get_base_model()),), self.__dict__
 
     # ------------------------------------------------------------------ running
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As the wrapped model's; ``pixel_values`` (batch, channels, height, width), ``labels`` (batch,).
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """As the wrapped model's.
 
         The classification loss is computed here, with the model's own loss function: several stock heads ignore
         ``num_items_in_batch`` (their gradients then grow with accumulation), and DeiT's two-headed one takes no
         labels at all.
+
+        Raises:
+            InvalidConfigError: a Trainer without ``PruningCallback`` begins to train.
         """
-        if self.training and torch.is_grad_enabled() and self.method.decided:
-            self.tuned = True
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        if len(args) > len(self._arguments) or len(given) < len(args) + len(kwargs):
+            raise TypeError(f"{type(self.get_base_model()).__name__} takes {', '.join(self._arguments)}, each once")
+        if self.training and torch.is_grad_enabled():
+            self._note_training("num_items_in_batch" in given)
         if not self._classifies:
-            if labels is not None and self._takes_labels:
-                kwargs["labels"] = labels
-            return self.model(pixel_values=pixel_values, **kwargs)
-        return_dict = kwargs.pop("return_dict", None)
-        outputs = self.model(pixel_values=pixel_values, return_dict=True, **kwargs)
+            return self.model(**given)
+        labels, num_items = given.pop("labels", None), given.pop("num_items_in_batch", None)
+        return_dict = given.pop("return_dict", None)
+        outputs = self.model(return_dict=True, **given)
         if labels is not None:
-            outputs["loss"] = task_loss(self.get_base_model(), labels, outputs.logits, num_items_in_batch)
+            outputs["loss"] = task_loss(self.get_base_model(), labels, outputs.logits, num_items)
             outputs.move_to_end("loss", last=False)
         return outputs if return_dict is not False else outputs.to_tuple()
+
+    def _note_training(self, by_a_trainer: bool) -> None:
+        self._trained = True
+        if self.method.decided:
+            self.tuned = True
+        elif by_a_trainer and self.method.needs_steps and not self.guided:
+            raise InvalidConfigError(
+                f"this Trainer has no PruningCallback, and {self.pruning_config.method_name} would learn nothing: use "
+                "PruningTrainer, or Trainer(..., callbacks=[PruningCallback()])"
+            )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -126,55 +148,48 @@ class PruningModel(nn.Module):
         """The transformers model inside."""
         return unwrap(self.model)
 
-    # ------------------------------------------------------------------ checkpoints
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """As any module's, but every tensor once: safetensors refuses shared ones (VeRA's adapters have some)."""
-        state = super().state_dict(*args, **kwargs)
-        for name in self._shared():
-            state.pop(kwargs.get("prefix", "") + name)
-        return state
+    # ------------------------------------------------------------------ a training loop of one's own
+    def parameter_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Groups for a torch optimizer: everything that learns, gates at their own learning rate, without decay.
 
-    def _shared(self) -> dict[str, str]:
-        """Name of every tensor that was there before -> the name it was first under."""
-        first: dict[int, str] = {}
-        tensors = super().state_dict(keep_vars=True)
-        return {name: old for name, t in tensors.items() if (old := first.setdefault(id(t), name)) != name}
-
-    def get_extra_state(self) -> torch.Tensor:
-        """What the checkpoint is of, as JSON in bytes (a tensor: safetensors holds nothing else)."""
-        architecture = self.method.architecture
-        record = {k: v for k, v in architecture.to_dict().items() if k != "config"}  # training may set things there
-        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
-        settings = {"model": f"{architecture.model_type} of {len(architecture.layers)} layers ({digest})"}
-        settings |= {key: str(value) for key, value in self.pruning_config.to_dict().items()}
-        return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: torch.Tensor) -> None:
-        theirs, ours = (json.loads(bytes(t.tolist())) for t in (state, self.get_extra_state()))
-        differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-        if differing:
-            rows = [f"{key} was {theirs.get(key)} and is {ours.get(key)}" for key in differing]
-            raise ResumeError(
-                f"the checkpoint is of another pruning run: {'; '.join(rows)}. Use the same model and settings, or "
-                "start anew"
-            )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Called by ``load_state_dict``, before the parts inside are loaded: refuses what would restore only some.
-
-        Raises:
-            ResumeError: the checkpoint is of another model, or of another method or settings.
+        Args:
+            weight_decay: of all but gates.
         """
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # compares the settings
-        own = {prefix + key for key in self.state_dict()}
-        given = {key for key in state_dict if key.startswith(prefix)}
-        if own != given:
-            raise ResumeError(
-                f"this is no checkpoint of the {type(self).__name__}: {_some(own - given)} missing, "
-                f"{_some(given - own)} left over. Wrap the same model in the same way as for the run that wrote it"
-            )
-        for name, first in self._shared().items():
-            state_dict[prefix + name] = state_dict[prefix + first]
+        gates = [p for p in self.method.gate_parameters() if p.requires_grad]
+        known = {id(p) for p in gates}
+        others = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
+        rate = self.pruning_config.gate_learning_rate
+        own: dict[str, Any] = {"params": gates, "weight_decay": 0.0, **({} if rate is None else {"lr": rate})}
+        return [{"params": others, "weight_decay": weight_decay}, *([own] if gates else [])]
+
+    def before_step(self, step: int, max_steps: int, gradient_scale: float = 1.0) -> torch.Tensor | None:
+        """To be called right before ``optimizer.step()``: the method looks at the gradients, its penalty joins them.
+
+        The gradients are those of the whole update (all micro-batches and processes, unscaled). ``PruningCallback``
+        calls this in a Trainer.
+
+        Args:
+            step: updates made so far, of ``max_steps``.
+            gradient_scale: what undoes a clipping of the gradients, where they were clipped; NViT scores by them.
+
+        Returns:
+            The penalty (its gradient has been added, do not add it to the loss), None where there is none.
+        """
+        self.guided = True
+        method = self.method
+        if method.needs_gradients:
+            method.observe(self.model, gradient_scale)
+        penalty = method.penalty(step / max(max_steps, 1))
+        if penalty is None:
+            return None
+        parameters = method.gate_parameters()
+        for parameter, grad in zip(parameters, torch.autograd.grad(penalty, parameters), strict=True):
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        return penalty.detach()
+
+    def after_step(self, step: int, max_steps: int) -> None:
+        """To be called right after ``optimizer.step()``, with the same numbers as :meth:`before_step`."""
+        self.method.after_step(self.model, step + 1, max_steps)
 
     # ------------------------------------------------------------------ results
     @property
@@ -192,8 +207,11 @@ class PruningModel(nn.Module):
 
         Raises:
             InvalidDataError: the method decides by images, and there are none.
+            InvalidPlanError: the method has learned nothing so far, or the training diverged.
         """
         method = self.method
+        if not method.decided:
+            self._check_trained()
         if images is not None:
             batches: ImageBatches | None = ImageBatches(images)
         else:
@@ -210,6 +228,20 @@ class PruningModel(nn.Module):
         self.method.decide(self.model, batches)
         broadcast(self.method)
 
+    def _check_trained(self) -> None:
+        if self._trained and self.method.needs_steps and not self.guided:
+            raise InvalidPlanError(
+                f"the model was trained without {self.pruning_config.method_name}, which has learned nothing: train "
+                "with PruningTrainer, with Trainer(..., callbacks=[PruningCallback()]), or call before_step() and "
+                "after_step() around every optimizer.step() of your own loop"
+            )
+        broken = [name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())]
+        if broken:
+            raise InvalidPlanError(
+                f"{len(broken)} tensors of the model are not finite ({broken[0]}, ...): the training diverged. Look "
+                "for images that are not finite, or lower the learning rate"
+            )
+
     def plan(self) -> PruningPlan:
         """The plan of the current decision; decides first where none was taken."""
         if not self.method.decided:
@@ -223,8 +255,8 @@ class PruningModel(nn.Module):
 
         Without compensation it computes what this model computes in eval mode. With it, the shape is the same, and
         the weights make up for what the decision took away: they bring it close to the model as it was trained, all
-        units there. That is done from ``calibration``, or after a training by ``PruningTrainer`` from 128 images of
-        its training set.
+        units there. That is done from ``calibration``, or from 128 images of the training set after a training with
+        ``PruningTrainer`` or ``PruningCallback``.
 
         Args:
             native: a stock transformers model that loads without this library, where the shape allows it.
@@ -258,18 +290,52 @@ class PruningModel(nn.Module):
         self._handles = []
         return self.model
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses: a gated model is no finished model.
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save the small model, as ``export().save_pretrained(...)`` does; with adapters, their pruned base too.
+
+        Args:
+            save_directory: made where it does not exist.
+            kwargs: for the small model's ``save_pretrained``; none with adapters.
 
         Raises:
-            UnsupportedModelError: always; says what to call instead.
+            UnsupportedModelError: nothing is decided yet; a gated model is no finished model.
+            AdapterError: ``kwargs`` with adapters.
         """
-        raise UnsupportedModelError(
-            "a PruningModel holds gates in training; save export().save_pretrained(...) (the small model) or "
-            "unload().save_pretrained(...) (the full one)"
-        )
+        small = self._finished()
+        if not is_peft(small):
+            small.save_pretrained(save_directory, **kwargs)
+            return
+        if kwargs:
+            raise AdapterError(f"a PeftModel is saved whole, without {', '.join(kwargs)}; export() and save that")
+        save_pruned_peft(small, save_directory)
 
-    push_to_hub = save_pretrained
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push the small model, as ``export().push_to_hub(...)`` does.
+
+        Raises:
+            UnsupportedModelError: nothing is decided yet.
+            AdapterError: it has adapters, whose pruned base has to be there first.
+        """
+        small = self._finished()
+        if is_peft(small):
+            raise AdapterError(
+                "the adapters need their pruned base: push export().merge_and_unload(), or the base and then the "
+                "adapters (see docs/peft.md)"
+            )
+        return small.push_to_hub(*args, **kwargs)
+
+    def _finished(self) -> Any:
+        if not self.method.decided:
+            raise UnsupportedModelError(
+                "nothing is decided yet, so there is no small model to export: train first, or call decide(). The "
+                "full one is unload(); a checkpoint of the training is the state_dict()"
+            )
+        return self.export()
+
+
+def _empty(signature: Any) -> Any:
+    """A PruningModel that a copy or a pickle is read into."""
+    return object.__new__(class_with(PruningModel, signature))
 
 
 def _check_adapters(model: Any) -> None:
@@ -285,8 +351,3 @@ def _check_sliceable(model: Any, method: str) -> None:
                 f"{method} narrows layers, and the Convpass adapter of {name} can neither be sliced nor merged; "
                 "remove whole layers (truncate), or use another adapter"
             )
-
-
-def _some(names: Iterable[str]) -> str:
-    first, *rest = sorted(names) or ["nothing"]
-    return f"{first} and {len(rest)} more" if rest else first

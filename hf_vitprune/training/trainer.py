@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..compensate import Compensation
 from ..errors import InvalidConfigError, MissingLabelsError
@@ -33,7 +34,8 @@ class PruningTrainer(Trainer):
         teacher: image classifier to learn from, of any architecture; a list of them for a list above. By default
             (None) a copy of the wrapped model as it is now, for a PruningModel; required for other models.
         compensate: what a PruningModel's ``export()`` does afterwards about what pruning took away, with images of
-            the training set: ``"auto"``, or anything that ``hf_vitprune.prune`` takes; False for plain slices.
+            the training set: ``"auto"`` (as after a plain Trainer), or anything that ``hf_vitprune.prune`` takes;
+            False for plain slices.
         Everything else as ``transformers.Trainer``.
 
     Raises:
@@ -53,25 +55,48 @@ class PruningTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         Compensation.of(compensate)  # raises
-        lessons = _paired(distillation, teacher)
+        self._given_lessons = _paired(distillation, teacher)
+        self._compensate = compensate
         self.lessons: list[tuple[DistillationConfig, Teacher]] = []
         super().__init__(model=model, args=args, **kwargs)
-        self._gated = isinstance(self.model, PruningModel)
         if self._gated:
             check_setup(self.args)
-            pruning_model_of(self.model).compensate = compensate
             self._put_callback_first()
         if is_classifier(self.model) and not self.label_names:
             self.label_names = ["labels"]  # DeiT's two-headed classifier takes none by itself
-        if isinstance(self.model, PreTrainedModel):
-            enable_exact_resume(self.model)
         if is_classifier(self.model) and self.compute_loss_func is None and self.label_smoother is None:
             self.compute_loss_func = self._task_loss
-        for config, one in lessons:
-            if one is None and not self._gated:
+        self._prepare_model(self.model)
+
+    @property
+    def _gated(self) -> bool:
+        return isinstance(self.model, PruningModel)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As the parent's, which makes a model for ``__init__`` and another for every training."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "callback_handler"):  # not the first one: that is prepared at the end of __init__
+            self._prepare_model(model)
+        return model
+
+    def _prepare_model(self, model: Any) -> None:
+        """What a model gets from this Trainer: its compensation or exact resume, and its teachers."""
+        if isinstance(model, PruningModel):
+            model.compensate = self._compensate
+        elif isinstance(model, PreTrainedModel):
+            enable_exact_resume(model)
+        self.lessons = []
+        for config, one in self._given_lessons:
+            if one is None and not isinstance(model, PruningModel):
                 raise InvalidConfigError("distillation needs a teacher: pass teacher=<the unpruned model>")
-            source = one if one is not None else _ungated_copy(pruning_model_of(self.model))
-            self.lessons.append((config, Teacher(source, student=self.model)))
+            self.lessons.append((config, Teacher(one if one is not None else _ungated_copy(model), student=model)))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's. In a hyperparameter search, what counts is the model after the decision."""
+        output = super().train(*args, **kwargs)
+        if self._gated and self.hp_search_backend is not None:
+            self.objective = None  # of the last evaluation, all units there; the search then evaluates once more
+        return output
 
     def _put_callback_first(self) -> None:
         """In front of those that report: they then see what it adds to the logs."""
@@ -202,6 +227,25 @@ class PruningTrainer(Trainer):
         kwargs.setdefault("token", self.args.hub_token)
         kwargs.setdefault("private", self.args.hub_private_repo)
         return upload(model, repo, image_processor=self.processing_class, commit_message=commit_message, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """After the decision of a PruningModel: the small model, which ``from_pretrained`` loads.
+
+        Before, in a training, and for checkpoints: as the parent's; a PruningModel's checkpoint holds what a resume
+        needs. With adapters: these, and their pruned base in a folder beside them.
+        """
+        model: Any = self.model
+        if not self._gated or _internal_call or self.is_in_train or not model.method.decided:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = str(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            model.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, Path(folder) / TRAINING_ARGS_NAME)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def get_train_dataloader(self) -> Any:
         self._check_labels()

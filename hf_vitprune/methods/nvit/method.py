@@ -225,6 +225,10 @@ class NViT(PruningMethod):
         return self._decided
 
     @property
+    def on_target(self) -> bool:
+        return self.reached
+
+    @property
     def reached(self) -> bool:
         """Whether the target is reached."""
         return self.ratio <= self.target

@@ -136,10 +136,17 @@ class SPViT(PruningMethod):
         self._step, self._steps = step, max_steps
         self._anneal()
         levels = self._levels_now()
-        counts = [columns.gates.count() for columns in self._columns.values()]
-        met = abs(self.cost.at(levels, counts) - self.target) <= self.config.tolerance * self.target
+        met = abs(self._cost_now() - self.target) <= self.config.tolerance * self.target
         self._stable = self._stable + 1 if met and levels == self._levels else 0
         self._levels = levels
+
+    def _cost_now(self) -> float:
+        counts = [columns.gates.count() for columns in self._columns.values()]
+        return self.cost.at(self._levels_now(), counts)
+
+    @property
+    def on_target(self) -> bool:
+        return self.decided or self._cost_now() <= (1 + self.config.tolerance) * self.target
 
     def _anneal(self) -> None:
         first, last = self.config.temperature, self.config.final_temperature

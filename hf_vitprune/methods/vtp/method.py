@@ -109,11 +109,17 @@ class VTP(PruningMethod):
 
         Raises:
             UnreachableTargetError: as :meth:`choose`.
-            InvalidPlanError: a score is not finite.
+            InvalidPlanError: a score is not finite, or all are alike.
         """
         if not all(gate.score.isfinite().all() for gate in self._gates().values()):
             raise InvalidPlanError(
                 "there are scores that are not finite: the training diverged; lower the learning rate"
+            )
+        scores = torch.cat([gate.score.detach() for gate in self._gates().values()])
+        if not self.decided and bool((scores == scores[0]).all()):
+            raise InvalidPlanError(
+                "VTP has learned no scores yet, all are alike: train the PruningModel first, with PruningTrainer or "
+                "PruningCallback. Without training, PruningPlan.magnitude(model, ...) is what there is"
             )
         plan = self.choose()
         gates = self._gates()
