@@ -13,15 +13,18 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
+from hf_vitprune import VTPConfig, get_pruning_model
 from hf_vitprune.errors import AdapterError, InvalidPlanError, UnsupportedModelError
 from hf_vitprune.modeling.peft_twin import tuner_layers
+from hf_vitprune.peft.kinds.lora import LoraKind
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import mask, prune, truncate
 from hf_vitprune.spec.architecture import Architecture
 from plans import PLANS, plan_named, pruning_plans
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run, total_loss
-from tiny_adapters import CONFIGS, SLICED, adapted, randomize, targets
+from tiny_adapters import CONFIGS, CONVERTED, SLICED, adapted, randomize, targets
 
 VIT = "ViTForImageClassification"
 
@@ -35,7 +38,7 @@ def base_info(model: Any) -> dict[str, Any]:
     return inner.config.pruning_config["info"]
 
 
-def check(model: Any, plan: PruningPlan, merged: int = 0) -> Any:
+def check(model: Any, plan: PruningPlan, merged: int = 0, trains: bool = True) -> Any:
     """Prune; compare with the masked model; the original is untouched, and the adapters still train."""
     before, flags = state_of(model), {n: p.requires_grad for n, p in model.named_parameters()}
     random_state = torch.get_rng_state()
@@ -47,7 +50,7 @@ def check(model: Any, plan: PruningPlan, merged: int = 0) -> Any:
     assert sum(map(len, base_info(small).get("merged_adapters", {}).values())) == merged
     assert Architecture.of(small) == plan.architecture
     trained = {name: p for name, p in small.named_parameters() if p.requires_grad}
-    if trained:
+    if trained and trains:
         total_loss(small).backward()
         assert not [name for name, p in trained.items() if p.grad is None or not p.grad.isfinite().all()]
     return small
@@ -150,8 +153,33 @@ def test_backward_equals_the_full_model() -> None:
             assert relative_error(actual, expected) < 1e-4
 
 
+# ---------------------------------------------------------------------- converted
+@pytest.mark.parametrize("kind", CONVERTED)
+@pytest.mark.parametrize("plan_name", ["everything", "scaled"])
+def test_what_cannot_be_sliced_becomes_lora_where_that_is_exact(kind: str, plan_name: str) -> None:
+    model = adapted(make(VIT), kind)
+    plan = plan_named(plan_name, model)
+    assert plan is not None
+    small = check(model, plan)
+    assert small.peft_type == "VITPRUNE_LORA"
+    for layer in tuner_layers(small.get_base_model()).values():
+        a, b = layer.lora_A["default"], layer.lora_B["default"]  # type: ignore[attr-defined]
+        rows, columns = layer.get_base_layer().weight.shape
+        assert a.weight.shape == (b.weight.shape[1], columns) and b.weight.shape[0] == rows
+    assert prune(model, PruningPlan.random(model, 0.4, ["layers"])).peft_type == f"VITPRUNE_{kind.upper()}"
+
+
+def test_an_untrained_adapter_becomes_one_that_can_be_trained() -> None:
+    model = get_peft_model(make(VIT), peft.LoKrConfig(r=3, target_modules=["fc1"])).eval()
+    assert relative_error(run(model)["logits"], run(make(VIT))["logits"]) < 1e-6
+    small = check(model, PruningPlan.random(model, 0.4))
+    layer = small.get_base_model().vit.layers[0].mlp.fc1
+    total_loss(small).backward()
+    assert layer.lora_B["default"].weight.grad.abs().max() > 0
+
+
 # ---------------------------------------------------------------------- merged
-@pytest.mark.parametrize("kind", [k for k in CONFIGS if k not in SLICED and k != "convpass"])
+@pytest.mark.parametrize("kind", [k for k in CONFIGS if k not in (*SLICED, *CONVERTED, "convpass")])
 def test_what_cannot_be_sliced_is_merged(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     model = adapted(make(VIT), kind)
     plan = PruningPlan.random(model, 0.4, ["qk"])
@@ -170,7 +198,7 @@ def test_what_cannot_be_sliced_is_merged(kind: str, caplog: pytest.LogCaptureFix
 
 def test_a_classifier_outlives_its_merged_adapter() -> None:
     model = make(VIT)
-    model = adapted(model, peft.LoKrConfig(r=3, target_modules=targets(model), modules_to_save=["classifier"]))
+    model = adapted(model, peft.C3AConfig(block_size=8, target_modules=targets(model), modules_to_save=["classifier"]))
     small = check(model, PruningPlan.random(model, 0.4), merged=18)
     assert {n for n, p in small.named_parameters() if p.requires_grad} == {
         f"base_model.model.classifier.modules_to_save.default.{n}" for n in ("weight", "bias")
@@ -194,11 +222,46 @@ def test_new_weights_of_the_plan_are_those_of_layer_and_adapter_together() -> No
 
 def test_two_adapters_cannot_be_merged() -> None:
     model = make(VIT)
-    model = adapted(model, "lokr")
-    model.add_adapter("other", peft.LoKrConfig(r=3, target_modules=["q_proj"]))
+    model = adapted(model, "c3a")
+    model.add_adapter("other", peft.C3AConfig(block_size=8, target_modules=["q_proj"]))
     with pytest.raises(AdapterError, match="keep one adapter"):
         prune(model, PruningPlan.random(model, 0.4))
     check(model, PruningPlan.random(model, 0.4, ["layers"]))
+
+
+# ---------------------------------------------------------------------- variants of LoRA
+VARIANTS: dict[str, dict[str, Any]] = {
+    "QALoRA without quantised weights": {"use_qalora": True},
+    "BD-LoRA": {"use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=1, match_strict=False)},
+    "MonteCLoRA": {"monteclora_config": MontecloraConfig()},
+    "KaSA": {"kasa_config": KasaConfig()},
+    "VeLoRA": {"velora_config": VeloraConfig()},
+    "MiCA": {"init_lora_weights": "mica"},
+    "tied weights": {"ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_lora(name: str) -> None:
+    """They stay where their layer loses nothing, and are merged where it does."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = adapted(make(VIT), LoraConfig(r=4, target_modules=["q_proj", "fc1"], **VARIANTS[name]))
+    stays = name in ("QALoRA without quantised weights", "tied weights")
+    trains = name != "MonteCLoRA"  # whose priors have no part in evaluation
+    check(model, PruningPlan.dense(model).keep_layers([0, 2]), trains=trains)
+    small = check(model, PruningPlan.random(model, 0.4, ["mlp"]), 0 if stays else 3, trains)
+    assert len(tuner_layers(small.get_base_model())) == (6 if stays else 3)
+
+
+@pytest.mark.parametrize("fields", [{"alora_invocation_tokens": [1, 2]}, {"arrow_config": ArrowConfig()}])
+def test_variants_that_are_refused(fields: dict[str, Any]) -> None:
+    model = get_peft_model(make(VIT), LoraConfig(r=4, target_modules=["q_proj"]))
+    for name, value in fields.items():
+        setattr(model.peft_config["default"], name, value)
+    for call in (lambda: truncate(model, 2), lambda: get_pruning_model(model, VTPConfig(target=0.5))):
+        with pytest.raises(AdapterError, match=f"{next(iter(fields))} cannot be carried over"):
+            call()
 
 
 # ---------------------------------------------------------------------- targets, modules, flags
@@ -358,14 +421,12 @@ def test_refused() -> None:
 
 
 def test_a_wrong_slice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_vitprune.peft import slicing
-
-    monkeypatch.setitem(slicing.SIDES["LORA"], "lora_B", "none")
+    monkeypatch.setattr(LoraKind, "sides", {**LoraKind.sides, "lora_B": "none"})
     model = adapted(make(VIT), "lora")
     with pytest.raises(AdapterError, match="not"):
         prune(model, PruningPlan.random(model, 0.4, ["mlp"]))
     monkeypatch.undo()
-    monkeypatch.setitem(slicing.SCALED, "LORA", "nothing")
+    monkeypatch.setattr(LoraKind, "scaled", "nothing")
     plan = plan_named("scaled", Architecture.of(model))
     with pytest.raises(AdapterError, match="differs"):
         prune(model, plan)

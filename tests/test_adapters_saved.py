@@ -152,7 +152,9 @@ def test_silently_fitting_shapes_are_refused(tmp_path: Path) -> None:
 def test_changed_base_weights_need_their_base(case: str, tmp_path: Path) -> None:
     config: Any = LoraConfig(r=3, target_modules=["fc1"], init_lora_weights="pissa")
     model = load(dense(tmp_path))
-    model = adapted(model, config if case == "pissa" else peft.LoKrConfig(r=3, target_modules=["fc1", "q_proj"]))
+    model = adapted(
+        model, config if case == "pissa" else peft.C3AConfig(block_size=8, target_modules=["fc1", "q_proj"])
+    )
     plan = PruningPlan.dense(model).keep_layers([0, 1])
     if case == "merged":
         plan = PruningPlan.random(model, 0.4, ["mlp"])

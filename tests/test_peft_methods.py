@@ -16,8 +16,8 @@ from transformers import AutoModelForImageClassification
 
 from hf_vitprune import SLSConfig, VTPConfig, get_pruning_model
 from hf_vitprune.errors import AdapterError, InvalidConfigError, UnsupportedModelError
-from hf_vitprune.peft.methods import ConvpassConfig, RepAdapterConfig
-from hf_vitprune.peft.methods.convpass import patch_grid
+from hf_vitprune.peft import ConvpassConfig, RepAdapterConfig
+from hf_vitprune.peft.kinds.convpass import patch_grid
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import mask, prune, truncate
 from plans import PLANS

@@ -15,8 +15,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_vitprune import prune, truncate
 from hf_vitprune.errors import AdapterError
-from hf_vitprune.peft import share_backbone
-from hf_vitprune.peft.methods import ConvpassConfig
+from hf_vitprune.peft import ConvpassConfig, share_backbone
 from hf_vitprune.plan.plan import PruningPlan
 from tiny import CLASSIFIERS, assert_same, images, make, run
 from tiny_adapters import CONFIGS, adapted, randomize

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_vitprune.peft.methods import ConvpassConfig, RepAdapterConfig
+from hf_vitprune.peft import ConvpassConfig, RepAdapterConfig
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj")
 INWARD = ("fc2", "down_proj", "o_proj")
@@ -52,6 +52,8 @@ CONFIGS: dict[str, Callable[[nn.Module], peft.PeftConfig]] = {
     "convpass": lambda m: ConvpassConfig(r=4),
 }
 SLICED = list(CONFIGS)[:8]
+#: what cannot be sliced, and is LoRA of a small rank
+CONVERTED = ("lokr", "vblora")
 
 
 def randomize(model: nn.Module, seed: int = 3) -> Any:

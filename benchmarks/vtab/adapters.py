@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.families import family_of
-from hf_vitprune.peft.methods import ConvpassConfig, RepAdapterConfig
+from hf_vitprune.peft import ConvpassConfig, RepAdapterConfig
 
 HEAD = "classifier"
 QUERY_VALUE = ["q_proj", "v_proj"]

@@ -1,5 +1,7 @@
 """PEFT adapters on pruned models: sliced with the base, merged into it, or refused; never silently wrong."""
 
+from .kinds.convpass import ConvpassConfig
+from .kinds.repadapter import RepAdapterConfig
 from .old_names import load_old_adapter, translate_peft_config
 from .prune import prune_peft
 from .save import save_pruned_peft
@@ -8,6 +10,8 @@ from .shared import share_backbone
 from .types import register_peft_types
 
 __all__ = [
+    "ConvpassConfig",
+    "RepAdapterConfig",
     "load_old_adapter",
     "prune_peft",
     "pruned_adapter_config",

@@ -12,16 +12,11 @@ from torch import nn
 
 from ..errors import AdapterError
 from ..modeling.peft_twin import tuner_layers, whole_shadow
-from .types import kind_of
+from .kinds import AdapterKind, kind_of
 from .verify import PROBES, TOLERANCE
 
-#: kinds whose part of the effective weight can be taken out of it again
-ABSORBED = ("LORA", "ADALORA", "LOHA", "VERA", "IA3", "HIRA")
-#: factors (of IA3, and of every weight under HiRA) under this divide too badly
-SMALLEST_FACTOR = 1e-2
 
-
-def can_absorb(kind: str, layer: Any, weight: torch.Tensor | None) -> bool:
+def can_absorb(kind: AdapterKind, layer: Any, weight: torch.Tensor | None) -> bool:
     """Whether weights can be found under the layer's active adapters that make up a given effective weight.
 
     Args:
@@ -32,25 +27,13 @@ def can_absorb(kind: str, layer: Any, weight: torch.Tensor | None) -> bool:
     Raises:
         AdapterError: the layer has adapters that are not active; new weights hold for those that are.
     """
-    base, active = layer.get_base_layer(), active_of(layer)
     others = _inactive(layer)
     if others:
         raise AdapterError(
-            f"the plan's new weights hold with the adapters {active} active, and {others} would not fit them: "
-            "delete_adapter() those and compensate again for each, or prune without compensation"
+            f"the plan's new weights hold with the adapters {active_of(layer)} active, and {others} would not fit "
+            "them: delete_adapter() those and compensate again for each, or prune without compensation"
         )
-    if kind not in ABSORBED or not isinstance(base, nn.Linear):
-        return False
-    if kind == "IA3":
-        return all(bool((t.abs() > SMALLEST_FACTOR).all()) for t in layer.ia3_l.values())
-    if kind == "HIRA":
-        return len(active) <= 1 and all(bool((_hira_factors(layer, a).abs() > SMALLEST_FACTOR).all()) for a in active)
-    if any(getattr(layer, "lora_bias", {}).values()) and base.bias is None:
-        return False
-    if not getattr(layer, "lora_variant", {}):
-        return True
-    # DoRA divides by the norms of the rows
-    return len(active) == 1 and (weight is None or bool((weight != 0).any(1).all()))
+    return isinstance(layer.get_base_layer(), nn.Linear) and kind.absorbs(layer, weight)
 
 
 def active_of(layer: BaseTunerLayer) -> list[str]:
@@ -66,7 +49,7 @@ def why_merged(model: Any) -> str | None:
         if _inactive(layer):
             return f"it would hold for the active adapter only, and there is {', '.join(_inactive(layer))} as well"
         if not can_absorb(kind, layer, None):
-            return f"the {kind} adapter of {name} would have to be merged into the new weights"
+            return f"the {kind.name} adapter of {name} would have to be merged into the new weights"
     return None
 
 
@@ -75,13 +58,14 @@ def _inactive(layer: Any) -> list[str]:
 
 
 @torch.no_grad()
-def absorb(kind: str, name: str, layer: Any, adapters: list[str], effective: Any) -> None:
+def absorb(kind: AdapterKind, name: str, layer: Any, adapters: list[str], effective: Any) -> None:
     """Change the weights under adapters so that, with ``adapters`` active, the layer computes what a Linear does.
 
     Args:
         kind: of the adapters.
         name: of the layer.
         layer: of the small model; its adapters are in place.
+        adapters: names of those that act.
         effective: the Linear.
 
     Raises:
@@ -94,7 +78,7 @@ def absorb(kind: str, name: str, layer: Any, adapters: list[str], effective: Any
     if base.bias is not None:
         base.bias.data.copy_(bias)
     for adapter in adapters:
-        _take_out(kind, layer, base, adapter)
+        kind.take_out(layer, base, adapter)
     probe = whole_shadow(layer).eval()
     probe._active_adapter = list(adapters)
     inputs = torch.randn(PROBES, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
@@ -105,26 +89,3 @@ def absorb(kind: str, name: str, layer: Any, adapters: list[str], effective: Any
             f"the adapters of {name} do not fit its new weights ({error:.1e} relative); please report this, and prune "
             "model.merge_and_unload() meanwhile"
         )
-
-
-def _take_out(kind: str, layer: Any, base: nn.Linear, adapter: str) -> None:
-    if kind == "IA3":
-        factors = layer.ia3_l[adapter].to(base.weight)
-        factors = torch.where(factors == 0, torch.ones_like(factors), factors)  # of padding, whose weights are zero
-        base.weight.data /= factors
-        if base.bias is not None and not layer.is_feedforward:
-            base.bias.data /= factors.flatten()
-        return
-    if kind == "HIRA":
-        base.weight.data /= _hira_factors(layer, adapter).to(base.weight)
-        return
-    if adapter in getattr(layer, "lora_variant", {}):
-        layer.lora_magnitude_vector[adapter].weight.data.copy_(base.weight.norm(dim=1))
-    base.weight.data -= layer.get_delta_weight(adapter).to(base.weight)
-    if base.bias is not None and getattr(layer, "lora_bias", {}).get(adapter):
-        base.bias.data -= (layer.scaling[adapter] * layer.lora_B[adapter].bias).to(base.bias)
-
-
-def _hira_factors(layer: Any, adapter: str) -> torch.Tensor:
-    """What HiRA multiplies the weight by, element by element."""
-    return 1 + layer.get_delta_weight(adapter).detach()

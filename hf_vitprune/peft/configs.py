@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import get_pattern_key
 
-from ..errors import AdapterError
-from .types import kind_of, pruned_config_class
+from .kinds import kind_of
+from .kinds.kind import Tensors
+from .types import pruned_config_class
 
 #: fields that are rewritten, or belong to how the old adapter was made
 DROPPED = (
@@ -21,15 +23,7 @@ DROPPED = (
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
 )
-#: what cannot be expressed by names of modules
-REFUSED = ("target_parameters", "layer_replication", "trainable_token_indices", "modules_to_tie")
-#: initialisations of LoRA that leave the base weights alone
-HARMLESS_INITS = (True, False, "gaussian", "eva")
 
 
 def check_config(config: Any) -> None:
@@ -38,85 +32,64 @@ def check_config(config: Any) -> None:
     Raises:
         AdapterError: naming the field.
     """
-    for field in REFUSED:
-        if getattr(config, field, None):
-            raise AdapterError(f"an adapter with {field} cannot be carried over to a pruned model; merge it first")
+    kind_of(config).check_config(config)
 
 
 def changes_base(config: Any) -> bool:
     """The adapter changed the base weights when it was made (PiSSA and the like)."""
-    return getattr(config, "init_lora_weights", True) not in HARMLESS_INITS
+    return kind_of(config).changes_base(config)
 
 
-def pruned_config(
-    config: Any,
-    names: dict[str, str],
-    feedforward: list[str],
-    saved: list[str],
-    record: dict[str, Any],
-) -> Any:
+def pruned_config(config: Any, layers: Mapping[str, tuple[str, Any]], saved: list[str], record: dict[str, Any]) -> Any:
     """The config of one adapter on the pruned base.
 
     Args:
         config: the old one.
-        names: old name -> new name of the layers that keep this adapter.
-        feedforward: new names of IA3's feed-forward layers.
+        layers: new name -> (old name, old layer) of the layers that keep this adapter.
         saved: new names of the modules it trains as a whole.
         record: see ``pruning_record``.
     """
     kind = kind_of(config)
-    made = pruned_config_class(kind)
+    made = pruned_config_class(kind.name)
     known = {field.name for field in dataclasses.fields(made) if field.init}
     old = {f.name for f in dataclasses.fields(config)}
-    fields = {name: copy.deepcopy(getattr(config, name)) for name in known & old - set(DROPPED)}
-    fields["target_modules"] = sorted(names.values()) or DUMMY_TARGET_MODULES
+    dropped = {*DROPPED, *kind.settings_dropped}
+    fields = {name: copy.deepcopy(getattr(config, name)) for name in (known & old) - dropped}
+    fields["target_modules"] = sorted(layers) or DUMMY_TARGET_MODULES
     fields["pruning"] = copy.deepcopy(record)
     if "modules_to_save" in known:
         fields["modules_to_save"] = saved or None
-    if "feedforward_modules" in known:
-        fields["feedforward_modules"] = feedforward
-    if isinstance(fields.get("init_lora_weights"), str):
-        fields["init_lora_weights"] = True  # the weights are there; making them anew would change the base again
+    kind.rewrite(fields, {new: layer for new, (_, layer) in layers.items()})
+    names = {old: new for new, (old, _) in layers.items()}
     for name in fields:
         if name.endswith("_pattern") and isinstance(fields[name], dict):
-            fields[name] = renamed_pattern(fields[name], names, kind)
+            fields[name] = kind.renamed_pattern(name, fields[name], names)
     return made(**fields)
 
 
-def lora_config_for_vera(config: Any) -> Any:
-    """A stock LoRA config of the same rank and scaling 1."""
-    from peft import LoraConfig
-
-    shared = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "bias", "modules_to_save")
-    fields = {name: copy.deepcopy(getattr(config, name)) for name in shared}
-    return LoraConfig(
-        r=config.r, lora_alpha=config.r, lora_dropout=config.vera_dropout, target_modules=["*"], **fields
-    )
-
-
-def renamed_pattern(pattern: dict[str, Any], names: dict[str, str], kind: str) -> dict[str, Any]:
-    """Ranks or alphas that differ by layer, for layers named one by one.
+def lora_config(config: Any, layers: Mapping[str, Tensors], adapter: str) -> Any:
+    """A LoRA config for an adapter of another kind that became LoRA, with scaling 1.
 
     Args:
-        pattern: of the old config; keys are regular expressions of names.
-        names: old name -> new name.
-        kind: of adapter; AdaLoRA's keys are whole names.
+        config: of the adapter.
+        layers: old name -> its LoRA tensors in that layer.
+        adapter: its name.
     """
-    if kind == "ADALORA":
-        return _renamed_ranks(pattern, names)
-    renamed = {}
-    for old, new in names.items():
-        key = get_pattern_key(list(pattern), old)
-        if key in pattern:
-            renamed[new] = pattern[key]
-    return renamed
-
-
-def _renamed_ranks(pattern: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """AdaLoRA's finished allocation: which ranks stay of ``<layer>.lora_E``."""
-    renamed = {}
-    for key, kept in pattern.items():
-        layer, tail, rest = key.partition(".lora_E")
-        if layer in names:
-            renamed[names[layer] + tail + rest] = kept
-    return renamed
+    fields = {
+        name: copy.deepcopy(getattr(config, name))
+        for name in ("base_model_name_or_path", "revision", "task_type", "inference_mode", "bias", "modules_to_save")
+        if hasattr(config, name)
+    }
+    part = f"lora_A.{adapter}.weight"
+    ranks = {name: tensors[part][0].shape[0] for name, tensors in layers.items() if part in tensors}
+    most = max(ranks.values(), default=1)
+    smaller = {name: rank for name, rank in ranks.items() if rank != most}
+    return LoraConfig(
+        r=most,
+        lora_alpha=most,
+        lora_dropout=getattr(config, f"{kind_of(config).name.lower()}_dropout", 0.0),
+        target_modules=["*"],
+        rank_pattern=smaller,
+        alpha_pattern=dict(smaller),
+        **fields,
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +17,8 @@ from ..plan.plan import PruningPlan
 from ..surgery.cuts import Cut
 from .absorb import can_absorb
 from .configs import changes_base
-from .methods.branch import BranchLayer
-from .methods.convpass import ConvpassLayer
-from .slicing import LayerCut, Tensors, adapter_tensors, slice_layer, vera_as_lora
-from .types import kind_of
+from .kinds import AdapterKind, kind_named, kind_of
+from .kinds.kind import LayerCut, Tensors, adapter_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -34,22 +31,22 @@ class Carried:
     new: str
     layer: BaseTunerLayer
     cut: LayerCut
-    tensors: Tensors
     #: the plan has new weights for the layer: those under its adapters make up the difference
-    absorbs: bool = False
+    absorbs: bool
+    tensors: Tensors = field(default_factory=dict)
 
 
 @dataclass
 class Decision:
-    """What becomes of every layer with adapters. ``kind`` is the type of the new adapters."""
+    """What becomes of every layer with adapters. ``kind`` is that of the new adapters."""
 
-    kind: str
+    kind: AdapterKind
     carried: list[Carried] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
 
 
 def decide(model: Any, stock: Any, plan: PruningPlan, cuts: dict[str, Cut]) -> Decision:
-    """Slice what can be sliced, name what has to be merged.
+    """Slice what can be sliced, else make LoRA of all of it, else name what has to be merged.
 
     Args:
         model: the PeftModel.
@@ -60,36 +57,35 @@ def decide(model: Any, stock: Any, plan: PruningPlan, cuts: dict[str, Cut]) -> D
     Raises:
         AdapterError: something has to be merged, and there are adapters that this would mix up.
     """
-    layers = tuner_layers(model.get_base_model())
     kind = kind_of(next(iter(model.peft_config.values())))
     found = _new_names(cuts)
     shapes = {name: tensor.shape for name, tensor in stock.state_dict().items()}
     parts = []
-    for old, layer in layers.items():
+    for old, layer in tuner_layers(model.get_base_model()).items():
         if old in found:
-            new = found[old]
-            cut = _cut_of(layer, old, new, cuts, shapes)
-            replaced = any(name.startswith(f"{new}.") for name in plan.weights)
-            parts.append((old, new, layer, cut, replaced))
-        elif isinstance(layer, ConvpassLayer) and old.startswith(_kept_layers(stock, plan)):
+            cut = _cut_of(kind, layer, old, found[old], cuts, shapes)
+            replaced = any(name.startswith(f"{found[old]}.") for name in plan.weights)
+            parts.append(Carried(old, found[old], layer, cut, replaced))
+        elif kind.cannot_be_merged and old.startswith(_kept_layers(stock, plan)):
             raise AdapterError(
-                f"the plan removes {old} and keeps its layer; the Convpass bypass beside it would be lost. Remove "
+                f"the plan removes {old} and keeps its layer; the {kind.name} adapter beside it would be lost. Remove "
                 "whole layers only"
             )
+    cut_somewhere = any(not part.cut.is_whole for part in parts)
+    shared = bool(shared_tensors(model)) and cut_somewhere
+    sliced = [None if shared else kind.slice(part.layer, part.cut) for part in parts]
+    if None in sliced or not kind.fits(model.base_model, [part.layer for part in parts]):
+        converted = [kind.as_lora(part.layer, part.cut) for part in parts]
+        if None not in converted:
+            kind, sliced = kind_named("LORA"), converted
     decision = Decision(kind)
-    cut_somewhere = any(not cut.is_whole for _, _, _, cut, _ in parts)
-    if kind == "VERA" and (cut_somewhere or _vera_shrinks(model, [layer for _, _, layer, _, _ in parts])):
-        decision.kind = "LORA"
-    shared = bool(shared_tensors(model)) and decision.kind == kind and cut_somewhere
-    for old, new, layer, cut, replaced in parts:
-        tensors: Tensors | None = None
-        fits = not replaced or can_absorb(decision.kind, layer, plan.weights.get(f"{new}.weight"))
-        if fits and not shared:
-            tensors = vera_as_lora(layer, cut) if decision.kind != kind else slice_layer(kind, layer, cut)
-        if tensors is None:
-            decision.merged.append(old)
+    for part, tensors in zip(parts, sliced, strict=True):
+        fits = not part.absorbs or can_absorb(kind, part.layer, plan.weights.get(f"{part.new}.weight"))
+        if tensors is None or not fits:
+            decision.merged.append(part.old)
         else:
-            decision.carried.append(Carried(old, new, layer, cut, tensors, absorbs=replaced))
+            part.tensors = tensors
+            decision.carried.append(part)
     _check_merges(model, decision)
     return decision
 
@@ -106,18 +102,18 @@ def _new_names(cuts: dict[str, Cut]) -> dict[str, str]:
 
 
 def _cut_of(
-    layer: BaseTunerLayer, old: str, new: str, cuts: dict[str, Cut], shapes: dict[str, torch.Size]
+    kind: AdapterKind,
+    layer: BaseTunerLayer,
+    old: str,
+    new: str,
+    cuts: dict[str, Cut],
+    shapes: dict[str, torch.Size],
 ) -> LayerCut:
-    """What a layer with adapters loses; of a whole branch: inputs of what reads in it, outputs of what writes."""
+    def cut(part: str) -> LayerCut:
+        tensor = f".{part}.weight" if part else ".weight"
+        return LayerCut.of(cuts.get(new + tensor, Cut("")), shapes.get(old + tensor, torch.Size()))
 
-    def cut(part: str = "") -> LayerCut:
-        return LayerCut.of(cuts.get(f"{new}{part}.weight", Cut("")), shapes.get(f"{old}{part}.weight", torch.Size()))
-
-    if not isinstance(layer, BranchLayer):
-        return cut()
-    readers = [cut(f".{name}") for name in layer.branch.readers]
-    reader = next((c for c in readers if c.columns is not None or c.scale is not None), readers[0])
-    return LayerCut(cut(f".{layer.branch.writer}").rows, reader.columns, reader.scale)
+    return kind.cut_of(layer, cut)
 
 
 def _kept_layers(stock: Any, plan: PruningPlan) -> tuple[str, ...]:
@@ -126,27 +122,17 @@ def _kept_layers(stock: Any, plan: PruningPlan) -> tuple[str, ...]:
     return tuple(f"{paths[entry.index].layer}." for entry in plan.layers)
 
 
-def _vera_shrinks(model: Any, layers: Iterable[Any]) -> bool:
-    """PEFT sizes VeRA's shared matrices by the largest layer it finds."""
-    inputs = max((layer.in_features for layer in layers), default=0)
-    outputs = max((layer.out_features for layer in layers), default=0)
-    shape = (
-        next(iter(model.base_model.vera_B.values())).shape[0],
-        next(iter(model.base_model.vera_A.values())).shape[1],
-    )
-    return (outputs, inputs) != shape
-
-
 def _check_merges(model: Any, decision: Decision) -> None:
     if not decision.merged:
         return
-    if decision.kind == "CONVPASS":
+    if decision.kind.cannot_be_merged:
         raise AdapterError(
-            f"the plan narrows what the Convpass bypass of {decision.merged[0]} reads or writes: it cannot be sliced, "
-            "and being no linear map it cannot be merged. Remove whole layers, or heads and neurons inside branches"
+            f"the plan narrows what the {decision.kind.name} adapter of {decision.merged[0]} reads or writes, which "
+            f"cannot be sliced; {decision.kind.cannot_be_merged}. Remove whole layers, or heads and neurons inside "
+            "branches"
         )
     names = list(model.peft_config)
-    what = f"{decision.kind} adapters of {len(decision.merged)} layers ({', '.join(decision.merged[:3])}, ...)"
+    what = f"{decision.kind.name} adapters of {len(decision.merged)} layers ({', '.join(decision.merged[:3])}, ...)"
     if len(names) > 1 or any(
         set(layer._get_available_adapters()) - set(layer.active_adapters)
         for name, layer in tuner_layers(model.get_base_model()).items()
@@ -159,7 +145,7 @@ def _check_merges(model: Any, decision: Decision) -> None:
     logger.warning(
         "%s adapter %r: %d of %d layers cannot be sliced and are merged into the base weights (they are no longer "
         "trainable as adapters): %s",
-        decision.kind,
+        decision.kind.name,
         names[0],
         len(decision.merged),
         len(decision.merged) + len(decision.carried),

@@ -18,8 +18,7 @@ from peft.utils.save_and_load import load_peft_weights
 
 from ..errors import AdapterError
 from ..spec.architecture import Architecture, unwrap
-from .configs import renamed_pattern
-from .types import kind_of
+from .kinds import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ def translate_peft_config(config: Any, model: Any) -> Any:
         if pattern:
             renamed: dict[str, Any] = {}
             for name, was in both.items():  # one by one: two names of today may have one old name
-                renamed |= renamed_pattern(pattern, {was: name}, kind_of(config))
+                renamed |= kind_of(config).renamed_pattern(field, pattern, {was: name})
             setattr(made, field, renamed)
     if getattr(made, "modules_to_save", None):
         made.modules_to_save = _renamed_modules(made.modules_to_save, old)

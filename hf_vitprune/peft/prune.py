@@ -15,11 +15,11 @@ from ..plan.plan import PruningPlan
 from ..surgery.cuts import Cut, find_cuts
 from ..surgery.transplant import check_plan, empty_like, prune_plain
 from .absorb import absorb, active_of
-from .configs import check_config, lora_config_for_vera, pruned_config
+from .configs import check_config, lora_config, pruned_config
 from .decide import Decision, altered_weights, decide, shared_tensors
+from .kinds import kind_of
+from .kinds.kind import adapter_tensors
 from .record import pruning_record
-from .slicing import adapter_tensors
-from .types import kind_of
 from .verify import verify_layer
 
 logger = logging.getLogger(__name__)
@@ -28,9 +28,10 @@ logger = logging.getLogger(__name__)
 def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False) -> Any:
     """Prune a PeftModel: same outputs as ``mask(model, plan)``, adapters still trainable where they can be sliced.
 
-    LoRA (rsLoRA, DoRA, lora_bias), AdaLoRA, IA3, LoHa and HiRA are sliced. VeRA becomes LoRA of the same rank where
-    its layers lose rows or columns. Other types stay where their layer loses nothing, and are merged into its weights
-    where it does, with a warning and a note in the base config's record. Adapters of removed layers are dropped.
+    LoRA (rsLoRA, DoRA, lora_bias), AdaLoRA, IA3, LoHa and HiRA are sliced. Other types stay where their layers lose
+    nothing. Where one does, all of them become LoRA, if PEFT can convert the type and that is exact and smaller than
+    the weights; else those of the narrowed layers are merged into the weights, with a warning and a note in the base
+    config's record. Adapters of removed layers are dropped.
 
     New weights of the plan (compensation) are those with the active adapters: what is sliced stays an adapter, and
     the weight under it becomes the new weight less the adapter's part of it.
@@ -58,8 +59,9 @@ def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False) 
     small = prune_plain(plain_twin(base, decision.merged), replace(plan, info=info), allow_unchanged=allow_unchanged)
     flags = [(parameter, parameter.requires_grad) for parameter in small.parameters()]
 
-    if decision.kind == "LORA" and kind_of(next(iter(configs.values()))) == "VERA":
-        configs = {name: lora_config_for_vera(config) for name, config in configs.items()}
+    if decision.kind.name != kind_of(next(iter(configs.values()))).name:
+        layers = {carried.old: carried.tensors for carried in decision.carried}
+        configs = {name: lora_config(config, layers, name) for name, config in configs.items()}
     wrappers = _renamed_wrappers(base, cuts)
     record = pruning_record(small, altered=bool(altered))
     made = _new_configs(configs, decision, wrappers, record)
@@ -102,8 +104,7 @@ def _new_configs(
         mine = [c for c in decision.carried if adapter in c.layer._get_available_adapters()]
         saved = [new for new, (wrapper, _) in wrappers.items() if adapter in wrapper.modules_to_save]
         if mine or saved:
-            feedforward = [c.new for c in mine if getattr(c.layer, "is_feedforward", False)]
-            made[adapter] = pruned_config(config, {c.old: c.new for c in mine}, feedforward, saved, record)
+            made[adapter] = pruned_config(config, {c.new: (c.old, c.layer) for c in mine}, saved, record)
         else:
             logger.warning("adapter %r is dropped: all its layers are removed or merged", adapter)
     return made
@@ -134,8 +135,7 @@ def _fill_layers(result: Any, decision: Decision, configs: dict[str, Any]) -> No
                 f"the new adapter of {carried.new} has other tensors than the old one: {difference[:5]}"
             )
         for name, (tensor, _) in carried.tensors.items():
-            if decision.kind == "ADALORA":
-                tensor = _without_dropped_ranks(tensor, name, carried.new, configs)
+            tensor = decision.kind.finished(tensor, name, carried.new, configs)
             if places[name].shape != tensor.shape:
                 raise AdapterError(f"{carried.new}.{name} is {tuple(tensor.shape)}, not {tuple(places[name].shape)}")
             places[name].data = tensor
@@ -158,17 +158,6 @@ def _fill_weights(result: Any, model: Any, plan: PruningPlan, decision: Decision
             absorb(decision.kind, one.new, made[one.new], active_of(one.layer), effective.get_submodule(one.new))
 
 
-def _without_dropped_ranks(tensor: torch.Tensor, name: str, layer: str, configs: dict[str, Any]) -> torch.Tensor:
-    """A tensor of AdaLoRA without the ranks that its finished allocation gave up; PEFT saves it like that."""
-    part, adapter = name.split(".")[:2]
-    pattern = configs[adapter].rank_pattern or {}
-    kept = next((kept for key, kept in pattern.items() if key.startswith(f"{layer}.lora_E")), None)
-    axis = 1 if part == "lora_B" else 0
-    if kept is None or part == "ranknum" or tensor.shape[axis] != len(kept):
-        return tensor
-    return tensor.index_select(axis, torch.tensor(kept, device=tensor.device).nonzero().squeeze(1))
-
-
 def _fill_wrappers(result: Any, wrappers: dict[str, Any], cuts: dict[str, Cut], plan: PruningPlan) -> None:
     made = saved_modules(result.get_base_model())
     for new, (old, tensors) in wrappers.items():
@@ -184,7 +173,7 @@ def _fill_wrappers(result: Any, wrappers: dict[str, Any], cuts: dict[str, Cut], 
 
 def _copy_shared(model: Any, result: Any, decision: Decision) -> None:
     """Tensors that a tuner keeps once for all its layers."""
-    if decision.kind != kind_of(next(iter(model.peft_config.values()))):
+    if decision.kind.name != kind_of(next(iter(model.peft_config.values()))).name:
         return
     own = shared_tensors(model)
     for name, tensor in shared_tensors(result).items():

@@ -17,8 +17,9 @@ from ..errors import AdapterError
 from ..modeling.peft_twin import plain_twin
 from ..modeling.pretrained import PrunedModelMixin
 from ..plan.lineage import lineage_of
+from .kinds.kind import PREFIX, kind_of
 from .record import pruning_record
-from .types import PREFIX, kind_of, pruned_config_class
+from .types import pruned_config_class
 
 
 def pruned_adapter_config(model: nn.Module, config: Any) -> Any:
@@ -46,7 +47,7 @@ def seal(config: Any, model: nn.Module) -> None:
     """
     if "plan" not in lineage_of(model.config):  # type: ignore[arg-type]
         raise AdapterError(f"this {type(model).__name__} is not pruned; use the adapter's config as it is")
-    kind = kind_of(config)
+    kind = kind_of(config).name
     config.__class__ = pruned_config_class(kind)
     config.peft_type = PeftType(PREFIX + kind)
     config.pruning = pruning_record(plain_twin(model), altered=True)

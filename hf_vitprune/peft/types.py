@@ -17,12 +17,13 @@ from peft.utils import register_peft_method
 
 from ..errors import AdapterError
 from ..modeling.peft_twin import is_shared
+from .enumeration import add_member
 from .heads import fit_heads, recorded_labels, set_labels
-from .methods.registry import add_member
+from .kinds import kind_named
+from .kinds.kind import PREFIX
 from .record import fit_base
 from .shared import target_visible_layers
 
-PREFIX = "VITPRUNE_"
 #: tuners that are made of others
 EXCLUDED = ("XLORA",)
 
@@ -50,8 +51,6 @@ class PrunedAdapterConfigMixin:
 class PrunedTunerMixin:
     """Tuner that checks the base model, or cuts it down, before it puts adapters in."""
 
-    pruned_kind: str
-
     def _pre_injection_hook(self, model: Any, config: Any, adapter_name: str) -> None:
         fit_base(model, config)
         super()._pre_injection_hook(model, config, adapter_name)  # type: ignore[misc]
@@ -64,19 +63,9 @@ class PrunedTunerMixin:
             target_visible_layers(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
         fit_heads(model, config, adapter_name)
-        if self.pruned_kind == "ADALORA" and config.rank_pattern:
-            self.__dict__.setdefault("_resized", set()).discard(adapter_name)  # of a deleted adapter of this name
-            self.resize_modules_by_rank_pattern(config.rank_pattern, adapter_name)
         labels = recorded_labels(config)
         if labels and not shared and len(self.peft_config) == 1:  # type: ignore[attr-defined]
             set_labels(model, labels)
-
-    def resize_modules_by_rank_pattern(self, rank_pattern: dict[str, Any], adapter_name: str) -> None:
-        """AdaLoRA's, done once: PEFT does it while it loads tensors, and transformers' ``load_adapter`` not at all."""
-        done = self.__dict__.setdefault("_resized", set())
-        if adapter_name not in done:
-            super().resize_modules_by_rank_pattern(rank_pattern, adapter_name)  # type: ignore[misc]
-            done.add(adapter_name)
 
     def _check_merge_allowed(self) -> None:
         if is_shared(self.model):  # type: ignore[attr-defined]
@@ -85,15 +74,6 @@ class PrunedTunerMixin:
                 "adapter into a base of its own, and merge there"
             )
         super()._check_merge_allowed()  # type: ignore[misc]
-
-    @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As PEFT's, but DoRA's vectors keep full names: transformers' ``load_adapter`` misses the short ones."""
-        state = super()._get_adapter_state_dict(*args, **kwargs)  # type: ignore[misc]
-        return {
-            f"{k}.weight" if ".lora_magnitude_vector." in k and k.count(".weight") == 0 else k: v
-            for k, v in state.items()
-        }
 
 
 def register_peft_types() -> None:
@@ -104,11 +84,6 @@ def register_peft_types() -> None:
             continue
         if issubclass(tuner, BaseTuner):
             _register(kind, PEFT_TYPE_TO_CONFIG_MAPPING[peft_type], tuner, PEFT_TYPE_TO_PREFIX_MAPPING[peft_type])
-
-
-def kind_of(config: Any) -> str:
-    """``"LORA"`` for LORA and VITPRUNE_LORA."""
-    return str(config.peft_type.value).removeprefix(PREFIX)
 
 
 def pruned_config_class(kind: str) -> Any:
@@ -135,6 +110,7 @@ def _register(kind: str, config_class: Any, tuner: Any, prefix: str) -> None:
         bases=(PrunedAdapterConfigMixin, config_class),
         namespace={"pruned_peft_type": name, "__module__": __name__},
     )
-    model = type(f"Pruned{tuner.__name__}", (PrunedTunerMixin, tuner), {"__module__": __name__, "pruned_kind": kind})
+    bases = [base for base in (PrunedTunerMixin, kind_named(kind).tuner_mixin, tuner) if base is not object]
+    model = type(f"Pruned{tuner.__name__}", tuple(bases), {"__module__": __name__})
     globals()[config.__name__], globals()[model.__name__] = config, model  # importable by name
     register_peft_method(name=name.lower(), config_cls=config, model_cls=model, prefix=prefix)

@@ -12,8 +12,7 @@ from torch import nn
 from ..errors import AdapterError
 from ..modeling.peft_twin import whole_shadow
 from ..plan.layer_plan import PAD
-from .methods.branch import BranchLayer
-from .slicing import LayerCut
+from .kinds.kind import LayerCut
 
 PROBES = 16
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -29,7 +28,7 @@ def verify_layer(
     """
     base: Any = old.get_base_layer()
     if not isinstance(base, (nn.Linear, nn.Conv2d)):
-        if cut.is_whole or isinstance(old, BranchLayer):  # the same tensors on the same inputs
+        if cut.is_whole or not hasattr(base, "weight"):  # the same tensors on the same inputs, of a layer or a branch
             return {}
         raise AdapterError(f"an adapter on {name}, a {type(base).__name__}, cannot be sliced")
     small, full = _probes(base, new.get_base_layer(), cut)

@@ -15,7 +15,7 @@ from ..modeling.native import to_native
 from ..modeling.peft_twin import check_peft_model, is_peft, tuner_layers
 from ..peft import save_pruned_peft
 from ..peft.configs import check_config
-from ..peft.methods.convpass import ConvpassLayer
+from ..peft.kinds.convpass import ConvpassLayer
 from ..plan.plan import PruningPlan
 from ..pruning import prune
 from ..spec.architecture import Architecture, unwrap

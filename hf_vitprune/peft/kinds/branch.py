@@ -5,6 +5,7 @@ PEFT's own methods change Linears. These two sit on a layer's attention or MLP a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import nn
 from ...errors import AdapterError, InvalidConfigError
 from ...modeling.structure import layer_paths
 from ...spec.architecture import Architecture
+from .kind import AdapterKind, LayerCut
 
 
 @dataclass
@@ -82,6 +84,16 @@ def branches(model: Any, architecture: Architecture) -> dict[str, Branch]:
         if shape.mlp:
             found[paths.mlp] = Branch(width, inside(paths.mlp, *paths.fc1), inside(paths.mlp, paths.fc2)[0])
     return found
+
+
+class BranchKind(AdapterKind):
+    """Stays where its branch keeps what the adapter touches."""
+
+    def cut_of(self, layer: Any, cut: Callable[[str], LayerCut]) -> LayerCut:
+        """Inputs of what reads in the branch, outputs of what writes."""
+        readers = [cut(name) for name in layer.branch.readers]
+        reader = next((c for c in readers if not c.keeps_inputs), readers[0])
+        return LayerCut(cut(layer.branch.writer).rows, reader.columns, reader.scale)
 
 
 class BranchLayer(nn.Module, BaseTunerLayer):

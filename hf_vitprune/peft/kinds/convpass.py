@@ -17,7 +17,9 @@ from transformers.activations import ACT2FN
 
 from ...errors import AdapterError, InvalidConfigError
 from ...spec.architecture import Architecture
-from .branch import Branch, BranchConfig, BranchLayer, BranchTuner
+from ..enumeration import add_peft_method
+from .branch import Branch, BranchConfig, BranchKind, BranchLayer, BranchTuner
+from .kind import register_kind
 
 NOT_MERGEABLE = (
     "a Convpass bypass is not linear and mixes patches, so no weights of the model can take it in: it cannot be "
@@ -136,3 +138,12 @@ class ConvpassModel(BranchTuner):
 
     def _check_merge_allowed(self) -> None:
         raise AdapterError(NOT_MERGEABLE)
+
+
+class ConvpassKind(BranchKind):
+    name = "CONVPASS"
+    cannot_be_merged = NOT_MERGEABLE
+
+
+add_peft_method("CONVPASS", ConvpassConfig, ConvpassModel)
+register_kind(ConvpassKind())

@@ -15,7 +15,9 @@ from torch import nn
 
 from ...errors import AdapterError, InvalidConfigError
 from ...spec.architecture import Architecture
-from .branch import Branch, BranchConfig, BranchLayer, BranchTuner
+from ..enumeration import add_peft_method
+from .branch import Branch, BranchConfig, BranchKind, BranchLayer, BranchTuner
+from .kind import register_kind
 
 
 @dataclass
@@ -159,3 +161,12 @@ class RepAdapterModel(BranchTuner):
 
     prefix = "repadapter_"
     tuner_layer_cls = layer_class = RepAdapterLayer
+
+
+class RepAdapterKind(BranchKind):
+    name = "REPADAPTER"
+    changes_inputs = True
+
+
+add_peft_method("REPADAPTER", RepAdapterConfig, RepAdapterModel)
+register_kind(RepAdapterKind())

@@ -1,0 +1,107 @@
+"""LoRA, with rsLoRA, DoRA and biases; PEFT's other variants of it stay where their layer loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .kind import AdapterKind, LayerCut, Side, Tensors, has_padding, register_kind
+
+#: initialisations that leave the base weights alone
+HARMLESS_INITS = (True, False, "gaussian", "eva")
+DORA = ("DoraLinearVariant", "DoraConv2dVariant")
+
+
+class FullNames:
+    """Tuner that keeps DoRA's vectors under full names: transformers' ``load_adapter`` misses the short ones."""
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = super()._get_adapter_state_dict(*args, **kwargs)  # type: ignore[misc]
+        return {
+            f"{k}.weight" if ".lora_magnitude_vector." in k and k.count(".weight") == 0 else k: v
+            for k, v in state.items()
+        }
+
+
+class LoraKind(AdapterKind):
+    name = "LORA"
+    sides: Mapping[str, Side] = {"lora_A": "in", "lora_B": "out", "lora_magnitude_vector": "out"}
+    scaled = "lora_A"
+    convolutions = True
+    settings_dropped = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
+    # Arrow routes between adapters, and aLoRA looks for tokens: neither says what one layer computes
+    settings_refused = (
+        *AdapterKind.settings_refused,
+        "layer_replication",
+        "arrow_config",
+        "alora_invocation_tokens",
+    )
+    tuner_mixin: type = FullNames
+
+    def changes_base(self, config: Any) -> bool:
+        return config.init_lora_weights not in HARMLESS_INITS or bool(getattr(config, "kasa_config", None))
+
+    def rewrite(self, fields: dict[str, Any], layers: Mapping[str, Any]) -> None:
+        if isinstance(fields["init_lora_weights"], str):
+            fields["init_lora_weights"] = True  # the weights are there; making them anew would change the base again
+
+    def place(self, part: str, layer: Any) -> tuple[Side, int]:
+        side, axis = super().place(part, layer)
+        vector = part == "lora_magnitude_vector" and isinstance(layer.get_base_layer(), nn.Conv2d)
+        return side, 1 if vector else axis
+
+    def slice(self, layer: Any, cut: LayerCut) -> Tensors | None:
+        variants = getattr(layer, "lora_variant", {})
+        if not cut.is_whole and any(type(variant).__name__ not in DORA for variant in variants.values()):
+            return None
+        sliced = super().slice(layer, cut)
+        if sliced is None or cut.is_whole:
+            return sliced
+        return sliced if all(_rescale_magnitude(layer, adapter, cut, sliced) for adapter in variants) else None
+
+    def as_lora(self, layer: Any, cut: LayerCut) -> None:
+        """It is that."""
+
+    def absorbs(self, layer: Any, weight: torch.Tensor | None) -> bool:
+        if any(getattr(layer, "lora_bias", {}).values()) and layer.get_base_layer().bias is None:
+            return False
+        if not getattr(layer, "lora_variant", {}):
+            return True
+        # DoRA divides by the norms of the rows
+        one = len(layer._get_available_adapters()) == 1
+        return one and (weight is None or bool((weight != 0).any(1).all()))
+
+    def take_out(self, layer: Any, base: nn.Linear, adapter: str) -> None:
+        if adapter in getattr(layer, "lora_variant", {}):
+            layer.lora_magnitude_vector[adapter].weight.data.copy_(base.weight.norm(dim=1))
+        base.weight.data -= layer.get_delta_weight(adapter).to(base.weight)
+        if base.bias is not None and getattr(layer, "lora_bias", {}).get(adapter):
+            base.bias.data -= (layer.scaling[adapter] * layer.lora_B[adapter].bias).to(base.bias)
+
+
+def _rescale_magnitude(layer: Any, adapter: str, cut: LayerCut, sliced: Tensors) -> bool:
+    """Keep DoRA's ``magnitude / norm`` of every row when the norm loses or rescales columns.
+
+    False where a row of the new weight is zero: its quotient would be 0 / 0.
+    """
+    weight = layer.get_base_layer().weight.detach()
+    a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+    delta = layer.scaling[adapter] * (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
+    full = weight.to(delta.dtype) + delta
+    small = cut.take(cut.take(full, "in", 1, scaled=True), "out", 0)
+    norm = small.flatten(1).norm(dim=1)
+    if bool((norm == 0).any()) or has_padding(cut.rows):
+        return False
+    if not cut.keeps_inputs:
+        name = f"lora_magnitude_vector.{adapter}.weight"
+        magnitude, trained = sliced[name]
+        ratio = norm / cut.take(full.flatten(1).norm(dim=1), "out", 0)
+        sliced[name] = magnitude * ratio.to(magnitude.dtype).view_as(magnitude), trained
+    return True
+
+
+register_kind(LoraKind())
