@@ -132,6 +132,13 @@ def test_logs(tmp_path: Path) -> None:
     assert ratios == sorted(ratios, reverse=True) and ratios[-1] == pytest.approx(model.method.ratio)
     assert [row["groups_removed"] for row in rows][-1] == model.method.groups > 0
     assert {"params_ratio", "scores_not_finite"} <= set(rows[0])
+    # what every set has lost, row by row, is what the plan is without
+    plan = model.plan()
+    lost = {key: sum(row.get(key, 0) for row in rows) for row in rows for key in row if key.startswith("taken_")}
+    expected = {f"taken_layer{i}_mlp": 48 - len(entry.mlp) for i, entry in enumerate(plan.layers)}
+    expected |= {f"taken_layer{i}_heads": 4 - len(entry.heads) for i, entry in enumerate(plan.layers)}
+    expected["taken_embedding"] = 32 - plan.architecture.hidden_size
+    assert {key: lost.get(key, 0) for key in expected} == expected and sum(expected.values()) > 0
 
 
 def test_other_criteria(tmp_path: Path) -> None:

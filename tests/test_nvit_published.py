@@ -27,3 +27,10 @@ def test_the_published_shape_costs_what_is_published() -> None:
     assert cost.macs == pytest.approx(6.997e9, rel=0.003)
     assert dense.macs / cost.macs == pytest.approx(2.51, rel=0.003)
     assert count(published(config, padded=True)).macs > cost.macs
+
+
+def test_five_times_fewer_parameters_with_2_to_4_sparsity() -> None:
+    """The abstract's 5.1x: half of the weights of the .54 shape are stored; 86.29 / (34.14 / 2) = 5.06."""
+    config: ViTConfig = config_of(768, 12)
+    dense, small = count(Architecture.dense(config)), count(published(config))
+    assert dense.weight_params / (small.weight_params / 2) == pytest.approx(5.06, abs=0.01)

@@ -17,6 +17,7 @@ from ...errors import InvalidConfigError, MissingGradientsError, UnreachableTarg
 from ...losses.distillation import DistillationConfig
 from ...modeling.peft_twin import is_peft
 from ...plan.plan import PruningPlan
+from ...spec.units import set_name
 from ...surgery.masks import attach_masks, make_masks
 from ...utils.batches import ImageBatches
 from ...utils.processes import broadcast, is_first_process
@@ -65,6 +66,7 @@ class NViT(PruningMethod):
         self._zeroed: ZeroedWeights | None = None
         self._decided = False
         self._step = 0
+        self._logged = 0
         self._trained_without: int | None = None
         assert config.target is not None
         self.target = config.target
@@ -155,7 +157,16 @@ class NViT(PruningMethod):
         meters = {m: ClosedFormMeter(m, self.architecture, self.config.image_size) for m in ("macs", "params")}
         ratios = {f"{metric}_ratio": meter.ratio(now) for metric, meter in meters.items()}
         ratios[f"{self._meter.metric}_ratio"] = self.ratio
+        ratios |= self._taken_since_last()
         return {"groups_removed": self.groups, "scores_not_finite": int(self.scores.spoiled), **ratios}
+
+    def _taken_since_last(self) -> dict[str, float]:
+        """Units of every set that have gone since the last row of the log, by the set's name."""
+        before, now = self.trajectory.counts(self._logged), self.trajectory.counts()
+        self._logged = self.groups
+        lost = [(one, old - new) for one, old, new in zip(self.sets, before, now, strict=True) if old > new]
+        names = [set_name(one.kind, one.layer).replace("layer ", "layer").replace(" ", "_") for one, _ in lost]
+        return {f"taken_{name}": count for name, (_, count) in zip(names, lost, strict=True)}
 
     # ------------------------------------------------------------------ removing groups
     def current_scores(self, model: Any) -> torch.Tensor:
