@@ -17,7 +17,7 @@ from hf_vitprune.cost import count
 from hf_vitprune.errors import VitPruneError
 from hf_vitprune.latency.measure import device_name
 from hf_vitprune.losses.distillation import DistillationConfig
-from hf_vitprune.methods import NViTConfig, OneShotScores, PruningConfig, SLSConfig, SPViTConfig, VTPConfig
+from hf_vitprune.methods import OneShotScores, PruningConfig, SLSConfig, config_class_of, method_names
 from hf_vitprune.pruning import prune
 from hf_vitprune.publish.report import comparison_table
 from hf_vitprune.utils.data import DIGITS, LabelledImages, load_images
@@ -39,17 +39,22 @@ class DemoMethod(NamedTuple):
     lora: bool = False
 
 
-#: of NViT, for the small model
-GROUP_SIZES = {"embedding": 4, "heads": 1, "qk": 4, "v": 4, "mlp": 8}
-#: every method joins the demo with a line here
-METHODS = (
-    DemoMethod(
-        "VTP", lambda: VTPConfig(target=0.5, sparsity_weight=1e-4, sparsity_warmup=0.2, gate_learning_rate=2e-2)
-    ),
-    DemoMethod("NViT", lambda: NViTConfig(target=0.5, group_sizes=GROUP_SIZES)),
-    DemoMethod("SPViT", lambda: SPViTConfig(target=0.5, gate_learning_rate=6e-2, patience=0)),
-    DemoMethod("SLS", lambda: SLSConfig(max_samples=500), lora=True),
-)
+#: settings for a model this small; a method that is not here gets what it chooses for itself
+SETTINGS: dict[str, dict[str, Any]] = {
+    "vtp": {"sparsity_weight": 1e-4, "sparsity_warmup": 0.2, "gate_learning_rate": 2e-2},
+    "nvit": {"group_sizes": {"embedding": 4, "heads": 1, "qk": 4, "v": 4, "mlp": 8}},
+    "spvit": {"gate_learning_rate": 6e-2, "patience": 0},
+}
+
+
+def _to_half(name: str) -> DemoMethod:
+    """A registered method, at half of the multiply-adds."""
+    config_class = config_class_of(name)
+    label = config_class.__name__.removesuffix("Config")
+    return DemoMethod(label, lambda: config_class.from_goal(0.5, **SETTINGS.get(name, {})))
+
+
+METHODS = (*map(_to_half, method_names()), DemoMethod("SLS", lambda: SLSConfig(max_samples=500), lora=True))
 
 
 def tiny_vit(label_names: list[str]) -> ViTForImageClassification:

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, se
 from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.latency.measure import device_name
 from hf_vitprune.losses.distillation import DistillationConfig
-from hf_vitprune.methods import NViTConfig, PruningConfig, SPViTConfig, VTPConfig
+from hf_vitprune.methods import config_class_of, method_names
 from hf_vitprune.publish.report import comparison_table
 from hf_vitprune.utils.data import load_images
 
@@ -37,14 +37,20 @@ def prune_from_labels(
         model: folder or Hub id of an image classifier.
         out: folder for the pruned model.
         data: what ``load_images`` takes.
-        method: ``vtp``, ``nvit`` or ``spvit``.
+        method: name of a registered method.
         goal: ``target``, ``target_metric``, ``latency_table``.
         learn: schedule of the training that decides.
         tune: of the fine-tuning; of 0 epochs for none.
         round_to: kept sizes are multiples of it.
         new_head: replace the classifier by one for the data's classes.
+
+    Raises:
+        InvalidConfigError: an unknown method, an impossible goal, or a classifier for other classes.
     """
-    config = _config(method, goal, round_to)
+    config_class = config_class_of(method)
+    if not config_class.takes_target:
+        raise InvalidConfigError(f"{method} has no target to prune to; one of {', '.join(method_names())}, oneshot")
+    config = config_class.from_goal(**goal, round_to=round_to)
     set_seed(learn.seed)
     images = load_images(data, seed=learn.seed)
     classifier = _classifier(model, images.label_names, new_head)
@@ -64,20 +70,6 @@ def prune_from_labels(
     save_result(out, result, processor, pair, dataset=data, base_model=model)
     Console().print(comparison_table(rows, title=f"{model} on {data}, measured on {device_name()}, batch 8"))
     say(f"saved to {out}")
-
-
-def _config(method: str, goal: dict[str, Any], round_to: int) -> PruningConfig:
-    """Raises:
-    InvalidConfigError: an unknown method, or an impossible goal.
-    """
-    if method == "nvit":
-        sizes = dict.fromkeys(("embedding", "qk", "v", "mlp"), round_to)
-        return NViTConfig(**goal, group_sizes={**sizes, "heads": 1})
-    if method == "spvit":
-        return SPViTConfig(**goal, round_to=round_to)
-    if method == "vtp":
-        return VTPConfig(**goal, round_to=round_to, gate_learning_rate=1e-2)
-    raise InvalidConfigError(f"unknown method {method!r}; one of vtp, nvit, spvit, oneshot")
 
 
 def _classifier(model: str, label_names: list[str], new_head: bool) -> Any:

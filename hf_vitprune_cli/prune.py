@@ -44,7 +44,7 @@ def prune(
         Path | None, _source("File of one-shot scores: read; with --images, written and kept for other targets.")
     ] = None,
     method: Annotated[
-        str | None, _goal(f"vtp (by default with --data), nvit, spvit, or {ONE_SHOT} (without labels).")
+        str | None, _goal(f"vtp (by default with --data), nvit, spvit, ... or {ONE_SHOT} (without labels).")
     ] = None,
     target: Annotated[float, _goal("Fraction of the cost that may remain, in (0, 1).")] = 0.5,
     target_metric: Annotated[Metric, _goal("What target counts.")] = Metric.macs,
