@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import hf_vitprune
 from hf_vitprune.errors import InvalidConfigError
 
 from .depgraph import torch_pruning
@@ -14,8 +13,8 @@ from .depgraph import torch_pruning
 #: option that follows what SLS decides for the same adapted model
 SLS = "sls"
 RANDOM = "random"
-#: methods of this library that learn what to prune, by the name of their config
-LEARNED = {"vtp": "VTPConfig", "nvit": "NViTConfig", "spvit": "SPViTConfig"}
+#: methods of this library that learn what to prune
+LEARNED = ("vtp", "nvit", "spvit")
 
 
 def _share(text: str) -> float:
@@ -99,21 +98,6 @@ class Choice:
 
         Raises:
             MissingExtraError: DepGraph without Torch-Pruning.
-            InvalidConfigError: a method that this version of the library does not have.
         """
         if self.name == "depgraph":
             torch_pruning()
-        if self.name in LEARNED:
-            config_class(self.name)
-
-
-def config_class(name: str) -> Any:
-    """The config of a method that learns what to prune.
-
-    Raises:
-        InvalidConfigError: this version of the library does not have it.
-    """
-    found = getattr(hf_vitprune, LEARNED[name], None)
-    if found is None:
-        raise InvalidConfigError(f"this version of hf_vitprune has no {LEARNED[name]}: {name} cannot be run")
-    return found

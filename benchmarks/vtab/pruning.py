@@ -14,11 +14,12 @@ from peft import PeftModel
 
 from hf_vitprune import Architecture, PruningPlan, PruningTrainer, count, get_pruning_model, prune, truncate
 from hf_vitprune.errors import InvalidConfigError, InvalidPlanError
+from hf_vitprune.methods import config_class_of
 from hf_vitprune.methods.depth import fewest_layers
 from hf_vitprune_cli.workflow import use_quiet_progress
 
 from .adapters import FULL, set_trainable
-from .choices import LEARNED, RANDOM, SLS, Choice, config_class
+from .choices import RANDOM, SLS, Choice
 from .depgraph import depgraph_plan
 from .settings import Machine, Recipe, Run
 
@@ -144,12 +145,12 @@ def _learned(name: str, target: Any, situation: Situation) -> Pruned:
     model, info = situation.model, {"target": target, "method": name}
     if name in _OF_WHOLE_WEIGHTS and isinstance(model, PeftModel):
         model, info["adapters"] = set_trainable(model.merge_and_unload(), FULL), "merged"
-    gated = get_pruning_model(model, config_class(name)(**settings))
+    gated = get_pruning_model(model, config_class_of(name)(**settings))
     with tempfile.TemporaryDirectory() as folder:
         processes = PartialState().num_processes
         arguments = situation.machine.arguments(situation.recipe, situation.run.seed, folder, processes)
         trainer = PruningTrainer(gated, arguments, train_dataset=situation.examples)
-        use_quiet_progress(trainer, f"{LEARNED[name].removesuffix('Config')}: learning what to prune")
+        use_quiet_progress(trainer, f"{gated.config.method_name}: learning what to prune")
         trainer.train()
     small, plan = gated.export(compensate=False), gated.plan()  # choices are compared, and nothing else
     return Pruned(small, len(plan.layers), info, shared_backbone=False)

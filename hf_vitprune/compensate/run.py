@@ -67,7 +67,7 @@ def compensate_plan(
         return plan
     dense = base if reference is None else reference
     bare = plan.with_layers(replace(entry, scales={}) for entry in plan.layers)
-    small = prune_plain(dense, bare)
+    small = prune_plain(dense, bare, checked=True)  # a reference may be a masked model
     _check_weights(plan, find_cuts(dense, small, bare))
     batches = ImageBatches(calibration, settings.batch_size, settings.images, shard=shard())
     first = next(iter(ImageBatches(batches, settings.batch_size)))

@@ -26,12 +26,16 @@ from .cuts import Cut, find_cuts, small_state
 from .gates import strip_gates
 
 
-def prune_plain(model: PreTrainedModel, plan: PruningPlan, *, allow_unchanged: bool = False) -> Any:
+def prune_plain(
+    model: PreTrainedModel, plan: PruningPlan, *, allow_unchanged: bool = False, checked: bool = False
+) -> Any:
     """``pruning.prune`` of a model without adapters: a copy of the live model, cut in place, as its pruned twin.
 
-    Modules, attributes and hooks stay; only tensors that carry a removed unit are replaced.
+    Modules, attributes and hooks stay; only tensors that carry a removed unit are replaced. ``checked``: the plan is
+    known to fit; for masked models, in which other mixers stand than their config says.
     """
-    check_plan(model, plan, allow_unchanged)
+    if not checked:
+        check_plan(model, plan, allow_unchanged)
     small = resized_copy(model, plan)
     small.load_state_dict(small_state(model.state_dict(), model, small, plan), strict=True, assign=True)
     _tie(small, model)
