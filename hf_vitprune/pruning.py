@@ -70,17 +70,13 @@ def mask(model: Any, plan: PruningPlan) -> Any:
 def truncate(model: Any, k: int) -> Any:
     """Keep the first ``k`` layers, then the unchanged final norm and head.
 
+    Of Swin, stages above the k-th layer keep their patch merging alone.
+
     Raises:
-        InvalidPlanError: ``k`` is not in 1..layers-1, or leaves a stage empty (Swin).
+        InvalidPlanError: ``k`` is not in 1..layers-1.
     """
     plan = PruningPlan.dense(model)
     total = len(plan.layers)
     if type(k) is not int or not 1 <= k < total:
         raise InvalidPlanError(f"k is a whole number of layers in 1..{total - 1}, got {k!r}")
-    depths = plan.source.depths
-    if depths is not None and k <= total - depths[-1]:
-        raise InvalidPlanError(
-            f"keeping {k} of {total} layers leaves a stage of {plan.source.model_type} empty (stages of {depths}); "
-            f"k must be over {total - depths[-1]}"
-        )
     return prune(model, plan.keep_layers(range(k)))

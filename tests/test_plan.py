@@ -14,7 +14,13 @@ import torch
 from transformers import BertConfig, BertModel, CLIPModel, ResNetConfig, ResNetForImageClassification, SiglipModel
 
 from hf_vitprune.cost import count
-from hf_vitprune.errors import InvalidPlanError, UnsupportedModelError, UnsupportedUnitError, VitPruneError
+from hf_vitprune.errors import (
+    InvalidArchitectureError,
+    InvalidPlanError,
+    UnsupportedModelError,
+    UnsupportedUnitError,
+    VitPruneError,
+)
 from hf_vitprune.plan.plan import PAD, PruningPlan
 from hf_vitprune.pruning import mask, prune, truncate
 from hf_vitprune.spec.architecture import Architecture
@@ -393,12 +399,31 @@ def test_truncate_to_an_impossible_depth(k: Any) -> None:
         truncate(make(VIT), k)
 
 
-@pytest.mark.parametrize("k", [1, 2])
-def test_truncate_never_empties_a_stage_of_swin(k: int) -> None:
-    model = make("SwinForImageClassification")
-    with pytest.raises(InvalidPlanError, match="stage"):
-        truncate(model, k)
-    assert Architecture.of(truncate(model, 3)).depths == (2, 1)
+@pytest.mark.parametrize("case", ["SwinForImageClassification", "SwinForMaskedImageModeling"])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_truncated_swin_keeps_the_patch_merging_of_empty_stages(case: str, k: int, tmp_path: Path) -> None:
+    model = make(case)  # stages of 2 and 3
+    small = truncate(model, k)
+    depths = (min(k, 2), max(k - 2, 0))
+    assert Architecture.of(small).depths == depths and tuple(small.config.depths) == depths
+    assert count(small).params == sum(p.numel() for p in small.parameters())
+    by_hand = copy.deepcopy(model)
+    for stage, depth in zip(by_hand.swin.encoder.layers, depths, strict=True):
+        del stage.blocks[depth:]
+    outputs, expected = run(small), run(by_hand)
+    name = "logits" if "logits" in outputs else "reconstruction"
+    assert torch.equal(outputs[name], expected[name])
+    small.save_pretrained(tmp_path)
+    assert torch.equal(run(type(small).from_pretrained(tmp_path))[name], outputs[name])
+    plan = PruningPlan.dense(model).keep_layers(range(k))
+    compensated = run(prune(model, plan, calibration=images(16, seed=2)))[name]
+    assert (compensated - run(model)[name]).norm() <= 1.01 * (outputs[name] - run(model)[name]).norm()
+
+
+def test_a_stage_below_others_is_never_empty() -> None:
+    plan = PruningPlan.dense(make("SwinForImageClassification"))
+    with pytest.raises(InvalidArchitectureError, match="only the last stages can be empty"):
+        plan.keep_layers([2, 3]).architecture  # noqa: B018
 
 
 def test_padded_channels_are_zero() -> None:

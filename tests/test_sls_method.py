@@ -15,7 +15,7 @@ from hf_vitprune.errors import InvalidConfigError, InvalidDataError, InvalidPlan
 from hf_vitprune.methods.depth import fewest_layers
 from hf_vitprune.methods.sls import extract_features
 from pruning_runs import VIT, Patterns, lora_model, state_of, trainer
-from tiny import CASES, CLASSIFIERS, LABELS, SIZE, assert_same, make, relative_error, run
+from tiny import CASES, CLASSIFIERS, LABELS, SIZE, assert_same, images, make, relative_error, run
 
 QUICK: dict[str, Any] = {"iterations": 250, "perplexity": 3.0}
 
@@ -108,23 +108,33 @@ def test_a_class_token_that_is_not_there_is_refused() -> None:
 # ---------------------------------------------------------------------- which depths there are
 def test_fewest_layers() -> None:
     assert fewest_layers(make(VIT)) == 1
-    assert fewest_layers(make("SwinForImageClassification")) == 3  # stages of 2 and 3: the last keeps one
+    swin = make("SwinForImageClassification", depths=[1, 2, 3, 2], num_heads=[2, 4, 4, 4], image_size=32)
+    assert [fewest_layers(swin, stages) for stages in (None, 1, 2, 3, 4, 9)] == [1, 7, 4, 2, 1, 1]
     assert fewest_layers(make("Dinov2Backbone", out_features=["stage1", "stage2"])) == 2
     assert fewest_layers(make("SwinBackbone")) == 3
 
 
 @pytest.mark.parametrize(
     ("case", "changes"),
-    [("Dinov2Backbone", {}), (VIT, {"num_hidden_layers": 1}), ("SwinForImageClassification", {"depths": [3, 1]})],
+    [("Dinov2Backbone", {}), (VIT, {"num_hidden_layers": 1}), ("SwinBackbone", {"depths": [3, 1]})],
 )
 def test_a_model_that_can_lose_no_layer_is_refused(case: str, changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidConfigError, match="none can go"):
         get_pruning_model(make(case, **changes), SLSConfig())
 
 
-def test_swin_keeps_a_layer_of_every_stage() -> None:
-    made = select_layers(make("SwinForImageClassification"), Patterns(), SLSConfig(alpha=0.01, **QUICK))
-    assert made.kept_layers == 3 and list(made.scores) == [5, 4, 3]
+@pytest.mark.parametrize(("stages", "floor"), [(1, 3), (2, 1)])
+def test_swin_loses_layers_of_its_last_stages(stages: int, floor: int) -> None:
+    model = make("SwinForImageClassification")  # stages of 2 and 3
+    made = select_layers(model, Patterns(), SLSConfig(alpha=0.01, stages=stages, **QUICK))
+    assert made.kept_layers == floor and list(made.scores) == list(range(5, floor - 1, -1))
+    gated = get_pruning_model(make("SwinForImageClassification"), SLSConfig(alpha=0.01, stages=stages, **QUICK))
+    gated.decide(Patterns())
+    with torch.no_grad():
+        expected = gated.eval()(images(2)).logits
+    small = gated.export()
+    assert small.config.depths == ([2, 1] if stages == 1 else [1, 0])
+    assert relative_error(run(small, images(2))["logits"], expected) < 1e-5
 
 
 # ---------------------------------------------------------------------- the way from training to the export

@@ -186,7 +186,8 @@ class Walk:
         root = architecture.family.encoder_path(model)
         names = architecture.layer_names()
         outputs = architecture.family.output_names(len(names), architecture.depths)
-        self._bridges = [root + path for path, name in zip(outputs, names, strict=True) if path != name]
+        bridges = [root + path for path, name in zip(outputs, names, strict=True) if path != name]
+        self._bridges = bridges[: architecture.stages[-1]]  # none behind the last layer, into stages that are empty
         calls = self._record(batch)
         self.layers = [
             Layer(self.model.get_submodule(paths.layer), paths, calls[paths.layer]) for paths in self._paths

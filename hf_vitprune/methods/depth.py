@@ -18,23 +18,23 @@ from ..utils.modes import evaluating
 from .base import PruningConfig, PruningMethod
 
 
-def fewest_layers(model: Any) -> int:
+def fewest_layers(model: Any, stages: int | None = None) -> int:
     """The smallest number of bottom layers that a model can be cut to.
 
-    Every stage of a hierarchical model (Swin) keeps a layer, so only its last stage gets shorter; a backbone keeps
-    every layer whose output it gives.
+    A backbone keeps every layer whose output it gives, with stages a layer of each.
 
     Args:
         model: stock, pruned, PEFT or PruningModel.
+        stages: of models with stages (Swin), how many of the last ones can lose layers; None: all of them.
     """
     base = unwrap(model)
     architecture = Architecture.of(base)
-    total = len(architecture.layers)
-    if architecture.depths is not None:
-        return total - architecture.depths[-1] + 1
+    total, depths = len(architecture.layers), architecture.depths
     if architecture.task == "Backbone":
+        if depths is not None:
+            return total - depths[-1] + 1
         return max(1, *(index % (total + 1) for index in base.config.out_indices))
-    return 1
+    return 1 if depths is None or stages is None else sum(depths[:-stages]) + 1
 
 
 def class_numbers(batch: dict[str, Any]) -> torch.Tensor:
@@ -71,12 +71,12 @@ class DepthMethod(PruningMethod):
     may_keep_everything = True
     removes_layers_only = True
 
-    def __init__(self, config: PruningConfig, model: PreTrainedModel) -> None:
+    def __init__(self, config: PruningConfig, model: PreTrainedModel, stages: int | None = None) -> None:
         super().__init__(config, model)
-        self.floor = fewest_layers(model)
+        self.floor = fewest_layers(model, stages)
         total = len(self.architecture.layers)
         if self.floor >= total:
-            why = "it has only one" if total == 1 else "a stage has only one, or the last one's output is asked for"
+            why = "it has only one" if total == 1 else "its last layer has to stay"
             raise InvalidConfigError(
                 f"{config.method_name} removes layers from the top, and of this {self.architecture.model_type} none "
                 f"can go: {why}"

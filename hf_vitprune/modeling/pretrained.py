@@ -186,7 +186,7 @@ def _check_same_depth(model: Any, keys: Iterable[str]) -> None:
     architecture = Architecture.of(model)
     prefix = architecture.family.encoder_path(model)
     names = {f"{prefix}{name}" for name in architecture.layer_names()}
-    lists = {name.rpartition(".")[0] for name in names}
+    lists = {f"{prefix}{path}" for path in architecture.layer_lists()}
     for key in keys:
         for path in lists:
             number = key.removeprefix(f"{path}.").partition(".")[0]

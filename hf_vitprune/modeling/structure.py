@@ -68,13 +68,9 @@ def resize_(model: PreTrainedModel, architecture: Architecture, kept: Sequence[i
 def _drop_layers(model: PreTrainedModel, architecture: Architecture, kept: Sequence[int] | None) -> None:
     family = architecture.family
     prefix = family.encoder_path(model)
-    wanted: dict[str, int] = {}
-    for name in architecture.layer_names():
-        path = prefix + name.rpartition(".")[0]
-        wanted[path] = wanted.get(path, 0) + 1
     start = 0
-    for path, count in wanted.items():
-        layers: Any = get(model, path)
+    for path, count in architecture.layer_lists().items():
+        layers: Any = get(model, prefix + path)
         there = len(layers)
         stay = set(range(count)) if kept is None else {k - start for k in kept if start <= k < start + there}
         for i in reversed(range(there)):

@@ -171,6 +171,14 @@ class Architecture:
         """Paths of the layers below the encoder."""
         return self.family.layer_names(len(self.layers), self.depths)
 
+    def layer_lists(self) -> dict[str, int]:
+        """Path of every list of layers below the encoder -> its length, 0 in stages that are empty."""
+        names = self.family.layer_names(len(self.layers), Architecture.dense(self.config, self.task).depths)
+        lists = dict.fromkeys((name.rpartition(".")[0] for name in names), 0)
+        for name in self.layer_names():
+            lists[name.rpartition(".")[0]] += 1
+        return lists
+
     def per_layer_config(self) -> dict[int, dict[str, Any]]:
         """Layer index -> what differs from the dense config, in the words of transformers' ``per_layer_config``.
 
@@ -195,9 +203,9 @@ class Architecture:
             raise InvalidArchitectureError(f"{len(self.layers)} layers, the dense model has {len(dense.layers)}")
         if (self.depths is None) != (dense.depths is None) or len(self.depths or ()) != len(dense.depths or ()):
             raise InvalidArchitectureError(f"depths are {self.depths}, of the dense model {dense.depths}")
-        if self.depths is not None and (sum(self.depths) != len(self.layers) or min(self.depths) < 1):
+        if self.depths is not None and not _possible(self.depths, len(self.layers)):
             raise InvalidArchitectureError(
-                f"depths {self.depths} need at least one layer a stage, {len(self.layers)} in all"
+                f"depths {self.depths} of {len(self.layers)} layers: only the last stages can be empty"
             )
         largest = {name: max(getattr(s, name) for s in dense.layers) for name in ("heads", "qk_dim", "v_dim", "mlp")}
         for i, shape in enumerate(self.layers):
@@ -369,6 +377,12 @@ def _make_config(model_type: Any, fields: dict[str, Any]) -> PreTrainedConfig:
     except Exception as error:  # whatever a damaged field breaks
         raise InvalidArchitectureError(f"no {model_type} model has this config: {error}") from error
     return config
+
+
+def _possible(depths: tuple[int, ...], layers: int) -> bool:
+    """Whether stages of these depths have so many layers, and none above an empty one."""
+    filled = [depth for depth in depths if depth > 0]
+    return sum(depths) == layers and list(depths[: len(filled)]) == filled and min(depths) >= 0
 
 
 def _checked_depths(depths: Any) -> tuple[int, ...] | None:

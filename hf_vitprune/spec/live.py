@@ -63,11 +63,8 @@ def check_live(model: nn.Module, architecture: Architecture) -> None:
 
 
 def _check_depth(model: nn.Module, architecture: Architecture, prefix: str) -> None:
-    wanted: dict[str, int] = {}
-    for name in architecture.layer_names():
-        path = prefix + name.rpartition(".")[0]
-        wanted[path] = wanted.get(path, 0) + 1
-    for path, count in wanted.items():
+    for name, count in architecture.layer_lists().items():
+        path = prefix + name
         layers: Any = _find(model, path)
         there = getattr(layers, "visible", None) or len(layers)  # a shared backbone shows some of its layers
         if there != count:

@@ -36,6 +36,8 @@ class SLSConfig(PruningConfig):
         pooling: the feature of an image: ``cls`` (its class token), ``mean`` (mean over patch tokens), or ``auto``:
             the class token where the model has one.
         min_layers: never keep fewer layers.
+        stages: of a model with stages (Swin), how many of the last ones can lose layers. As in the authors' code, the
+            last can lose all of them, and keeps its patch merging; of the first that is cut, one layer stays.
         max_samples: score with at most this many images, evenly spaced over the data; None: all.
         batch_size: images a forward pass.
         fast: let a cheap t-SNE judge the layers that are far from the threshold; the last layer and those near it
@@ -58,6 +60,7 @@ class SLSConfig(PruningConfig):
     silhouette_metric: str = "euclidean"
     pooling: str = "auto"
     min_layers: int = 1
+    stages: int = 2
     max_samples: int | None = None
     batch_size: int = 64
     fast: bool = False
@@ -83,6 +86,7 @@ class SLSConfig(PruningConfig):
             ("iterations", MIN_ITERATIONS),
             ("seed", 0),
             ("min_layers", 1),
+            ("stages", 1),
             ("batch_size", 1),
             ("pca_dims", 2),
             ("max_samples", 2),

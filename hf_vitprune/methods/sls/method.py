@@ -25,7 +25,7 @@ class SLS(DepthMethod):
     estimated: torch.Tensor
 
     def __init__(self, config: SLSConfig, model: PreTrainedModel) -> None:
-        super().__init__(config, model)
+        super().__init__(config, model, config.stages)
         total, device = len(self.architecture.layers), next(model.parameters()).device
         self.floor = checked_floor(self.floor, total, config)
         self.register_buffer("estimated", torch.zeros(total, dtype=torch.bool, device=device))

@@ -108,7 +108,7 @@ def select_layers(features_or_model: Any, labels_or_dataset: Any, config: SLSCon
     if isinstance(features_or_model, nn.Module):
         architecture = Architecture.of(features_or_model)
         total = len(architecture.layers)
-        floor = checked_floor(fewest_layers(features_or_model), total, config)
+        floor = checked_floor(fewest_layers(features_or_model, config.stages), total, config)
         wanted = range(floor, total + 1)
         features, labels = extract_features(features_or_model, labels_or_dataset, config, wanted)
     else:
