@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ...plan.select import best, rounded
+
 #: what gates choose from, by how many of the three nested gates are on
 LEVELS = ("none", "conv1x1", "conv3x3", "attention")
 
@@ -103,15 +105,14 @@ class NeuronGates(BinaryGates):
         if self.decided:
             return int(self.kept.sum())
         count, size = int((self.score.detach() > threshold).sum()), len(self.score)
-        return count if count == size else min(round(count / self.round_to) * self.round_to, size)
+        return count if count == size else rounded(count, size, self.round_to, least=0)
 
     def on(self, threshold: float = 0.0) -> torch.Tensor:
         """(units,) booleans: the neurons that stay, the ones most likely to be on."""
         if self.decided:
             return self.kept
-        order = self.score.detach().argsort(descending=True, stable=True)
         kept = torch.zeros_like(self.kept)
-        kept[order[: self.count(threshold)]] = True
+        kept[list(best(self.score.detach(), self.count(threshold)))] = True
         return kept
 
 
