@@ -84,7 +84,8 @@ class Selection:
             if one.unit == "layers" and self.source.depths is not None:
                 ends = torch.tensor(self.source.depths).cumsum(0).tolist()
                 for stage, (end, depth) in enumerate(zip(ends, self.source.depths, strict=True)):
-                    parts.append((f"stage {stage} layers", one, slice(end - depth, end)))
+                    if depth:
+                        parts.append((f"stage {stage} layers", one, slice(end - depth, end)))
             else:
                 parts.append((name, one, slice(0, one.size)))
         return parts

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ... import criteria
-from ...spec.units import set_name
 from .units import UnitSet
 
 
@@ -24,7 +23,7 @@ def magnitudes(model: Any, sets: Sequence[UnitSet], alive: torch.Tensor) -> torc
     norms = criteria.magnitude(model)
     parts = []
     for one in sets:
-        norm = norms[set_name(one.kind, one.layer)]
+        norm = norms[one.name]
         mean = norm[alive[one.places]].mean().clamp(min=torch.finfo(norm.dtype).tiny)
         parts.append(norm / mean / one.group)
     return torch.cat(parts)

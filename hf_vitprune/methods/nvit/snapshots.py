@@ -7,6 +7,7 @@ saved as the run passes. A budget between two snapshots is cut out of the larger
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from transformers import AutoBackbone, AutoModel, AutoModelForImageClassificatio
 from ...errors import InvalidPlanError, UnreachableTargetError
 from ...modeling.peft_twin import is_peft
 from ...plan.plan import PruningPlan
+from ...plan.select import plan_keeping
 from ...pruning import prune
+from ...spec.architecture import Architecture
 from .trajectory import Moment, Trajectory
 from .units import UnitSet
 
@@ -101,26 +104,19 @@ def model_at(folder: str | Path, target: float) -> Any:
     sets = [UnitSet(*row) for row in record["sets"]]
     groups = next(i for i, ratio in enumerate(ratios) if ratio <= target)
     order = torch.tensor(record["order"])
-    further = _relative(plan, sets, (order == 0) | (order > groups), PruningPlan.dense(model))
+    further = _relative(plan, sets, (order == 0) | (order > groups), Architecture.of(model))
     return model if further.removes_nothing else prune(model, replace(further, info=plan.info))
 
 
-def _relative(big: PruningPlan, sets: list[UnitSet], alive: torch.Tensor, plan: PruningPlan) -> PruningPlan:
-    """``plan`` (dense, for the model that ``big`` gave) with only the units that are ``alive`` in ``big``'s source."""
-    layers, embedding = list(plan.layers), plan.embedding
+def _relative(big: PruningPlan, sets: list[UnitSet], alive: torch.Tensor, architecture: Architecture) -> PruningPlan:
+    """The plan for the model that ``big`` gave, with only the units that are ``alive`` in ``big``'s source."""
+    kept = {}
     for one in sets:
-        kept = set(alive[one.places].nonzero().squeeze(1).tolist())
+        living = set(alive[one.places].nonzero().squeeze(1).tolist())
         if one.layer is None:
-            before = big.embedding or range(one.size)
-            embedding = tuple(i for i, unit in enumerate(before) if unit in kept)
-            continue
-        entry = big.layers[one.layer]
-        before = {"heads": entry.heads, "qk": entry.qk[0], "v": entry.v[0], "mlp": entry.mlp}[one.kind]
-        positions = tuple(i for i, unit in enumerate(before) if unit in kept)
-        if one.kind == "mlp":
-            layers[one.layer] = replace(layers[one.layer], mlp=positions)
-        elif one.kind == "heads":
-            layers[one.layer] = layers[one.layer].keep_heads(positions)
+            before: Sequence[int] = big.embedding or range(one.size)
         else:
-            layers[one.layer] = layers[one.layer].keep_channels(one.kind, positions)
-    return replace(plan, layers=tuple(layers), embedding=embedding).validated()
+            entry = big.layers[one.layer]
+            before = {"heads": entry.heads, "qk": entry.qk[0], "v": entry.v[0], "mlp": entry.mlp}[one.kind]
+        kept[one.name] = tuple(i for i, unit in enumerate(before) if unit in living)
+    return PruningPlan(architecture, *plan_keeping(architecture, kept)).validated()

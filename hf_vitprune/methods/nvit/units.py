@@ -35,6 +35,11 @@ class UnitSet:
     group: int
 
     @property
+    def name(self) -> str:
+        """Of the set in ``spec.units``."""
+        return set_name(self.kind, self.layer)
+
+    @property
     def places(self) -> slice:
         return slice(self.start, self.start + self.size)
 
@@ -100,7 +105,7 @@ def resized_layer(shape: LayerShape, kind: str, count: int) -> LayerShape:
 
 def plan_of(architecture: Architecture, sets: Sequence[UnitSet], alive: torch.Tensor) -> PruningPlan:
     """The plan that keeps the units marked in ``alive`` (units,)."""
-    kept = {set_name(one.kind, one.layer): tuple(alive[one.places].nonzero().squeeze(1).tolist()) for one in sets}
-    fewer = {set_name(one.kind, one.layer) for one in sets if not alive[one.places].all()}
-    parts = plan_keeping(architecture, {name: units for name, units in kept.items() if name in fewer})
-    return PruningPlan(architecture, *parts).validated()
+    kept = {
+        one.name: tuple(alive[one.places].nonzero().squeeze(1).tolist()) for one in sets if not alive[one.places].all()
+    }
+    return PruningPlan(architecture, *plan_keeping(architecture, kept)).validated()
