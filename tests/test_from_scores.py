@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_vitprune import PruningPlan, count, criteria, mask, prune
+from hf_vitprune import PruningPlan, count, criteria, mask, prune, truncate
 from hf_vitprune.cost.meter import ClosedFormMeter
 from hf_vitprune.criteria import UnitScores
 from hf_vitprune.errors import (
@@ -95,6 +95,9 @@ def test_layers_are_removed_stage_by_stage() -> None:
     assert plan.architecture.depths == (1, 2) and [entry.index for entry in plan.layers] == [1, 2, 3]
     with pytest.raises(UnreachableTargetError):
         PruningPlan.from_scores(model, scores, 0.2, units=["layers"])
+    short = truncate(model, 2)  # nothing is left of its second stage
+    plan = PruningPlan.from_scores(short, criteria.magnitude(short), 0.9, units=["layers"])
+    assert plan.architecture.depths == (1, 0)
 
 
 def test_random_and_magnitude_are_from_scores() -> None:
