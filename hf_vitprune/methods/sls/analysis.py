@@ -87,7 +87,7 @@ def analyse_layers(
     for number in tqdm(sorted(arrays), desc="analysing layers", leave=False, disable=None):
         coordinates = tsne_map(arrays[number], config)
         maps[number] = unit_square(coordinates)
-        scores[number] = map_score(coordinates, classes, config)
+        scores[number] = map_score(coordinates, classes)
         accuracy[number] = (
             cross_validated(arrays[number], classes)
             if held_out is None

@@ -10,7 +10,6 @@ from ..base import PruningConfig, check_number, check_open_interval
 
 INITS = ("pca", "random")
 POOLINGS = ("auto", "cls", "mean")
-SILHOUETTE_METRICS = ("euclidean", "manhattan", "cosine")
 #: fewest steps that scikit-learn's t-SNE takes: the length of its early exaggeration
 MIN_ITERATIONS = 250
 #: settings of every method that say nothing here
@@ -29,10 +28,8 @@ class SLSConfig(PruningConfig):
         perplexity: of t-SNE; never more than (images - 1) / 3.
         iterations: of t-SNE, at least 250.
         seed: of t-SNE.
-        init: how t-SNE starts: ``pca`` or ``random``.
-        pca_dims: project the features on so many principal components before t-SNE; None for none.
-        scale: stretch each axis of the map to [0, 1] before distances are taken.
-        silhouette_metric: distance between points of the map: ``euclidean``, ``manhattan`` or ``cosine``.
+        init: how t-SNE starts: ``pca``, as in the paper; or ``random``, which with several seeds shows how much of a
+            score is the map's own.
         pooling: the feature of an image: ``cls`` (its class token), ``mean`` (mean over patch tokens), or ``auto``:
             the class token where the model has one.
         min_layers: never keep fewer layers.
@@ -55,9 +52,6 @@ class SLSConfig(PruningConfig):
     iterations: int = 1000
     seed: int = 0
     init: str = "pca"
-    pca_dims: int | None = None
-    scale: bool = True
-    silhouette_metric: str = "euclidean"
     pooling: str = "auto"
     min_layers: int = 1
     stages: int = 2
@@ -88,21 +82,19 @@ class SLSConfig(PruningConfig):
             ("min_layers", 1),
             ("stages", 1),
             ("batch_size", 1),
-            ("pca_dims", 2),
             ("max_samples", 2),
             ("threads", 1),
         ):
             value = getattr(self, name)
-            if value is None and name in ("pca_dims", "max_samples", "threads"):
+            if value is None and name in ("max_samples", "threads"):
                 continue
             if type(value) is not int or value < lowest:
                 raise InvalidConfigError(f"{name} is a whole number of at least {lowest}, not {value!r}")
-        for name, choices in (("init", INITS), ("pooling", POOLINGS), ("silhouette_metric", SILHOUETTE_METRICS)):
+        for name, choices in (("init", INITS), ("pooling", POOLINGS)):
             if getattr(self, name) not in choices:
                 raise InvalidConfigError(f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for name in ("scale", "fast"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidConfigError(f"{name} is True or False, not {getattr(self, name)!r}")
+        if not isinstance(self.fast, bool):
+            raise InvalidConfigError(f"fast is True or False, not {self.fast!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Without what every method has and this one refuses."""

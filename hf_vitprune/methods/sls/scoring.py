@@ -6,7 +6,6 @@ import contextlib
 from typing import Any
 
 import numpy as np
-from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 from threadpoolctl import ThreadpoolController, threadpool_limits
@@ -25,7 +24,7 @@ def layer_score(features: np.ndarray, labels: np.ndarray, config: SLSConfig) -> 
         features: (images, channels).
         labels: (images,) class numbers.
     """
-    return map_score(tsne_map(features, config), labels, config)
+    return map_score(tsne_map(features, config), labels)
 
 
 def tsne_map(features: np.ndarray, config: SLSConfig) -> np.ndarray:
@@ -37,7 +36,6 @@ def tsne_map(features: np.ndarray, config: SLSConfig) -> np.ndarray:
     if not np.ptp(features, axis=0).any():
         return np.zeros((len(features), 2), dtype=features.dtype)  # all alike: there is nothing to lay out
     with _threads(config.threads):
-        features = principal(features, config)
         tsne = TSNE(
             n_components=2,
             perplexity=effective_perplexity(len(features), config),
@@ -51,19 +49,11 @@ def tsne_map(features: np.ndarray, config: SLSConfig) -> np.ndarray:
     return coordinates
 
 
-def principal(features: np.ndarray, config: SLSConfig) -> np.ndarray:
-    """The features, or where ``pca_dims`` says so their first principal components."""
-    if config.pca_dims is None or config.pca_dims >= min(features.shape):
-        return features
-    return PCA(config.pca_dims, random_state=config.seed).fit_transform(features)
-
-
-def map_score(coordinates: np.ndarray, labels: np.ndarray, config: SLSConfig) -> float:
-    """Mean silhouette coefficient on a map; 0 for the only image of a class."""
+def map_score(coordinates: np.ndarray, labels: np.ndarray) -> float:
+    """Mean silhouette coefficient on a map whose axes are stretched to [0, 1]; 0 for the only image of a class."""
     if len(np.unique(labels)) == len(labels):
         return 0.0  # every image is the only one of its class
-    points = unit_square(coordinates) if config.scale else coordinates
-    return float(silhouette_score(points, labels, metric=config.silhouette_metric))
+    return float(silhouette_score(unit_square(coordinates), labels))
 
 
 def unit_square(coordinates: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 
 from .config import SLSConfig
-from .scoring import effective_perplexity, map_score, principal
+from .scoring import effective_perplexity, map_score
 
 #: with more images, matrices of all pairs are no cheaper than scikit-learn's tree
 MOST_IMAGES = 3000
@@ -108,13 +108,13 @@ def estimated_score(features: np.ndarray, labels: np.ndarray, config: SLSConfig,
     """
     if not np.ptp(features, axis=0).any():
         return 0.0
-    features = principal(features, config).astype(np.float32)
+    features = features.astype(np.float32)
     perplexity = effective_perplexity(len(features), config)
 
     def clear(points: np.ndarray) -> bool:
-        return enough is not None and map_score(points, labels, config) > enough
+        return enough is not None and map_score(points, labels) > enough
 
-    return map_score(quick_map(features, perplexity, config, clear), labels, config)
+    return map_score(quick_map(features, perplexity, config, clear), labels)
 
 
 def quick_map(
