@@ -17,7 +17,9 @@ from transformers import (
     ViTModel,
 )
 
-from hf_vitprune.losses.distillation import DistillationConfig, Teacher, distillation_loss
+from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune.losses.distillation import DistillationConfig, Teacher, distillation_loss, task_share
+from hf_vitprune.methods import NViT
 
 
 def vit(**changes):
@@ -247,3 +249,34 @@ def test_a_teacher_without_parameters_works():
             return type("Output", (), {"logits": torch.zeros(len(pixel_values), 3)})
 
     assert Teacher(Constant(), vit())(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("direction", ["teacher_student", "student_teacher"])
+def test_kl_is_added_whole_in_either_direction(direction):
+    """Worked out by hand; no square of the temperature, and nothing taken from the task loss."""
+    student = torch.tensor([[1.0, 2.0, 0.0], [0.0, -1.0, 3.0]], dtype=torch.float64)
+    teacher = torch.tensor([[0.5, 0.5, 1.0], [2.0, 1.0, 0.0]], dtype=torch.float64)
+    divergence = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        ps, pt = ([math.exp(x / 3) / sum(math.exp(y / 3) for y in row) for x in row] for row in (s, t))
+        p, q = (pt, ps) if direction == "teacher_student" else (ps, pt)
+        divergence += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    config = DistillationConfig("kl", weight=100.0, temperature=3.0, direction=direction)
+    loss = distillation_loss(student, teacher, torch.tensor(0.7, dtype=torch.float64), config)
+    assert loss.item() == pytest.approx(0.7 + 100 * divergence / 2, rel=1e-12)
+
+
+def test_kl_goes_the_released_way_by_default():
+    assert DistillationConfig("kl").direction == NViT.distillation.direction == "teacher_student"
+    with pytest.raises(InvalidConfigError, match="direction must be"):
+        DistillationConfig("kl", direction="both")
+    with pytest.raises(InvalidConfigError, match="one direction only"):
+        DistillationConfig("soft", direction="student_teacher")
+
+
+def test_the_task_keeps_what_shares_leave():
+    hard, soft, kl = DistillationConfig("hard", 0.5), DistillationConfig("soft", 0.3), DistillationConfig("kl", 100.0)
+    assert task_share([]) == task_share([kl]) == 1.0
+    assert task_share([hard, kl, soft]) == pytest.approx(0.2)
+    with pytest.raises(InvalidConfigError, match=r"0\.5 \+ 0\.5 \+ 0\.3 are more than 1"):
+        task_share([hard, hard, soft])

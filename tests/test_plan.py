@@ -245,6 +245,17 @@ def test_plan_for_another_kind_of_mlp() -> None:
         prune(gated, plan.with_layers(replace(e, mlp=e.mlp[:gated_sizes]) for e in plan.layers))
 
 
+def test_a_layer_without_heads_is_another_mixer() -> None:
+    entry = PruningPlan.dense(make(VIT)).layers[1]
+    with pytest.raises(InvalidPlanError, match=r"with_mixer\('none'\)"):
+        entry.keep_heads([])
+    with pytest.raises(InvalidPlanError, match=r"layer 1 has the heads \[0, 1, 2, 3\], not \[4\]"):
+        entry.keep_heads([0, 4])
+    cured = PruningPlan.dense(make(VIT))
+    cured = cured.with_layers(e.with_mixer("none") if e.index == 1 else e for e in cured.layers)
+    assert prune(make(VIT), cured).config.pruning_config["layers"][1]["mixer"] == "none"
+
+
 @pytest.mark.parametrize("case", CLASSIFIERS)
 def test_plan_that_removes_nothing(case: str) -> None:
     model = make(case)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from ..errors import InvalidConfigError
 
-__all__ = ["DistillationConfig", "Teacher", "distillation_loss"]
+__all__ = ["DistillationConfig", "Teacher", "distillation_loss", "distillation_term", "task_share"]
 
 DistillationKind = Literal["soft", "hard", "kl", "none"]
+Direction = Literal["teacher_student", "student_teacher"]
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,12 @@ class DistillationConfig:
 
     Attributes:
         kind: "soft" matches the teacher's whole distribution (DeiT eq. 2), "hard" takes the teacher's best class as a
-            second label (eq. 3), "kl" adds `weight * KL(student || teacher)` to the task loss (NViT), "none" leaves
-            the task loss alone.
+            second label (eq. 3), "kl" adds `weight * KL` to the task loss (NViT), "none" leaves the task loss alone.
         weight: Share of the distillation term, from 0 to 1; the task loss gets the rest. DeiT uses 0.1 for soft and
-            0.5 for hard distillation. For "kl" a factor of any size (NViT: 100); the task loss stays whole.
+            0.5 for hard distillation. For "kl" a factor of any size (NViT: 100); the task loss stays whole. Of several
+            at once every weight means the same: `(1 - shares) * task + sum of weight * term`.
+        direction: For "kl": "teacher_student" is `KL(teacher || student)`, as NViT's code has it; "student_teacher"
+            is `KL(student || teacher)`.
         temperature: Both distributions are softened by it, for "soft" and "kl". The "soft" term is multiplied by its
             square, so that the size of the gradient does not depend on it. DeiT and NViT use 3.
     """
@@ -36,6 +39,7 @@ class DistillationConfig:
     kind: DistillationKind = "soft"
     weight: float = 0.5
     temperature: float = 1.0
+    direction: Direction = "teacher_student"
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(DistillationKind):
@@ -46,6 +50,30 @@ class DistillationConfig:
             raise InvalidConfigError(f"weight must {limit}, not {self.weight}")
         if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
             raise InvalidConfigError(f"temperature must be a positive number, not {self.temperature}")
+        if self.direction not in get_args(Direction):
+            raise InvalidConfigError(f"direction must be {' or '.join(get_args(Direction))}, not {self.direction!r}")
+        if self.kind != "kl" and self.direction != "teacher_student":
+            raise InvalidConfigError(f"direction is an option of kind 'kl'; {self.kind!r} has one direction only")
+
+    @property
+    def share(self) -> float:
+        """What is taken from the weight of the task loss."""
+        return self.weight if self.kind in ("soft", "hard") else 0.0
+
+
+def task_share(configs: Iterable[DistillationConfig]) -> float:
+    """Weight of the task loss beside these terms, from 0 to 1.
+
+    Raises:
+        InvalidConfigError: their shares are more than the whole.
+    """
+    shares = [config.share for config in configs]
+    if sum(shares) > 1 + 1e-9:
+        raise InvalidConfigError(
+            f"the weights of soft and hard distillation are shares of one loss, and {' + '.join(map(str, shares))} "
+            "are more than 1: lower them, what is left is the weight of the labels"
+        )
+    return max(0.0, 1.0 - sum(shares))
 
 
 def distillation_loss(
@@ -58,29 +86,52 @@ def distillation_loss(
     num_items_in_batch: Tensor | int | None = None,
     loss_scale: float = 1.0,
 ) -> Tensor:
-    """Mix the task loss with the distillation term: `(1 - weight) * task + weight * term`; "kl" adds instead.
+    """Mix the task loss with one distillation term: `(1 - weight) * task + weight * term`; "kl" adds instead.
+
+    Args:
+        task_loss: The loss on the labels, as the model or the Trainer computed it.
+        loss_scale: What `task_loss` has been multiplied by already. `Trainer.compute_loss` multiplies by the number
+            of processes when it has a global `num_items_in_batch` (DDP averages gradients); a term that is added
+            after it needs the same factor.
+        Everything else as `distillation_term`.
+    """
+    if config.kind == "none":
+        return task_loss
+    term = distillation_term(
+        student_logits,
+        teacher_logits,
+        config,
+        distillation_logits=distillation_logits,
+        num_items_in_batch=num_items_in_batch,
+    )
+    return task_share([config]) * task_loss + loss_scale * term
+
+
+def distillation_term(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    config: DistillationConfig,
+    *,
+    distillation_logits: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """What a teacher adds to the loss, times its weight.
 
     The term is `T^2 * KL(teacher || student)` at temperature T ("soft"), or the cross-entropy with the teacher's best
-    class ("hard"), or `KL(student || teacher)` at temperature T ("kl"), averaged over images. (DeiT's code divides the
+    class ("hard"), or a KL at temperature T without the square ("kl"), averaged over images. (DeiT's code divides the
     KL by images *and* classes; the paper's equation, followed here, does not.)
 
     Args:
-        student_logits: (B, C), from the head that `task_loss` comes from.
-        teacher_logits: (B, C), never differentiated. May be None for kind "none".
-        task_loss: The loss on the labels, as the model or the Trainer computed it.
-        config: Kind, weight and temperature.
+        student_logits: (B, C), from the head that the task loss comes from.
+        teacher_logits: (B, C), never differentiated.
+        config: Kind, weight, temperature and direction.
         distillation_logits: (B, C) of a distillation head of its own (DeiT with teacher): the term is then computed
             on these in place of `student_logits`; a "kl" teacher is compared with the whole student.
         num_items_in_batch: What Trainer passes to `compute_loss`: the number of labelled images in all micro-batches
             (and processes) of one update. When the model gets it too, its loss is a sum divided by this number, and
             the gradients of k micro-batches add up to those of the big batch. The term is then divided in the same
             way; without it, by the size of this batch.
-        loss_scale: What `task_loss` has been multiplied by already. `Trainer.compute_loss` multiplies by the number
-            of processes when it has a global `num_items_in_batch` (DDP averages gradients); a term that is added
-            after it needs the same factor.
     """
-    if config.kind == "none":
-        return task_loss
     if teacher_logits is None:
         raise ValueError(f"{config.kind} distillation needs teacher_logits")
     logits = student_logits if distillation_logits is None or config.kind == "kl" else distillation_logits
@@ -93,10 +144,10 @@ def distillation_loss(
     if config.kind in ("soft", "kl"):
         t = config.temperature
         student, teacher = F.log_softmax(logits / t, dim=-1), F.log_softmax(target / t, dim=-1)
-        if config.kind == "soft":
-            total = F.kl_div(student, teacher, reduction="sum", log_target=True) * t**2
-        else:
-            total = (student.exp() * (student - teacher)).sum()
+        if config.direction == "student_teacher":
+            student, teacher = teacher, student
+        total = F.kl_div(student, teacher, reduction="sum", log_target=True)
+        total = total * t**2 if config.kind == "soft" else total
     else:
         total = F.cross_entropy(logits, target.argmax(dim=-1), reduction="sum")
     if num_items_in_batch is None:
@@ -105,8 +156,7 @@ def distillation_loss(
         items = num_items_in_batch.flatten()[0].to(total.device)  # one copy per device under DataParallel
     else:
         items = num_items_in_batch
-    kept = 1.0 if config.kind == "kl" else 1.0 - config.weight
-    return kept * task_loss + config.weight * loss_scale * total / items
+    return config.weight * total / items
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..compensate import Compensation
 from ..errors import InvalidConfigError, MissingLabelsError
-from ..losses.distillation import DistillationConfig, Teacher, distillation_loss
+from ..losses.distillation import DistillationConfig, Teacher, distillation_term, task_share
 from ..losses.task import is_classifier, task_loss
 from ..spec.architecture import unwrap
 from ..surgery.gates import strip_gates
@@ -29,8 +29,7 @@ class PruningTrainer(Trainer):
 
     Args:
         model: a :class:`PruningModel`, or any model to fine-tune (a pruned one, say).
-        distillation: learn from a teacher's logits too; see :class:`DistillationConfig`. Several at once: a list,
-            each applied to the loss that the one before gave.
+        distillation: learn from a teacher's logits too; see :class:`DistillationConfig`. Several at once: a list.
         teacher: image classifier to learn from, of any architecture; a list of them for a list above. By default
             (None) a copy of the wrapped model as it is now, for a PruningModel; required for other models.
         compensate: what a PruningModel's ``export()`` does afterwards about what pruning took away, with images of
@@ -174,21 +173,26 @@ class PruningTrainer(Trainer):
         lessons = self._lessons_now() if model.training else []
         if not lessons:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        images = {k: v for k, v in inputs.items() if k not in (*self.label_names, "labels")}
+        names = (*self.label_names, "labels")
+        images = {k: v for k, v in inputs.items() if k not in names}
+        labels = next((inputs[name] for name in names if inputs.get(name) is not None), None)
         answers = [teacher(**images, autocast=self.accelerator.autocast()) for _, teacher in lessons]
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # the parent has multiplied a loss that is normalised over all processes by their number
         over_all = self.args.average_tokens_across_devices and num_items_in_batch is not None
         accepts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        scale = self.accelerator.num_processes if over_all and accepts and self.args.n_gpu <= 1 else 1.0
+        items = num_items_in_batch if accepts else None
+        if items is not None and isinstance(labels, torch.Tensor) and labels.ndim == 2:
+            items = items / labels.shape[1]  # the Trainer counts every entry of the rows
+        loss = task_share(config for config, _ in lessons) * loss
         for (config, _), teacher_logits in zip(lessons, answers, strict=True):
-            loss = distillation_loss(
+            loss = loss + scale * distillation_term(
                 outputs["logits"],
                 teacher_logits,
-                loss,
                 config,
                 distillation_logits=outputs.get("distillation_logits"),
-                num_items_in_batch=num_items_in_batch if accepts else None,
-                loss_scale=self.accelerator.num_processes if over_all and accepts and self.args.n_gpu <= 1 else 1.0,
+                num_items_in_batch=items,
             )
         return (loss, outputs) if return_outputs else loss
 
@@ -273,6 +277,7 @@ def _paired(distillation: Any, teacher: Any) -> list[tuple[DistillationConfig, A
     if distillation is None:
         distillation = DistillationConfig() if teacher is not None else []
     configs = list(distillation) if isinstance(distillation, (list, tuple)) else [distillation]
+    task_share(configs)  # raises
     teachers = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher] * min(len(configs), 1)
     if teacher is None:
         teachers = [None] * len(configs)
