@@ -253,7 +253,7 @@ def test_a_layer_without_heads_is_another_mixer() -> None:
         entry.keep_heads([0, 4])
     cured = PruningPlan.dense(make(VIT))
     cured = cured.with_layers(e.with_mixer("none") if e.index == 1 else e for e in cured.layers)
-    assert prune(make(VIT), cured).config.pruning_config["layers"][1]["mixer"] == "none"
+    assert Architecture.of(prune(make(VIT), cured)).layers[1].mixer == "none"
 
 
 @pytest.mark.parametrize("case", CLASSIFIERS)
