@@ -10,11 +10,13 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from typer.testing import CliRunner
 
 import hf_vitprune
-from hf_vitprune import PruningPlan, count
+from hf_vitprune import PruningPlan, count, register_method
+from hf_vitprune.methods import registry
 from hf_vitprune_cli import digits as demo
 from hf_vitprune_cli.main import app
 from hf_vitprune_cli.workflow import Schedule
 from test_data import image_folder
+from toy_method import Toy, ToyConfig
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +94,23 @@ def run_prune(*arguments):
     return CliRunner().invoke(app, ["prune", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("method", ["VTP", "NViT"])
-def test_prune_makes_a_loadable_folder_from_a_folder_of_images(method, classifier_folder, tmp_path):
+@pytest.mark.parametrize(("method", "target"), [("VTP", 0.6), ("NViT", 0.6), ("Toy", 0.75)])  # Toy: somebody else's
+def test_prune_makes_a_loadable_folder_from_a_folder_of_images(
+    method, target, classifier_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    register_method(ToyConfig, Toy)
     images = image_folder(tmp_path / "pets")
     out = tmp_path / "small"
-    options = ["--epochs", 1, 1, "--target", 0.6, "--batch-size", 4, "--method", method.lower()]
+    options = ["--epochs", 1, 1, "--target", target, "--batch-size", 4, "--method", method.lower()]
     result = run_prune(classifier_folder, out, "--data", images, *options)
     assert result.exit_code == 0, result.output
     model = AutoModelForImageClassification.from_pretrained(out)
     dense = AutoModelForImageClassification.from_pretrained(classifier_folder)
-    assert count(model).macs <= 0.6 * count(dense).macs
+    assert count(model).macs <= target * count(dense).macs
     assert json.loads((out / "config.json").read_text())["pruning_config"]["info"]["method"] == method
-    assert "before" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "before" in card and f"- method: `{method}`" in card
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def reach_target(plan_at: Callable[[int], P], strongest: int, target: float, met
     if lowest > target:
         raise UnreachableTargetError(
             f"a target of {target:.3f} of the {meter.metric} cannot be reached: the smallest model these settings "
-            f"allow has {lowest:.3f}. Raise the target, or lower the floors (round_to, points)."
+            f"allow has {lowest:.3f}. Raise the target, lower round_to, or let more kinds of units go."
         )
     low, high = 0, strongest  # cost(low) > target >= cost(high)
     while high - low > 1:
