@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_vitprune import (
     NViTConfig,
@@ -113,3 +120,17 @@ def test_every_method_trains_decides_and_exports(config: Any, trainer_class: Any
     small = trainer.model.export(calibration=COLUMNS if not isinstance(config, SLSConfig) else None)
     with torch.no_grad():
         assert small(**COLUMNS).logits.isfinite().all()
+
+
+def test_a_teacher_gets_what_it_takes(tmp_path: Path) -> None:
+    """One of another kind, without position embeddings; and one like the student, which needs the argument."""
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=LABELS)
+    for teacher in (ResNetForImageClassification(config), make(VIT)):
+        quiet: dict[str, Any] = {"save_strategy": "no", "use_cpu": True, "report_to": [], "disable_tqdm": True}
+        arguments = TrainingArguments(str(tmp_path), max_steps=2, **quiet)
+        model = get_pruning_model(make(VIT), VTPConfig(target=0.6, image_size=LARGE, round_to=4))
+        trainer = PruningTrainer(
+            model=model, args=arguments, train_dataset=ROWS, data_collator=collate, teacher=teacher
+        )
+        trainer.train()
+        assert model.method.decided

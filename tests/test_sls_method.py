@@ -103,6 +103,8 @@ def test_what_cannot_be_scored_is_refused(row: dict[str, Any], words: str) -> No
 def test_a_class_token_that_is_not_there_is_refused() -> None:
     with pytest.raises(InvalidConfigError, match="no class token"):
         select_layers(make("SwinForImageClassification"), Patterns(), SLSConfig(pooling="cls"))
+    with pytest.raises(InvalidConfigError, match="no class token"):  # not after the training
+        get_pruning_model(make("SwinForImageClassification"), SLSConfig(pooling="cls"))
 
 
 # ---------------------------------------------------------------------- which depths there are

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InvalidConfigError
+from ..utils.batches import accepted
 
 __all__ = ["DistillationConfig", "Teacher", "distillation_loss", "distillation_term", "task_share"]
 
@@ -189,6 +190,8 @@ class Teacher:
     ) -> Tensor:
         """The teacher's logits for a batch; the teacher follows the batch to its device.
 
+        Of `kwargs` (`interpolate_pos_encoding`, ...) it gets what its forward takes.
+
         `autocast`: the mixed precision that the student runs in. Trainer opens no autocast around `compute_loss`
         (accelerate wraps the student's `forward` alone), so pass `trainer.accelerator.autocast()` for the same.
         """
@@ -200,7 +203,7 @@ class Teacher:
                 self.model.to(pixel_values.device)
             pixel_values = pixel_values.to(tensor.dtype)
         with torch.no_grad(), autocast or nullcontext():
-            output = self.model(pixel_values=pixel_values, **kwargs)
+            output = self.model(pixel_values=pixel_values, **accepted(self.model, kwargs))
         logits = getattr(output, "logits", None)
         if logits is None:
             raise TypeError(f"a teacher must return .logits; {type(self.model).__name__} returned {type(output)}")

@@ -188,6 +188,12 @@ def run_images(model: Any, batch: Mapping[str, Any]) -> Any:
         ) from error
 
 
+def accepted(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a model's forward has; all of them where it takes any keyword."""
+    own, open_ended = _parameters(type(model))
+    return {name: value for name, value in arguments.items() if open_ended or name in own}
+
+
 def _cure(model: nn.Module, given: Mapping[str, Any]) -> str:
     name = "interpolate_pos_encoding"
     if given.get(name) or name not in _arguments(model):

@@ -50,7 +50,7 @@ def extract_features(
     batches = ImageBatches(data, batch_size=config.batch_size, limit=config.max_samples)
     base = _in_float32(unwrap(model))
     architecture = Architecture.of(base)
-    pool = _pooling(architecture, config.pooling)
+    pool = pooling_for(architecture, config.pooling)
     chosen = range(1, len(architecture.layers) + 1) if layers is None else layers
     rows: dict[int, list[torch.Tensor]] = {number: [] for number in chosen}
     labels: list[torch.Tensor] = []
@@ -124,7 +124,12 @@ class _Pool:
         return pooled.float().cpu()
 
 
-def _pooling(architecture: Architecture, pooling: str) -> _Pool:
+def pooling_for(architecture: Architecture, pooling: str) -> _Pool:
+    """How features of this kind are made of a layer's output.
+
+    Raises:
+        InvalidConfigError: ``pooling="cls"`` and the model has no class token.
+    """
     special = architecture.family.extra_tokens_of(architecture.config)
     if pooling == "cls" and not special:
         raise InvalidConfigError(

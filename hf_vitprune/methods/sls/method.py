@@ -12,6 +12,7 @@ from ...errors import InvalidDataError
 from ...utils.batches import ImageBatches
 from ..depth import DepthMethod
 from .config import SLSConfig
+from .features import pooling_for
 from .selection import LayerSelection, checked_floor, select_layers
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class SLS(DepthMethod):
         super().__init__(config, model, config.stages)
         total, device = len(self.architecture.layers), next(model.parameters()).device
         self.floor = checked_floor(self.floor, total, config)
+        pooling_for(self.architecture, config.pooling)  # raises
         self.register_buffer("estimated", torch.zeros(total, dtype=torch.bool, device=device))
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
