@@ -10,9 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from hf_vitprune import criteria
 from hf_vitprune.criteria import UnitScores
+from hf_vitprune.criteria.batches import batches_of
 from hf_vitprune.errors import InvalidDataError, MissingLabelsError, ScoresError, UnsupportedModelError
 from hf_vitprune.modeling.structure import layer_paths
 from hf_vitprune.spec.architecture import Architecture
@@ -79,7 +81,7 @@ def test_taylor_is_averaged_over_images_and_takes_any_loss() -> None:
     rows = labelled(4)
     parts = [criteria.taylor(model, rows[:3]), criteria.taylor(model, rows[3:])]
     both = criteria.taylor(model, ImageBatches(rows, batch_size=3))
-    assert both.settings == {"images": 4, "batch_size": 3}
+    assert both.settings == {"images": 4, "batches": 2}
     for name, values in both.items():
         torch.testing.assert_close(values, (3 * parts[0][name] + parts[1][name]) / 4)
 
@@ -92,6 +94,38 @@ def test_taylor_is_averaged_over_images_and_takes_any_loss() -> None:
     assert criteria.taylor(base, images(), loss)["layer 0 mlp"].sum() > 0
     with pytest.raises(MissingLabelsError, match="labelled images"):
         criteria.taylor(model, images())
+
+
+def test_batches_come_in_many_forms() -> None:
+    rows = labelled(5)
+    pixels, labels = (torch.stack([row[name] for row in rows]) for name in ("pixel_values", "labels"))
+    halves = [{"pixel_values": pixels[part], "labels": labels[part]} for part in (slice(3), slice(3, 5))]
+    forms: list[Any] = [
+        halves,
+        iter(halves),
+        [tuple(batch.values()) for batch in halves],
+        ImageBatches(rows, 3),
+        DataLoader(rows, 3, shuffle=True),  # type: ignore[arg-type]
+        DataLoader(TensorDataset(pixels, labels), 3),
+    ]
+    for form in forms:
+        given = list(batches_of(form))
+        assert [len(batch["pixel_values"]) for batch in given] == [3, 2]
+        assert torch.equal(torch.cat([batch["pixel_values"] for batch in given]), pixels)
+        assert torch.equal(torch.cat([batch["labels"] for batch in given]), labels)
+    assert [len(batch["pixel_values"]) for batch in batches_of(pixels)] == [5]
+    assert [len(batch["labels"]) for batch in batches_of({"pixel_values": pixels, "labels": labels})] == [5]
+    for bad in (
+        [],
+        iter([]),
+        iter([1]),
+        "images",
+        iter([{"images": pixels}]),
+        None,
+        iter([{"pixel_values": pixels[0]}]),
+    ):
+        with pytest.raises(InvalidDataError):
+            list(batches_of(bad))
 
 
 def test_activation_is_the_mean_magnitude_of_what_a_unit_puts_out() -> None:

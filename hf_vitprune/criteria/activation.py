@@ -11,8 +11,9 @@ from torch import nn
 from ..families import LayerPaths
 from ..spec.architecture import Architecture
 from ..spec.units import has_embedding_set, set_name
-from ..utils.batches import ImageBatches, run_images
+from ..utils.batches import run_images
 from ..utils.modes import evaluating
+from .batches import batches_of
 from .scores import UnitScores, model_to_score
 
 
@@ -26,7 +27,8 @@ def activation(model: Any, images: Any) -> UnitScores:
 
     Args:
         model: stock or pruned transformers model, or a PeftModel over one (active adapters merged).
-        images: anything that ``ImageBatches`` takes; labels are not looked at.
+        images: an iterable of batches, a DataLoader, or anything that ``ImageBatches`` takes; labels are not looked
+            at.
 
     Raises:
         UnsupportedModelError: no family is registered for the model.
@@ -34,17 +36,18 @@ def activation(model: Any, images: Any) -> UnitScores:
         ScoresError: an activation is not finite.
     """
     base, architecture, paths = model_to_score(model)
-    data = ImageBatches(images) if not isinstance(images, ImageBatches) else images
+    count = 0
     meter = _Magnitudes()
     handles = [handle for i, path in enumerate(paths) for handle in _attach(base, architecture, i, path, meter)]
     try:
         with evaluating(base):
-            for batch in data:
+            for batch in batches_of(images):
+                count += len(batch["pixel_values"])
                 run_images(base, batch)
     finally:
         for handle in handles:
             handle.remove()
-    return UnitScores(architecture, _scores(architecture, meter), "activation", {"images": data.images})
+    return UnitScores(architecture, _scores(architecture, meter), "activation", {"images": count})
 
 
 class _Magnitudes:

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..errors import MissingLabelsError, UnsupportedModelError
 from ..spec.architecture import task_of
-from ..utils.batches import ImageBatches, run_images
+from ..utils.batches import run_images
 from ..utils.modes import evaluating
+from .batches import batches_of
 from .scores import UnitScores, UnitSums, model_to_score
 
 #: (model, batch) -> scalar loss
@@ -29,7 +30,8 @@ def taylor(model: Any, batches: Any, loss: Loss | None = None) -> UnitScores:
 
     Args:
         model: an image classifier, stock or pruned, or a PeftModel over one (active adapters merged).
-        batches: images with labels: anything that ``ImageBatches`` takes. The size of the batches matters.
+        batches: labelled: an iterable of batches, a DataLoader, or anything that ``ImageBatches`` takes, 64 a batch.
+            Their size matters: small ones see more of what differs between images.
         loss: (model, batch) -> scalar, for models without labels or with a loss of their own. By default the loss that
             the classifier is trained with.
 
@@ -44,24 +46,23 @@ def taylor(model: Any, batches: Any, loss: Loss | None = None) -> UnitScores:
         raise UnsupportedModelError(
             f"{type(base).__name__} is no image classifier: pass loss=, a function of (model, batch)"
         )
-    data = ImageBatches(batches) if not isinstance(batches, ImageBatches) else batches
     weights = {name: weight for name, weight in base.named_parameters() if weight.is_floating_point()}
     sums = UnitSums(architecture, paths, weights)
     device = next(base.parameters()).device
-    images = 0
+    images = count = 0
     with evaluating(base), _trainable(base), torch.enable_grad():
-        for batch in data:
+        for batch in batches_of(batches):
             on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             value = (loss or _classification_loss)(base, on_device)
             gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-            count = len(batch["pixel_values"])
-            images += count
+            size = len(batch["pixel_values"])
+            images, count = images + size, count + 1
             with torch.no_grad():
                 for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
                     if gradient is not None:
-                        sums.add(name, (weight.float() * gradient.float()).abs() * count)
+                        sums.add(name, (weight.float() * gradient.float()).abs() * size)
     scores = {name: values / images for name, values in sums.sums.items()}
-    return UnitScores(architecture, scores, "taylor", {"images": images, "batch_size": data.batch_size})
+    return UnitScores(architecture, scores, "taylor", {"images": images, "batches": count})
 
 
 def _classification_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -1,0 +1,55 @@
+"""What to score with, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..errors import InvalidDataError
+from ..utils.batches import ImageBatches
+
+
+def batches_of(data: Any) -> Iterator[dict[str, Any]]:
+    """One pass over the batches.
+
+    Args:
+        data: an iterable of batches: mappings with ``pixel_values`` (batch, channels, height, width) and ``labels``
+            where there are any, or pairs of both; a DataLoader (its size of batches, in the order of the data unless
+            it streams); or anything that ``ImageBatches`` takes, 64 images a batch.
+
+    Raises:
+        InvalidDataError: there are no images, or they cannot be read.
+    """
+    count = 0
+    for batch in _batches(data):
+        count += 1
+        yield batch
+    if not count:
+        raise InvalidDataError("there are no images to score with")
+
+
+def _batches(data: Any) -> Iterable[dict[str, Any]]:
+    streams = isinstance(data, DataLoader) and isinstance(data.dataset, IterableDataset)
+    batched = isinstance(data, (list, tuple)) and len(data) > 0 and _is_batch(data[0])
+    if streams or batched or isinstance(data, Iterator):
+        return (checked for batch in data for checked in _checked(batch))
+    if isinstance(data, ImageBatches):
+        return data
+    return ImageBatches(data, (data.batch_size if isinstance(data, DataLoader) else None) or 64)
+
+
+def _is_batch(item: Any) -> bool:
+    pixels = item.get("pixel_values") if isinstance(item, Mapping) else item[0] if isinstance(item, tuple) else None
+    return isinstance(pixels, torch.Tensor) and pixels.ndim == 4
+
+
+def _checked(batch: Any) -> ImageBatches:
+    """The batch, as the only one of an ``ImageBatches``."""
+    if not isinstance(batch, (Mapping, list, tuple)):
+        raise InvalidDataError(f"a batch is a mapping, or a pair of images and labels, not {type(batch).__name__}")
+    if not isinstance(batch, Mapping):
+        batch = dict(zip(("pixel_values", "labels"), batch, strict=False))
+    return ImageBatches(batch, len(batch["pixel_values"]) if "pixel_values" in batch else 1)
