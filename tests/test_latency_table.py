@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from hf_vitprune import Architecture, LatencyTable, PruningPlan, count
+from hf_vitprune import Architecture, LatencyTable, PruningPlan, count, truncate
 from hf_vitprune.errors import InvalidConfigError, LatencyTableError
 from hf_vitprune.latency import measure
 from hf_vitprune.latency.grid import GRID_AXES, STEPS, spread, stage_axes
+from hf_vitprune.modeling.native import to_native
 from latency_tables import made_table
 from plans import PLANS, plan_named
 from tiny import CASES, CLASSIFIERS, hybrid, make
@@ -81,6 +82,17 @@ def test_what_is_around_the_blocks_is_timed_for_every_class(case: str, monkeypat
     plan = plan_named("embedding", model)
     if plan is not None:
         check_parts_add_up(table, plan.architecture)
+
+
+def test_swin_with_an_empty_last_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    weigh(monkeypatch)
+    small = truncate(make(SWIN), 2)
+    stock = to_native(small)
+    assert measured(stock, grid=DENSE_ONLY).predict(Architecture.of(stock)) == pytest.approx(
+        1 + 1 + count(stock).params
+    )
+    seconds = measured(small, grid=DENSE_ONLY).predict(Architecture.of(small))  # around the layers, two were empty
+    assert seconds == pytest.approx(2 + 1 - 2 + count(small).params)
 
 
 def test_other_mixers_really_run(monkeypatch: pytest.MonkeyPatch) -> None:

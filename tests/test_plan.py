@@ -21,6 +21,7 @@ from hf_vitprune.errors import (
     UnsupportedUnitError,
     VitPruneError,
 )
+from hf_vitprune.modeling.native import to_native
 from hf_vitprune.plan.plan import PAD, PruningPlan
 from hf_vitprune.pruning import mask, prune, truncate
 from hf_vitprune.spec.architecture import Architecture
@@ -429,6 +430,17 @@ def test_truncated_swin_keeps_the_patch_merging_of_empty_stages(case: str, k: in
     plan = PruningPlan.dense(model).keep_layers(range(k))
     compensated = run(prune(model, plan, calibration=images(16, seed=2)))[name]
     assert (compensated - run(model)[name]).norm() <= 1.01 * (outputs[name] - run(model)[name]).norm()
+
+
+def test_a_stock_swin_with_an_empty_stage_is_pruned_like_any_other(tmp_path: Path) -> None:
+    model = to_native(truncate(make("SwinForImageClassification"), 2))
+    assert model.config.depths == [2, 0]
+    small = prune(model, PruningPlan.magnitude(model, 0.5, units=["mlp"], round_to=1))
+    small.save_pretrained(tmp_path)
+    again = type(small).from_pretrained(tmp_path)
+    assert torch.equal(run(again)["logits"], run(small)["logits"])
+    plan = PruningPlan.magnitude(model, 0.5, units=["mlp"], round_to=1)
+    assert relative_error(run(small)["logits"], run(mask(model, plan))["logits"]) < 1e-5
 
 
 def test_a_stage_below_others_is_never_empty() -> None:

@@ -204,7 +204,9 @@ class TimedModel:
 
     def _build(self, hidden_size: int, shapes: list[list[LayerShape]]) -> tuple[nn.Module, list[list[nn.Module]]]:
         dense, config = self.dense, copy.deepcopy(self.dense.config)
-        depths = None if dense.depths is None else tuple(len(row) for row in shapes)
+        depths = None
+        if dense.depths is not None:  # the last stages may be empty
+            depths = (*map(len, shapes), *[0] * (len(dense.depths) - len(shapes)))
         count = sum(len(row) for row in shapes)
         dense.family.resize_config(config, dense.hidden_size, count, depths)
         wanted = Architecture(config, tuple(s for row in shapes for s in row), hidden_size, depths, dense.task)

@@ -128,11 +128,7 @@ class LatencyTable:
             LatencyTableError: the architecture is of another model, or a size lies outside the grid.
         """
         self.check(architecture)
-        layers = (
-            self.layer_seconds(shape, architecture.width(i), stage)
-            for i, (shape, stage) in enumerate(zip(architecture.layers, architecture.stages, strict=True))
-        )
-        return sum(layers) + self.outer_seconds(architecture.hidden_size)
+        return LatencyMeter(self, architecture).total(architecture)
 
     def layer_seconds(self, shape: LayerShape, width: int, stage: int = 0) -> float:
         """Seconds of one block of a stage at a residual width.
@@ -141,8 +137,7 @@ class LatencyTable:
             LatencyTableError: a size lies outside the grid, or the block's mixer was not timed.
         """
         grids = self._stages[stage]
-        shifted = int(bool(shape.shifted))
-        place = {"embedding": width, "shifted": shifted}
+        place = {"embedding": width, "shifted": int(bool(shape.shifted))}
         if shape.mixer == "attention":
             sizes = {**place, "heads": shape.heads, "qk": shape.qk_dim, "v": shape.v_dim}
             seconds = self._read(stage, "attention", shape.attention_in, sizes)

@@ -400,7 +400,10 @@ def _checked_dense_sizes(dense: Any, family: Family, config: PreTrainedConfig) -
         raise InvalidArchitectureError(f"pruning_config: dense sizes {dense!r} are not {', '.join(sorted(names))}")
     for name, size in dense.items():
         sizes = size if name == "depths" and isinstance(size, list) else [size]
-        if not sizes or any(type(s) is not int or not 0 < s <= 1 << 16 for s in sizes):
+        least = [1] + [0] * (len(sizes) - 1)  # the last stages may be empty
+        if not sizes or any(
+            type(s) is not int or not low <= s <= 1 << 16 for low, s in zip(least, sizes, strict=True)
+        ):
             raise InvalidArchitectureError(f"pruning_config: dense {name} is {size!r}")
     own_head_dim = getattr(family.sizes_config(config), "head_dim", None)
     if not own_head_dim and dense.get("hidden_size", 0) % dense.get("num_attention_heads", 1):
