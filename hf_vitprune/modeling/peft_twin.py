@@ -84,13 +84,14 @@ def peft_model_in(model: Any) -> Any:
     return inner if not isinstance(model, PeftModel) and isinstance(inner, PeftModel) else model
 
 
-def plain_twin(base: nn.Module, merged: Collection[str] = (), saved: bool = False) -> Any:
+def plain_twin(base: nn.Module, merged: Collection[str] = (), saved: bool = False, part: str = "") -> Any:
     """The stock structure of a model with tuner layers, sharing its tensors; the model itself is not touched.
 
     Args:
         base: ``peft_model.get_base_model()``.
         merged: names of tuner layers whose active adapters go into (a copy of) their weights.
         saved: True takes the trained copies of ``modules_to_save`` of the active adapter, False the originals.
+        part: path of the tower in a bigger model.
     """
 
     def visit(module: nn.Module, name: str) -> nn.Module:
@@ -109,11 +110,12 @@ def plain_twin(base: nn.Module, merged: Collection[str] = (), saved: bool = Fals
     twin = visit(base, "")
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         twin.__dict__.pop(attribute, None)
-    finish_mixers(twin, family_of(twin))
+    tower: Any = twin.get_submodule(part)
+    finish_mixers(tower, family_of(tower))
     return twin
 
 
-def merged_twin(model: Any) -> Any:
+def merged_twin(model: Any, part: str = "") -> Any:
     """The stock model that computes what a PeftModel computes with its active adapters; unchanged tensors are shared.
 
     Raises:
@@ -122,7 +124,7 @@ def merged_twin(model: Any) -> Any:
     model = peft_model_in(model)
     check_peft_model(model)
     base = model.get_base_model()
-    return plain_twin(base, tuner_layers(base).keys(), saved=True)
+    return plain_twin(base, tuner_layers(base).keys(), saved=True, part=part)
 
 
 def tuner_layers(base: nn.Module) -> dict[str, BaseTunerLayer]:

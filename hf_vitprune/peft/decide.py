@@ -19,6 +19,7 @@ from .absorb import can_absorb
 from .configs import changes_base
 from .kinds import AdapterKind, kind_named, kind_of
 from .kinds.kind import LayerCut, Tensors, adapter_tensors
+from .tower import under
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +46,15 @@ class Decision:
     merged: list[str] = field(default_factory=list)
 
 
-def decide(model: Any, stock: Any, plan: PruningPlan, cuts: dict[str, Cut]) -> Decision:
+def decide(model: Any, stock: Any, plan: PruningPlan, cuts: dict[str, Cut], part: str = "") -> Decision:
     """Slice what can be sliced, else make LoRA of all of it, else name what has to be merged.
 
     Args:
         model: the PeftModel.
         stock: its plain twin.
-        plan: for it.
+        plan: what stays of its tower; its new weights have names in the whole model.
         cuts: of every tensor of the small model.
+        part: path of the tower.
 
     Raises:
         AdapterError: something has to be merged, and there are adapters that this would mix up.
@@ -66,27 +68,27 @@ def decide(model: Any, stock: Any, plan: PruningPlan, cuts: dict[str, Cut]) -> D
             cut = _cut_of(kind, layer, old, found[old], cuts, shapes)
             replaced = any(name.startswith(f"{found[old]}.") for name in plan.weights)
             parts.append(Carried(old, found[old], layer, cut, replaced))
-        elif kind.cannot_be_merged and old.startswith(_kept_layers(stock, plan)):
+        elif kind.cannot_be_merged and old.startswith(_kept_layers(stock, plan, part)):
             raise AdapterError(
                 f"the plan removes {old} and keeps its layer; the {kind.name} adapter beside it would be lost. Remove "
                 "whole layers only"
             )
-    cut_somewhere = any(not part.cut.is_whole for part in parts)
+    cut_somewhere = any(not one.cut.is_whole for one in parts)
     shared = bool(shared_tensors(model)) and cut_somewhere
-    sliced = [None if shared else kind.slice(part.layer, part.cut) for part in parts]
-    if None in sliced or not kind.fits(model.base_model, [part.layer for part in parts]):
-        converted = [kind.as_lora(part.layer, part.cut) for part in parts]
+    sliced = [None if shared else kind.slice(one.layer, one.cut) for one in parts]
+    if None in sliced or not kind.fits(model.base_model, [one.layer for one in parts]):
+        converted = [kind.as_lora(one.layer, one.cut) for one in parts]
         if None not in converted:
             kind, sliced = kind_named("LORA"), converted
     decision = Decision(kind)
-    for part, tensors in zip(parts, sliced, strict=True):
-        fits = not part.absorbs or can_absorb(kind, part.layer, plan.weights.get(f"{part.new}.weight"))
+    for one, tensors in zip(parts, sliced, strict=True):
+        fits = not one.absorbs or can_absorb(kind, one.layer, plan.weights.get(f"{one.new}.weight"))
         if tensors is None or not fits:
-            decision.merged.append(part.old)
+            decision.merged.append(one.old)
         else:
-            part.tensors = tensors
-            decision.carried.append(part)
-    _check_merges(model, decision)
+            one.tensors = tensors
+            decision.carried.append(one)
+    _check_merges(model, decision, part)
     return decision
 
 
@@ -116,15 +118,21 @@ def _cut_of(
     return kind.cut_of(layer, cut)
 
 
-def _kept_layers(stock: Any, plan: PruningPlan) -> tuple[str, ...]:
+def _kept_layers(stock: Any, plan: PruningPlan, part: str) -> tuple[str, ...]:
     """Prefixes of what is in the layers that stay."""
-    paths = layer_paths(stock, plan.source)
-    return tuple(f"{paths[entry.index].layer}." for entry in plan.layers)
+    paths = layer_paths(stock.get_submodule(part), plan.source)
+    return tuple(under(part, f"{paths[entry.index].layer}.") for entry in plan.layers)
 
 
-def _check_merges(model: Any, decision: Decision) -> None:
+def _check_merges(model: Any, decision: Decision, part: str) -> None:
     if not decision.merged:
         return
+    outside = [name for name in decision.merged if not name.startswith(under(part, ""))]
+    if outside:
+        raise AdapterError(
+            f"{decision.kind.name} adapters share tensors, so that those of the tower cannot be merged without those "
+            f"elsewhere ({outside[0]}, ...); merge_and_unload() the model first, or remove whole layers only"
+        )
     if decision.kind.cannot_be_merged:
         raise AdapterError(
             f"the plan narrows what the {decision.kind.name} adapter of {decision.merged[0]} reads or writes, which "

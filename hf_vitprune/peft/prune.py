@@ -13,19 +13,20 @@ from ..errors import AdapterError
 from ..modeling.peft_twin import check_peft_model, merged_twin, peft_model_in, plain_twin, saved_modules, tuner_layers
 from ..plan.plan import PruningPlan
 from ..surgery.cuts import Cut, find_cuts
-from ..surgery.transplant import check_plan, empty_like, prune_plain
+from ..surgery.transplant import check_plan, prune_plain, resized_copy
 from .absorb import absorb, active_of
 from .configs import check_config, lora_config, pruned_config
 from .decide import Decision, altered_weights, decide, shared_tensors
 from .kinds import kind_of
 from .kinds.kind import adapter_tensors
 from .record import pruning_record
+from .tower import cuts_with_tower, under, with_tower
 from .verify import verify_layer
 
 logger = logging.getLogger(__name__)
 
 
-def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False) -> Any:
+def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False, part: str = "") -> Any:
     """Prune a PeftModel: same outputs as ``mask(model, plan)``, adapters still trainable where they can be sliced.
 
     LoRA (rsLoRA, DoRA, lora_bias), AdaLoRA, IA3, LoHa and HiRA are sliced. Other types stay where their layers lose
@@ -35,6 +36,12 @@ def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False) 
 
     New weights of the plan (compensation) are those with the active adapters: what is sliced stays an adapter, and
     the weight under it becomes the new weight less the adapter's part of it.
+
+    Args:
+        model: a PeftModel.
+        plan: for its base, or for the tower at ``part``.
+        allow_unchanged: accept a plan that removes nothing.
+        part: path, in the base model, of the tower that the plan is for; adapters elsewhere stay as they are.
 
     Returns:
         A PeftModel of the same class with adapters of type ``VITPRUNE_<TYPE>`` under the same names; the plain pruned
@@ -50,28 +57,33 @@ def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False) 
     for config in configs.values():
         check_config(config)
     base = model.get_base_model()
-    stock = plain_twin(base)
-    check_plan(stock, plan, allow_unchanged)
-    cuts = find_cuts(stock, empty_like(stock, plan), plan)
-    decision = decide(model, stock, plan, cuts)
+    stock = plain_twin(base, part=part)
+    tower = stock.get_submodule(part)
+    check_plan(tower, plan, allow_unchanged)
+    cuts = cuts_with_tower(stock, find_cuts(tower, resized_copy(tower, plan), plan), part)
+    plan_here = replace(plan, weights={under(part, name): tensor for name, tensor in plan.weights.items()})
+    decision = decide(model, stock, plan_here, cuts, part)
     altered = altered_weights(base, stock, configs, decision)
-    info = {**plan.info, **altered}
-    small = prune_plain(plain_twin(base, decision.merged), replace(plan, info=info), allow_unchanged=allow_unchanged)
+    whole = plain_twin(base, decision.merged, part=part)
+    small_tower = prune_plain(
+        whole.get_submodule(part), replace(plan, info={**plan.info, **altered}), allow_unchanged=allow_unchanged
+    )
+    small = with_tower(whole, small_tower, part)
     flags = [(parameter, parameter.requires_grad) for parameter in small.parameters()]
 
     if decision.kind.name != kind_of(next(iter(configs.values()))).name:
         layers = {carried.old: carried.tensors for carried in decision.carried}
         configs = {name: lora_config(config, layers, name) for name, config in configs.items()}
     wrappers = _renamed_wrappers(base, cuts)
-    record = pruning_record(small, altered=bool(altered))
+    record = pruning_record(small, altered=bool(altered), part=part)
     made = _new_configs(configs, decision, wrappers, record)
     if not made:
         logger.warning("nothing is left of the adapters (all merged or on removed layers): this is a plain model")
         return small.train(model.training)
     result = _inject(model, small, made)
     _fill_layers(result, decision, made)
-    _fill_weights(result, model, plan, decision)
-    _fill_wrappers(result, wrappers, cuts, plan)
+    _fill_weights(result, model, plan, decision, part)
+    _fill_wrappers(result, wrappers, cuts, plan_here)
     _copy_shared(model, result, decision)
     _activate(model, result)
     for parameter, trained in flags:
@@ -148,14 +160,15 @@ def _fill_layers(result: Any, decision: Decision, configs: dict[str, Any]) -> No
             verify_layer(carried.old, old, layer, adapters, carried.cut)
 
 
-def _fill_weights(result: Any, model: Any, plan: PruningPlan, decision: Decision) -> None:
+def _fill_weights(result: Any, model: Any, plan: PruningPlan, decision: Decision, part: str) -> None:
     """The plan's new weights are those of layers and adapters together."""
     absorbing = [carried for carried in decision.carried if carried.absorbs]
     if absorbing:
         made = tuner_layers(result.get_base_model())
-        effective = prune_plain(merged_twin(model), plan, allow_unchanged=True)
+        effective = prune_plain(merged_twin(model, part).get_submodule(part), plan, allow_unchanged=True)
         for one in absorbing:
-            absorb(decision.kind, one.new, made[one.new], active_of(one.layer), effective.get_submodule(one.new))
+            new = effective.get_submodule(one.new.removeprefix(under(part, "")))
+            absorb(decision.kind, one.new, made[one.new], active_of(one.layer), new)
 
 
 def _fill_wrappers(result: Any, wrappers: dict[str, Any], cuts: dict[str, Cut], plan: PruningPlan) -> None:

@@ -20,23 +20,26 @@ from .shared import check_first_layers
 RECORD_VERSION = 1
 
 
-def pruning_record(base: Any, altered: bool) -> dict[str, Any]:
+def pruning_record(model: Any, altered: bool, part: str = "") -> dict[str, Any]:
     """The record for adapters on a pruned base.
 
     Args:
-        base: the pruned model, whose config carries its own record.
+        model: pruned, or with a pruned tower, whose config carries a record of its own.
         altered: its weights are not those of the dense checkpoint (adapters were merged into them, or had changed
             them when they were made).
+        part: path of the tower in the model.
 
     ``kept_layers`` is set where a dense checkpoint can stand in for the pruned base: only layers were removed.
     """
+    base: Any = model.get_submodule(part)
     architecture = Architecture.of(base)
     info = lineage_of(base.config)
     return {
         "version": RECORD_VERSION,
         "model_type": architecture.model_type,
         "plan": info["plan"],
-        "kept_layers": None if altered else info.get("kept_layers"),
+        "part": part,
+        "kept_layers": None if altered or part else info.get("kept_layers"),
         "source": seal(Architecture.dense(architecture.config, architecture.task)),
         "architecture": write_record(architecture),
         "labels": labels_of(base),
@@ -56,6 +59,13 @@ def fit_base(model: Any, config: Any) -> None:
         AdapterError: the base is another one; says which is needed.
     """
     record = _checked(config.pruning)
+    try:
+        model = model.get_submodule(record.get("part", ""))
+    except AttributeError as error:
+        raise AdapterError(
+            f"this adapter belongs to a model with a pruned {record['model_type']} at {record['part']}, and the base "
+            f"model, a {type(model).__name__}, has nothing there"
+        ) from error
     check_heads(model, config)
     found = Architecture.of(model)
     same_shape = found.model_type == record["model_type"] and seal(found) == record["architecture"]["fingerprint"]

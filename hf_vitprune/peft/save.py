@@ -35,17 +35,17 @@ def save_pruned_peft(
         AdapterError: the model holds no adapters, or is not pruned.
     """
     configs = list(getattr(model, "peft_config", {}).values())
-    if not configs or "plan" not in lineage_of(model.get_base_model().config):
+    unsealed = [config for config in configs if not hasattr(config, "pruning")]
+    if not configs or (unsealed and "plan" not in lineage_of(model.get_base_model().config)):
         raise AdapterError("not a PeftModel over a pruned model; save it with its own save_pretrained")
-    for config in configs:
-        if not hasattr(config, "pruning"):
-            seal(config, model.get_base_model())
+    for config in unsealed:
+        seal(config, model.get_base_model())
     folder = Path(folder)
     stands_in = all(c.pruning["kept_layers"] is not None and c.base_model_name_or_path for c in configs)
     written: Path | None = None
     if base is None and (always_base or not stands_in):
         written = folder / BASE_FOLDER
-        plain_twin(model.get_base_model()).save_pretrained(written)
+        plain_twin(model.get_base_model(), part=configs[0].pruning.get("part", "")).save_pretrained(written)
         base = str(written.resolve())
     if base is not None:
         for config in configs:
