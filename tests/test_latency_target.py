@@ -13,6 +13,7 @@ import torch
 from hf_vitprune import Architecture, VTPConfig, get_pruning_model
 from hf_vitprune.errors import InvalidConfigError, LatencyTableError, UnreachableTargetError
 from latency_tables import LINEAR, made_table
+from pruning_runs import scatter_scores
 from tiny import make
 
 VIT = "ViTForImageClassification"
@@ -70,7 +71,7 @@ def test_settings_are_json_and_tell_the_table_but_no_folder(tmp_path: Path) -> N
     assert record["latency_table"].keys() == {"device", "dtype", "batch_size", "image_size", "date", "digest"}
     assert copy.deepcopy(settings).to_dict() == settings.to_dict()
     assert VTPConfig(target=0.5).to_dict()["latency_table"] is None
-    plan = get_pruning_model(make(VIT), settings).plan()
+    plan = scatter_scores(get_pruning_model(make(VIT), settings)).plan()
     assert plan.info["latency_table"]["digest"] == table.summary()["digest"]
 
 
@@ -121,7 +122,8 @@ def test_a_table_of_another_model_is_refused_before_training() -> None:
 
 def test_a_table_of_the_device_that_the_model_is_for() -> None:
     table = made_table(make(VIT), device="a toaster")
-    assert get_pruning_model(make(VIT), config(table, allow_other_device=True)).plan() is not None
+    pruning = scatter_scores(get_pruning_model(make(VIT), config(table, allow_other_device=True)))
+    assert table.predict(pruning.plan().architecture) <= 0.6 * table.predict(pruning.plan().source)
 
 
 def test_a_latency_under_the_floors_is_refused_before_training() -> None:
