@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from hf_vitprune import Architecture, Compensation, PruningPlan, mask, prune
+from hf_vitprune import Architecture, Compensation, OneShotScores, PruningPlan, mask, prune
 from hf_vitprune.compensate import PARTS, compensate_plan
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError, InvalidPlanError, UnsupportedModelError
 from plans import PLANS, each_layer, few, plan_named, pruning_plans, without_scales
@@ -435,6 +435,29 @@ def test_impossible_settings_are_refused() -> None:
             Compensation(**{field: value})
     with pytest.raises(InvalidConfigError, match="needs calibration images"):
         prune(model, plan, compensate=("mlp",))
+
+
+def side_by_side(layer: Any, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
+    mlp = layer.mlp(layer.layernorm_after(hidden))
+    return hidden + layer.attention(layer.layernorm_before(hidden), *args)[0] + mlp
+
+
+def post_norm(layer: Any, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
+    hidden = layer.layernorm_before(hidden + layer.attention(hidden, *args)[0])
+    return layer.layernorm_after(hidden + layer.mlp(hidden))
+
+
+@pytest.mark.parametrize("forward", [side_by_side, post_norm])
+def test_layers_of_another_order_are_refused_by_name(forward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(VIT)
+    plan = PruningPlan.random(model, 0.4, ["mlp"])
+    monkeypatch.setattr(type(model.vit.layers[0]), "forward", forward)
+    for refused in (
+        lambda: compensate_plan(model, plan, images(4)),
+        lambda: OneShotScores.measure(model, images(4)),
+    ):
+        with pytest.raises(UnsupportedModelError, match=r"vit\.layers\.0 of this vit model is not what"):
+            refused()
 
 
 def test_compensate_none_and_no_images_slice_only() -> None:

@@ -44,6 +44,28 @@ def _damped_factor(cov: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float
         ridge = max(10 * ridge, 1e-12)
 
 
+def nested_errors(
+    cov: torch.Tensor, cross: torch.Tensor, total: torch.Tensor, group: int, ridge: float
+) -> torch.Tensor:
+    """Squared errors of the best Linears on the first ``group`` features, on the first two groups, and so on.
+
+    One Cholesky factor serves all of them: what a feature adds is what those before it leave over.
+
+    Args:
+        cov: (n, n) of the features.
+        cross: (m, n) of targets and features.
+        total: variance of the targets, in all.
+
+    Returns:
+        (n / group,), falling.
+    """
+    if not bool(cov.diagonal().mean() > 0):
+        return total.expand(len(cov) // group)
+    factor, _ = _damped_factor(cov, ridge)
+    explained = torch.linalg.solve_triangular(factor, cross.T, upper=False).square().sum(1)
+    return (total - explained.cumsum(0)[group - 1 :: group]).clamp(min=0)
+
+
 def roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric square root of a positive semi-definite matrix (or a batch), and its pseudo-inverse."""
     values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
@@ -54,18 +76,18 @@ def roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def qk_maps(query: torch.Tensor, key: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps T_q, T_k (rank, d) for which ``(T_q q) . (T_k k)`` is closest to ``q . k`` in the mean square.
+    """Maps T_q, T_k (..., rank, d) for which ``(T_q q) . (T_k k)`` is closest to ``q . k`` in the mean square.
 
     Args:
-        query: (d, d) second moment of queries.
-        key: (d, d) second moment of keys, around their mean in each sequence: softmax does not see what all keys of
-            a query have in common.
+        query: (..., d, d) second moment of queries.
+        key: (..., d, d) second moment of keys, around their mean in each sequence: softmax does not see what all
+            keys of a query have in common.
         rank: channels that stay.
     """
     (rq, iq), (rk, ik) = roots(query), roots(key)
     u, s, vt = torch.linalg.svd(rq @ rk)
-    root = s[:rank].sqrt()[:, None]
-    return root * (u[:, :rank].T @ iq), root * (vt[:rank] @ ik)
+    root = s[..., :rank, None].sqrt()
+    return root * (u[..., :rank].mT @ iq), root * (vt[..., :rank, :] @ ik)
 
 
 def value_map(cov: torch.Tensor, output: torch.Tensor, rank: int) -> torch.Tensor:

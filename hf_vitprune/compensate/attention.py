@@ -9,8 +9,8 @@ from torch import nn
 
 from ..modeling.blocks import PrunedAttentionMixin
 from ..utils.mixing import mix_into
-from .algebra import obs, value_map
-from .fits import refit
+from .algebra import obs
+from .fits import Branch
 from .moments import Moments, Statistics
 from .queries_keys import compensate_queries_and_keys
 from .readers import Inputs, attention_inputs
@@ -19,7 +19,7 @@ from .walk import Layer
 
 
 def compensate_attention(site: Site) -> None:
-    """New weights for the attention of a layer. The pruned stream is before it; the dense one is past it then."""
+    """New weights for the attention of a layer. Both streams are before it, and past it then."""
     site.streams.advance(2 * site.entry.index)
     site.streams.enter(site.entry.index)
     inputs = attention_inputs(site)
@@ -27,7 +27,12 @@ def compensate_attention(site: Site) -> None:
     if moved:
         _reselect_heads(site, inputs)
     compensate_queries_and_keys(site, inputs, moved)
-    _values(site, inputs, moved)
+    contexts = _values(site, inputs, moved)
+    small = site.streams.small
+    if contexts is None:
+        small[:] = [site.small.after_attention(hidden) for hidden in small]
+    else:  # attention itself is not run again
+        small[:] = [site.small.past("o", "scale1", *pair) for pair in zip(small, contexts, strict=True)]
 
 
 def _widened(site: Site, inputs: Inputs, every_head: bool) -> Layer:
@@ -55,70 +60,70 @@ def _widened(site: Site, inputs: Inputs, every_head: bool) -> Layer:
     return wide
 
 
-def _contexts(site: Site, wide: Layer, targets: int) -> Statistics:
-    """Of the contexts of a widened layer and, unless ``targets`` is 0, of what its output should add."""
-    attention = wide.part("attention")
-    moments = Moments(attention.pruned_heads * attention.v_dim, targets, site.device)
-    for small, dense in site.streams.pairs():
-        context = wide.context(small)
+def _contexts(site: Site, wide: Layer, targets: int) -> tuple[Statistics, list[torch.Tensor]]:
+    """The contexts of a widened layer; their moments, unless ``targets`` is 0 with what its output should add."""
+    contexts = [wide.context(small) for small in site.streams.small]
+    moments = Moments(contexts[0].shape[-1], targets, site.device)
+    for context, (small, dense) in zip(contexts, site.streams.pairs(), strict=True):
         missing = (dense - small)[..., :targets]
         moments.add(context.flatten(0, 1), missing.flatten(0, 1), site.streams.token_weights(small))
-    return moments.total(site.small.part("o").bias is not None)
+    return moments.total(site.small.part("o").bias is not None), contexts
 
 
 # ---------------------------------------------------------------------- heads
 def _reselect_heads(site: Site, inputs: Inputs) -> None:
     """As many heads as the plan keeps, leaving out those that the others can best make up for."""
-    stats = _contexts(site, _widened(site, inputs, every_head=True), targets=0)
-    effect = _effect(site)
-    gone, _ = obs(effect, stats.xx, len(site.entry.heads), site.source.v_dim, site.settings.ridge)
+    stats, _ = _contexts(site, _widened(site, inputs, every_head=True), targets=0)
+    gone, _ = obs(_whole(site, stats).effect, stats.xx, len(site.entry.heads), site.source.v_dim, site.settings.ridge)
     site.entry = replace(site.entry, heads=tuple(sorted({*range(site.source.heads)} - {*gone.tolist()})))
     table = site.small.table()
     if table is not None:
         put(table, site.dense.table()[:, list(site.entry.heads)])
 
 
-def _effect(site: Site) -> torch.Tensor:
-    """(kept residual channels, heads * v) what contexts add to the residual stream, through LayerScale."""
-    output = site.kept_rows(site.weights(site.dense, "o")[0])
-    scale = site.scale("scale1")
-    return output if scale is None else scale[:, None] * output
+def _whole(site: Site, stats: Statistics) -> Branch:
+    """The dense output projection, on the residual channels that stay, and LayerScale."""
+    return Branch(stats, site.kept_rows(site.weights(site.dense, "o")[0]), site.scale("scale1"))
 
 
 # ---------------------------------------------------------------------- v and output projection
-def _values(site: Site, inputs: Inputs, moved: bool) -> None:
-    """Low-rank values, and an output projection that brings the stream to where the dense one is next."""
+def _values(site: Site, inputs: Inputs, moved: bool) -> list[torch.Tensor] | None:
+    """Low-rank values, and an output projection that brings the stream to where the dense one is next.
+
+    Returns:
+        What the output projection reads, where that is known by then.
+    """
     streams, settings, entry = site.streams, site.settings, site.entry
-    branch, size = 2 * entry.index, site.source.v_dim
+    position, size = 2 * entry.index, site.source.v_dim
     cut = any(row != tuple(range(size)) for row in entry.v)
     lost = _loses_values(site)
-    over = streams.takes_over(branch)
+    over = streams.takes_over(position)
     site.ledger.lossy |= lost
     rotate = cut and lost and "v" in settings.parts
     fitted = (site.ledger.lossy and "v" in settings.parts) or (over and "layers" in settings.parts)
-    streams.advance(streams.next_position(branch))
+    streams.advance(streams.next_position(position))
+    down = _selection(site)
     if not (fitted or rotate):
         if moved or inputs.map is not None:
-            _write_values(site, inputs, _selection(site))
-        return
+            _write_values(site, inputs, down)
+        return None
     site.ledger.lossy = True
-    effect = _effect(site)[:, site.head_rows]
-    stats = _contexts(site, _widened(site, inputs, every_head=False), len(effect))
-    output = site.kept_rows(site.weights(site.dense, "o")[0])[:, site.head_rows]
-    down = _selection(site)
-    start = output @ down.T
-    for j, row in enumerate(entry.v if rotate else ()):
-        there = real(row)
-        if 0 < len(there) < size:
-            at = slice(j * size, (j + 1) * size)
-            rows = [j * len(row) + position for position in there]
-            down[rows, at] = value_map(stats.xx[at, at], effect[:, at], len(there))
-            start[:, rows] = output[:, at] @ stats.xx[at, at] @ down[rows, at].T
+    width = len(site.kept_rows(site.weights(site.dense, "o")[0]))
+    stats, contexts = _contexts(site, _widened(site, inputs, every_head=False), width)
+    whole = _whole(site, stats)
+    branch = whole._replace(weight=whole.weight[:, site.head_rows])
+    start = branch.weight @ down.T
+    if rotate:
+        places = [[j * len(row) + p for p in real(row)] for j, row in enumerate(entry.v)]
+        rows = [row if len(row) < size else [] for row in places]  # a head that keeps all stays as it is
+        turned, worth = branch.low_rank(size, rows)
+        flat = [place for row in rows for place in row]
+        down[flat], start[:, flat] = turned[flat], worth[:, flat]
     _write_values(site, inputs, down)
-    small = stats.through(down)
-    fit = refit(small, start, site.scale("scale1"), settings.ridge)
+    fit = Branch(stats.through(down), start, whole.scale).refit(settings.ridge)
     site.write("o", fit.weight, fit.bias)
     site.record("attention", fit)
+    return [context @ down.T.to(context) for context in contexts]
 
 
 def _selection(site: Site) -> torch.Tensor:

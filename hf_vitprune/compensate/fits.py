@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from .algebra import ridge_solve
+from .algebra import ridge_solve, value_map
 from .moments import Statistics
 
 #: LayerScale factors below this share of the largest are left alone: their rows would be divided by almost nothing
 SMALLEST_SCALE = 1e-6
+#: rows for each feature from which on the ridge is the one that was asked for
+ROWS_A_FEATURE = 20
 
 
 class Fit(NamedTuple):
@@ -27,8 +30,86 @@ class Fit(NamedTuple):
     starved: bool
 
 
-#: rows for each feature from which on the ridge is the one that was asked for
-ROWS_A_FEATURE = 20
+class Projection(NamedTuple):
+    """Weight (heads, channels, inputs) and bias (heads, channels) of a Linear, head by head."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor, channels: int) -> Projection:
+        return cls(weight.unflatten(0, (-1, channels)), bias.unflatten(0, (-1, channels)))
+
+    def through(self, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the Linear behind which ``maps`` (heads, kept channels, channels) follow."""
+        return (maps @ self.weight).flatten(0, 1), (maps @ self.bias[..., None]).flatten()
+
+    def second_moments(self, stats: Statistics) -> torch.Tensor:
+        """(heads, channels, channels) of what it makes of inputs with these statistics."""
+        mean = self.weight @ stats.x + self.bias
+        return self.covariances(stats) + mean[:, :, None] * mean[:, None]
+
+    def covariances(self, stats: Statistics) -> torch.Tensor:
+        """(heads, channels, channels) of what it makes of inputs with these covariances, whatever their mean."""
+        return self.weight @ stats.xx @ self.weight.mT
+
+
+class Branch(NamedTuple):
+    """The end of a branch: what its last Linear reads, and how that goes on into the residual stream.
+
+    Attributes:
+        stats: moments of its inputs (n), in double precision, with what it should add to the stream as targets (m).
+        weight: (m, n) of the Linear.
+        scale: (m,) LayerScale behind it; None without.
+    """
+
+    stats: Statistics
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+
+    @classmethod
+    def itself(cls, stats: Statistics, weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor | None) -> Branch:
+        """That adds what the Linear makes of its inputs, whose statistics are enough then."""
+        branch = cls(stats, weight, scale)
+        tx = branch.effect @ stats.xx
+        t = branch.effect @ stats.x + (bias if scale is None else scale * bias)
+        return branch._replace(stats=stats._replace(t=t, tx=tx, tt=(tx * branch.effect).sum(1)))
+
+    @property
+    def effect(self) -> torch.Tensor:
+        """(m, n) what the inputs add to the residual stream."""
+        return self.weight if self.scale is None else self.scale[:, None] * self.weight
+
+    def take(self, features: torch.Tensor) -> Branch:
+        """That reads some of the inputs only."""
+        return self._replace(stats=self.stats.take(features), weight=self.weight[:, features])
+
+    def refit(self, ridge: float) -> Fit:
+        """Weights of the Linear that bring the branch closest to its targets; those that it has are the start."""
+        return refit(self.stats, self.weight, self.scale, ridge)
+
+    def low_rank(self, size: int, ranks: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every head, the channels of its context that serve its output best, and what the Linear makes of them.
+
+        Args:
+            size: channels of a head.
+            ranks: for every head the places, among those of all heads, that its channels take.
+
+        Returns:
+            (places, n) map of the contexts to uncorrelated channels of variance one, and (m, places) what each of
+            these is worth alone.
+        """
+        places = 1 + max((place for row in ranks for place in row), default=-1)
+        down = self.weight.new_zeros(places, len(self.stats.xx))
+        start = self.weight.new_zeros(len(self.weight), places)
+        effect = self.effect
+        for head, row in enumerate(ranks):
+            at = slice(head * size, (head + 1) * size)
+            found = value_map(self.stats.xx[at, at], effect[:, at], len(row)) if row else down[:0, at]
+            filled = list(row)[: len(found)]  # fewer where the residual stream is narrower than the head
+            down[filled, at] = found
+            start[:, filled] = self.weight[:, at] @ self.stats.xx[at, at] @ found.T
+        return down, start
 
 
 def damping(stats: Statistics, ridge: float) -> float:
@@ -68,11 +149,11 @@ def refit(stats: Statistics, weight: torch.Tensor, scale: torch.Tensor | None, r
     starved = stats.rows < len(stats.xx)
     before, after = (
         (lost / stats.tt.sum().clamp(min=torch.finfo(lost.dtype).tiny)).sqrt()
-        for lost in (squared_error(stats, prior, missing), squared_error(stats, found, left))
+        for lost in (_squared_error(stats, prior, missing), _squared_error(stats, found, left))
     )
     return Fit(new, torch.where(usable, bias / divisor, 0.0), float(before), float(after), damped, starved)
 
 
-def squared_error(stats: Statistics, weight: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+def _squared_error(stats: Statistics, weight: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
     """Of ``weight`` (m, n), over all targets, where ``left`` is ``stats.tx - weight @ stats.xx``."""
     return (stats.tt.sum() - (weight * (stats.tx + left)).sum()).clamp(min=0)

@@ -8,44 +8,62 @@ import torch
 from torch import nn
 
 from .algebra import obs
-from .fits import refit
+from .fits import Branch
 from .moments import Moments, Statistics
 from .readers import Inputs, mlp_inputs
 from .site import Site
 from .walk import Layer
 
+#: bytes of hidden neurons that are kept from when they are measured to when the new fc2 reads them
+HELD = 2**29
+
 
 def compensate_mlp(site: Site) -> None:
-    """New weights for the MLP of a layer. The pruned stream is before it; the dense one is past it then."""
+    """New weights for the MLP of a layer. Both streams are before it, and past it then."""
+    small = site.streams.small
+    hidden = _hidden(site)
+    if hidden is None:
+        small[:] = [site.small.after_mlp(residual) for residual in small]
+    else:  # the hidden neurons are not computed again
+        small[:] = [site.small.past("fc2", "scale2", *pair) for pair in zip(small, hidden, strict=True)]
+
+
+def _hidden(site: Site) -> list[torch.Tensor] | None:
+    """Write the new weights.
+
+    Returns:
+        What fc2 reads then, where that is known and not too large.
+    """
     streams, settings = site.streams, site.settings
-    branch = 2 * site.entry.index + 1
-    streams.advance(branch)
+    position = 2 * site.entry.index + 1
+    streams.advance(position)
     inputs = mlp_inputs(site)
     lost = _loses_neurons(site)
-    over = streams.takes_over(branch) and "layers" in settings.parts
+    over = streams.takes_over(position) and "layers" in settings.parts
     site.ledger.lossy |= lost
-    streams.advance(streams.next_position(branch))
+    streams.advance(streams.next_position(position))
     reselect = lost and settings.reselect and "mlp" in settings.parts
     if not reselect:
         _write_hidden(site, inputs)
     if not (over or (site.ledger.lossy and "mlp" in settings.parts)):
-        return
+        return None
     site.ledger.lossy = True
     output = site.kept_rows(site.weights(site.dense, "fc2")[0])
-    scale = site.scale("scale2")
     layer = _widened(site, inputs) if reselect else site.small
+    stats, hidden = _moments(site, layer, len(output))
     kept = torch.tensor(site.entry.mlp, device=output.device)
-    stats = _hidden_moments(site, layer, len(output))
+    branch = Branch(stats, output if reselect else output[:, kept], site.scale("scale2"))
     if reselect:
-        effect = output if scale is None else scale[:, None] * output
-        gone, _ = obs(effect, stats.xx, len(kept), ridge=settings.ridge)
+        gone, _ = obs(branch.effect, stats.xx, len(kept), ridge=settings.ridge)
         site.entry = replace(site.entry, mlp=tuple(sorted({*range(site.source.mlp)} - {*gone.tolist()})))
         kept = torch.tensor(site.entry.mlp, device=output.device)
         _write_hidden(site, inputs)
-    small = stats.take(kept) if layer is not site.small else stats
-    fit = refit(small, output[:, kept], scale, settings.ridge)
+        branch = branch.take(kept)
+        hidden = hidden and [one[..., kept.to(one.device)] for one in hidden]
+    fit = branch.refit(settings.ridge)
     site.write("fc2", fit.weight, fit.bias)
     site.record("mlp", fit)
+    return hidden
 
 
 def _write_hidden(site: Site, inputs: Inputs) -> None:
@@ -68,12 +86,16 @@ def _widened(site: Site, inputs: Inputs) -> Layer:
     return wide
 
 
-def _hidden_moments(site: Site, layer: Layer, targets: int) -> Statistics:
+def _moments(site: Site, layer: Layer, targets: int) -> tuple[Statistics, list[torch.Tensor] | None]:
+    """Of the hidden neurons and of what they should add; and the neurons themselves, up to ``HELD`` bytes."""
     moments = Moments(len(layer.part("fc1.0").weight), targets, site.device)
+    held: list[torch.Tensor] | None = []
     for small, dense in site.streams.pairs():
         hidden = layer.hidden_units(small)
         moments.add(hidden.flatten(0, 1), (dense - small).flatten(0, 1), site.streams.token_weights(small))
-    return moments.total(site.small.part("fc2").bias is not None)
+        if held is not None:
+            held = [*held, hidden] if (len(held) + 1) * hidden.nbytes <= HELD else None
+    return moments.total(site.small.part("fc2").bias is not None), held
 
 
 def _loses_neurons(site: Site) -> bool:

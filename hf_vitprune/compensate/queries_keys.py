@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ..utils.processes import distributed
 from .algebra import qk_maps
+from .fits import Projection
 from .moments import Moments, Statistics, precise_device
 from .readers import Inputs
 from .site import Site, real
@@ -16,13 +15,6 @@ from .site import Site, real
 TOKENS = 1024
 #: differences under this share of a head's products are not worth a word
 ROUNDING = 1e-4
-
-
-class Projection(NamedTuple):
-    """Weight (heads, channels, inputs) and bias (heads, channels) of the kept heads' q or k, all their channels."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
 
 
 def compensate_queries_and_keys(site: Site, inputs: Inputs, moved: bool) -> None:
@@ -36,16 +28,16 @@ def compensate_queries_and_keys(site: Site, inputs: Inputs, moved: bool) -> None
     if not cut and not moved and inputs.map is None:
         return
     query, key = (
-        Projection(*(tensor[site.qk_rows].unflatten(0, (-1, size)) for tensor in inputs.weights(site, part)))
-        for part in ("q", "k")
+        Projection.of(weight[site.qk_rows], bias[site.qk_rows], size)
+        for weight, bias in (inputs.weights(site, part) for part in ("q", "k"))
     )
     loses = cut and _loses(site)
     site.ledger.lossy |= loses
     maps = _selections(site, query.weight)
     if loses and "qk" in site.settings.parts and site.plain_qk():
         maps = _rotated(site, query, key, maps)
-    for part, mix, (weight, bias) in (("q", maps[0], query), ("k", maps[1], key)):
-        site.write(part, (mix @ weight).flatten(0, 1), (mix @ bias[..., None]).flatten())
+    site.write("q", *query.through(maps[0]))
+    site.write("k", *key.through(maps[1]))
 
 
 def _selections(site: Site, like: torch.Tensor) -> torch.Tensor:
@@ -75,13 +67,11 @@ def _rotated(site: Site, query: Projection, key: Projection, plain: torch.Tensor
     """
     maps = plain.clone()
     queries, keys = _moments(site)
+    second, around = query.second_moments(queries), key.covariances(keys)
     for head, row in enumerate(site.entry.qk):
         there = real(row)
         if 0 < len(there) < site.source.qk_dim:
-            mean = query.weight[head] @ queries.x + query.bias[head]
-            second = query.weight[head] @ queries.xx @ query.weight[head].T + torch.outer(mean, mean)
-            around = key.weight[head] @ keys.xx @ key.weight[head].T
-            maps[0, head, there], maps[1, head, there] = qk_maps(second, around, len(there))
+            maps[0, head, there], maps[1, head, there] = qk_maps(second[head], around[head], len(there))
     everything, sliced, rotated = _errors(site, query, key, torch.stack([torch.zeros_like(plain), plain, maps]))
     worse = rotated > sliced
     noticed = rotated > sliced + ROUNDING * everything

@@ -123,10 +123,10 @@ def _layers(streams: Streams, ledger: Ledger) -> list[Any]:
                 ledger.note(f"the {entry.mixer} mixer of layer {entry.index} keeps the weights that the plan gives it")
             if entry.mixer == "attention":
                 compensate_attention(site)
-            streams.small[:] = [small.after_attention(hidden) for hidden in streams.small]
+            else:
+                streams.small[:] = [small.after_attention(hidden) for hidden in streams.small]
         if entry.mlp:
             compensate_mlp(site)
-            streams.small[:] = [small.after_mlp(hidden) for hidden in streams.small]
         entries.append(site.entry)
     return entries
 

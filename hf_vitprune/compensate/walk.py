@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import InvalidDataError
+from ..errors import InvalidDataError, UnsupportedModelError
 from ..families import LayerPaths
 from ..modeling.peft_twin import whole_shadow
 from ..modeling.structure import finish_mixers, layer_paths
@@ -22,7 +22,11 @@ class _Stop(Exception):
 
 
 def inputs_of(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What ``run`` calls ``module`` with; it goes no further."""
+    """What ``run`` calls ``module`` with; it goes no further.
+
+    Raises:
+        UnsupportedModelError: it does not call it.
+    """
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -36,6 +40,8 @@ def inputs_of(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...
         pass
     finally:
         handle.remove()
+    if not seen:
+        raise UnsupportedModelError(f"{type(module).__name__} is never called: what it reads cannot be measured")
     return seen[0]
 
 
@@ -83,6 +89,11 @@ class Layer:
 
     def _run(self, hidden: torch.Tensor) -> Any:
         return self.module(hidden, *self._args, **self._kwargs)
+
+    def run(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Residual stream behind the layer."""
+        out = self._run(hidden)
+        return out[0] if isinstance(out, tuple) else out
 
     # ------------------------------------------------------------------ attention
     def attention_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -141,6 +152,11 @@ class Layer:
             handle.remove()
         return numbered[0, :, 0].round().long()
 
+    def past(self, part: str, scale: str, hidden: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """Residual stream behind a branch, from the stream before it and what the branch's last Linear reads."""
+        out = self.part(part)(inputs)
+        return hidden + (self.part(scale)(out) if scale in self.paths else out)
+
     def after_attention(self, hidden: torch.Tensor) -> torch.Tensor:
         """Residual stream between the two branches."""
         return inputs_of(self.part("norm2"), lambda: self._run(hidden))[0][0]
@@ -175,6 +191,7 @@ class Walk:
 
     Raises:
         InvalidDataError: the model does not take these images, or they come with an attention mask.
+        UnsupportedModelError: a layer is not two branches, each behind a norm of its own, on a residual stream.
     """
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, batch: Mapping[str, Any]) -> None:
@@ -193,6 +210,30 @@ class Walk:
             Layer(self.model.get_submodule(paths.layer), paths, calls[paths.layer]) for paths in self._paths
         ]
         self._bridge_calls = [calls[path] for path in self._bridges]
+        self._check(self.start(batch)[:1])
+
+    @torch.no_grad()
+    def _check(self, hidden: torch.Tensor) -> None:
+        """Refuse layers that put their norms behind the branches, or run the branches side by side."""
+        stages = self.architecture.stages
+        for i, (layer, shape) in enumerate(zip(self.layers, self.architecture.layers, strict=True)):
+            for below in range(stages[i - 1] if i else 0, stages[i]):
+                hidden = self.bridge(below, hidden)
+            out = layer.run(hidden)
+            steps = hidden
+            if shape.mixer == "attention":
+                steps = layer.past("o", "scale1", hidden, layer.context(hidden))
+            elif shape.mixer != "none":
+                steps = layer.after_attention(hidden)
+            steps = layer.after_mlp(steps) if shape.mlp else steps
+            share, rounding = (0.05, 0.01) if out.element_size() < 4 else (1e-3, 1e-5)
+            if float((steps - out).norm()) > share * float((out - hidden).norm()) + rounding * float(out.norm()):
+                raise UnsupportedModelError(
+                    f"{layer.paths['layer']} of this {self.architecture.model_type} model is not what compensation "
+                    "and one-shot scores can follow: a norm, attention, and their sum with what came in, then the "
+                    "same with the MLP. Prune it without calibration images"
+                )
+            hidden = out
 
     def _record(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         calls: dict[str, Any] = {}

@@ -17,6 +17,7 @@ from ...spec.architecture import Architecture
 from ...spec.layer_shape import LayerShape
 from ..base import PruningConfig
 from .allocate import Options, allocate
+from .rebuild import of_layer
 from .settings import OneShotSettings
 
 #: what can be scored and chosen
@@ -97,7 +98,7 @@ def best_plan(
     branches = []
     for i, shape in enumerate(architecture.layers):
         cost = _branch_cost(architecture, goal.meter, i)
-        mine = {name.partition(".")[2]: t for name, t in tensors.items() if name.partition(".")[0] == str(i)}
+        mine = of_layer(tensors, i)
         if shape.mixer == "attention":
             branches.append(_attention(i, shape, mine, goal, cost))
         if shape.mlp:

@@ -8,13 +8,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...compensate.algebra import obs, qk_maps, roots
+from ...compensate.fits import Branch, Projection
 from ...compensate.moments import Moments, Statistics, precise_device
 from ...compensate.streams import token_weights
 from ...compensate.walk import Layer, Walk
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import LayerShape
 from ...utils.batches import ImageBatches
-from .folds import Branch, neurons_left, value_basis, value_errors, value_map_of, values_left
+from .folds import neurons_left, packed, value_errors, values_left
 from .probe import Probe
 from .settings import OneShotSettings
 
@@ -72,9 +73,8 @@ class Measurement:
         return {part: sums.total(part != "k" and layer.part(part).bias is not None) for part, sums in moments.items()}
 
     def _branch(self, layer: Layer, part: str, scale: str, stats: Statistics) -> Branch:
-        weight, bias = self._linear(layer, part)
-        factors = layer.part(scale).lambda1.detach().to(weight) if scale in layer.paths else None
-        return Branch.of(stats, weight, bias, factors)
+        factors = layer.part(scale).lambda1.detach().to(self.device, torch.float64) if scale in layer.paths else None
+        return Branch.itself(stats, *self._linear(layer, part), factors)
 
     def _linear(self, layer: Layer, part: str) -> tuple[torch.Tensor, torch.Tensor]:
         linear: nn.Linear = layer.part(part)
@@ -87,56 +87,41 @@ class Measurement:
 
     # ------------------------------------------------------------------ branches
     def _attention(self, index: int, layer: Layer, shape: LayerShape, moments: dict[str, Statistics]) -> None:
-        ridge, heads = self.settings.ridge, list(range(shape.heads))
+        ridge, size, heads = self.settings.ridge, shape.v_dim, list(range(shape.heads))
         branch = self._branch(layer, "o", "scale1", moments["o"])
-        gone, _ = obs(branch.effect, branch.stats.xx, 1, shape.v_dim, ridge)
+        gone, _ = obs(branch.effect, branch.stats.xx, 1, size, ridge)
         order = gone.tolist() + sorted({*heads} - {*gone.tolist()})
-        basis = value_basis(branch, shape.heads)
-        ranks = self.settings.ranks(shape.v_dim)
-        errors = value_errors(branch, basis, order, ranks, ridge)
+        ranks = self.settings.ranks(size)
+        errors = value_errors(branch, order, size, ranks, ridge)
         seen = []
         for j in probed(len(ranks)):
-            fit = values_left(branch, basis, heads, ranks[j], ridge)
-            weight = fit.weight @ value_map_of(basis, heads, ranks[j])
-            seen.append([float(errors[-1, j]), self.probe.error(index, {"o": (weight, fit.bias)})])
+            down, fit = values_left(branch, heads, size, ranks[j], ridge)
+            seen.append([float(errors[-1, j]), self.probe.error(index, {"o": (fit.weight @ down, fit.bias)})])
         strength = (branch.effect.square().sum(0) * branch.stats.xx.diagonal()).view(shape.heads, -1)
         self._keep(
             index, heads=torch.tensor(order), values=errors, values_seen=torch.tensor(seen).double(), v=strength
         )
         if self.settings.statistics:
-            self._keep(
-                index, context_rows=torch.tensor(branch.stats.rows).double(), **_packed("context", branch.stats)
-            )
+            self._keep(index, **packed("context", branch.stats))
         if self.architecture.family.plain_qk:
             self._query_key(index, layer, shape, moments)
 
     def _query_key(self, index: int, layer: Layer, shape: LayerShape, moments: dict[str, Statistics]) -> None:
         """Second moments of queries and keys, and what every head's products lose at every rank of them."""
-        size, heads = shape.qk_dim, shape.heads
-        linears = {part: self._linear(layer, part) for part in ("q", "k")}
-        second = torch.zeros(2, heads, size, size, dtype=torch.float64, device=self.device)
-        for which, (part, (weight, bias)) in enumerate(linears.items()):
-            stats = moments[part]
-            for h in range(heads):
-                at = slice(h * size, (h + 1) * size)
-                second[which, h] = weight[at] @ stats.xx @ weight[at].T
-                if part == "q":
-                    mean = weight[at] @ stats.x + bias[at]
-                    second[which, h] += torch.outer(mean, mean)
+        size = shape.qk_dim
+        query, key = (Projection.of(*self._linear(layer, part), size) for part in ("q", "k"))
+        second = torch.stack([query.second_moments(moments["q"]), key.covariances(moments["k"])])
         (rq, _), (rk, _) = roots(second[0]), roots(second[1])
         squares = torch.linalg.svdvals(rq @ rk).square() * self.architecture.scaling(index) ** 2
         left = squares.flip(1).cumsum(1).flip(1)  # what goes when this and all later directions go
         ranks = self.settings.ranks(size)
-        lost = torch.stack([left[:, rank] if rank < size else left.new_zeros(heads) for rank in ranks])
+        lost = torch.stack([left[:, rank] if rank < size else torch.zeros_like(left[:, 0]) for rank in ranks])
         seen = []
         for j in probed(len(ranks)):
-            maps = second.new_zeros(2, heads * size, heads * size)
-            for h in range(heads):
-                at = slice(h * size, (h + 1) * size)
-                maps[0, at, at][: ranks[j]], maps[1, at, at][: ranks[j]] = qk_maps(
-                    second[0, h], second[1, h], ranks[j]
-                )
-            changed = {part: (m @ w, m @ b) for m, (part, (w, b)) in zip(maps, linears.items(), strict=True)}
+            maps = (
+                nn.functional.pad(some, (0, 0, 0, size - ranks[j])) for some in qk_maps(second[0], second[1], ranks[j])
+            )
+            changed = {part: one.through(m) for part, one, m in zip("qk", (query, key), maps, strict=True)}
             seen.append([float(lost[j].sum()), self.probe.error(index, changed)])
         strength = second.diagonal(dim1=2, dim2=3).prod(0)
         self._keep(
@@ -150,24 +135,19 @@ class Measurement:
         errors = torch.cat([found.new_zeros(1), found])
         order = gone.tolist() + sorted({*range(size)} - {*gone.tolist()})
         seen = []
-        for kept in (size // 2, size // 16):
-            if kept:
-                fit = neurons_left(branch, sorted(order[size - kept :]), self.settings.ridge)
+        for count in (size // 2, size // 16):
+            if count:
+                kept = sorted(order[size - count :])
+                fit = neurons_left(branch, kept, self.settings.ridge)
                 weight = torch.zeros_like(branch.weight)
-                weight[:, sorted(order[size - kept :])] = fit.weight
-                seen.append([float(errors[size - kept]), self.probe.error(index, {"fc2": (weight, fit.bias)})])
+                weight[:, kept] = fit.weight
+                seen.append([float(errors[size - count]), self.probe.error(index, {"fc2": (weight, fit.bias)})])
         seen_tensor = torch.tensor(seen).double()
         self._keep(index, neurons=torch.tensor(order), neuron_errors=errors, neurons_seen=seen_tensor)
         if self.settings.statistics:
-            self._keep(index, hidden_rows=torch.tensor(stats.rows).double(), **_packed("hidden", stats))
+            self._keep(index, **packed("hidden", stats))
 
 
 def probed(count: int) -> list[int]:
     """Positions among ``count`` sizes (the last is all) that are probed: a half and an eighth."""
     return sorted({j for share in (2, 8) if (j := count // share - 1) >= 0} or {0}, reverse=True)
-
-
-def _packed(name: str, stats: Statistics) -> dict[str, torch.Tensor]:
-    """Mean, and the lower triangle of the covariance."""
-    rows, columns = torch.tril_indices(len(stats.xx), len(stats.xx))
-    return {f"{name}_mean": stats.x.float(), f"{name}_cov": stats.xx.cpu()[rows, columns].float()}

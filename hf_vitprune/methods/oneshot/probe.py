@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...compensate.walk import Layer, Walk
+from ...compensate.walk import Walk
 from ...modeling.peft_twin import whole_shadow
 from ...utils.batches import run_images
 
@@ -52,7 +52,7 @@ class Probe:
     def _on(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
         """The stream before layer ``start``, run on behind the last one."""
         for i in range(start, len(self._stages)):
-            hidden = self._run(self.walk.layers[i], self._bridged(hidden, i))
+            hidden = self.walk.layers[i].run(self._bridged(hidden, i))
         return hidden
 
     def _bridged(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
@@ -60,14 +60,9 @@ class Probe:
             hidden = self.walk.bridge(below, hidden)
         return hidden
 
-    @staticmethod
-    def _run(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
-        out = layer._run(hidden)
-        return out[0] if isinstance(out, tuple) else out
-
     def advance(self, layer: int) -> None:
         """Take the stream past a layer: the next one is up for changes."""
-        self.hidden = self._run(self.walk.layers[layer], self._bridged(self.hidden, layer))
+        self.hidden = self.walk.layers[layer].run(self._bridged(self.hidden, layer))
 
     def error(self, layer: int, changes: Changes) -> float:
         """Relative squared error of the output with other weights in the layer that is up."""
@@ -78,7 +73,7 @@ class Probe:
                 old = linear._parameters[name]
                 if old is not None:
                     linear._parameters[name] = nn.Parameter(new.to(old), requires_grad=False)
-        hidden = self._run(other, self._bridged(self.hidden, layer))
+        hidden = other.run(self._bridged(self.hidden, layer))
         outputs = self._read(self._on(hidden, layer + 1))
         return float((outputs - self._expected).square().sum() / self._expected.square().sum())
 
