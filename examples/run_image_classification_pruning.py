@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     DeiTConfig,
@@ -53,7 +54,10 @@ from hf_vitprune import (
     push_to_hub,
     revit,
 )
+from hf_vitprune.contrib.augment import Augmentation, AugmentationConfig, AugmentedTrainer, RandomCrop
 from hf_vitprune.contrib.drop_path import attach_drop_path
+from hf_vitprune.contrib.ema import EmaCallback
+from hf_vitprune.contrib.recipe import Run
 from hf_vitprune.contrib.spvit_start import released_start
 from hf_vitprune.methods import config_class_of, method_names
 from hf_vitprune.modeling.native import to_native
@@ -87,6 +91,9 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "model folder or Hub id; a small untrained ViT for the digits by default"}
     )
+    recipe: str | None = field(
+        default=None, metadata={"help": "name of a published run in examples/recipes, whose settings are the defaults"}
+    )
     method: str = field(default="vtp", metadata={"help": f"pruning method: {', '.join(method_names())}"})
     method_config: str = field(
         default="{}", metadata={"help": 'JSON of further settings of the method, e.g. {"uneven": true}'}
@@ -117,11 +124,18 @@ class ModelArguments:
         default=None, metadata={"help": "epochs of the second stage; as the first by default"}
     )
     distillation: str = field(
-        default="soft", metadata={"help": "teach the small model by the unpruned one: soft, hard, none"}
+        default="soft", metadata={"help": "teach the small model by the unpruned one: soft, hard, kl, none"}
+    )
+    distillation_weight: float = field(
+        default=0.5, metadata={"help": "of that distillation: a share of the loss; for kl a factor (NViT: 100)"}
     )
     temperature: float = field(default=1.0, metadata={"help": "of that distillation (NViT: 20)"})
     teacher_name_or_path: str | None = field(
-        default=None, metadata={"help": "image classifier of the same classes that teaches hard labels in both stages"}
+        default=None, metadata={"help": "image classifier of the same classes that teaches hard labels"}
+    )
+    teacher_stages: str = field(default="both", metadata={"help": "when that one teaches: both stages, or tune"})
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "also evaluate a running average of the last stage's weights (DeiT: 0.99996)"}
     )
     drop_path: float = field(
         default=0.0, metadata={"help": "chance of the last layer's branches to be dropped, in both stages (DeiT: 0.1)"}
@@ -133,7 +147,7 @@ def make_config(args: ModelArguments) -> Any:
     """The method's settings, those of ``method_config`` above all."""
     rate = {} if args.gate_learning_rate is None else {"gate_learning_rate": args.gate_learning_rate}
     settings = {**rate, **json.loads(args.method_config)}
-    target = None if "target_gmacs" in settings else args.target
+    target = None if {"target_gmacs", "pruning_ratio"} & settings.keys() else args.target
     return config_class_of(args.method).from_goal(target, args.target_metric, args.latency_table, **settings)
 
 
@@ -150,6 +164,7 @@ def load_model(args: ModelArguments, label_names: list[str]) -> tuple[Any, Any]:
             id2label=dict(enumerate(label_names)),
             label2id={name: i for i, name in enumerate(label_names)},
             ignore_mismatched_sizes=True,
+            **drop_path_of(args),
         )
         processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
     if args.revit_hidden_size is not None:
@@ -161,6 +176,12 @@ def load_model(args: ModelArguments, label_names: list[str]) -> tuple[Any, Any]:
         lora = LoraConfig(r=args.lora_rank, target_modules=targets, modules_to_save=["classifier"])
         model = get_peft_model(model, lora)
     return model, processor
+
+
+def drop_path_of(args: ModelArguments) -> dict[str, float]:
+    """For models that drop paths themselves, what their config is told; the others are hooked while they train."""
+    own = hasattr(AutoConfig.from_pretrained(args.model_name_or_path), "drop_path_rate")
+    return {"drop_path_rate": args.drop_path} if own else {}
 
 
 def untrained(config: Any, args: ModelArguments) -> Any:
@@ -188,9 +209,29 @@ def taught_by(lessons: list[tuple[DistillationConfig, Any]]) -> dict[str, Any]:
     return {"distillation": [kind for kind, _ in lessons], "teacher": [teacher for _, teacher in lessons]}
 
 
-def stage_arguments(args: TrainingArguments, stage: str, epochs: float | None = None) -> TrainingArguments:
+def augmented(run: Run, train_set: Any, model: Any) -> None:
+    """Prepare the recipe's augmentation: crops in the data set, the rest for the trainers.
+
+    Raises:
+        InvalidConfigError: kornia is not here.
+    """
+    if run.recipe is None or run.recipe.augmentation is None:
+        return
+    side = model.config.image_size
+    side = side if isinstance(side, int) else side[0]
+    processor = copy.deepcopy(train_set.processor)
+    if getattr(processor, "do_center_crop", False):
+        processor.do_center_crop = False
+    processor.size = type(processor.size)(height=side, width=side)
+    train_set.processor, train_set.augment = processor, RandomCrop(side)
+    config = AugmentationConfig(**run.recipe.augmentation)
+    run.augmentation = Augmentation(config, processor.image_mean, processor.image_std, model.config.num_labels)
+
+
+def stage_arguments(args: TrainingArguments, stage: str, run: Run, epochs: float | None = None) -> TrainingArguments:
     """The user's arguments with an output folder of the stage's own; only the result is pushed, by us."""
     changes: dict[str, Any] = {"output_dir": str(Path(args.output_dir) / stage), "push_to_hub": False}
+    changes |= run.stage(stage, args)
     if epochs is not None:
         changes["num_train_epochs"] = epochs
     record = {**args.to_dict(), **changes}
@@ -198,20 +239,24 @@ def stage_arguments(args: TrainingArguments, stage: str, epochs: float | None = 
     return TrainingArguments(**{name: value for name, value in record.items() if name in known})
 
 
-def run_stage(trainer: PruningTrainer, args: TrainingArguments) -> dict[str, float]:
+def run_stage(trainer: PruningTrainer, args: TrainingArguments, drop_path: float) -> dict[str, float]:
     """Train (or go on where a killed run was) and evaluate."""
+    base = getattr(trainer.model, "model", trainer.model)
+    handles = [] if hasattr(base.config, "drop_path_rate") else attach_drop_path(trainer.model, drop_path)
     last = (
         get_last_checkpoint(trainer.args.output_dir)
         if args.resume_from_checkpoint and Path(trainer.args.output_dir).is_dir()
         else None
     )
     trainer.train(resume_from_checkpoint=last)
+    for handle in handles:
+        handle.remove()
     return trainer.evaluate()
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))  # type: ignore[arg-type]
-    arguments = sys.argv[1:] if argv is None else argv
+    run, arguments = Run.of(sys.argv[1:] if argv is None else argv, Path(__file__).parent / "recipes")
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
     set_seed(training_args.seed)
 
@@ -219,14 +264,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         data_args.dataset, train_split=data_args.train_split, eval_split=data_args.eval_split, seed=training_args.seed
     )
     model, processor = load_model(model_args, images.label_names)
-    train_set, eval_set = images.processed(processor, cache=data_args.dataset == DIGITS)
+    plain = run.recipe is None or run.recipe.augmentation is None
+    train_set, eval_set = images.processed(processor, cache=data_args.dataset == DIGITS and plain)
+    augmented(run, train_set, model)
     for dataset, limit in ((train_set, data_args.max_train_samples), (eval_set, data_args.max_eval_samples)):
         if limit is not None:
             dataset.dataset = dataset.dataset.select(range(min(limit, len(dataset))))
 
+    for line in run.announcement(count(model).macs, len(train_set), model_args, training_args):
+        print(line)
     sets = {"train_dataset": train_set, "eval_dataset": eval_set, "compute_metrics": accuracy_of}
+    sets["augmentation"] = run.augmentation
+    ema = EmaCallback(model_args.ema_decay) if model_args.ema_decay else None
     if model_args.revit_hidden_size is not None:
-        return train_from_scratch(model, processor, sets, model_args, data_args, training_args)
+        return train_from_scratch(model, processor, sets, run, model_args, data_args, training_args)
 
     if model_args.weights not in ("searched", "pretrained", "released"):
         raise ValueError(f"--weights is searched, pretrained or released, not {model_args.weights}")
@@ -244,12 +295,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     pruning_model = get_pruning_model(model, config)
     method = pruning_model.method
     other = other_teacher(model_args)
-    lessons = [*other, *([(method.distillation, full)] if method.distillation and full is not None else [])]
-    learner = PruningTrainer(pruning_model, stage_arguments(training_args, "learn"), **sets, **taught_by(lessons))
-    handles = attach_drop_path(pruning_model, model_args.drop_path)
-    learned = run_stage(learner, training_args)
-    for handle in handles:
-        handle.remove()
+    first = other if model_args.teacher_stages == "both" else []
+    lessons = [*first, *([(method.distillation, full)] if method.distillation and full is not None else [])]
+    arguments = stage_arguments(training_args, "learn", run)
+    learner = AugmentedTrainer(pruning_model, arguments, **sets, **taught_by(lessons))
+    learned = run_stage(learner, training_args, model_args.drop_path)
     if learner.is_world_process_zero():
         draw(learner, pruning_model, Path(training_args.output_dir))
     if model_args.weights == "released":
@@ -261,14 +311,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     # stage 2: fine-tune the small model, taught by the full one
     lessons = list(other)
     if model_args.distillation != "none" and teacher is not None:
-        distillation = DistillationConfig(kind=model_args.distillation, temperature=model_args.temperature)
+        weight, temperature = model_args.distillation_weight, model_args.temperature
+        distillation = DistillationConfig(model_args.distillation, weight=weight, temperature=temperature)
         lessons.append((distillation, teacher))
-    arguments = stage_arguments(training_args, "tune", model_args.tune_epochs)
-    tuner = PruningTrainer(small, arguments, **sets, **taught_by(lessons))
-    handles = attach_drop_path(small, model_args.drop_path)
-    tuned = run_stage(tuner, training_args)
-    for handle in handles:
-        handle.remove()
+    tuning = stage_arguments(training_args, "tune", run, model_args.tune_epochs)
+    tuner = AugmentedTrainer(small, tuning, callbacks=[ema] if ema else None, **sets, **taught_by(lessons))
+    tuned = run_stage(tuner, training_args, model_args.drop_path)
+    averaged = {"accuracy_of_average": ema.evaluated(tuner)["eval_accuracy"]} if ema else {}
     if isinstance(small, PruningModel):
         small = small.export()
 
@@ -276,6 +325,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     summary = {
         "accuracy_masked": learned["eval_accuracy"],
         "accuracy": tuned["eval_accuracy"],
+        **averaged,
         "macs_ratio": cost.macs / dense_cost.macs,
         "params_ratio": cost.params / dense_cost.params,
     }
@@ -296,17 +346,20 @@ def train_from_scratch(
     model: Any,
     processor: Any,
     sets: dict[str, Any],
+    run: Run,
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: TrainingArguments,
 ) -> dict[str, Any]:
     """Train a model of redistributed shape: nothing is pruned, and there is no second stage."""
     lessons = taught_by(other_teacher(model_args))
-    trainer = PruningTrainer(model, stage_arguments(training_args, "scratch"), **sets, **lessons)
-    handles = attach_drop_path(model, model_args.drop_path)
-    summary = {"accuracy": run_stage(trainer, training_args)["eval_accuracy"], **count(model)._asdict()}
-    for handle in handles:
-        handle.remove()
+    ema = EmaCallback(model_args.ema_decay) if model_args.ema_decay else None
+    callbacks = [ema] if ema else None
+    arguments = stage_arguments(training_args, "scratch", run)
+    trainer = AugmentedTrainer(model, arguments, callbacks=callbacks, **sets, **lessons)
+    accuracy = run_stage(trainer, training_args, model_args.drop_path)["eval_accuracy"]
+    averaged = {"accuracy_of_average": ema.evaluated(trainer)["eval_accuracy"]} if ema else {}
+    summary = {"accuracy": accuracy, **averaged, **count(model)._asdict()}
     if trainer.is_world_process_zero():
         save(model, processor, summary, model_args, training_args, data_args)
         print(json.dumps(summary, indent=2))
