@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from benchmarks.compare import models, runs
 from benchmarks.compare.cli import app
 from benchmarks.compare.methods import METHODS, baselines, method_named
-from benchmarks.compare.methods.taylor import plan_of_budget
+from benchmarks.compare.methods.depgraph import plan_of_budget
 from benchmarks.compare.report import table_of
 from benchmarks.compare.tasks import Examples, Task
 from hf_vitprune import PruningPlan, count, prune, register_method
@@ -35,7 +35,8 @@ def tiny_task(name: str = "tiny") -> Task:
 def test_rounded_plans_land_on_the_budget(family: str, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForImageClassification.from_config(models.FAMILIES[family](tiny_task()))
     monkeypatch.setattr(baselines, "tune", lambda small, *rest: small)
-    smalls = [METHODS[name](model, tiny_task(), budget, 0, 0) for name in ("random", "magnitude", "taylor-global")]
+    names = ("random", "magnitude", "taylor", "taylor-global")
+    smalls = [METHODS[name](model, tiny_task(), budget, 0, 0) for name in names]
     smalls.append(prune(model, plan_of_budget(model, budget, lambda ratio: PruningPlan.magnitude(model, ratio))))
     for small in smalls:
         assert count(small).macs / count(model).macs == pytest.approx(budget, rel=runs.TOLERANCE)

@@ -17,9 +17,9 @@ from hf_vitprune.methods import method_names
 
 from ..tasks import Task
 from .baselines import activation, magnitude, random_units, taylor, taylor_global, taylor_isomorphic
+from .depgraph import torch_pruning_taylor
 from .learned import by_goal, nvit, vtp
 from .spvit import multi_path, random_search, shared_gradients, spvit, topmost_gradients
-from .taylor import torch_pruning_taylor
 
 Method = Callable[[Any, Task, float, int, int], Any]
 
