@@ -1,0 +1,134 @@
+"""Top-1 and top-5 accuracy on a folder of ImageNet's layout: the shorter side to 256, the middle 224 x 224 of it.
+
+    python -m benchmarks.imagenet MODEL IMAGENET/val                  # a model folder or Hub id; pruned ones too
+    python -m benchmarks.imagenet MODEL IMAGENET/val --batch-size 256 --workers 12 --device cuda
+
+The folder has a sub-folder a class. Sorted by name (ImageNet's are synset ids), they are the model's classes 0, 1, ...
+Every image counts once, whatever the batch size and the order. Other resolutions keep the ratio of 256 to 224.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BitImageProcessorPil
+
+import hf_vitprune  # noqa: F401  registers pruned models
+from hf_vitprune.errors import InvalidDataError
+
+SUFFIXES = (".jpeg", ".jpg", ".png")
+#: shorter side of an image as a multiple of the crop
+RATIO = 256 / 224
+TOP = (1, 5)
+
+
+class ImageFolder(Dataset[tuple[torch.Tensor, int]]):
+    """Images of a folder with a sub-folder a class, in the order of their paths.
+
+    Args:
+        folder: the one.
+        processor: of the images.
+
+    Raises:
+        InvalidDataError: there are no classes or no images.
+    """
+
+    def __init__(self, folder: Path, processor: Any) -> None:
+        if not folder.is_dir():
+            raise InvalidDataError(f"{folder} is no folder; give one with a sub-folder of images a class")
+        self.classes = sorted(one.name for one in folder.iterdir() if one.is_dir())
+        self.files = [
+            (path, number)
+            for number, name in enumerate(self.classes)
+            for path in sorted((folder / name).iterdir())
+            if path.suffix.lower() in SUFFIXES
+        ]
+        if not self.files:
+            raise InvalidDataError(f"{folder} has no images in sub-folders ({', '.join(SUFFIXES)})")
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        path, label = self.files[index]
+        with Image.open(path) as image:
+            pixels = self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        return pixels, label
+
+
+def processor_for(model: Any, path: str) -> BitImageProcessorPil:
+    """Resize, crop and normalise for a model; mean and deviation are those of its own image processor, at ``path``."""
+    own = AutoImageProcessor.from_pretrained(path)
+    side = model.config.image_size
+    side = side if isinstance(side, int) else side[0]
+    return BitImageProcessorPil(
+        size={"shortest_edge": round(side * RATIO)},
+        crop_size={"height": side, "width": side},
+        resample=Image.Resampling.BICUBIC,
+        image_mean=own.image_mean,
+        image_std=own.image_std,
+    )
+
+
+@torch.inference_mode()
+def accuracies(
+    model: Any, dataset: ImageFolder, batch_size: int = 64, workers: int = 0, order: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Correct answers among the first one and five, counted image by image.
+
+    Args:
+        model: of as many classes as there are sub-folders; it is put in eval mode.
+        dataset: the images.
+        batch_size: images a forward pass.
+        workers: processes that read.
+        order: in which images are looked at.
+
+    Returns:
+        ``images``, and ``top1``, ``top5`` as shares of them.
+
+    Raises:
+        InvalidDataError: the model has another number of classes.
+    """
+    if model.config.num_labels != len(dataset.classes):
+        raise InvalidDataError(
+            f"the model has {model.config.num_labels} classes and the folder {len(dataset.classes)}: classes are the "
+            "sub-folders in the order of their names, all of them"
+        )
+    device = next(model.parameters()).device
+    model.eval()
+    loader: Any = DataLoader(dataset, batch_size, sampler=order, num_workers=workers)
+    correct = dict.fromkeys(TOP, 0)
+    for pixels, labels in tqdm(loader, "images", delay=3, leave=False):
+        logits = model(pixel_values=pixels.to(device)).logits.float()
+        best = logits.topk(min(max(TOP), logits.shape[1]), dim=1).indices.cpu()
+        hits = best == labels[:, None]
+        for number in TOP:
+            correct[number] += int(hits[:, :number].any(1).sum())
+    seen = len(dataset) if order is None else len(order)
+    return {"images": seen, **{f"top{number}": correct[number] / seen for number in TOP}}
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Model folder or Hub id.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with a sub-folder a class.")],
+    batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 64,
+    workers: Annotated[int, typer.Option(help="Processes that read images.")] = 4,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+) -> None:
+    """Top-1 and top-5 accuracy on a folder of ImageNet's layout."""
+    loaded = AutoModelForImageClassification.from_pretrained(model).to(device)
+    dataset = ImageFolder(folder, processor_for(loaded, model))
+    print(json.dumps(accuracies(loaded, dataset, batch_size, workers), indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)
