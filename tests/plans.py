@@ -33,6 +33,12 @@ def each_layer(plan: PruningPlan, change: Callable[[LayerPlan], LayerPlan]) -> P
     return plan.with_layers(change(entry) for entry in plan.layers)
 
 
+def uneven(plan: PruningPlan) -> PruningPlan:
+    """One neuron less in the first layer: no stock config can say that."""
+    first = plan.layers[0].index
+    return each_layer(plan, lambda e: replace(e, mlp=e.mlp[:-1]) if e.index == first else e)
+
+
 def uneven_heads(plan: PruningPlan) -> PruningPlan:
     """Another number of heads in every layer."""
     return each_layer(plan, lambda e: e.keep_heads(e.heads[: 1 + e.index % (len(e.heads) - 1)]))

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments, ViTForImageClassification
 from hf_vitprune.errors import UnsupportedUnitError
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import mask, prune
+from plans import uneven
 from tiny import CLASSIFIERS, LABELS, assert_same, make, relative_error, run
 from tiny_adapters import randomize, targets
 
@@ -64,7 +65,7 @@ def adapted(model: Any, **fields: Any) -> Any:
 )
 def test_pruned_with_its_adapters(case: str, units: str, tmp_path: Path) -> None:
     model = adapted(with_head() if case == "head" else subclass())
-    plan = PruningPlan.random(model, 0.4, UNITS[units])
+    plan = uneven(PruningPlan.random(model, 0.4, UNITS[units]))
     small = prune(model, plan)
     expected = run(small)
     assert relative_error(expected["logits"], run(mask(model, plan))["logits"]) < 1e-5
@@ -99,7 +100,7 @@ def test_lora_in_a_custom_head() -> None:
 
 def test_saved_by_trainer(tmp_path: Path) -> None:
     model = adapted(with_head())
-    plan = PruningPlan.random(model, 0.4, UNITS["narrow"])
+    plan = uneven(PruningPlan.random(model, 0.4, UNITS["narrow"]))
     small = prune(model, plan)
     args = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[])
     Trainer(small, args).save_model(str(tmp_path / "adapter"))

@@ -63,7 +63,10 @@ def masked(model: Any, plan: PruningPlan) -> Any:
 
 
 def plan_of(units: list[str]) -> PruningPlan:
-    return PruningPlan.random(llava().get_submodule(PART), 0.4, units)
+    tower = llava().get_submodule(PART)
+    if units == ["layers"]:
+        return PruningPlan.dense(tower).keep_layers([0, 2])  # the model reads the last one
+    return PruningPlan.random(tower, 0.4, units)
 
 
 TARGETS: dict[str, dict[str, Any]] = {

@@ -17,13 +17,14 @@ from hf_vitprune.errors import AdapterError
 from hf_vitprune.peft import pruned_adapter_config, save_pruned_peft
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import mask, prune
+from plans import uneven
 from tiny import LABELS, assert_same, images, make, relative_error, run
 from tiny_adapters import adapted, randomize
 
 VIT = "ViTForImageClassification"
 CUTS = {
-    "truncated": lambda plan: plan.keep_layers([0, 2]),
-    "narrow MLP": lambda plan: PruningPlan.random(make(VIT), 0.4, ["mlp"]),
+    "fewer layers": lambda plan: uneven(plan.keep_layers([0, 2])),
+    "narrow MLP": lambda plan: uneven(PruningPlan.random(make(VIT), 0.4, ["mlp"])),
 }
 
 

@@ -68,11 +68,16 @@ def fit_base(model: Any, config: Any) -> None:
         ) from error
     check_heads(model, config)
     found = Architecture.of(model)
-    same_shape = found.model_type == record["model_type"] and seal(found) == record["architecture"]["fingerprint"]
-    if same_shape and lineage_of(model.config).get("plan") == record["plan"]:
-        return
-    kept, dense = record["kept_layers"], getattr(model.config, "pruning_config", None) is None
-    there = list(range(len(found.layers))) if dense else lineage_of(model.config).get("kept_layers")
+    info = lineage_of(model.config)
+    kept = record["kept_layers"]
+    if info.get("plan") == record["plan"] and found.model_type == record["model_type"]:
+        sizes = write_record(found)
+        # the rest of the record says what the dense sizes were; where layers were all that went, it makes no difference
+        keys = ["fingerprint"] if kept is None else ["per_layer_config", "hidden_size"]
+        if all(sizes[key] == record["architecture"][key] for key in keys):
+            return
+    dense = getattr(model.config, "pruning_config", None) is None and not info
+    there = list(range(len(found.layers))) if dense else info.get("kept_layers")
     if (
         kept is not None
         and there is not None
