@@ -72,7 +72,7 @@ def fit_base(model: Any, config: Any) -> None:
     kept = record["kept_layers"]
     if info.get("plan") == record["plan"] and found.model_type == record["model_type"]:
         sizes = write_record(found)
-        # the rest of the record says what the dense sizes were; where layers were all that went, it makes no difference
+        # the rest of the record is the dense sizes; where layers were all that went, those make no difference
         keys = ["fingerprint"] if kept is None else ["per_layer_config", "hidden_size"]
         if all(sizes[key] == record["architecture"][key] for key in keys):
             return
