@@ -232,12 +232,12 @@ def test_schedules_of_retraining(
 ) -> None:
     seen: list[Any] = []
 
-    class Watched(training.Trainer):
+    class Watched(training._Trainer):
         def train(self, *args: Any, **kwargs: Any) -> Any:
             seen.append(self.args)
             return super().train(*args, **kwargs)
 
-    monkeypatch.setattr(training, "Trainer", Watched)
+    monkeypatch.setattr(training, "_Trainer", Watched)
     settings = replace(settings, retraining=retraining)
     data = load_task(find_task("kitti"), root, any_size=True)
     here = Experiment(settings, data, Store(Path("unused")), MACHINE)

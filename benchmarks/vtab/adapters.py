@@ -15,6 +15,8 @@ from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.families import family_of
 from hf_vitprune.peft import ConvpassConfig, RepAdapterConfig
 
+from .published import initialise_as_published, published_adapter
+
 HEAD = "classifier"
 QUERY_VALUE = ["q_proj", "v_proj"]
 
@@ -112,7 +114,7 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def adapt(model: Any, peft: str, *, rank: int, steps: int, seed: int) -> Any:
+def adapt(model: Any, peft: str, *, rank: int, steps: int, seed: int, published_for: str | None = None) -> Any:
     """Make a model trainable in one of the ways; the head is always trained.
 
     Args:
@@ -121,11 +123,17 @@ def adapt(model: Any, peft: str, *, rank: int, steps: int, seed: int) -> Any:
         rank: of adapters that have one.
         steps: updates that the training will take.
         seed: of the adapters' first weights.
+        published_for: a task, to take the published runs' scale and initialisation of its adapters.
 
     Returns:
         A PeftModel; or, for ``linear`` and ``full``, the model.
     """
     torch.manual_seed(seed)
+    own = None if published_for is None else published_adapter(check_peft(peft), published_for, rank, HEAD)
+    if own is not None:
+        adapted = get_peft_model(model, own)
+        initialise_as_published(adapted, peft, str(published_for))
+        return adapted
     if check_peft(peft) in ADAPTERS:
         return get_peft_model(model, ADAPTERS[peft](rank, steps))
     return set_trainable(model, peft)

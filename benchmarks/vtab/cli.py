@@ -96,6 +96,9 @@ def run(
     batch_size: Annotated[int, typer.Option(help="Images an update, over all processes.")] = 64,
     rank: Annotated[int, typer.Option(help="Of adapters that have one.")] = 8,
     alpha: Annotated[float, typer.Option(help="Threshold of SLS, in (0, 1).")] = 0.3,
+    published: Annotated[
+        bool, typer.Option("--published", help="Settings of the published runs, task by task; see README.")
+    ] = False,
     retraining: Annotated[str, typer.Option(help=f"Of pruned models: {', '.join(RETRAININGS)}.")] = RETRAININGS[0],
     retraining_epochs: Annotated[int | None, typer.Option(help="As --epochs by default; 0 for none.")] = None,
     selection: Annotated[bool, typer.Option(help="Also report the best epoch on val200.")] = True,
@@ -111,14 +114,17 @@ def run(
     Every run is one JSON file under OUTPUT/runs; those that are there are not repeated. With several processes, start
     it with accelerate launch or torchrun.
     """
+    from .published import published_recipe
     from .settings import Machine, Recipe, Settings
     from .sweep import run_sweep, runs_of
 
+    recipe = Recipe(epochs, warmup_epochs, learning_rate, weight_decay, batch_size)
     settings = Settings(
         model=model,
         preprocessing=preprocessing,
         image_size=image_size,
-        recipe=Recipe(epochs, warmup_epochs, learning_rate, weight_decay, batch_size),
+        recipe=published_recipe(recipe) if published else recipe,
+        published=published,
         retraining=retraining,
         retraining_epochs=retraining_epochs,
         rank=rank,

@@ -125,13 +125,7 @@ class Experiment:
         """(adapted model, its record): trained now, or taken from the store."""
         name = f"{run.adapted_name}--{split}"
         recipe, images = self.settings.recipe, self.examples(split)
-        model = adapt(
-            self.pretrained(run),
-            run.peft,
-            rank=self.settings.rank,
-            steps=recipe.steps(len(images)),
-            seed=run.seed,
-        )
+        model = self._adapters(run, self.pretrained(run), recipe.steps(len(images)))
         known = self.store.load_adapted(name)
         if known is not None:
             tensors, record = known
@@ -146,6 +140,11 @@ class Experiment:
         }
         self.store.save_adapted(name, trained_tensors(model), record)
         return model, record
+
+    def _adapters(self, run: Run, base: Any, steps: int) -> Any:
+        """The model made trainable in the run's way."""
+        task = run.task if self.settings.published else None
+        return adapt(base, run.peft, rank=self.settings.rank, steps=steps, seed=run.seed, published_for=task)
 
     def selection(self, run: Run, split: str, alpha: float | None, model: Any) -> dict[str, Any]:
         """SLS's decision on the adapted model, made once for all runs that need it."""
@@ -172,7 +171,7 @@ class Experiment:
         elif fresh:
             base = truncate(self.pretrained(run), pruned.kept_layers)
             steps = recipe.steps(len(self.examples(split)))
-            small = adapt(base, run.peft, rank=settings.rank, steps=steps, seed=run.seed)
+            small = self._adapters(run, base, steps)
         what = f"{self.data.title}: {run.peft}, {run.pruning}, retraining"
         validation = self.examples(VALIDATION) if split == TRAIN else None
         more = {"keep_zero_ranks": not fresh, "schedule": "TFS" if fresh else settings.retraining.upper()}

@@ -150,7 +150,7 @@ def _learned(name: str, target: Any, situation: Situation) -> Pruned:
         processes = PartialState().num_processes
         arguments = situation.machine.arguments(situation.recipe, situation.run.seed, folder, processes)
         trainer = PruningTrainer(gated, arguments, train_dataset=situation.examples)
-        use_quiet_progress(trainer, f"{gated.config.method_name}: learning what to prune")
+        use_quiet_progress(trainer, f"{gated.pruning_config.method_name}: learning what to prune")
         trainer.train()
     small, plan = gated.export(compensate=False), gated.plan()  # choices are compared, and nothing else
     return Pruned(small, len(plan.layers), info, shared_backbone=False)

@@ -28,9 +28,13 @@ class Recipe:
     Attributes:
         epochs: passes over the training images.
         warmup_epochs: of them, those in which the learning rate rises.
-        learning_rate: peak, of AdamW; it falls along a cosine to 0.
+        learning_rate: peak, of AdamW; it falls along a cosine to ``lowest_rate``.
         weight_decay: of AdamW.
         batch_size: images an update, over all processes.
+        drop_path: chance of the last layer's branches to be dropped while training.
+        clipping: largest norm of the gradient; 0: none.
+        drop_last: leave out the last, incomplete batch of an epoch.
+        lowest_rate: learning rate at the end of the cosine.
 
     Raises:
         InvalidConfigError: a number is impossible.
@@ -41,12 +45,18 @@ class Recipe:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     batch_size: int = 64
+    drop_path: float = 0.0
+    clipping: float = 1.0
+    drop_last: bool = False
+    lowest_rate: float = 0.0
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
             raise InvalidConfigError(f"epochs and batch_size are at least 1, not {self.epochs} and {self.batch_size}")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise InvalidConfigError(f"{self.warmup_epochs} warm-up epochs do not fit into {self.epochs} epochs")
+        if not 0 <= self.lowest_rate < self.learning_rate or self.clipping < 0:
+            raise InvalidConfigError("lowest_rate is under learning_rate, and neither it nor clipping is negative")
         if self.learning_rate <= 0 or self.weight_decay < 0:
             raise InvalidConfigError("learning_rate is positive, and weight_decay not negative")
 
@@ -56,7 +66,7 @@ class Recipe:
 
     def steps(self, images: int) -> int:
         """Updates of a whole training."""
-        return self.epochs * -(-images // self.batch_size)
+        return self.epochs * (images // self.batch_size if self.drop_last else -(-images // self.batch_size))
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,7 @@ class Settings:
         retraining: how pruned models are retrained.
         retraining_epochs: of it; those of the recipe by default, 0 for no retraining.
         rank: of adapters that have one.
+        published: scales and initialisations of adapters are those of the published runs, task by task.
         alpha: threshold of SLS, unless a run says another.
         selection: also train on train800 and keep the epoch that is best on val200.
         test_limit: test on this many images, the same in every run, instead of all.
@@ -89,6 +100,7 @@ class Settings:
     retraining: str = "clr"
     retraining_epochs: int | None = None
     rank: int = 8
+    published: bool = False
     alpha: float = 0.3
     selection: bool = True
     test_limit: int | None = None
@@ -174,7 +186,9 @@ class Machine:
             weight_decay=recipe.weight_decay,
             per_device_train_batch_size=recipe.batch_size // processes,
             per_device_eval_batch_size=4 * (recipe.batch_size // processes),
-            lr_scheduler_type="cosine",
+            max_grad_norm=recipe.clipping,
+            lr_scheduler_type="cosine_with_min_lr" if recipe.lowest_rate else "cosine",
+            lr_scheduler_kwargs={"min_lr": recipe.lowest_rate} if recipe.lowest_rate else {},
             warmup_steps=recipe.warmup_epochs / recipe.epochs,
             seed=seed,
             data_seed=seed,

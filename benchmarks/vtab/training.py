@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from transformers import Trainer, TrainerCallback
 
+from hf_vitprune.contrib.drop_path import attach_drop_path
 from hf_vitprune.contrib.retraining import retraining_arguments
 from hf_vitprune.errors import InvalidDataError
 from hf_vitprune_cli.workflow import use_quiet_progress
@@ -66,9 +67,10 @@ def train(
         arguments = machine.arguments(recipe, seed, folder, PartialState().num_processes, **strategy)
         if schedule is not None:
             arguments = retraining_arguments(arguments, schedule, warm_up=recipe.warmup_epochs / recipe.epochs)
-        trainer = Trainer(
+        trainer = _Trainer(
             model,
             arguments,
+            drop_last=recipe.drop_last,
             train_dataset=examples,
             eval_dataset=validation,
             compute_metrics=accuracy_of_choices,
@@ -76,12 +78,29 @@ def train(
             callbacks=[best, *_rank_callbacks(model, keep_zero_ranks)],
         )
         use_quiet_progress(trainer, what)
+        handles = attach_drop_path(model, recipe.drop_path)
         loss = trainer.train().training_loss
+        for handle in handles:
+            handle.remove()
     if not np.isfinite(loss):
         raise InvalidDataError(f"{what}: the loss is {loss}; the training diverged, lower the learning rate")
     if validation is not None:
         best.restore(model)
     return Trained(best.epoch or recipe.epochs, best.accuracies, time.perf_counter() - start)
+
+
+class _Trainer(Trainer):
+    """Leaves out incomplete batches in training alone; transformers' argument would do so in evaluation too."""
+
+    def __init__(self, *args: Any, drop_last: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.drop_last = drop_last
+
+    def get_train_dataloader(self) -> Any:
+        before, self.args.dataloader_drop_last = self.args.dataloader_drop_last, self.drop_last
+        loader = super().get_train_dataloader()
+        self.args.dataloader_drop_last = before
+        return loader
 
 
 def accuracy(model: Any, examples: Any, *, batch_size: int, machine: Machine) -> float:

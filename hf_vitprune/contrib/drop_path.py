@@ -31,7 +31,7 @@ def attach_drop_path(model: Any, rate: float) -> list[RemovableHandle]:
     """
     if not 0 <= rate < 1:
         raise InvalidConfigError(f"the rate of drop path lies in [0, 1), not {rate!r}")
-    base = unwrap(getattr(model, "model", model))
+    base = unwrap(model)
     if rate and hasattr(base.config, "drop_path_rate"):
         raise InvalidConfigError(
             f"{base.config.model_type} models drop paths themselves: load this one with drop_path_rate={rate}"
