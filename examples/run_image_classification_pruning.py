@@ -296,7 +296,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     method = pruning_model.method
     other = other_teacher(model_args)
     first = other if model_args.teacher_stages == "both" else []
-    lessons = [*first, *([(method.distillation, full)] if method.distillation and full is not None else [])]
+    taught = method.traits.distillation
+    lessons = [*first, *([(taught, full)] if taught is not None and full is not None else [])]
     arguments = stage_arguments(training_args, "learn", run)
     learner = AugmentedTrainer(pruning_model, arguments, **sets, **taught_by(lessons))
     learned = run_stage(learner, training_args, model_args.drop_path)
@@ -306,7 +307,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         small: Any = released_start(before, pruning_model.plan())
     else:
         small = pruning_model.export(weights=before if model_args.weights == "pretrained" else None)
-    teacher = pruning_model.unload() if not method.zeroes_weights else full
+    teacher = pruning_model.unload() if not method.traits.zeroes_weights else full
 
     # stage 2: fine-tune the small model, taught by the full one
     lessons = list(other)

@@ -150,7 +150,7 @@ def prune_and_tune(
 ) -> PrunedResult:
     """Learn what to prune, prune, fine-tune against the unpruned model; ``model`` itself is trained by the first step.
 
-    While it prunes, a method trains with the distillation that its authors use (``method.distillation``).
+    While it prunes, a method trains with the distillation that its authors use (``method.traits.distillation``).
 
     Args:
         learn: schedule of the training that decides.
@@ -160,10 +160,10 @@ def prune_and_tune(
     config.meter(Architecture.of(model))  # a latency table of something else is refused before any work
     accuracy = {"dense": evaluate(model, eval_set)}
     dense = count(model, config.image_size)
-    before = copy.deepcopy(model) if method_for(config).zeroes_weights else None
+    before = copy.deepcopy(model) if method_for(config).traits.zeroes_weights else None
     wrapped = get_pruning_model(model, config)
     name = config.method_name
-    taught = wrapped.method.distillation
+    taught = wrapped.method.traits.distillation
     # what the gated model computes after its decision is what plain slices do
     accuracy["pruned"] = train(
         wrapped, learn, train_set, eval_set, what=f"{name}: learning what to prune", distillation=taught

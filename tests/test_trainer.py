@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -371,11 +372,11 @@ class _Watching:
 
     def __init__(self, model: Any) -> None:
         self.model, self.gradients, self.steps = model, [], []  # type: ignore[var-annotated]
-        model.method.needs_gradients = True
-        model.method.observe = self.observe
+        model.method.traits = replace(model.method.traits, decides_by="gradients")
+        model.method.before_step = self.before_step
         model.method.after_step = lambda model, step, max_steps: self.steps.append((step, max_steps))
 
-    def observe(self, model: Any, gradient_scale: float) -> None:
+    def before_step(self, model: Any, progress: float, gradient_scale: float) -> None:
         assert model is self.model.model
         self.gradients.append({n: p.grad * gradient_scale for n, p in model.named_parameters() if p.grad is not None})
 

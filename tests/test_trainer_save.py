@@ -22,6 +22,7 @@ from hf_vitprune import (
     get_pruning_model,
 )
 from hf_vitprune.errors import AdapterError, InvalidConfigError, UnsupportedModelError
+from hf_vitprune.methods import Stage
 from pruning_runs import VIT, Patterns, arguments, gated, lora_model, nvit, state_of, trainer
 from tiny import assert_same, make, run
 
@@ -119,10 +120,10 @@ def test_best_is_chosen_among_models_at_the_target(kind: type[Trainer], tmp_path
 
 def test_a_search_is_on_its_target_where_its_cost_is() -> None:
     method = get_pruning_model(make(VIT), SPViTConfig(target=0.7, round_to=1)).method
-    assert not method.on_target
+    assert method.stage == Stage.REMOVING
     for name, gates in method.gates.items():
         gates.score.data.fill_(-1.0 if name.endswith("neurons") else 1.0)
-    assert method.on_target
+    assert method.stage == Stage.ON_TARGET
 
 
 @pytest.mark.parametrize("config", [lambda: VTPConfig(target=0.6), lambda: TruncationConfig(layers=2)])

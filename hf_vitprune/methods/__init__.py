@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .base import PruningConfig, PruningMethod
+from .base import PruningConfig
+from .contract import PruningMethod, Stage, Traits
 from .nvit import NViT, NViTConfig
 from .oneshot import OneShotScores, OneShotSettings
 from .registry import config_class_of, method_for, method_names, register_method
@@ -33,6 +34,8 @@ __all__ = [
     "SPViTConfig",
     "SPViTTuning",
     "SPViTTuningConfig",
+    "Stage",
+    "Traits",
     "Truncation",
     "TruncationConfig",
     "VTPConfig",

@@ -15,7 +15,8 @@ from ..spec.architecture import Architecture, unwrap
 from ..surgery.gates import DepthGate, attach_depth_gate
 from ..utils.batches import ImageBatches, fixed_randomness, run_images
 from ..utils.modes import evaluating
-from .base import PruningConfig, PruningMethod
+from .base import PruningConfig
+from .contract import PruningMethod, Traits
 
 
 def fewest_layers(model: Any, stages: int | None = None) -> int:
@@ -67,9 +68,7 @@ class DepthMethod(PruningMethod):
 
     found_bits: torch.Tensor
 
-    needs_steps = False
-    may_keep_everything = True
-    removes_layers_only = True
+    traits = Traits(decides_by="config", adapters="all", may_keep_everything=True)
 
     def __init__(self, config: PruningConfig, model: PreTrainedModel, stages: int | None = None) -> None:
         super().__init__(config, model)
@@ -92,7 +91,7 @@ class DepthMethod(PruningMethod):
 
     def check_images(self, model: Any, images: ImageBatches) -> None:
         """Two images are looked at: their labels, and whether the model takes them."""
-        if not (self.needs_images or self.needs_held_out_images):
+        if self.traits.decides_by == "config":
             return
         base = unwrap(model)
         with fixed_randomness(), evaluating(base), torch.no_grad():
@@ -120,7 +119,7 @@ class DepthMethod(PruningMethod):
         numbers = self.found_bits.cpu().clone().view(torch.float64).tolist()
         return {i + 1: number for i, number in reversed(list(enumerate(numbers))) if number == number}
 
-    def choose(self) -> PruningPlan:
+    def choose(self, weights: PreTrainedModel | None = None) -> PruningPlan:
         """The plan that keeps the first layers.
 
         Raises:

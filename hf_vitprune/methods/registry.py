@@ -6,7 +6,8 @@ import inspect
 from importlib.metadata import entry_points
 
 from ..errors import InvalidConfigError
-from .base import PruningConfig, PruningMethod
+from .base import PruningConfig
+from .contract import PruningMethod
 
 #: entry points of packages with methods of their own: name of the method -> a module that registers it
 ENTRY_POINTS = "hf_vitprune.methods"

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..compensate import Compensation
 from ..errors import InvalidConfigError
-from ..methods import PruningMethod
+from ..methods import PruningMethod, Stage
 from ..utils.batches import ImageBatches
 from .model import PruningModel
 
@@ -47,6 +47,7 @@ class PruningCallback(TrainerCallback):
     def __init__(self, images: Any = None) -> None:
         self.images = images
         self._penalty: torch.Tensor | None = None
+        self._logged: set[str] = set()
         self.gradient_scale: float | None = None
 
     def on_train_begin(
@@ -68,7 +69,7 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """What was best before the method came to its target is forgotten: it is not what is trained for."""
-        if not pruning_model_of(model).method.on_target:
+        if pruning_model_of(model).method.stage < Stage.ON_TARGET:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def on_pre_optimizer_step(
@@ -85,7 +86,7 @@ class PruningCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if pruning_model_of(model).method.finished:
+        if pruning_model_of(model).method.stage == Stage.FINISHED:
             control.should_training_stop = True
 
     def on_log(
@@ -101,6 +102,7 @@ class PruningCallback(TrainerCallback):
             return
         penalty = 0.0 if self._penalty is None else self._penalty.item()
         extra = {"penalty": penalty, **pruning_model_of(model).method.logs()}
+        self._logged |= extra.keys()
         logs.update(extra)
         state.log_history[-1].update(extra)  # log() has stored a copy already
 
@@ -110,7 +112,7 @@ class PruningCallback(TrainerCallback):
         pruning_model = pruning_model_of(model)
         pruning_model.training_images = _images_of(kwargs.get("train_dataloader"))
         pruning_model.decide(self.images)
-        numbers = pruning_model.method.decision_logs()
+        numbers = {name: n for name, n in pruning_model.method.logs().items() if name not in self._logged}
         if numbers:
             state.log_history.append({**numbers, "step": state.global_step})
         summary = {unit: round(share, 3) for unit, share in pruning_model.plan().summary().items() if share < 1}
@@ -136,13 +138,13 @@ class PruningCallback(TrainerCallback):
         if method.decided:
             return
         images = None if self.images is None else ImageBatches(self.images)
-        if images is None and method.needs_held_out_images:
+        if images is None and method.traits.decides_by == "held_out_images":
             raise InvalidConfigError(
                 f"{method.config.method_name} decides by images that were not trained on: give the Trainer "
                 "callbacks=[PruningCallback(images=<evaluation set>)]"
             )
         images = training_images if images is None else images
-        if images is None and method.needs_images:
+        if images is None and method.traits.decides_by == "images":
             raise InvalidConfigError(
                 f"{method.config.method_name} decides by labelled images that it reads again at the end, and these "
                 "training images are a stream: give the Trainer callbacks=[PruningCallback(images=<labelled images in "
@@ -152,7 +154,8 @@ class PruningCallback(TrainerCallback):
             method.check_images(model.model, images)
 
     def _check_clipping(self, args: TrainingArguments, method: PruningMethod) -> None:
-        if method.needs_gradients and self.gradient_scale is None and args.max_grad_norm:
+        by_gradients = method.traits.decides_by == "gradients"
+        if by_gradients and self.gradient_scale is None and args.max_grad_norm:
             raise InvalidConfigError(
                 f"{method.config.method_name} scores by gradients, and this Trainer clips them first: use "
                 "PruningTrainer, which undoes the clipping for the scores, or max_grad_norm=0"

@@ -47,7 +47,7 @@ def export_plan(pruning_model: Any, calibration: Any, compensate: Any, weights: 
     settings = Compensation.of(compensate)
     plan = pruning_model.plan()
     if weights is not None:
-        plan = pruning_model.method.choose_for(unwrap(weights))
+        plan = pruning_model.method.choose(unwrap(weights))
     if settings is None or plan.removes_nothing:
         return plan
     if images is None:
@@ -62,7 +62,7 @@ def export_plan(pruning_model: Any, calibration: Any, compensate: Any, weights: 
 def _factors(method: PruningMethod) -> PruningPlan | None:
     """What a method trains, where that is all units times factors, whatever the weights."""
     whole = method.reference()
-    return whole if whole is not None and whole.removes_nothing else None
+    return whole if isinstance(whole, PruningPlan) and whole.removes_nothing else None
 
 
 def _compensated(
@@ -78,8 +78,8 @@ def _compensated(
             )
         return plan
     whole = method.reference()
-    reason = _nothing_to_do(method, whole, pruning_model.tuned) or (None if asked else _left_alone(model))
-    if reason is not None:
+    reason = _nothing_to_do(whole, pruning_model.tuned) or (None if asked else _left_alone(model))
+    if reason is not None or isinstance(whole, str):
         logger.log(logging.WARNING if asked else logging.INFO, f"the export is not compensated: {reason}")
         return replace(plan, info={**plan.info, "compensation": {"skipped": reason}})
     return _followed(model, plan, whole, images, settings)
@@ -101,10 +101,10 @@ def is_compensated(small: Any) -> bool:
     return bool(lineage_of(unwrap(small).config).get("compensation", {}).get("fits"))
 
 
-def _nothing_to_do(method: PruningMethod, whole: PruningPlan | None, tuned: bool) -> str | None:
+def _nothing_to_do(whole: PruningPlan | str, tuned: bool) -> str | None:
     if tuned:
         return "the model was trained on without the removed units, and computes what it computes without them"
-    return method.no_reference if whole is None else None
+    return whole if isinstance(whole, str) else None
 
 
 def _left_alone(model: Any) -> str | None:

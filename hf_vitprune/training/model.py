@@ -77,7 +77,7 @@ class PruningModel(Checkpoints):
         Architecture.of(base)  # raises for unknown families
         if is_peft(model):
             _check_adapters(model)
-            if not method_for(config).takes_adapters:
+            if method_for(config).traits.adapters == "none":
                 raise AdapterError(
                     f"{config.method_name} makes new weights of the frozen ones, which adapters would no longer fit: "
                     "merge them first (model.merge_and_unload()), and train adapters on the exported model"
@@ -89,7 +89,7 @@ class PruningModel(Checkpoints):
         self.tuned = False
         self.guided = False
         self._trained = False
-        if is_peft(model) and not self.method.removes_layers_only:
+        if is_peft(model) and self.method.traits.adapters == "sliced":
             _check_sliceable(model, self.pruning_config.method_name)
         self._handles = self.method.attach(base)
         self._arguments = list(signature_of(base).parameters)
@@ -130,7 +130,7 @@ class PruningModel(Checkpoints):
         self._trained = True
         if self.method.decided:
             self.tuned = True
-        elif by_a_trainer and self.method.needs_steps and not self.guided:
+        elif by_a_trainer and self.method.traits.by_steps and not self.guided:
             raise InvalidConfigError(
                 f"this Trainer has no PruningCallback, and {self.pruning_config.method_name} would learn nothing: use "
                 "PruningTrainer, or Trainer(..., callbacks=[PruningCallback()])"
@@ -177,9 +177,7 @@ class PruningModel(Checkpoints):
         """
         self.guided = True
         method = self.method
-        if method.needs_gradients:
-            method.observe(self.model, gradient_scale)
-        penalty = method.penalty(step / max(max_steps, 1))
+        penalty = method.before_step(self.model, step / max(max_steps, 1), gradient_scale)
         if penalty is None:
             return None
         parameters = method.gate_parameters()
@@ -215,11 +213,11 @@ class PruningModel(Checkpoints):
         if images is not None:
             batches: ImageBatches | None = ImageBatches(images)
         else:
-            batches = None if method.needs_held_out_images else self.training_images
-        if batches is None and not method.decided and (method.needs_images or method.needs_held_out_images):
+            batches = None if method.traits.decides_by == "held_out_images" else self.training_images
+        if batches is None and not method.decided and method.traits.decides_by in ("images", "held_out_images"):
             kind, cure = (
                 ("<evaluation set>", "give PruningCallback(images=...) to the Trainer")
-                if method.needs_held_out_images
+                if method.traits.decides_by == "held_out_images"
                 else ("<training set>", "train with PruningTrainer first")
             )
             raise InvalidDataError(
@@ -229,7 +227,7 @@ class PruningModel(Checkpoints):
         broadcast(self.method)
 
     def _check_trained(self) -> None:
-        if self._trained and self.method.needs_steps and not self.guided:
+        if self._trained and self.method.traits.by_steps and not self.guided:
             raise InvalidPlanError(
                 f"the model was trained without {self.pruning_config.method_name}, which has learned nothing: train "
                 "with PruningTrainer, with Trainer(..., callbacks=[PruningCallback()]), or call before_step() and "
@@ -278,7 +276,7 @@ class PruningModel(Checkpoints):
         """
         plan = export_plan(self, calibration, compensate, weights)
         source = self.model if weights is None else weights
-        small = prune(source, plan, allow_unchanged=self.method.may_keep_everything)
+        small = prune(source, plan, allow_unchanged=self.method.traits.may_keep_everything)
         if native:
             return to_native(small)
         return small

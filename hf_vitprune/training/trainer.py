@@ -16,6 +16,7 @@ from ..compensate import Compensation
 from ..errors import InvalidConfigError, MissingLabelsError
 from ..losses.distillation import DistillationConfig, Teacher, distillation_term, task_share
 from ..losses.task import is_classifier, task_loss
+from ..methods import Stage
 from ..spec.architecture import unwrap
 from ..surgery.gates import strip_gates
 from ..utils.upload import upload
@@ -108,7 +109,7 @@ class PruningTrainer(Trainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         """As the parent's; methods that score by gradients learn what the clipping has multiplied them by."""
         norm = super()._clip_grad_norm(model)
-        if self._gated and pruning_model_of(self.model).method.needs_gradients:
+        if self._gated and pruning_model_of(self.model).method.traits.decides_by == "gradients":
             factor = self.args.max_grad_norm / (float(norm) + 1e-6)  # as torch.nn.utils.clip_grad_norm_
             self._pruning_callback.gradient_scale = 1 / factor if 0 < factor < 1 else 1.0
         return norm
@@ -117,7 +118,7 @@ class PruningTrainer(Trainer):
         """As the parent's, which takes one step too many when it resumes after the last one: of ``max_steps``, or of a
         search that was finished.
         """
-        finished = self._gated and pruning_model_of(self.model).method.finished
+        finished = self._gated and pruning_model_of(self.model).method.stage == Stage.FINISHED
         if finished or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -151,7 +152,7 @@ class PruningTrainer(Trainer):
             InvalidConfigError: the schedule cannot leave a group alone.
         """
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if not self._gated or not pruning_model_of(self.model).method.constant_gate_rate:
+        if not self._gated or not pruning_model_of(self.model).method.traits.constant_gate_rate:
             return scheduler
         gates = {id(p) for p in pruning_model_of(self.model).method.gate_parameters()}
         if not isinstance(scheduler, LambdaLR):
@@ -198,7 +199,7 @@ class PruningTrainer(Trainer):
 
     def _lessons_now(self) -> list[tuple[DistillationConfig, Teacher]]:
         """Without those that wait for the first prune step."""
-        if not self._gated or pruning_model_of(self.model).method.distils:
+        if not self._gated or pruning_model_of(self.model).method.stage > Stage.WHOLE:
             return self.lessons
         return [(config, teacher) for config, teacher in self.lessons if config.kind != "kl"]
 

@@ -29,7 +29,7 @@ def nvit(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
         seed,
         what=f"NViT, {first} steps",
         schedule="constant",
-        distillation=wrapped.method.distillation,
+        distillation=wrapped.method.traits.distillation,
     )
     return tune(wrapped.export(compensate=False), model, task, steps - first, seed)
 

@@ -21,7 +21,7 @@ from ...spec.units import set_name
 from ...surgery.masks import attach_masks, make_masks
 from ...utils.batches import ImageBatches
 from ...utils.processes import broadcast, is_first_process
-from ..base import PruningMethod
+from ..contract import PruningMethod, Stage, Traits
 from .activations import ActivationSums
 from .average import RunningScores
 from .config import NViTConfig
@@ -47,17 +47,15 @@ class NViT(PruningMethod):
 
     config: NViTConfig
     distillation = DistillationConfig(kind="kl", weight=100.0, temperature=3.0)
-    no_reference = (
-        "NViT removed all groups while the model trained, and has tuned what stays; their weights are zero by now"
-    )
-    zeroes_weights = True
+    traits = Traits(decides_by="gradients", zeroes_weights=True, distillation=distillation)
 
     def __init__(self, config: NViTConfig, model: PreTrainedModel) -> None:
         super().__init__(config, model)
         device = next(model.parameters()).device
         self.sets = unit_sets(self.architecture, config)
         self.trajectory = Trajectory(self.sets, device)
-        self.needs_gradients = config.criterion in ("squared_taylor", "taylor")
+        if config.criterion not in ("squared_taylor", "taylor"):
+            self.traits = replace(self.traits, decides_by="steps")
         self.scores = RunningScores(len(self.trajectory.order), config.momentum, config.reference, device)
         self.masks = make_masks(self.architecture, self.sets[0].layer is None, device)
         self._divisors = divisors(self.architecture, self.sets, config.reference)
@@ -85,7 +83,7 @@ class NViT(PruningMethod):
 
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
         handles = attach_masks(model, self.architecture, self.masks)
-        if self.needs_gradients:
+        if self.traits.decides_by == "gradients":
             weights = WeightSums(model, self.architecture, self.sets)
             if weights.trained:
                 self._sums = weights
@@ -115,6 +113,9 @@ class NViT(PruningMethod):
                 f"{fewest} at the least: train longer, lower interval, raise groups_per_step, or leave it out (then "
                 "as many groups go at a time as it takes)"
             )
+
+    def before_step(self, model: Any, progress: float, gradient_scale: float) -> None:
+        self.observe(model, gradient_scale)
 
     def observe(self, model: Any, gradient_scale: float) -> None:
         """Take in the Taylor sums of an update; see ``scores.py``."""
@@ -147,10 +148,6 @@ class NViT(PruningMethod):
         self._remove(model, order)
         self.scores.roll()
         self._settle()
-
-    @property
-    def distils(self) -> bool:
-        return self.groups > 0
 
     def logs(self) -> dict[str, float]:
         now = self.choose().architecture
@@ -236,8 +233,10 @@ class NViT(PruningMethod):
         return self._decided
 
     @property
-    def on_target(self) -> bool:
-        return self.reached
+    def stage(self) -> Stage:
+        if self.reached:
+            return Stage.ON_TARGET
+        return Stage.REMOVING if self.groups else Stage.WHOLE
 
     @property
     def reached(self) -> bool:
@@ -265,14 +264,14 @@ class NViT(PruningMethod):
             if self.config.snapshot_folder is not None and is_first_process():
                 save_run(self.trajectory, self.moments(), self.config.snapshot_folder)
 
-    def choose(self) -> PruningPlan:
+    def choose(self, weights: PreTrainedModel | None = None) -> PruningPlan:
         """The plan of the current masks."""
         return self._plan(self.trajectory.groups)
 
-    def reference(self) -> PruningPlan | None:
+    def reference(self) -> PruningPlan | str:
         """The model with the masks of the training, where the decision removed more groups after it."""
         if self._trained_without in (None, self.groups):
-            return None
+            return "NViT removed all groups in the training and has tuned what stays: their weights are zero by now"
         return self._plan(self._trained_without)
 
     def moments(self) -> list[Moment]:

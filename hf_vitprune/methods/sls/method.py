@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 class SLS(DepthMethod):
     """The decision of SLS; scores are in buffers, so that a checkpoint restores them and processes share them."""
 
-    needs_images = True
+    traits = replace(DepthMethod.traits, decides_by="images")
     config: SLSConfig
     estimated: torch.Tensor
 
@@ -64,7 +65,7 @@ class SLS(DepthMethod):
         record = made.to_dict()
         return {name: record[name] for name in ("scores", "threshold", "reason", "estimated")}
 
-    def decision_logs(self) -> dict[str, float]:
+    def logs(self) -> dict[str, float]:
         made = self.selection
         if made is None:
             return {}

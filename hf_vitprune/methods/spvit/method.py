@@ -23,7 +23,7 @@ from ...plan.targets import reach_target
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import KERNELS
 from ...utils.batches import ImageBatches
-from ..base import PruningMethod
+from ..contract import PruningMethod, Stage, Traits
 from .branches import Attention
 from .build import attention_of, checked_linear, convolution_weights, mixer_search
 from .config import SPViTConfig
@@ -42,10 +42,8 @@ class SPViT(PruningMethod):
     """
 
     config: SPViTConfig
-    takes_adapters = False
-    constant_gate_rate = True
-    no_reference = "SPViT has switched gates off while the model trained: it is without those units already"
-    may_keep_everything = True  # a search may end in a model whose layers only change their kind
+    # a search may end in a model whose layers only change their kind
+    traits = Traits(adapters="none", constant_gate_rate=True, may_keep_everything=True)
 
     def __init__(self, config: SPViTConfig, model: PreTrainedModel) -> None:
         super().__init__(config, model)
@@ -121,6 +119,9 @@ class SPViT(PruningMethod):
                 "say), or train longer"
             )
 
+    def before_step(self, model: Any, progress: float, gradient_scale: float) -> torch.Tensor | None:
+        return self.penalty(progress)
+
     def penalty(self, progress: float) -> torch.Tensor | None:
         """lambda * (cost - target)^2, lambda growing over the warm-up."""
         if self.decided:
@@ -145,8 +146,11 @@ class SPViT(PruningMethod):
         return self.cost.at(self._levels_now(), counts)
 
     @property
-    def on_target(self) -> bool:
-        return self.decided or self._cost_now() <= (1 + self.config.tolerance) * self.target
+    def stage(self) -> Stage:
+        if self.finished:
+            return Stage.FINISHED
+        met = self.decided or self._cost_now() <= (1 + self.config.tolerance) * self.target
+        return Stage.ON_TARGET if met else Stage.REMOVING
 
     def _anneal(self) -> None:
         first, last = self.config.temperature, self.config.final_temperature
@@ -163,7 +167,10 @@ class SPViT(PruningMethod):
         return not self.decided and 0 < patience <= self._stable and ramped
 
     def logs(self) -> dict[str, float]:
-        """Chance of every mixer gate, mean chance of every MLP's, and the cost."""
+        """Chance of every mixer gate, mean chance of every MLP's, and the cost.
+
+        Once decided: the share of the multiply-adds that is gone from attention and from MLPs, and attention's part.
+        """
         numbers = {}
         for i, search in self.searches.items():
             for kind, chance in zip(LEVELS[1:], search.gates.probabilities().tolist(), strict=True):
@@ -174,43 +181,41 @@ class SPViT(PruningMethod):
         for metric in ("macs", "params"):
             meter = ClosedFormMeter(metric, self.architecture, self.config.image_size)
             numbers[f"{metric}_ratio"] = meter.ratio(now)
-        return {**numbers, "stable_steps": self._stable}
-
-    def decision_logs(self) -> dict[str, float]:
-        """The share of the multiply-adds that is gone from attention and from MLPs, and attention's part of it."""
-        mixers, mlps, part = removed_macs(self._shapes().architecture, self.config.image_size).values()
-        return {"attention_removed": mixers, "mlp_removed": mlps, "attention_part_of_removed": part}
+        numbers["stable_steps"] = self._stable
+        if self.decided:
+            mixers, mlps, part = removed_macs(now, self.config.image_size).values()
+            numbers |= {"attention_removed": mixers, "mlp_removed": mlps, "attention_part_of_removed": part}
+        return numbers
 
     # ------------------------------------------------------------------ decision
     @property
     def decided(self) -> bool:
         return any(gates.decided for gates in self._all_gates())
 
-    def choose(self) -> PruningPlan:
-        """The architecture that the gates say now, with its convolutions made of the wrapped model's weights."""
-        return self._with_weights(self._shapes(), self._attentions())
+    def choose(self, weights: PreTrainedModel | None = None) -> PruningPlan:
+        """The architecture that the gates say now, with its convolutions made of the wrapped model's weights.
 
-    def reference(self) -> PruningPlan | None:
+        Args:
+            weights: take another model's; mixing tables and BatchNorms are those of the search.
+
+        Raises:
+            InvalidPlanError: that one is of another shape.
+        """
+        if weights is None:
+            return self._with_weights(self._shapes(), self._attentions())
+        if not self.architecture.fits(Architecture.of(weights)):
+            raise InvalidPlanError("the architecture was searched for a model of another shape")
+        attentions = {i: attention_of(weights, self.architecture, i, self._paths[i]) for i in self.searches}
+        return self._with_weights(self._shapes(), attentions)
+
+    def reference(self) -> PruningPlan | str:
         """What the gates had come to in training, where the decision took more away to reach the target."""
         if self._searched is None or self._searched == self._shapes():
-            return None
+            return "SPViT has switched gates off while the model trained: it is without those units already"
         return self._with_weights(self._searched, self._attentions())
 
     def _attentions(self) -> dict[int, Attention]:
         return {i: search.attention for i, search in self.searches.items()}
-
-    def choose_for(self, model: PreTrainedModel) -> PruningPlan:
-        """The same architecture, with convolutions made of the weights of another model of the same shape.
-
-        Mixing tables and BatchNorms are those of the search.
-
-        Raises:
-            InvalidPlanError: it is of another shape.
-        """
-        if not self.architecture.fits(Architecture.of(model)):
-            raise InvalidPlanError("the architecture was searched for a model of another shape")
-        attentions = {i: attention_of(model, self.architecture, i, self._paths[i]) for i in self.searches}
-        return self._with_weights(self._shapes(), attentions)
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
         """Fix the gates at their likelier values.

@@ -16,7 +16,8 @@ from ...plan.plan import PruningPlan
 from ...spec.layer_shape import KERNELS
 from ...surgery.gates import ForwardOverride
 from ...utils.batches import ImageBatches
-from ..base import PruningConfig, PruningMethod
+from ..base import PruningConfig
+from ..contract import PruningMethod, Traits
 from .branches import Attention, Branches
 from .build import attention_of, convolution_weights, shared_branches
 from .config import check_positive
@@ -64,9 +65,7 @@ class SPViTTuning(PruningMethod):
     """The convolutions of a decided architecture, over a model whose attention they are made of."""
 
     config: SPViTTuningConfig
-    takes_adapters = False
-    may_keep_everything = True
-    no_reference = "the architecture was fine-tuned as it is exported"
+    traits = Traits(decides_by="config", adapters="none", may_keep_everything=True)
     decided = True
 
     def __init__(self, config: SPViTTuningConfig, model: PreTrainedModel) -> None:
@@ -101,13 +100,14 @@ class SPViTTuning(PruningMethod):
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
         """Nothing is left to decide."""
 
-    def choose(self) -> PruningPlan:
-        """The architecture, its convolutions folded as they are now."""
-        return self._plan(self._attentions)
+    def choose(self, weights: PreTrainedModel | None = None) -> PruningPlan:
+        """The architecture, its convolutions folded as they are now, or made of another model's weights."""
+        if weights is None:
+            return self._plan(self._attentions)
+        return self._plan({i: attention_of(weights, self.architecture, i, self._paths[i]) for i in self._mixers})
 
-    def choose_for(self, model: PreTrainedModel) -> PruningPlan:
-        """The same, with convolutions made of the weights of another model of the same shape."""
-        return self._plan({i: attention_of(model, self.architecture, i, self._paths[i]) for i in self._mixers})
+    def reference(self) -> str:
+        return "the architecture was fine-tuned as it is exported"
 
     def _plan(self, attentions: dict[int, Attention]) -> PruningPlan:
         plan = PruningPlan.dense(self.architecture)

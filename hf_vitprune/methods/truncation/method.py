@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -31,8 +32,8 @@ class Truncation(DepthMethod):
     def __init__(self, config: TruncationConfig, model: PreTrainedModel) -> None:
         super().__init__(config, model)
         total = len(self.architecture.layers)
-        self.needs_held_out_images = config.by_validation
         if config.by_validation:
+            self.traits = replace(self.traits, decides_by="held_out_images")
             self.floor = max(self.floor, config.min_layers)
             if config.min_layers > total:
                 raise InvalidConfigError(f"min_layers is {config.min_layers}, and the model has {total} layers")
@@ -71,7 +72,9 @@ class Truncation(DepthMethod):
         accuracies = {str(layers): accuracy for layers, accuracy in self.found.items()}
         return {"accuracies": accuracies} if accuracies else {}
 
-    def decision_logs(self) -> dict[str, float]:
+    def logs(self) -> dict[str, float]:
+        if not self.decided:
+            return {}
         accuracies = {f"accuracy_{layers}_layers": accuracy for layers, accuracy in self.found.items()}
         return {"kept_layers": self.depth.layers, **accuracies}
 

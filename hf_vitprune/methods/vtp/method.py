@@ -20,7 +20,7 @@ from ...plan.select import best, rounded
 from ...plan.targets import reach_target
 from ...surgery.gates import Gate, attach_gates, gate_name, gate_sizes
 from ...utils.batches import ImageBatches
-from ..base import PruningMethod
+from ..contract import PruningMethod
 from .config import VTPConfig
 
 _Sets = dict[str, torch.Tensor]
@@ -52,6 +52,9 @@ class VTP(PruningMethod):
         return attach_gates(model, self.architecture, self.gates)
 
     # ------------------------------------------------------------------ training
+    def before_step(self, model: Any, progress: float, gradient_scale: float) -> torch.Tensor | None:
+        return self.penalty(progress)
+
     def penalty(self, progress: float) -> torch.Tensor | None:
         """lambda * sum |score| over all gates (equation 5), lambda growing over the warm-up."""
         warmup = self.config.sparsity_warmup
@@ -90,7 +93,7 @@ class VTP(PruningMethod):
         return entry
 
     # ------------------------------------------------------------------ decision
-    def choose(self) -> PruningPlan:
+    def choose(self, weights: PreTrainedModel | None = None) -> PruningPlan:
         """Rank |score| over the whole network and keep the highest (section 3.3).
 
         Raises:

@@ -1,0 +1,179 @@
+"""What a pruning method is: what it needs of a training, and the calls by which a training reaches it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..losses.distillation import DistillationConfig
+from ..plan.plan import PruningPlan
+from ..spec.architecture import Architecture
+from ..surgery.gates import Gate
+from ..utils.batches import ImageBatches
+from .base import PruningConfig
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a method needs, and what it does to a model in training.
+
+    Attributes:
+        decides_by: ``steps``: what it saw around the optimizer's steps; ``gradients``: these, which must be whole and
+            not clipped; ``images``: the training images; ``held_out_images``: labelled images that were not trained
+            on; ``config``: its settings alone.
+        adapters: of a PeftModel: ``all`` stay, the plan cuts nothing inside of a layer; ``sliced``: those that can
+            be; ``none``: PeftModels are refused.
+        may_keep_everything: a decision that removes nothing is no mistake.
+        zeroes_weights: removed weights are zero after the training: the model is no teacher, a copy from before is.
+        constant_gate_rate: gates keep their learning rate, whatever the Trainer's schedule does to the others.
+        distillation: what the method's authors train with beside the labels; None: nothing.
+    """
+
+    decides_by: Literal["steps", "gradients", "images", "held_out_images", "config"] = "steps"
+    adapters: Literal["all", "sliced", "none"] = "sliced"
+    may_keep_everything: bool = False
+    zeroes_weights: bool = False
+    constant_gate_rate: bool = False
+    distillation: DistillationConfig | None = None
+
+    @property
+    def by_steps(self) -> bool:
+        """Whether a training without the method's steps has told it nothing."""
+        return self.decides_by in ("steps", "gradients")
+
+
+class Stage(IntEnum):
+    """How far a method is, in a training."""
+
+    #: nothing is removed yet, and something will be before the end: ``kl`` distillation waits
+    WHOLE = 0
+    #: on the way to the target: evaluations are no candidates for ``load_best_model_at_end``
+    REMOVING = 1
+    #: evaluations are of a model that may be kept as it is
+    ON_TARGET = 2
+    #: nothing is left to learn about what to prune: the training stops
+    FINISHED = 3
+
+
+class PruningMethod(nn.Module):
+    """Scores the units of one model while it trains, then decides once.
+
+    Everything that a decision depends on is a parameter or buffer, so that an ordinary checkpoint restores it.
+    Subclasses state their :class:`Traits`, implement :meth:`attach`, :meth:`choose` and :meth:`decide`, and those of
+    the other calls that they need.
+
+    Attributes:
+        traits: of the class, or of this instance where they follow from the config.
+        gates: what is learned beside the weights, by name.
+    """
+
+    traits = Traits()
+
+    def __init__(self, config: PruningConfig, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.config = config
+        self.architecture = Architecture.of(model)
+        # transformers gives no weight decay to parameters under a name that ends in "_norm": with any Trainer,
+        # gates are not decayed
+        self.gates_norm = nn.ModuleDict()
+
+    @property
+    def gates(self) -> nn.ModuleDict:
+        return self.gates_norm
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        return list(self.gates.parameters())
+
+    def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        """Hook the gates into the model."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ training
+    def check_training(self, args: TrainingArguments, max_steps: int) -> None:
+        """Called when training begins.
+
+        Raises:
+            InvalidConfigError: the method cannot do its work in such a training.
+        """
+
+    def check_images(self, model: Any, images: ImageBatches) -> None:
+        """Called when training begins, with the images that :meth:`decide` will get.
+
+        Args:
+            model: the wrapped model.
+            images: only a few are to be looked at.
+
+        Raises:
+            InvalidDataError: the method could not decide by them.
+        """
+
+    def before_step(self, model: Any, progress: float, gradient_scale: float) -> torch.Tensor | None:
+        """Called once an update, before the optimizer's step; a place to look at the gradients in ``parameter.grad``.
+
+        They are whole: summed over micro-batches, averaged over processes, unscaled.
+
+        Args:
+            model: the wrapped model (stock or PeftModel).
+            progress: share of the training that is over, in [0, 1].
+            gradient_scale: factor that undoes the clipping.
+
+        Returns:
+            A regulariser whose gradient is added to that of the gates; None for nothing.
+        """
+        return None
+
+    def after_step(self, model: Any, step: int, max_steps: int) -> None:
+        """Called after the optimizer's step.
+
+        Args:
+            model: the wrapped model.
+            step: updates made so far, of ``max_steps``.
+        """
+
+    @property
+    def stage(self) -> Stage:
+        """By default the method does not change what the model computes before it decides."""
+        return Stage.ON_TARGET
+
+    def logs(self) -> dict[str, float]:
+        """Numbers for the Trainer's log; those of the decision too, once it is taken."""
+        return {}
+
+    # ------------------------------------------------------------------ decision
+    def decide(self, model: Any, images: ImageBatches | None = None) -> None:
+        """Fix what :meth:`choose` says; the first process's decision is then broadcast.
+
+        Args:
+            model: the wrapped model.
+            images: training images with labels, in a fixed order; given if there are any.
+        """
+        raise NotImplementedError
+
+    @property
+    def decided(self) -> bool:
+        return any(gate.decided for gate in self.gates.values() if isinstance(gate, Gate))
+
+    def choose(self, weights: PreTrainedModel | None = None) -> PruningPlan:
+        """The plan that the current scores give.
+
+        Args:
+            weights: a model of the same shape that the plan is for, where plans hold weights; None: the wrapped one.
+        """
+        raise NotImplementedError
+
+    def reference(self) -> PruningPlan | str:
+        """The model whose outputs an export is to keep, as a plan for the wrapped one: removed units and all.
+
+        Compensation brings the small model to where that one is. It is what was trained up to the decision: nothing
+        removed, where removing is all that the decision does; with ``scales`` for factors that the model runs with.
+
+        Returns:
+            The reason, where there is no such model: the method trains without what it removes, say.
+        """
+        return "what this method trains has no removed units left that could be made up for"
