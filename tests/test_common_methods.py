@@ -149,7 +149,6 @@ def test_unload_leaves_no_trace(case: str, method: str) -> None:
     assert_same(run(gated.eval()), outputs)  # scores start at one
     gated.train()
     total_loss(gated).backward()
-    gated.before_step(0, 1)
     scatter_scores(gated).decide()
     gated.export()
     model.zero_grad()

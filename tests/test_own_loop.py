@@ -110,6 +110,12 @@ def test_a_forgotten_callback_is_found_at_the_first_step(name: str, tmp_path: Pa
     assert_same(model.state_dict(), before)
 
 
+def test_a_look_at_the_gradients_is_no_training() -> None:
+    model = get_pruning_model(make(VIT), CONFIGS["NViT magnitude"]()).train()
+    model(images(2), labels=torch.tensor([0, 1])).loss.backward()
+    assert model.export() is not None
+
+
 def test_truncation_needs_no_callback(tmp_path: Path) -> None:
     model = get_pruning_model(make(VIT), TruncationConfig(layers=2))
     trainer(model, tmp_path, kind=Trainer).train()

@@ -88,7 +88,7 @@ class PruningModel(Checkpoints):
         self.compensate: Any = "auto"
         self.tuned = False
         self.guided = False
-        self._trained = False
+        self._changes: int | None = None  # of the weights, when the first training pass began
         if is_peft(model) and self.method.traits.adapters == "sliced":
             _check_sliceable(model, self.pruning_config.method_name)
         self._handles = self.method.attach(base)
@@ -127,7 +127,8 @@ class PruningModel(Checkpoints):
         return outputs if return_dict is not False else outputs.to_tuple()
 
     def _note_training(self, by_a_trainer: bool) -> None:
-        self._trained = True
+        if self._changes is None:
+            self._changes = _changes(self.model)
         if self.method.decided:
             self.tuned = True
         elif by_a_trainer and self.method.traits.by_steps and not self.guided:
@@ -227,7 +228,8 @@ class PruningModel(Checkpoints):
         broadcast(self.method)
 
     def _check_trained(self) -> None:
-        if self._trained and self.method.traits.by_steps and not self.guided:
+        trained = self._changes is not None and _changes(self.model) > self._changes
+        if trained and self.method.traits.by_steps and not self.guided:
             raise InvalidPlanError(
                 f"the model was trained without {self.pruning_config.method_name}, which has learned nothing: train "
                 "with PruningTrainer, with Trainer(..., callbacks=[PruningCallback()]), or call before_step() and "
@@ -329,6 +331,11 @@ class PruningModel(Checkpoints):
                 "full one is unload(); a checkpoint of the training is the state_dict()"
             )
         return self.export()
+
+
+def _changes(model: torch.nn.Module) -> int:
+    """How often weights were changed in place, as an optimizer does."""
+    return sum(parameter._version for parameter in model.parameters())
 
 
 def _empty(signature: Any) -> Any:
