@@ -58,6 +58,9 @@ def test_runs_are_done_once_and_reported(tmp_path: Path, monkeypatch: pytest.Mon
     assert f"{len(records)} of {len(records)} runs are done already" in again.output
     shown = CliRunner().invoke(app, ["report", "--markdown", "--output", str(tmp_path)], catch_exceptions=False)
     assert all(name in shown.output for name in methods)
+    drawn = CliRunner().invoke(app, ["draw", "--methods", "nvit", "--output", str(tmp_path)], catch_exceptions=False)
+    (picture,) = (tmp_path / "figures").iterdir()
+    assert picture.name in drawn.output and picture.stat().st_size > 5000 and "attention" in drawn.output
 
 
 def test_registered_methods_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:

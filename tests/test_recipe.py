@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, SwinConfig, SwinForImageClassification
 
+from hf_vitprune.contrib import augment
 from hf_vitprune.contrib.augment import AugmentationConfig
-from hf_vitprune.contrib.recipe import Recipe, gpu_hours
+from hf_vitprune.contrib.recipe import Recipe, Run, gpu_hours
 from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune_cli.digits import tiny_vit
 
@@ -122,3 +123,10 @@ def test_stages_batches_and_refusals(tmp_path: Path) -> None:
         (tmp_path / "one.json").write_text(content)
         with pytest.raises(InvalidConfigError, match=message):
             Recipe.load(tmp_path, "one")
+
+
+def test_without_kornia_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(augment, "find_spec", lambda name: None)
+    with pytest.raises(InvalidConfigError, match=r"hf_vitprune\[augment\]"):
+        Run.of(["--recipe", "vtp-40"], RECIPES)
+    assert Run.of(["--method", "vtp"], RECIPES) == (Run(None, {"method"}), ["--method", "vtp"])

@@ -3,6 +3,7 @@
     python -m benchmarks.compare run                      # ViT on digits and dSprites, all methods, three seeds
     python -m benchmarks.compare run --methods nvit --tasks digits --budgets 0.3 --seeds 0
     python -m benchmarks.compare report
+    python -m benchmarks.compare draw                     # what mixes the tokens of every layer
 
 A dense model is trained for every family, task and seed (``models.py``), and kept. Every method gets a copy, a
 fraction of its MACs, and so many optimizer steps for pruning and fine-tuning together (``methods/``). A run is a JSON
@@ -84,3 +85,23 @@ def report(
     for row in cells[1:]:
         table.add_row(*row)
     console.print(table)
+
+
+@app.command()
+def draw(
+    output: Output = OUTPUT,
+    methods: Annotated[str, typer.Option(help="Of these methods, with commas.")] = "spvit",
+) -> None:
+    """Draw the architecture of every run: OUTPUT/figures, one picture each."""
+    from hf_vitprune import Architecture
+    from hf_vitprune.publish.block_report import plot_architecture
+
+    from .runs import name_of, records
+
+    folder = output / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for record in records(output):
+        if record["method"] in methods.split(","):
+            architecture = Architecture.from_dict(record["architecture"])
+            path = plot_architecture(architecture, folder / f"{name_of(record)}.png")
+            console.print(f"{path}: {' '.join(shape.mixer for shape in architecture.layers)}", soft_wrap=True)

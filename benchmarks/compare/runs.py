@@ -102,6 +102,11 @@ def do_run(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
+def name_of(record: dict[str, Any]) -> str:
+    """Name of the run that gave a record."""
+    return Run(**{name: record[name] for name in Run.__dataclass_fields__}).name
+
+
 def path_of(run: Run, folder: Path) -> Path:
     return folder / "runs" / f"{run.name}.json"
 

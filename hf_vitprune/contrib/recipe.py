@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageClassification, TrainingArguments
 
 from ..errors import InvalidConfigError
-from .augment import Augmentation
+from .augment import Augmentation, check_available
 
 #: what a GPU hour is here: an A100's dense bf16 operations a second, and the share of them that training reaches
 PEAK, REACHED = 312e12, 0.35
@@ -150,7 +150,7 @@ class Run:
         """The run of a command line, and the command line with the recipe's arguments in front.
 
         Raises:
-            InvalidConfigError: there is no such recipe in ``folder``.
+            InvalidConfigError: there is no such recipe in ``folder``, or its augmentation needs what is not here.
         """
         given = {word[2:].split("=")[0] for word in arguments if word.startswith("--")}
         joined = next((word for word in arguments if word.startswith("--recipe=")), None)
@@ -158,6 +158,8 @@ class Run:
             return cls(None, given), arguments
         name = joined.partition("=")[2] if joined else arguments[arguments.index("--recipe") + 1]
         recipe = Recipe.load(folder, name)
+        if recipe.augmentation is not None:
+            check_available()
         return cls(recipe, given), [*recipe.command_line(), *arguments]
 
     def stage(self, name: str, args: TrainingArguments) -> dict[str, Any]:

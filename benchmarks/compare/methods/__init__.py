@@ -32,6 +32,8 @@ METHODS: dict[str, Method] = {
     "taylor-isomorphic": taylor_isomorphic,
     "torch-pruning": torch_pruning_taylor,
     "vtp": vtp,
+    "vtp-1e-3": partial(vtp, sparsity_weight=1e-3),
+    "vtp-1e-5": partial(vtp, sparsity_weight=1e-5),
     "nvit": nvit,
     "spvit": spvit,
     "spvit-shared": shared_gradients,

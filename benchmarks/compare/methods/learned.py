@@ -34,10 +34,14 @@ def nvit(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
     return tune(wrapped.export(compensate=False), model, task, steps - first, seed)
 
 
-def vtp(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
+def vtp(model: Any, task: Task, budget: float, steps: int, seed: int, sparsity_weight: float = 1e-4) -> Any:
     """VTP: scores that an L1 penalty pulls to zero, then a threshold."""
     config = VTPConfig(
-        target=budget, sparsity_weight=1e-4, sparsity_warmup=0.2, gate_learning_rate=2e-2, round_to=ROUND_TO
+        target=budget,
+        sparsity_weight=sparsity_weight,
+        sparsity_warmup=0.2,
+        gate_learning_rate=2e-2,
+        round_to=ROUND_TO,
     )
     return _learned(config, model, task, steps, seed)
 
