@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..errors import AdapterError, InvalidConfigError
 from ..modeling.peft_twin import check_peft_model, is_peft, peft_model_in, plain_twin, saved_modules
-from ..peft.configs import changes_base
+from ..peft.kinds import kind_of
 from ..training.trainer import PruningTrainer
 
 SCHEDULES = ("CLR", "FT", "TFS")
@@ -137,7 +137,7 @@ def fresh_adapters(model: Any, seed: int = 0) -> Any:
     check_peft_model(model)
     configs = {name: copy.deepcopy(config) for name, config in model.peft_config.items()}
     for name, config in configs.items():
-        if changes_base(config):
+        if kind_of(config).changes_base(config):
             raise AdapterError(
                 f"adapter {name!r} was initialised out of the base weights ({config.init_lora_weights!r}) and has "
                 "changed them: the pretrained layers are not there to start from"

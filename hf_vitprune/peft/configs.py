@@ -26,20 +26,6 @@ DROPPED = (
 )
 
 
-def check_config(config: Any) -> None:
-    """Refuse settings that do not survive a change of the model's structure.
-
-    Raises:
-        AdapterError: naming the field.
-    """
-    kind_of(config).check_config(config)
-
-
-def changes_base(config: Any) -> bool:
-    """The adapter changed the base weights when it was made (PiSSA and the like)."""
-    return kind_of(config).changes_base(config)
-
-
 def pruned_config(config: Any, layers: Mapping[str, tuple[str, Any]], saved: list[str], record: dict[str, Any]) -> Any:
     """The config of one adapter on the pruned base.
 

@@ -16,7 +16,6 @@ from ..plan.lineage import ALTERED_WEIGHTS, digest, digest_tensor
 from ..plan.plan import PruningPlan
 from ..surgery.cuts import Cut
 from .absorb import can_absorb
-from .configs import changes_base
 from .kinds import AdapterKind, kind_named, kind_of
 from .kinds.kind import LayerCut, Tensors, adapter_tensors
 from .tower import under
@@ -164,7 +163,7 @@ def _check_merges(model: Any, decision: Decision, part: str) -> None:
 def altered_weights(base: Any, stock: Any, configs: dict[str, Any], decision: Decision) -> dict[str, Any]:
     """For the record: which layers' weights are not those of the dense checkpoint, and a digest of them."""
     changed = list(decision.merged)
-    if any(changes_base(config) for config in configs.values()):
+    if any(kind_of(config).changes_base(config) for config in configs.values()):
         changed = sorted({*changed, *tuner_layers(base)})
     if not changed:
         return {}

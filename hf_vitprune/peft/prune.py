@@ -15,7 +15,7 @@ from ..plan.plan import PruningPlan
 from ..surgery.cuts import Cut, find_cuts
 from ..surgery.transplant import check_plan, prune_plain, resized_copy
 from .absorb import absorb, active_of
-from .configs import check_config, lora_config, pruned_config
+from .configs import lora_config, pruned_config
 from .decide import Decision, altered_weights, decide, shared_tensors
 from .kinds import kind_of
 from .kinds.kind import adapter_tensors
@@ -55,7 +55,7 @@ def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False, 
     check_peft_model(model)
     configs = dict(model.peft_config)
     for config in configs.values():
-        check_config(config)
+        kind_of(config).check_config(config)
     base = model.get_base_model()
     stock = plain_twin(base, part=part)
     tower = stock.get_submodule(part)

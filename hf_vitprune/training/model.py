@@ -14,7 +14,7 @@ from ..methods import PruningConfig, method_for
 from ..modeling.native import to_native
 from ..modeling.peft_twin import check_peft_model, is_peft, tuner_layers
 from ..peft import save_pruned_peft
-from ..peft.configs import check_config
+from ..peft.kinds import kind_of
 from ..peft.kinds.convpass import ConvpassLayer
 from ..plan.plan import PruningPlan
 from ..pruning import prune
@@ -346,7 +346,7 @@ def _empty(signature: Any) -> Any:
 def _check_adapters(model: Any) -> None:
     check_peft_model(model)
     for config in model.peft_config.values():
-        check_config(config)
+        kind_of(config).check_config(config)
 
 
 def _check_sliceable(model: Any, method: str) -> None:
