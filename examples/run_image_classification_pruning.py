@@ -54,7 +54,7 @@ from hf_vitprune import (
     push_to_hub,
     revit,
 )
-from hf_vitprune.contrib.augment import Augmentation, AugmentationConfig, AugmentedTrainer, RandomCrop
+from hf_vitprune.contrib.augment import AugmentedTrainer
 from hf_vitprune.contrib.drop_path import attach_drop_path
 from hf_vitprune.contrib.ema import EmaCallback
 from hf_vitprune.contrib.recipe import Run
@@ -79,6 +79,9 @@ class DataArguments:
     train_split: str = field(default="train", metadata={"help": "training split"})
     eval_split: str | None = field(
         default=None, metadata={"help": "evaluation split; found, or split off, by default"}
+    )
+    classes: str | None = field(
+        default=None, metadata={"help": "file with the names of the classes to use, one a line; all by default"}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "use only so many training images"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many evaluation images"})
@@ -209,25 +212,6 @@ def taught_by(lessons: list[tuple[DistillationConfig, Any]]) -> dict[str, Any]:
     return {"distillation": [kind for kind, _ in lessons], "teacher": [teacher for _, teacher in lessons]}
 
 
-def augmented(run: Run, train_set: Any, model: Any) -> None:
-    """Prepare the recipe's augmentation: crops in the data set, the rest for the trainers.
-
-    Raises:
-        InvalidConfigError: kornia is not here.
-    """
-    if run.recipe is None or run.recipe.augmentation is None:
-        return
-    side = model.config.image_size
-    side = side if isinstance(side, int) else side[0]
-    processor = copy.deepcopy(train_set.processor)
-    if getattr(processor, "do_center_crop", False):
-        processor.do_center_crop = False
-    processor.size = type(processor.size)(height=side, width=side)
-    train_set.processor, train_set.augment = processor, RandomCrop(side)
-    config = AugmentationConfig(**run.recipe.augmentation)
-    run.augmentation = Augmentation(config, processor.image_mean, processor.image_std, model.config.num_labels)
-
-
 def stage_arguments(args: TrainingArguments, stage: str, run: Run, epochs: float | None = None) -> TrainingArguments:
     """The user's arguments with an output folder of the stage's own; only the result is pushed, by us."""
     changes: dict[str, Any] = {"output_dir": str(Path(args.output_dir) / stage), "push_to_hub": False}
@@ -263,10 +247,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     images = load_images(
         data_args.dataset, train_split=data_args.train_split, eval_split=data_args.eval_split, seed=training_args.seed
     )
+    if data_args.classes is not None:
+        images = images.of_classes(Path(data_args.classes).read_text().split())
     model, processor = load_model(model_args, images.label_names)
     plain = run.recipe is None or run.recipe.augmentation is None
     train_set, eval_set = images.processed(processor, cache=data_args.dataset == DIGITS and plain)
-    augmented(run, train_set, model)
+    run.augment(train_set, model.config)
     for dataset, limit in ((train_set, data_args.max_train_samples), (eval_set, data_args.max_eval_samples)):
         if limit is not None:
             dataset.dataset = dataset.dataset.select(range(min(limit, len(dataset))))

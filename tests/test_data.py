@@ -69,3 +69,22 @@ def test_a_folder_without_classes_has_no_labels(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     with pytest.raises(InvalidDataError, match="no label column"):
         load_images(str(tmp_path))
+
+
+def test_some_classes_of_all():
+    images = load_images(DIGITS)
+    some = images.of_classes(["7", "2"])
+    assert some.label_names == ["7", "2"] and set(some.train["label"]) == {0, 1}
+    counts = [images.train["label"].count(number) for number in (7, 2)]
+    assert [some.train["label"].count(number) for number in (0, 1)] == counts
+    assert some.evaluation.features["label"].names == ["7", "2"]
+    first = images.train["label"].index(7)
+    expected = np.asarray(images.train[first]["image"])
+    assert np.array_equal(np.asarray(some.train[some.train["label"].index(0)]["image"]), expected)
+    for names, message in (
+        (["7", "x"], "no class 'x'; its classes are 0, 1"),
+        ([], "no class"),
+        (["7", "7"], "twice"),
+    ):
+        with pytest.raises(InvalidDataError, match=message):
+            images.of_classes(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForImageClassification, TrainingArguments
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, TrainingArguments
 
 from ..errors import InvalidConfigError
-from .augment import Augmentation, check_available
+from ..families.base import pair
+from .augment import Augmentation, AugmentationConfig, RandomCrop, check_available
 
 #: what a GPU hour is here: an A100's dense bf16 operations a second, and the share of them that training reaches
 PEAK, REACHED = 312e12, 0.35
@@ -121,8 +123,7 @@ def forward_macs(path: str) -> float:
         path: folder or Hub id; only its config is read.
     """
     config = AutoConfig.from_pretrained(path)
-    side = getattr(config, "image_size", 224)
-    side = side if isinstance(side, int) else side[0]
+    side = pair(getattr(config, "image_size", 224))[0]
     with torch.device("meta"):
         model = AutoModelForImageClassification.from_config(config)
         image = torch.empty(1, getattr(config, "num_channels", 3), side, side)
@@ -167,6 +168,24 @@ class Run:
         if self.recipe is None:
             return {}
         return self.recipe.stage(name, self.given, args.train_batch_size, args.world_size)
+
+    def augment(self, train_set: Any, config: PreTrainedConfig) -> None:
+        """Prepare the recipe's augmentation: crops in the data set, the rest for the trainers.
+
+        Args:
+            train_set: with an image ``processor`` and an ``augment``, both of which are set.
+            config: of the model.
+        """
+        if self.recipe is None or self.recipe.augmentation is None:
+            return
+        side = pair(config.image_size)[0]
+        processor = copy.deepcopy(train_set.processor)
+        if getattr(processor, "do_center_crop", False):
+            processor.do_center_crop = False
+        processor.size = type(processor.size)(height=side, width=side)
+        train_set.processor, train_set.augment = processor, RandomCrop(side)
+        settings = AugmentationConfig(**self.recipe.augmentation)
+        self.augmentation = Augmentation(settings, processor.image_mean, processor.image_std, config.num_labels)
 
     def announcement(self, macs: float, images: int, options: Any, args: TrainingArguments) -> list[str]:
         """What is said before a recipe's work starts: what it is of, where it departs, and its GPU hours.

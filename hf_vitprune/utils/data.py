@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,29 @@ class LabelledImages:
         """(training, evaluation) sets of tensors; ``cache`` keeps them all in memory."""
         columns = self.image_column, self.label_column
         return tuple(ProcessedImages(part, processor, *columns, cache) for part in (self.train, self.evaluation))  # type: ignore[return-value]
+
+    def of_classes(self, names: Sequence[str]) -> LabelledImages:
+        """Only the images of these classes, which become 0, 1, ... in the order given.
+
+        Raises:
+            InvalidDataError: there is no such class, or one is named twice.
+        """
+        unknown = [name for name in names if name not in self.label_names]
+        if unknown or not names or len(set(names)) < len(names):
+            what = f"has no class {unknown[0]!r}" if unknown else "is asked for no class, or for one twice"
+            raise InvalidDataError(f"{self.source} {what}; its classes are {', '.join(self.label_names[:5])}, ...")
+        number = {self.label_names.index(name): place for place, name in enumerate(names)}
+        train, evaluation = (self._renumbered(part, number, names) for part in (self.train, self.evaluation))
+        return replace(self, train=train, evaluation=evaluation, label_names=list(names))
+
+    def _renumbered(self, part: Any, number: dict[int, int], names: Sequence[str]) -> Any:
+        from datasets import ClassLabel
+
+        labels = part[self.label_column]
+        kept = [i for i, label in enumerate(labels) if label in number]
+        chosen = part.select(kept).remove_columns(self.label_column)
+        chosen = chosen.add_column(self.label_column, [number[labels[i]] for i in kept])
+        return chosen.cast_column(self.label_column, ClassLabel(names=list(names)))
 
 
 class ProcessedImages(torch.utils.data.Dataset):
