@@ -185,6 +185,7 @@ class Run:
         processor.size = type(processor.size)(height=side, width=side)
         train_set.processor, train_set.augment = processor, RandomCrop(side)
         settings = AugmentationConfig(**self.recipe.augmentation)
+        assert config.num_labels is not None
         self.augmentation = Augmentation(settings, processor.image_mean, processor.image_std, config.num_labels)
 
     def announcement(self, macs: float, images: int, options: Any, args: TrainingArguments) -> list[str]:
