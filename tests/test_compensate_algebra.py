@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_vitprune.compensate.algebra import obs, qk_maps, ridge_solve, value_map
+from hf_vitprune.compensate.algebra import nested_errors, obs, qk_maps, ridge_solve, value_map
 from hf_vitprune.compensate.fits import fold, refit
 from hf_vitprune.compensate.moments import Moments, Statistics
 from hf_vitprune.errors import InvalidDataError
@@ -138,6 +138,20 @@ def test_a_fold_predicts_what_is_redundant(seed: int) -> None:
     prior = torch.eye(9, 5, dtype=torch.float64)
     matrix, constant = fold(statistics(kept, every), prior, 1e-3)
     assert (kept @ matrix.T + constant - every).abs().max() < 1e-4 * every.abs().max()
+
+
+@quick
+@given(seed=seeds, group=st.sampled_from([1, 3]))
+def test_nested_errors_are_those_of_each_number_of_features(seed: int, group: int) -> None:
+    x, t = random(80, 6, seed=seed), random(80, 4, seed=seed + 1)
+    stats = statistics(x, t)
+    found = nested_errors(stats.xx, stats.tx, stats.tt.sum(), group, 1e-10)
+    assert len(found) == 6 // group
+    for count, lost in enumerate(found.tolist(), start=1):
+        some = torch.cat([x[:, : count * group], torch.ones(80, 1)], 1)
+        best = torch.linalg.lstsq(some, t).solution
+        assert lost == pytest.approx(float((t - some @ best).square().sum()) / 80, rel=1e-6)
+    assert nested_errors(torch.zeros(6, 6).double(), stats.tx, stats.tt.sum(), group, 1e-3).unique().numel() == 1
 
 
 # ---------------------------------------------------------------------- OBS

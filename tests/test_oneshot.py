@@ -7,6 +7,7 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,6 +204,19 @@ def test_probed_errors_are_those_of_the_pruned_model(case: str, scored: dict) ->
         error = float((outputs - expected).square().sum() / expected.square().sum())
         seen = scores.tensors[f"{layer}.{name}_seen"][0, 1].item()
         assert error == pytest.approx(seen, rel=0.02), (name, size)  # the file holds single precision
+
+
+def test_features_are_judged_by_direction_and_special_tokens_as_much_as_patches() -> None:
+    tokens = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    found = read_outputs(SimpleNamespace(last_hidden_state=tokens), special=1)
+    other = read_outputs(SimpleNamespace(last_hidden_state=3 * tokens + 1), special=1)
+    assert found is not None and other is not None and torch.allclose(found, other, atol=1e-6)
+    lengths = found.view(2, 5, 8).square().sum(-1)
+    assert torch.allclose(lengths[:, 0], lengths[:, 1:].sum(1)) and torch.allclose(
+        lengths.sum(1), torch.tensor(5.0).double()
+    )
+    alike = read_outputs(SimpleNamespace(last_hidden_state=tokens))
+    assert alike is not None and torch.allclose(alike.view(2, 5, 8).norm(dim=-1), torch.ones(2, 5).double())
 
 
 def test_between_probes_errors_follow_a_power_law() -> None:

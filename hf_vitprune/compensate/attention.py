@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from ..modeling.blocks import PrunedAttentionMixin
 from ..utils.mixing import mix_into
 from .algebra import obs
 from .fits import Branch
+from .layer import Layer
 from .moments import Moments, Statistics
 from .queries_keys import compensate_queries_and_keys
 from .readers import Inputs, attention_inputs
 from .site import Site, put, real
-from .walk import Layer
 
 
 def compensate_attention(site: Site) -> None:
@@ -32,7 +31,7 @@ def compensate_attention(site: Site) -> None:
     if contexts is None:
         small[:] = [site.small.after_attention(hidden) for hidden in small]
     else:  # attention itself is not run again
-        small[:] = [site.small.past("o", "scale1", *pair) for pair in zip(small, contexts, strict=True)]
+        small[:] = [site.small.past("o", *pair) for pair in zip(small, contexts, strict=True)]
 
 
 def _widened(site: Site, inputs: Inputs, every_head: bool) -> Layer:
@@ -51,12 +50,7 @@ def _widened(site: Site, inputs: Inputs, every_head: bool) -> Layer:
     shape = replace(site.source, heads=heads, qk_dim=qk_dim)
     attention.set_shape(shape, source.scaling(site.entry.index), source.family)
     for part, chosen in parts.items():
-        weight, bias = inputs.weights(site, part)
-        linear = wide.part(part)
-        for name, tensor in (("weight", weight), ("bias", bias)):
-            old = linear._parameters[name]
-            if old is not None:
-                linear._parameters[name] = nn.Parameter(tensor[chosen].to(old), requires_grad=False)
+        wide.replace(part, *(tensor[chosen] for tensor in inputs.weights(site, part)))
     return wide
 
 
@@ -83,7 +77,7 @@ def _reselect_heads(site: Site, inputs: Inputs) -> None:
 
 def _whole(site: Site, stats: Statistics) -> Branch:
     """The dense output projection, on the residual channels that stay, and LayerScale."""
-    return Branch(stats, site.kept_rows(site.weights(site.dense, "o")[0]), site.scale("scale1"))
+    return Branch(stats, site.kept_rows(site.dense.weights("o")[0]), site.small.scale("o"))
 
 
 # ---------------------------------------------------------------------- v and output projection
@@ -108,7 +102,7 @@ def _values(site: Site, inputs: Inputs, moved: bool) -> list[torch.Tensor] | Non
             _write_values(site, inputs, down)
         return None
     site.ledger.lossy = True
-    width = len(site.kept_rows(site.weights(site.dense, "o")[0]))
+    width = len(site.kept_rows(site.dense.weights("o")[0]))
     stats, contexts = _contexts(site, _widened(site, inputs, every_head=False), width)
     whole = _whole(site, stats)
     branch = whole._replace(weight=whole.weight[:, site.head_rows])
@@ -144,7 +138,7 @@ def _write_values(site: Site, inputs: Inputs, down: torch.Tensor) -> None:
 
 def _loses_values(site: Site) -> bool:
     """Removed heads or channels that are not zero."""
-    output, (weight, bias) = site.weights(site.dense, "o")[0], site.weights(site.dense, "v")
+    output, (weight, bias) = site.dense.weights("o")[0], site.dense.weights("v")
     used = (output != 0).any(0) & ((weight != 0).any(1) | (bias != 0))
     kept = torch.zeros_like(used)
     for head, row in zip(site.entry.heads, site.entry.v, strict=True):

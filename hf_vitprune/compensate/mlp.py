@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from .algebra import obs
 from .fits import Branch
+from .layer import Layer
 from .moments import Moments, Statistics
 from .readers import Inputs, mlp_inputs
 from .site import Site
-from .walk import Layer
 
 #: bytes of hidden neurons that are kept from when they are measured to when the new fc2 reads them
 HELD = 2**29
@@ -25,7 +24,7 @@ def compensate_mlp(site: Site) -> None:
     if hidden is None:
         small[:] = [site.small.after_mlp(residual) for residual in small]
     else:  # the hidden neurons are not computed again
-        small[:] = [site.small.past("fc2", "scale2", *pair) for pair in zip(small, hidden, strict=True)]
+        small[:] = [site.small.past("fc2", *pair) for pair in zip(small, hidden, strict=True)]
 
 
 def _hidden(site: Site) -> list[torch.Tensor] | None:
@@ -48,11 +47,11 @@ def _hidden(site: Site) -> list[torch.Tensor] | None:
     if not (over or (site.ledger.lossy and "mlp" in settings.parts)):
         return None
     site.ledger.lossy = True
-    output = site.kept_rows(site.weights(site.dense, "fc2")[0])
+    output = site.kept_rows(site.dense.weights("fc2")[0])
     layer = _widened(site, inputs) if reselect else site.small
     stats, hidden = _moments(site, layer, len(output))
     kept = torch.tensor(site.entry.mlp, device=output.device)
-    branch = Branch(stats, output if reselect else output[:, kept], site.scale("scale2"))
+    branch = Branch(stats, output if reselect else output[:, kept], site.small.scale("fc2"))
     if reselect:
         gone, _ = obs(branch.effect, stats.xx, len(kept), ridge=settings.ridge)
         site.entry = replace(site.entry, mlp=tuple(sorted({*range(site.source.mlp)} - {*gone.tolist()})))
@@ -78,11 +77,7 @@ def _widened(site: Site, inputs: Inputs) -> Layer:
     """The kept layer with all hidden neurons; its fc2 is none of its own."""
     wide = site.small.copy()
     for part in site.dense.fc1:
-        linear = wide.part(part)
-        for name, tensor in zip(("weight", "bias"), inputs.weights(site, part), strict=True):
-            old = linear._parameters[name]
-            if old is not None:
-                linear._parameters[name] = nn.Parameter(tensor.to(old), requires_grad=False)
+        wide.replace(part, *inputs.weights(site, part))
     return wide
 
 
@@ -100,7 +95,7 @@ def _moments(site: Site, layer: Layer, targets: int) -> tuple[Statistics, list[t
 
 def _loses_neurons(site: Site) -> bool:
     """Removed neurons that fc2 reads."""
-    output = site.weights(site.dense, "fc2")[0]
+    output = site.dense.weights("fc2")[0]
     gone = torch.ones(output.shape[1], dtype=torch.bool, device=output.device)
     gone[list(site.entry.mlp)] = False
     return bool(output[:, gone].any())

@@ -40,7 +40,7 @@ def precise_device(device: torch.device) -> torch.device:
 
 
 #: rows and columns of a product at a time: bounds what a batch takes beside the sums
-ROWS, COLUMNS = 4096, 768
+ROWS, COLUMNS = 4096, 384
 
 
 class Moments:

@@ -51,7 +51,7 @@ def _selections(site: Site, like: torch.Tensor) -> torch.Tensor:
 
 def _loses(site: Site) -> bool:
     """Removed channels of kept heads that some query and key both use."""
-    (wq, bq), (wk, bk) = (site.weights(site.dense, part) for part in ("q", "k"))
+    (wq, bq), (wk, bk) = (site.dense.weights(part) for part in ("q", "k"))
     used = ((wq != 0).any(1) | (bq != 0)) & ((wk != 0).any(1) | (bk != 0))
     kept = torch.zeros_like(used)
     for head, row in zip(site.entry.heads, site.entry.qk, strict=True):

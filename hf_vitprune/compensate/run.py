@@ -19,8 +19,8 @@ from ..surgery.transplant import check_plan, prune_plain
 from ..utils.batches import ImageBatches
 from ..utils.processes import shard
 from .attention import compensate_attention
-from .head import compensate_head
 from .mlp import compensate_mlp
+from .readers import compensate_head
 from .settings import Compensation
 from .site import Ledger, Site
 from .streams import Streams

@@ -11,10 +11,10 @@ from ..plan.layer_plan import PAD, LayerPlan
 from ..spec.layer_shape import LayerShape
 from ..utils.processes import distributed
 from .fits import Fit
+from .layer import Layer
 from .moments import precise_device
 from .settings import Compensation
 from .streams import Streams
-from .walk import Layer
 
 
 @dataclass
@@ -91,20 +91,6 @@ class Site:
         return family.plain_qk
 
     # ------------------------------------------------------------------ weights
-    def weights(self, layer: Layer, part: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias (zeros where there is none) of a Linear, in double precision."""
-        linear = layer.part(part)
-        at = precise_device(self.device)
-        weight = linear.weight.detach().to(at, torch.float64)
-        bias = linear.bias
-        return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().to(at, torch.float64)
-
-    def scale(self, part: str) -> torch.Tensor | None:
-        """LayerScale of the kept layer, where the family has it."""
-        if part not in self.small.paths:
-            return None
-        return self.small.part(part).lambda1.detach().to(precise_device(self.device), torch.float64)
-
     def write(self, part: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """Put new weights into a Linear of the small model, the first process's on all of them."""
         linear = self.small.part(part)

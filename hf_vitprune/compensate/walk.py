@@ -1,4 +1,4 @@
-"""A model run layer by layer on stored hidden states: what goes into, through and out of every branch."""
+"""A model run layer by layer on stored hidden states."""
 
 from __future__ import annotations
 
@@ -10,175 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import InvalidDataError, UnsupportedModelError
-from ..families import LayerPaths
 from ..modeling.peft_twin import whole_shadow
 from ..modeling.structure import finish_mixers, layer_paths
 from ..spec.architecture import Architecture
 from ..utils.batches import run_images
-
-
-class _Stop(Exception):
-    """Ends a forward pass: all that was asked of it is known."""
-
-
-def inputs_of(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What ``run`` calls ``module`` with; it goes no further.
-
-    Raises:
-        UnsupportedModelError: it does not call it.
-    """
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
-        raise _Stop
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        run()
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
-    if not seen:
-        raise UnsupportedModelError(f"{type(module).__name__} is never called: what it reads cannot be measured")
-    return seen[0]
-
-
-class Layer:
-    """One layer: a shadow of the model's own (its tensors, no hooks), called as the model calls it.
-
-    Parts go by their names in ``LayerPaths`` (``fc1.0`` and ``fc1.1`` for gate and up), which are the same in the
-    dense layer and in what is left of it.
-
-    Attributes:
-        paths: part -> path in the model; parts that the family has not got are absent.
-    """
-
-    def __init__(self, module: nn.Module, paths: LayerPaths, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-        self.module = module
-        self._names = paths
-        named = {k: v for k, v in paths._asdict().items() if isinstance(v, str)}
-        self.paths = {**named, **{f"fc1.{j}": path for j, path in enumerate(paths.fc1)}}
-        self.fc1 = [f"fc1.{j}" for j in range(len(paths.fc1))]
-        self._args, self._kwargs = call
-        self._order: torch.Tensor | None = None
-        self._order_of = self
-
-    def part(self, name: str) -> Any:
-        """A module of the layer."""
-        return self.module.get_submodule(self._local(name))
-
-    def table(self) -> Any:
-        """Position biases (positions, heads) of the attention's windows; None in families without."""
-        return self.module.get_parameter(self._local("bias_table")) if "bias_table" in self.paths else None
-
-    def replace_table(self, table: torch.Tensor) -> None:
-        """Give a copy the position biases of another layer."""
-        parent, _, leaf = self._local("bias_table").rpartition(".")
-        self.module.get_submodule(parent)._parameters[leaf] = nn.Parameter(table.detach(), requires_grad=False)
-
-    def _local(self, name: str) -> str:
-        return self.paths[name][len(self.paths["layer"]) + 1 :]
-
-    def copy(self) -> Layer:
-        """Another shadow, whose tensors and sizes can be replaced."""
-        other = Layer(whole_shadow(self.module), self._names, (self._args, self._kwargs))
-        other._order_of = self
-        return other
-
-    def _run(self, hidden: torch.Tensor) -> Any:
-        return self.module(hidden, *self._args, **self._kwargs)
-
-    def run(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Residual stream behind the layer."""
-        out = self._run(hidden)
-        return out[0] if isinstance(out, tuple) else out
-
-    # ------------------------------------------------------------------ attention
-    def attention_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What q, k and v read: (sequences, tokens, channels); sequences are images, or windows of them."""
-        return inputs_of(self.part("q"), lambda: self._run(hidden))[0][0]
-
-    def context(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the output projection reads: (images, tokens, heads * channels), tokens ordered as in ``hidden``."""
-        context = inputs_of(self.part("o"), lambda: self._run(hidden))[0][0]
-        return context if context.shape[:2] == hidden.shape[:2] else self._reordered(context, hidden)
-
-    def _reordered(self, context: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        same = self._order_of  # a copy whose sizes were changed cannot run to its end
-        if same._order is None:
-            same._order = same._token_order(hidden[:1])
-        return context.reshape(len(hidden), -1, context.shape[-1])[:, same._order]
-
-    def trace(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What ``q``, ``o`` and ``fc2`` read in one run of the layer, as the methods here give it, and its ``out``."""
-        seen: dict[str, torch.Tensor] = {}
-        parts = [part for part in ("q", "o", "fc2") if self._has(part)]
-        handles = [
-            self.part(part).register_forward_pre_hook(lambda _, args, part=part: seen.update({part: args[0]}))
-            for part in parts
-        ]
-        try:
-            out = self._run(hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
-        seen["out"] = out[0] if isinstance(out, tuple) else out
-        if "o" in seen and seen["o"].shape[:2] != hidden.shape[:2]:
-            seen["o"] = self._reordered(seen["o"], hidden)
-        return seen
-
-    def _has(self, part: str) -> bool:
-        try:
-            self.part(part)
-        except AttributeError:  # a removed branch, or another mixer
-            return False
-        return True
-
-    def _token_order(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Where each token's row is in the windows of an image: rows are numbered and followed through the layer."""
-        module = self.part("o")
-        rows: list[torch.Tensor] = []
-
-        def number(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            rows.append(torch.arange(output.shape[:-1].numel(), dtype=torch.float32, device=output.device))
-            return rows[0].view(*output.shape[:-1], 1).expand(output.shape)
-
-        handle = module.register_forward_hook(number)
-        try:
-            numbered = self.after_attention(torch.zeros_like(hidden))
-        finally:
-            handle.remove()
-        return numbered[0, :, 0].round().long()
-
-    def past(self, part: str, scale: str, hidden: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        """Residual stream behind a branch, from the stream before it and what the branch's last Linear reads."""
-        out = self.part(part)(inputs)
-        return hidden + (self.part(scale)(out) if scale in self.paths else out)
-
-    def after_attention(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Residual stream between the two branches."""
-        return inputs_of(self.part("norm2"), lambda: self._run(hidden))[0][0]
-
-    # ------------------------------------------------------------------ MLP
-    def mlp_inputs(self, residual: torch.Tensor) -> torch.Tensor:
-        """What fc1 reads: (images, tokens, channels)."""
-        return inputs_of(self.part("fc1.0"), lambda: self._mlp(residual))[0][0]
-
-    def hidden_units(self, residual: torch.Tensor) -> torch.Tensor:
-        """What fc2 reads: (images, tokens, hidden)."""
-        return inputs_of(self.part("fc2"), lambda: self._mlp(residual))[0][0]
-
-    def after_mlp(self, residual: torch.Tensor) -> torch.Tensor:
-        """Residual stream at the end of the layer."""
-        out = self._mlp(residual)
-        if "scale2" in self.paths:
-            out = self.part("scale2")(out)
-        return residual + out
-
-    def _mlp(self, residual: torch.Tensor) -> torch.Tensor:
-        return self.part("mlp")(self.part("norm2")(residual))
+from .layer import Layer, inputs_of
 
 
 class Walk:
@@ -222,7 +58,7 @@ class Walk:
             out = layer.run(hidden)
             steps = hidden
             if shape.mixer == "attention":
-                steps = layer.past("o", "scale1", hidden, layer.context(hidden))
+                steps = layer.past("o", hidden, layer.context(hidden))
             elif shape.mixer != "none":
                 steps = layer.after_attention(hidden)
             steps = layer.after_mlp(steps) if shape.mlp else steps

@@ -8,10 +8,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...compensate.algebra import obs, qk_maps, roots
-from ...compensate.fits import Branch, Projection
-from ...compensate.moments import Moments, Statistics, precise_device
+from ...compensate.fits import Projection
+from ...compensate.layer import Layer
+from ...compensate.moments import Moments, Statistics
 from ...compensate.streams import token_weights
-from ...compensate.walk import Layer, Walk
+from ...compensate.walk import Walk
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import LayerShape
 from ...utils.batches import ImageBatches
@@ -31,7 +32,6 @@ class Measurement:
         self.architecture = Architecture.of(model)
         self.settings = settings
         self.walk = Walk(model, self.architecture, next(iter(batches)))
-        self.device = precise_device(self.walk.first.device)
         self.hidden = [self.walk.start(batch) for batch in batches]
         few = next(iter(ImageBatches(batches, settings.probe_images, settings.probe_images)))
         self.probe = Probe(self.walk, few)
@@ -72,23 +72,13 @@ class Measurement:
             self.hidden[b] = trace["out"]
         return {part: sums.total(part != "k" and layer.part(part).bias is not None) for part, sums in moments.items()}
 
-    def _branch(self, layer: Layer, part: str, scale: str, stats: Statistics) -> Branch:
-        factors = layer.part(scale).lambda1.detach().to(self.device, torch.float64) if scale in layer.paths else None
-        return Branch.itself(stats, *self._linear(layer, part), factors)
-
-    def _linear(self, layer: Layer, part: str) -> tuple[torch.Tensor, torch.Tensor]:
-        linear: nn.Linear = layer.part(part)
-        weight = linear.weight.detach().to(self.device, torch.float64)
-        bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().to(weight)
-        return weight, bias
-
     def _keep(self, layer: int, **tensors: torch.Tensor) -> None:
         self.tensors |= {f"{layer}.{name}": tensor.detach().to("cpu") for name, tensor in tensors.items()}
 
     # ------------------------------------------------------------------ branches
     def _attention(self, index: int, layer: Layer, shape: LayerShape, moments: dict[str, Statistics]) -> None:
         ridge, size, heads = self.settings.ridge, shape.v_dim, list(range(shape.heads))
-        branch = self._branch(layer, "o", "scale1", moments["o"])
+        branch = layer.branch("o", moments["o"])
         gone, _ = obs(branch.effect, branch.stats.xx, 1, size, ridge)
         order = gone.tolist() + sorted({*heads} - {*gone.tolist()})
         ranks = self.settings.ranks(size)
@@ -109,7 +99,7 @@ class Measurement:
     def _query_key(self, index: int, layer: Layer, shape: LayerShape, moments: dict[str, Statistics]) -> None:
         """Second moments of queries and keys, and what every head's products lose at every rank of them."""
         size = shape.qk_dim
-        query, key = (Projection.of(*self._linear(layer, part), size) for part in ("q", "k"))
+        query, key = (Projection.of(*layer.weights(part), size) for part in ("q", "k"))
         second = torch.stack([query.second_moments(moments["q"]), key.covariances(moments["k"])])
         (rq, _), (rk, _) = roots(second[0]), roots(second[1])
         squares = torch.linalg.svdvals(rq @ rk).square() * self.architecture.scaling(index) ** 2
@@ -129,7 +119,7 @@ class Measurement:
         )
 
     def _mlp(self, index: int, layer: Layer, stats: Statistics) -> None:
-        branch = self._branch(layer, "fc2", "scale2", stats)
+        branch = layer.branch("fc2", stats)
         size = len(stats.xx)
         gone, found = obs(branch.effect, stats.xx, 1, ridge=self.settings.ridge, block=max(32, size // 16))
         errors = torch.cat([found.new_zeros(1), found])

@@ -30,6 +30,7 @@ class Probe:
         self.hidden = walk.start(batch)
         self.position = 0
         self._stages = walk.architecture.stages
+        self._special = walk.architecture.family.extra_tokens_of(walk.architecture.config)
         self._readout = whole_shadow(walk.model).eval()
         self._final = self.hidden
         self._tuples = isinstance(walk.layers[0]._run(self.hidden[:1]), tuple)
@@ -46,7 +47,7 @@ class Probe:
 
     def _read(self, hidden: torch.Tensor) -> torch.Tensor:
         self._final = hidden
-        outputs = read_outputs(run_images(self._readout, self.batch))
+        outputs = read_outputs(run_images(self._readout, self.batch), self._special)
         return hidden.flatten(1).double() if outputs is None else outputs
 
     def _on(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
@@ -68,20 +69,17 @@ class Probe:
         """Relative squared error of the output with other weights in the layer that is up."""
         other = self.walk.layers[layer].copy()
         for part, tensors in changes.items():
-            linear: nn.Linear = other.part(part)
-            for name, new in zip(("weight", "bias"), tensors, strict=True):
-                old = linear._parameters[name]
-                if old is not None:
-                    linear._parameters[name] = nn.Parameter(new.to(old), requires_grad=False)
+            other.replace(part, *tensors)
         hidden = other.run(self._bridged(self.hidden, layer))
         outputs = self._read(self._on(hidden, layer + 1))
         return float((outputs - self._expected).square().sum() / self._expected.square().sum())
 
 
-def read_outputs(output: Any) -> torch.Tensor | None:
+def read_outputs(output: Any, special: int = 0) -> torch.Tensor | None:
     """(images, values) what a model's output is judged by: logits around their mean, or features.
 
-    None for backbones, whose features are recorded inside: they are judged by the last layer's.
+    Of features per token, directions count, as in a cosine, and the first ``special`` tokens as much as all patches
+    together. None for backbones, whose features are recorded inside: they are judged by the last layer's.
     """
     logits = getattr(output, "logits", None)
     if isinstance(logits, torch.Tensor):
@@ -89,5 +87,15 @@ def read_outputs(output: Any) -> torch.Tensor | None:
     for name in ("image_embeds", "last_hidden_state", "reconstruction"):
         value = getattr(output, name, None)
         if isinstance(value, torch.Tensor):
-            return value.flatten(1).double()
+            return (_balanced(value.double(), special) if value.ndim == 3 else value.double()).flatten(1)
     return None
+
+
+def _balanced(tokens: torch.Tensor, special: int) -> torch.Tensor:
+    """(images, tokens, width) of unit length around their mean, weighted."""
+    tokens = nn.functional.normalize(tokens - tokens.mean(-1, keepdim=True), dim=-1)
+    count = tokens.shape[1]
+    if not 0 < special < count:
+        return tokens
+    share = tokens.new_tensor([0.5 / special] * special + [0.5 / (count - special)] * (count - special))
+    return tokens * (count * share).sqrt()[:, None]

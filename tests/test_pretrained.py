@@ -1,0 +1,101 @@
+"""The benchmark on a pretrained tower, at a tiny size: no network, random weights, drawings made here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
+from typer.testing import CliRunner
+
+from benchmarks.pretrained import cli, drawings, measures, runs, tower
+
+
+def tiny() -> tuple[Dinov2Model, tower.Decoder]:
+    torch.manual_seed(0)
+    config = Dinov2Config(  # type: ignore[call-arg]
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=3, patch_size=14, image_size=28
+    )
+    model = Dinov2Model(config).eval()
+    for parameter in model.parameters():  # stronger than at the start of a training: every branch counts
+        if parameter.ndim == 2:
+            parameter.data *= 10
+    return model, tower.Decoder([32, 8, 8, 4]).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two folders of eight drawings each: bars, one way or the other, of many colours."""
+    for kind in range(2):
+        (tmp_path / f"bars {kind}").mkdir()
+        for i in range(8):
+            image = Image.new("RGBA", (60, 40) if i % 2 else (40, 60), (0, 0, 0, 0))
+            image.paste((30 * i, 255 - 30 * i, 90, 255), (10, 10, 15, 35) if kind else (10, 10, 35, 15))
+            image.save(tmp_path / f"bars {kind}" / f"{i}.png")
+    return tmp_path
+
+
+def test_sets_of_drawings_have_no_image_in_common(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = drawings.split(folder, 28, calibration=8, classes=2, each=2)
+    assert [len(one.pixels) for one in split] == [8, 4, 4]
+    assert split.gallery.labels.tolist() == split.queries.labels.tolist() == [0, 0, 1, 1]
+    every = torch.cat([one.pixels for one in split]).flatten(1)
+    assert len(every.unique(dim=0)) == len(every) == 16
+    assert torch.allclose(every.view(16, 3, 28, 28)[:, :, 0, 0], (1 - drawings.MEAN[:, 0, 0]) / drawings.STD[:, 0, 0])
+    with pytest.raises(ValueError, match="too few drawings"):
+        drawings.split(folder, 28, calibration=9, classes=2, each=2)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # the drawings have 2,400
+    with pytest.raises(ValueError, match="too few drawings"):
+        drawings.split(folder, 28, calibration=8, classes=2, each=2)
+
+
+def test_measures_of_what_is_known() -> None:
+    tokens, decoder = torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(0)), tiny()[1]
+    assert measures.cosines(tokens, 3 * tokens) == pytest.approx((1, 1))
+    assert measures.cosines(tokens, -tokens) == pytest.approx((-1, -1))
+    assert measures.saliency(decoder, tokens, tokens, (28, 28)) == pytest.approx((1, 1))
+    assert measures.saliency(decoder, tokens, -tokens, (28, 28))[0] < 1
+    labels = torch.tensor([0, 1, 2]).repeat_interleave(10)
+    seen = torch.zeros(30, 2, 4)
+    seen[:, 0] = torch.eye(4)[labels] + 0.1 * torch.randn(30, 4, generator=torch.Generator().manual_seed(1))
+    for accuracy in (measures.neighbours, measures.probe):
+        assert accuracy(seen, labels, seen, labels) == 100
+        assert accuracy(seen, labels, seen, (labels + 1) % 3) == 0
+
+
+def test_rows_are_kept_and_read_again(folder: Path, tmp_path: Path) -> None:
+    split = drawings.split(folder, 28, calibration=8, classes=2, each=2)
+    wanted = cli.NAMES.split(";")
+    output = tmp_path / "results"
+    found = list(runs.rows(*tiny(), split, wanted, [0.7], 1, 0, output))
+    assert [row["method"] for row in found] == ["dense", *wanted]
+    dense, *others = found
+    assert dense["macs"] == dense["iou"] == 1 and dense["cls"] == pytest.approx(1)
+    assert all(row["macs"] <= 0.7 and row["cls"] < 1 - 1e-6 for row in others)
+    assert found[2]["cls"] > 0.99 > found[3]["cls"]  # compensated, and not
+    files = {path: path.read_text() for path in output.iterdir()}
+    assert list(runs.rows(*tiny(), split, wanted, [0.7], 1, 0, output)) == found
+    assert {path: path.read_text() for path in output.iterdir()} == files
+    table = CliRunner().invoke(cli.app, ["report", "--output", str(output), "--markdown"]).stdout
+    assert len(table.splitlines()) == 2 + len(found)
+    assert {json.loads(text)["method"] for text in files.values()} <= {*wanted, "dense"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["--size", "100"], "multiple of 14"), (["--methods", "luck"], "methods are")]
+)
+def test_impossible_settings_are_refused_before_anything_is_fetched(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(cli.app, ["run", "--cache", "/nowhere", *arguments])
+    assert done.exit_code == 2 and message in done.output
+
+
+def test_the_rebuilt_tower_is_the_packages() -> None:
+    graph = cli.CACHE / tower.GRAPH
+    if not graph.exists():
+        pytest.skip(f"{tower.PACKAGE} is not in {cli.CACHE}: python -m benchmarks.pretrained run fetches it")
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    assert runs.check(graph, *tower.rebuild(graph)) < 1e-4
