@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -10,10 +10,7 @@ from torch.nn.utils import parametrize
 from ..errors import ModelMismatchError, UnsupportedModelError
 from ..families import LayerPaths
 from ..utils.modules import get_wrapped, unwrapped
-
-if TYPE_CHECKING:
-    from .architecture import Architecture
-    from .layer_shape import LayerShape
+from .layer_shape import LayerShape
 
 
 def unwrap(model: Any) -> Any:
@@ -41,12 +38,12 @@ _WRAPPERS = {
 }
 
 
-def check_live(model: nn.Module, architecture: Architecture) -> None:
+def check_live(model: nn.Module, architecture: Any) -> None:
     """Compare the live tensors of every layer, and the stem, with an architecture.
 
     Args:
         model: a transformers model; its Linears may be wrapped by PEFT.
-        architecture: that its config describes.
+        architecture: the ``Architecture`` that its config describes.
 
     Raises:
         ModelMismatchError: naming the first module that differs, and the cure.
@@ -62,7 +59,7 @@ def check_live(model: nn.Module, architecture: Architecture) -> None:
     _check_stem(model, architecture, prefix + family.patch)
 
 
-def _check_depth(model: nn.Module, architecture: Architecture, prefix: str) -> None:
+def _check_depth(model: nn.Module, architecture: Any, prefix: str) -> None:
     for name, count in architecture.layer_lists().items():
         path = prefix + name
         layers: Any = _find(model, path)
@@ -129,7 +126,7 @@ def _check_own_weight(module: nn.Module, path: str) -> None:
         raise ModelMismatchError(f"{path} has weight norm: call torch.nn.utils.remove_weight_norm(module) first")
 
 
-def _check_stem(model: nn.Module, architecture: Architecture, path: str) -> None:
+def _check_stem(model: nn.Module, architecture: Any, path: str) -> None:
     projection = unwrapped(_find(model, path))
     _check_own_weight(projection, path)
     channels = getattr(architecture.family.sizes_config(architecture.config), "num_channels", None)
