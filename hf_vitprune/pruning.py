@@ -5,10 +5,12 @@ Both go through the same cuts (``cuts.py``): ``prune`` gathers along them, ``mas
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from .compensate import compensate_plan
-from .errors import InvalidConfigError, InvalidPlanError
+from .errors import InvalidConfigError, InvalidPlanError, NativeExportError
+from .modeling.native import make_stock_
 from .modeling.peft_twin import is_peft, merged_twin
 from .peft import prune_peft
 from .plan.plan import PruningPlan
@@ -23,6 +25,7 @@ def prune(
     calibration: Any = None,
     compensate: Any = "auto",
     allow_unchanged: bool = False,
+    stock: bool = True,
 ) -> Any:
     """A new, physically small model: same task head, same outputs as ``mask(model, plan)``.
 
@@ -34,9 +37,14 @@ def prune(
         compensate: what ``calibration`` is used for: ``"auto"``, names of parts, or a ``Compensation``; ``"none"``
             (or False) for nothing. See :func:`hf_vitprune.compensate.compensate_plan`.
         allow_unchanged: accept a plan that removes nothing.
+        stock: give a model of the model's own class, which loads without this library, where its config can say the
+            new sizes (the same in all layers, q/k as v); how it was pruned is plain data in it (``pruning_info``).
+            False: always a ``Pruned<X>...`` model, whose record says what the dense sizes were.
 
     Returns:
-        A ``Pruned<X>...`` model on the model's device, in its dtype and training mode (a PeftModel for a PeftModel).
+        A copy of the model, cut in place, on its device and in its dtype and training mode: of its own class where
+        that can hold the shape, else a ``Pruned<X>...`` one (for a PeftModel: a PeftModel over a ``Pruned<X>...``
+        base, whose adapters no other base takes).
 
     Raises:
         InvalidPlanError: the plan is for another architecture, or removes nothing.
@@ -51,7 +59,11 @@ def prune(
         raise InvalidConfigError(f"compensate={compensate!r} needs calibration images: pass calibration=<images>")
     if is_peft(model):
         return prune_peft(model, plan, allow_unchanged=allow_unchanged)
-    return prune_plain(unwrap(model), plan, allow_unchanged=allow_unchanged)
+    small = prune_plain(unwrap(model), plan, allow_unchanged=allow_unchanged)
+    if stock:
+        with contextlib.suppress(NativeExportError):  # it stays what it is
+            make_stock_(small)
+    return small
 
 
 def mask(model: Any, plan: PruningPlan) -> Any:

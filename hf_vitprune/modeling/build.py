@@ -25,7 +25,7 @@ def config_for(
     architecture.validated()
     base = architecture.config if config is None else config
     fields = base.to_dict()
-    for name in ("model_type", "architectures", "auto_map", "transformers_version", "pruning_config"):
+    for name in ("model_type", "architectures", "auto_map", "transformers_version", "pruning_config", "pruning_info"):
         fields.pop(name, None)
     family = architecture.family
     stages = {k: fields.pop(k) for k in ("stage_names", "out_features", "out_indices") if k in fields}

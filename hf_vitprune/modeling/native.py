@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from ..errors import NativeExportError
-from ..families import PRUNED_PREFIX, Family
-from ..spec.architecture import Architecture, stock_config
+from ..families import LayerPaths
+from ..spec.architecture import Architecture, lineage_of, stock_config
 from ..spec.layer_shape import LayerShape
-from . import stock_model_class
+from .blocks import set_attention_sizes
+from .pretrained import PrunedModelMixin
+from .registry import stock_ancestor, stock_model_class
 from .structure import layer_paths
 
 #: fields of a pruned config that a stock config makes itself, or must not have
@@ -21,6 +26,7 @@ _OWN_FIELDS = (
     "auto_map",
     "transformers_version",
     "pruning_config",
+    "pruning_info",
     "stage_names",
     "out_indices",
 )
@@ -38,8 +44,8 @@ def to_native(model: Any) -> PreTrainedModel:
         model: a pruned model; a stock one is returned as it is.
 
     Returns:
-        A new model of the stock class, with its own copy of the weights, on the same device, in the same dtype and
-        training mode.
+        A new model of the dense model's class, with its own copy of the weights, on the same device, in the same
+        dtype and training mode. How it was pruned is plain data in its config (``pruning_info``).
 
     Raises:
         NativeExportError: a stock class cannot hold this shape; the message names the layer and the size.
@@ -47,19 +53,36 @@ def to_native(model: Any) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         advice = "; merge the adapters first (merge_and_unload)" if hasattr(model, "peft_config") else ""
         raise NativeExportError(f"expected a pruned transformers model, got {type(model).__name__}{advice}")
-    if not model.config.model_type.startswith(PRUNED_PREFIX):
+    if not isinstance(model, PrunedModelMixin):
         return model
-    architecture = Architecture.of(model)
-    config = native_config(architecture, model.config)
-    native = _empty(stock_model_class(type(model)), config, model, architecture.family)
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    _check_same_tensors(state, native)
-    _rescale_queries(state, model, architecture)
-    native.load_state_dict(state, strict=True, assign=True)
-    _copy_unsaved_buffers(model, native)
-    for name, parameter in native.named_parameters():
-        parameter.requires_grad_(model.get_parameter(name).requires_grad)
-    return native.train(model.training)
+    made = copy.deepcopy(model)
+    make_stock_(made)
+    return made
+
+
+def make_stock_(model: Any) -> None:
+    """:func:`to_native` in place; nothing is changed where it raises.
+
+    Raises:
+        NativeExportError: a stock class cannot hold this shape; the message names the layer and the size.
+    """
+    architecture, old = Architecture.of(model), model.config
+    config = native_config(architecture, old)
+    stock = stock_model_class(type(model))
+    with torch.device("meta"), no_init_weights():
+        expected = stock_ancestor(stock)(config)
+    _check_same_tensors(model, expected, architecture)
+    family, new = architecture.family, Architecture.dense(config, architecture.task)
+    for i, paths in enumerate(layer_paths(model, architecture)):
+        _rescale_queries(model, paths, architecture.layers[i].qk_dim, architecture.head_dim(i))
+        set_attention_sizes(model.get_submodule(paths.attention), new.layers[i], new.scaling(i))
+    replaced = {id(old): config, id(family.sizes_config(old)): family.sizes_config(config)}
+    for module in model.modules():
+        own = module.__dict__.get("config")
+        if id(own) in replaced:
+            module.config = replaced[id(own)]
+    model.__dict__.pop("_built_as", None)
+    model.__class__ = stock
 
 
 def native_config(architecture: Architecture, config: PreTrainedConfig | None = None) -> PreTrainedConfig:
@@ -96,6 +119,9 @@ def native_config(architecture: Architecture, config: PreTrainedConfig | None = 
     target.update(sizes)
     made = stock_class(**fields)
     made._attn_implementation = base._attn_implementation
+    info = lineage_of(base)
+    if info:
+        made.pruning_info = info
     return made
 
 
@@ -158,53 +184,35 @@ def _check_stages(architecture: Architecture) -> None:
             )
 
 
-def _empty(
-    stock_class: type[PreTrainedModel], config: PreTrainedConfig, model: PreTrainedModel, family: Family
-) -> PreTrainedModel:
-    """The stock model on the meta device."""
-    with torch.device("meta"):
-        native = stock_class(config)
-    encoder = family.encoder_path(model).rstrip(".")
-    if "pooler" in native.get_submodule(encoder)._modules and model.get_submodule(encoder).pooler is None:
-        native.get_submodule(encoder).register_module("pooler", None)  # a base model made without its pooling layer
-    return native
-
-
-def _check_same_tensors(state: dict[str, torch.Tensor], native: PreTrainedModel) -> None:
-    """Refuse when the stock model has other tensors: adapters were added, or a head was exchanged by hand.
+def _check_same_tensors(model: nn.Module, stock: nn.Module, architecture: Architecture) -> None:
+    """Refuse when the encoder has other tensors than a stock one: heads of the user's are the user's own matter.
 
     Raises:
         NativeExportError: naming the first difference.
     """
-    expected = native.state_dict()
-    different = sorted(state.keys() ^ expected.keys())
+    encoder = architecture.family.encoder_path(model)
+    pooler = f"{encoder}pooler."  # a base model may be made without
+    ours, theirs = (
+        {name: tuple(t.shape) for name, t in m.state_dict().items() if name.startswith(encoder)}
+        for m in (model, stock)
+    )
+    different = sorted(name for name in ours.keys() ^ theirs.keys() if not name.startswith(pooler))
     if different:
-        where = "pruned" if different[0] in state else "stock"
+        where = "pruned" if different[0] in ours else "stock"
         raise NativeExportError(
-            f"{len(different)} tensors are in only one of the pruned and the stock model (first: {different[0]}, "
+            f"{len(different)} tensors are in only one of the pruned and the stock encoder (first: {different[0]}, "
             f"in the {where} one); undo what was added to the model, and merge adapters (merge_and_unload)"
         )
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
+    for name, shape in ours.items():
+        if shape != theirs.get(name, shape):
             raise NativeExportError(
-                f"{name} is {tuple(tensor.shape)}, and {tuple(expected[name].shape)} in a stock "
-                f"{type(native).__name__} of this config"
+                f"{name} is {shape}, and {theirs[name]} in a stock {type(stock).__name__} of this config"
             )
 
 
-def _rescale_queries(state: dict[str, torch.Tensor], model: PreTrainedModel, architecture: Architecture) -> None:
+def _rescale_queries(model: nn.Module, paths: LayerPaths, new: int, dense: int) -> None:
     """Multiply q by what stock attention's scale, which follows the new head dimension, divides too much or little."""
-    for i, paths in enumerate(layer_paths(model, architecture)):
-        new, dense = architecture.layers[i].qk_dim, architecture.head_dim(i)
-        if new != dense:
-            for name in (f"{paths.q}.weight", f"{paths.q}.bias"):
-                if name in state:
-                    state[name] = (state[name].double() * (new / dense) ** 0.5).to(state[name].dtype)
-
-
-def _copy_unsaved_buffers(model: PreTrainedModel, native: PreTrainedModel) -> None:
-    source = dict(model.named_buffers())
-    for name, buffer in list(native.named_buffers()):
-        if buffer.device.type == "meta":
-            parent, _, leaf = name.rpartition(".")
-            native.get_submodule(parent).register_buffer(leaf, source[name].clone(), persistent=False)
+    if new != dense:
+        with torch.no_grad():
+            for parameter in model.get_submodule(paths.q).parameters():
+                parameter.copy_((parameter.double() * (new / dense) ** 0.5).to(parameter.dtype))

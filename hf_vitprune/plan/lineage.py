@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from ..spec.architecture import lineage_of
 from .layer_plan import LayerPlan
 from .plan import PruningPlan
 
@@ -27,8 +28,8 @@ def lineage(config: PreTrainedConfig, plan: PruningPlan) -> dict[str, Any]:
         ``plan``, a digest of every decision since the dense model; and, where whole layers were all that was ever
         removed, ``kept_layers``, their positions in the dense model.
     """
-    record = getattr(config, "pruning_config", None)
     info = lineage_of(config)
+    record = getattr(config, "pruning_config", None) or info or None
     before = list(range(len(plan.source.layers))) if record is None else info.get("kept_layers")
     altered = plan.info.get(ALTERED_WEIGHTS)
     if before is not None and altered is None and removes_only_layers(plan):
@@ -38,13 +39,6 @@ def lineage(config: PreTrainedConfig, plan: PruningPlan) -> dict[str, Any]:
     weights = {name: digest_tensor(tensor) for name, tensor in sorted(plan.weights.items())}
     decision = {k: v for k, v in plan._record().items() if k in ("layers", "embedding")}
     return {"plan": digest([previous, decision, weights, altered])}
-
-
-def lineage_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """The info in the record of a pruned model's config; empty for dense models."""
-    record = getattr(config, "pruning_config", None)
-    info = record.get("info") if isinstance(record, dict) else None
-    return info if isinstance(info, dict) else {}
 
 
 def removes_only_layers(plan: PruningPlan) -> bool:

@@ -24,7 +24,7 @@ from .layer_shape import (
 )
 from .live import check_live, unwrap
 
-__all__ = ["Architecture", "unwrap"]
+__all__ = ["Architecture", "lineage_of", "unwrap"]
 
 #: version of the ``pruning_config`` written to config.json
 FORMAT_VERSION = 1
@@ -279,6 +279,13 @@ def write_record(architecture: Architecture, info: dict[str, Any] | None = None)
         record["info"] = info
     record["fingerprint"] = fingerprint(record)
     return record
+
+
+def lineage_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """How a model was pruned: info in the record of a pruned config, or plain data in a stock one; may be empty."""
+    record = getattr(config, "pruning_config", None)
+    info = record.get("info") if isinstance(record, dict) else getattr(config, "pruning_info", None)
+    return info if isinstance(info, dict) else {}
 
 
 def fingerprint(record: dict[str, Any]) -> str:
