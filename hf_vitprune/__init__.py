@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .modeling import hosts as _hosts  # noqa: F401  and those of models that build their towers themselves
 from .modeling import registry as _registry  # noqa: F401  pruned classes, in the Auto classes
 from .peft import register_peft_types as _register_peft_types
 from .publish import hub as _hub  # noqa: F401  what push_to_hub of a pruned model does
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .pruning import truncate as truncate
     from .publish.hub import push_to_hub as push_to_hub
     from .spec.architecture import Architecture as Architecture
+    from .spec.towers import towers as towers
     from .training.model import PruningModel as PruningModel
     from .training.model import get_pruning_model as get_pruning_model
     from .training.trainer import PruningCallback as PruningCallback
@@ -76,6 +78,7 @@ _PUBLIC = {
     "register_method": "methods",
     "revit": "methods.nvit.revit",
     "select_layers": "methods",
+    "towers": "spec.towers",
     "truncate": "pruning",
 }
 __all__ = [*_PUBLIC]

@@ -10,11 +10,14 @@ from typing import Any
 
 from .compensate import compensate_plan
 from .errors import InvalidConfigError, InvalidPlanError, NativeExportError
+from .modeling import config_for
 from .modeling.native import make_stock_
 from .modeling.peft_twin import is_peft, merged_twin
 from .peft import prune_peft
 from .plan.plan import PruningPlan
 from .spec.architecture import unwrap
+from .spec.towers import Tower, find_tower
+from .surgery.composite import kept_feature_layers, layers_read, with_masked_tower, with_tower
 from .surgery.transplant import mask_plain, prune_plain
 
 
@@ -53,10 +56,13 @@ def prune(
         InvalidDataError: the calibration images are none, or not for this model.
         InvalidConfigError: ``compensate`` asks for something and there is no ``calibration``.
     """
+    if calibration is None and compensate is not False and compensate not in ("auto", "none"):
+        raise InvalidConfigError(f"compensate={compensate!r} needs calibration images: pass calibration=<images>")
+    tower = find_tower(model, plan.part)
+    if tower.path:
+        return _prune_part(model, tower, plan, calibration, compensate, allow_unchanged, stock)
     if calibration is not None:
         plan = compensate_plan(model, plan, calibration, compensate)
-    elif compensate is not False and compensate not in ("auto", "none"):
-        raise InvalidConfigError(f"compensate={compensate!r} needs calibration images: pass calibration=<images>")
     if is_peft(model):
         return prune_peft(model, plan, allow_unchanged=allow_unchanged)
     small = prune_plain(unwrap(model), plan, allow_unchanged=allow_unchanged)
@@ -64,6 +70,30 @@ def prune(
         with contextlib.suppress(NativeExportError):  # it stays what it is
             make_stock_(small)
     return small
+
+
+def _prune_part(
+    model: Any,
+    tower: Tower,
+    plan: PruningPlan,
+    calibration: Any,
+    compensate: Any,
+    allow_unchanged: bool,
+    stock: bool,
+) -> Any:
+    """A bigger model with its tower pruned by itself; all else is shared with ``model``."""
+    whole = unwrap(model)
+    alone = plan.of_part(None)
+    feature_layers = kept_feature_layers(whole, tower, alone)
+    small = prune(
+        whole.get_submodule(tower.path),
+        alone,
+        calibration=calibration,  # batches of the whole model's processor: the tower takes what it knows of them
+        compensate=compensate,
+        allow_unchanged=allow_unchanged,
+        stock=stock,
+    )
+    return with_tower(whole, tower, small, alone.source.hidden_size, alone.embedding, feature_layers)
 
 
 def mask(model: Any, plan: PruningPlan) -> Any:
@@ -76,19 +106,37 @@ def mask(model: Any, plan: PruningPlan) -> Any:
         InvalidPlanError: the plan is for another architecture.
         AdapterError: an adapter cannot be merged.
     """
-    return mask_plain(merged_twin(model) if is_peft(model) else unwrap(model), plan)
+    whole = merged_twin(model) if is_peft(model) else unwrap(model)
+    tower = find_tower(whole, plan.part)
+    if not tower.path:
+        return mask_plain(whole, plan)
+    alone = plan.of_part(None)
+    module = whole.get_submodule(tower.path)
+    kept_feature_layers(whole, tower, alone)  # refuses what prune refuses
+    small_config = config_for(alone.architecture, module.config)
+    return with_masked_tower(whole, tower, mask_plain(module, alone), small_config, alone)
 
 
-def truncate(model: Any, k: int) -> Any:
+def truncate(model: Any, k: int | str, part: str | None = None) -> Any:
     """Keep the first ``k`` layers, then the unchanged final norm and head.
 
     Of Swin, stages above the k-th layer keep their patch merging alone.
 
+    Args:
+        model: as in :func:`prune`.
+        k: number of layers; ``"unused"`` keeps all those whose output a bigger model reads, and drops what lies above
+            (LLaVA reads the last layer but one), which changes no output.
+        part: which tower of a bigger model; its only one by default.
+
     Raises:
-        InvalidPlanError: ``k`` is not in 1..layers-1.
+        InvalidPlanError: ``k`` is not in 1..layers-1, or is ``"unused"`` and every layer is read.
     """
-    plan = PruningPlan.dense(model)
+    plan = PruningPlan.dense(model, part)
     total = len(plan.layers)
+    if k == "unused":
+        k = layers_read(unwrap(model), find_tower(model, part), total)
+        if k == total:
+            raise InvalidPlanError(f"every one of the {total} layers is read: there is nothing unused to drop")
     if type(k) is not int or not 1 <= k < total:
-        raise InvalidPlanError(f"k is a whole number of layers in 1..{total - 1}, got {k!r}")
+        raise InvalidPlanError(f"k is a whole number of layers in 1..{total - 1}, or 'unused', got {k!r}")
     return prune(model, plan.keep_layers(range(k)))

@@ -25,24 +25,25 @@ class Cost(NamedTuple):
     macs: int
 
 
-def count(model: Any, image_size: int | tuple[int, int] | None = None) -> Cost:
+def count(model: Any, image_size: int | tuple[int, int] | None = None, part: str | None = None) -> Cost:
     """Cost of a model (stock, pruned, PEFT: the base without adapters) or of an Architecture.
 
     Args:
         model: the model or its Architecture.
         image_size: side, or (height, width), in pixels; the config's by default. Parameters do not depend on it.
+        part: which tower of a bigger model; its only one by default. What lies outside of it is not counted.
 
     Raises:
         UnsupportedModelError: no family is registered for the model.
     """
-    parts = cost_parts(model, image_size)
+    parts = cost_parts(model, image_size, part)
     weights = sum(part.weights for part in parts)
     return Cost(weights + sum(part.others for part in parts), weights, sum(part.macs for part in parts))
 
 
-def cost_parts(model: Any, image_size: int | tuple[int, int] | None = None) -> list[Part]:
+def cost_parts(model: Any, image_size: int | tuple[int, int] | None = None, part: str | None = None) -> list[Part]:
     """The cost part by part: ``layer i attention`` (whatever mixes its tokens), ``layer i mlp``, and the rest."""
-    architecture = model if isinstance(model, Architecture) else Architecture.of(model)
+    architecture = Architecture.given(model, part)
     grid = architecture.family.grid(architecture.config, image_size)
     parts = []
     for i, (shape, stage) in enumerate(zip(architecture.layers, architecture.stages, strict=True)):

@@ -17,7 +17,7 @@ from .batches import batches_of
 from .scores import UnitScores, model_to_score
 
 
-def activation(model: Any, images: Any) -> UnitScores:
+def activation(model: Any, images: Any, part: str | None = None) -> UnitScores:
     """Mean magnitude, over tokens and images, of what every unit puts out; no labels, no gradients.
 
     After Minitron (Muralidharan et al., arXiv 2407.14679), with the mean as aggregation. A neuron: what the second
@@ -35,7 +35,7 @@ def activation(model: Any, images: Any) -> UnitScores:
         InvalidDataError: there are no images, or they cannot be read.
         ScoresError: an activation is not finite.
     """
-    base, architecture, paths = model_to_score(model)
+    base, architecture, paths = model_to_score(model, part)
     count = 0
     meter = _Magnitudes()
     handles = [handle for i, path in enumerate(paths) for handle in _attach(base, architecture, i, path, meter)]

@@ -7,7 +7,7 @@ from typing import Any
 from .scores import UnitScores, UnitSums, model_to_score
 
 
-def magnitude(model: Any) -> UnitScores:
+def magnitude(model: Any, part: str | None = None) -> UnitScores:
     """L2 norm of the weights of every unit: rows that compute it and columns that read it (Li et al., 1608.08710).
 
     Matrices and convolutions inside the layers count, each once; biases, norms and what lies outside do not.
@@ -20,7 +20,7 @@ def magnitude(model: Any) -> UnitScores:
         AdapterError: an adapter cannot be merged.
         ScoresError: a weight is not finite.
     """
-    base, architecture, paths = model_to_score(model)
+    base, architecture, paths = model_to_score(model, part)
     weights = dict(base.named_parameters())
     squares = UnitSums(architecture, paths, weights)
     for name, weight in weights.items():

@@ -12,7 +12,7 @@ from ..spec.units import UnitSet, unit_sets
 from .scores import UnitScores
 
 
-def random(model: Any, seed: int = 0, units: Collection[str] | None = None) -> UnitScores:
+def random(model: Any, seed: int = 0, units: Collection[str] | None = None, part: str | None = None) -> UnitScores:
     """Uniform draws from [0, 1), the same for the same seed and architecture.
 
     Args:
@@ -23,7 +23,7 @@ def random(model: Any, seed: int = 0, units: Collection[str] | None = None) -> U
     Raises:
         UnsupportedModelError: no family is registered for the model.
     """
-    architecture = model if isinstance(model, Architecture) else Architecture.of(model)
+    architecture = Architecture.given(model, part)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(one: UnitSet) -> torch.Tensor:

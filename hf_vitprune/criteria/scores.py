@@ -14,9 +14,9 @@ from torch import nn
 
 from ..errors import ScoresError, VitPruneError
 from ..families import LayerPaths
-from ..modeling.peft_twin import is_peft, merged_twin
+from ..modeling.peft_twin import plain_part
 from ..modeling.structure import layer_paths
-from ..spec.architecture import Architecture, unwrap
+from ..spec.architecture import Architecture
 from ..spec.units import Axis, unit_sets, unit_table
 
 FORMAT_VERSION = 1
@@ -129,15 +129,14 @@ class UnitScores(Mapping[str, torch.Tensor]):
         return cls.from_dict({**record, "scores": tensors})
 
 
-def model_to_score(model: Any) -> tuple[nn.Module, Architecture, list[LayerPaths]]:
+def model_to_score(model: Any, part: str | None = None) -> tuple[nn.Module, Architecture, list[LayerPaths]]:
     """(the transformers model, active adapters merged; its architecture; the paths of its layers).
 
     Raises:
         UnsupportedModelError: no family is registered for the model.
         AdapterError: an adapter cannot be merged.
     """
-    base = merged_twin(model) if is_peft(model) else unwrap(model)
-    architecture = Architecture.of(base)
+    base, architecture = plain_part(model, part)
     return base, architecture, layer_paths(base, architecture)
 
 

@@ -20,7 +20,7 @@ from .scores import UnitScores, UnitSums, model_to_score
 Loss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 
 
-def taylor(model: Any, batches: Any, loss: Loss | None = None) -> UnitScores:
+def taylor(model: Any, batches: Any, loss: Loss | None = None, part: str | None = None) -> UnitScores:
     """Sum of ``|weight * gradient|`` over all weights of a unit, averaged over the images.
 
     The first-order Taylor criterion of Molchanov et al. (arXiv 1906.10771), with the absolute value of every weight
@@ -41,7 +41,7 @@ def taylor(model: Any, batches: Any, loss: Loss | None = None) -> UnitScores:
         InvalidDataError: there are no images, or they cannot be read.
         ScoresError: a gradient is not finite.
     """
-    base, architecture, paths = model_to_score(model)
+    base, architecture, paths = model_to_score(model, part)
     if loss is None and not task_of(base).startswith("ForImageClassification"):
         raise UnsupportedModelError(
             f"{type(base).__name__} is no image classifier: pass loss=, a function of (model, batch)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from ..errors import UnsupportedModelError
 from .base import UNITS, Family, LayerPaths, LayerSizes, Part
@@ -41,27 +41,35 @@ def base_model_type(model_type: str) -> str:
     return model_type.removeprefix(PRUNED_PREFIX)
 
 
-def family_of(model_or_config: Any) -> Family:
-    """The family of a transformers model or config, dense or pruned.
-
-    Raises:
-        UnsupportedModelError: no family is registered for its ``model_type``, or the class holds more than the
-            vision encoder; the message lists what is supported.
-    """
+def find_family(model_or_config: Any) -> Family | None:
+    """The family of a transformers model or config, dense or pruned; None where there is none."""
     config = (
         model_or_config if isinstance(model_or_config, PreTrainedConfig) else getattr(model_or_config, "config", None)
     )
     model_type = getattr(config, "model_type", None)
     family = _FAMILIES.get(base_model_type(model_type)) if isinstance(model_type, str) else None
+    refused = (
+        family is not None
+        and not isinstance(model_or_config, PreTrainedConfig)
+        and any(c.__name__ in family.refused_classes for c in type(model_or_config).__mro__)
+    )
+    return None if refused else family
+
+
+def family_of(model_or_config: Any) -> Family:
+    """The family of a transformers model or config, dense or pruned.
+
+    Raises:
+        UnsupportedModelError: no family is registered for its ``model_type``, or the class holds more than one
+            encoder; the message lists what is supported.
+    """
+    family = find_family(model_or_config)
     if family is None:
+        config = getattr(model_or_config, "config", model_or_config)
         raise UnsupportedModelError(
-            f"no family is registered for {type(model_or_config).__name__} (model_type {model_type!r}); supported: "
-            f"{', '.join(sorted(_FAMILIES))}. Register your own with hf_vitprune.modeling.register_family."
-        )
-    if isinstance(model_or_config, PreTrainedModel) and type(model_or_config).__name__ in family.refused_classes:
-        raise UnsupportedModelError(
-            f"{type(model_or_config).__name__} holds a text tower too; prune its `.{family.root}` on its own, or a "
-            "vision-only task class"
+            f"no family is registered for {type(model_or_config).__name__} (model_type "
+            f"{getattr(config, 'model_type', None)!r}); supported: {', '.join(sorted(_FAMILIES))}. Register your own "
+            "with hf_vitprune.register_family, or prune a part of the model (hf_vitprune.towers lists them)"
         )
     return family
 
@@ -80,4 +88,5 @@ __all__ = [
     "all_families",
     "base_model_type",
     "family_of",
+    "find_family",
 ]

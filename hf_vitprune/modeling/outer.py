@@ -36,7 +36,15 @@ def shapes_of(model: nn.Module) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
 
 
-def find_outer(model: nn.Module, wide: nn.Module, narrow: nn.Module, layers: tuple[str, ...], width: int) -> Outer:
+def find_outer(
+    model: nn.Module,
+    wide: nn.Module,
+    narrow: nn.Module,
+    layers: tuple[str, ...],
+    width: int,
+    narrowed: int,
+    whole: bool = True,
+) -> Outer:
     """Which axes outside the layers follow the residual width.
 
     Args:
@@ -44,29 +52,66 @@ def find_outer(model: nn.Module, wide: nn.Module, narrow: nn.Module, layers: tup
         wide, narrow: skeletons of the stock class behind it, at that width and at another.
         layers: prefixes of the layers, which are not looked at.
         width: of the residual stream.
+        narrowed: its width in ``narrow``.
+        whole: all of the model belongs to the tower: what the stock class has not got may read the stream. False: a
+            bigger model, where only what follows the width is looked at.
 
     Raises:
         UnsupportedUnitError: a module that the stock class has not got reads the stream, and is no plain Linear or
             norm on it; it is named.
     """
     before, after = shapes_of(wide), shapes_of(narrow)
+    different = sorted(name for name in before.keys() ^ after.keys() if not name.endswith("input_index"))
+    if different:
+        raise UnsupportedUnitError(
+            f"a {type(model).__name__} has other modules at another width (first: {different[0]}): leave the unit "
+            "'embedding' out (units=...)"
+        )
     found, custom = Outer(), set()
     for name, tensor in named_tensors(model):
         if name.startswith(layers):
             continue
-        axes = tuple(
-            a for a, (b, c) in enumerate(zip(before.get(name, ()), after.get(name, ()), strict=True)) if b != c
-        )
         expected = before.get(name)
+        lengths = zip(before.get(name, ()), after.get(name, ()), strict=True)
+        axes = tuple(axis for axis, (one, other) in enumerate(lengths) if one != other)
         if expected is None or len(expected) != tensor.ndim or any(tensor.shape[a] != expected[a] for a in axes):
-            custom.add(custom_root(model, wide, name))
-        elif axes:
+            if whole or axes:
+                custom.add(custom_root(model, wide, name))
+        elif any(after[name][a] * width != expected[a] * narrowed for a in axes):
+            raise UnsupportedUnitError(
+                f"{name} reads the residual stream of {width} channels beside something else: leave the unit "
+                "'embedding' out (units=...)"
+            )
+        elif axes and whole:
             found.axes[name] = axes
-    custom |= {path for path in _bare_norms(model, width) if not path.startswith(layers) and not _stock(wide, path)}
+        elif axes:
+            _add_reader(found, model, name, axes)
+    if whole:
+        known = dict(wide.named_modules())
+        custom |= {path for path in _bare_norms(model, width) if not path.startswith(layers) and path not in known}
     for root in sorted(custom):
         if not any(root.startswith(f"{other}.") for other in custom):
             _add_readers(found, model, root, width)
     return found
+
+
+def _add_reader(found: Outer, model: nn.Module, name: str, axes: tuple[int, ...]) -> None:
+    """A tensor of a bigger model that follows the width of its tower: of what reads the stream, or of a norm on it.
+
+    Raises:
+        UnsupportedUnitError: it makes channels of that width itself, which are not the tower's.
+    """
+    path, _, leaf = name.rpartition(".")
+    module = get(model, path)
+    if isinstance(module, nn.LayerNorm):
+        if path not in found.norms:
+            found.norms.append(path)
+    elif leaf != "weight" or axes != (1,) or not isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        raise UnsupportedUnitError(
+            f"{path} follows the width of the tower in another way than by reading it ({type(module).__name__}."
+            f"{leaf}): leave the unit 'embedding' out (units=...)"
+        )
+    found.axes[name] = axes
 
 
 def custom_root(model: nn.Module, stock: nn.Module, name: str) -> str:
@@ -78,10 +123,6 @@ def custom_root(model: nn.Module, stock: nn.Module, name: str) -> str:
         if path not in there or stock_type(get(model, path)) is not stock_type(there[path]):
             return path
     return ".".join(parts)
-
-
-def _stock(stock: nn.Module, path: str) -> bool:
-    return path in dict(stock.named_modules())
 
 
 def _bare_norms(model: nn.Module, width: int) -> Iterator[str]:

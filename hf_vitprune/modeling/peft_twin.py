@@ -13,6 +13,8 @@ from torch import nn
 
 from ..errors import AdapterError
 from ..families import family_of
+from ..spec.architecture import Architecture, unwrap
+from ..spec.towers import find_tower
 from .structure import finish_mixers
 
 
@@ -125,6 +127,18 @@ def merged_twin(model: Any, part: str = "") -> Any:
     check_peft_model(model)
     base = model.get_base_model()
     return plain_twin(base, tuner_layers(base).keys(), saved=True, part=part)
+
+
+def plain_part(model: Any, part: str | None = None) -> tuple[Any, Architecture]:
+    """A tower as a plain transformers model that stands for itself, active adapters merged; and its architecture.
+
+    Raises:
+        UnsupportedModelError: there is none, or there are several and no ``part``.
+        AdapterError: an adapter cannot be merged.
+    """
+    tower = find_tower(model, part)
+    whole = merged_twin(model, part=tower.path) if is_peft(model) else unwrap(model)
+    return whole.get_submodule(tower.path), Architecture.of(whole, part)
 
 
 def tuner_layers(base: nn.Module) -> dict[str, BaseTunerLayer]:

@@ -74,8 +74,8 @@ class PrunedModelMixin:
         family = architecture.family
         ambient = torch.empty(0).device
         # nothing to initialise on the meta device, and going through the motions takes longer than the rest of it
-        overridden = _overridden(family.sizes_config(config), family.skeleton_heads(config))
-        with torch.device("meta"), no_init_weights(), overridden:
+        dense_heads = overridden(family.sizes_config(config), family.skeleton_heads(config))
+        with torch.device("meta"), no_init_weights(), dense_heads:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         model: Any = self
         dense_width = Architecture.dense(architecture.config).hidden_size
@@ -170,7 +170,7 @@ class PrunedModelMixin:
 
 
 @contextlib.contextmanager
-def _overridden(config: PreTrainedConfig, values: dict[str, Any]) -> Iterator[None]:
+def overridden(config: PreTrainedConfig, values: dict[str, Any]) -> Iterator[None]:
     before = {name: getattr(config, name) for name in values}
     try:
         for name, value in values.items():

@@ -62,7 +62,7 @@ def pruned_model_class(model_class: type[PreTrainedModel]) -> type[PreTrainedMod
         body |= {"auto_classes": (), "__module__": model_class.__module__}
         name = f"Pruned{model_class.__name__}"
         _models[model_class] = type(name, (PrunedModelMixin, model_class), body)
-        _copy_conversions(name, parent.__name__)
+        copy_conversions(name, parent.__name__)
     return _models[model_class]
 
 
@@ -110,14 +110,14 @@ def _make_classes(family: Family) -> None:
     )
     _configs[config_class] = pruned_config
     AutoConfig.register(pruned_type, pruned_config)
-    _copy_conversions(pruned_type, family.model_type)
+    copy_conversions(pruned_type, family.model_type)
     for auto_name, stock in _stock_classes(family, config_class):
         _stock.add(stock)
         if stock not in _models:
             task = strip_family(stock.__name__, config_class.__name__)
             body = {"config_class": pruned_config, "config": pruned_config, "pruning_task": task, "auto_classes": ()}
             _models[stock] = _new_class(f"Pruned{stock.__name__}", (PrunedModelMixin, stock), body)
-            _copy_conversions(f"Pruned{stock.__name__}", stock.__name__)
+            copy_conversions(f"Pruned{stock.__name__}", stock.__name__)
         if auto_name:
             _models[stock].auto_classes += (auto_name,)  # type: ignore[attr-defined]
             mapping = getattr(transformers, auto_name)._model_mapping
@@ -147,7 +147,7 @@ def _new_class(name: str, bases: tuple[type, ...], body: dict[str, Any]) -> Any:
     return made
 
 
-def _copy_conversions(name: str, source: str) -> None:
+def copy_conversions(name: str, source: str) -> None:
     """Renames of old checkpoint keys are looked up by class name and model type; subclasses lose them otherwise."""
     mapping = get_checkpoint_conversion_mapping(source)
     if mapping:

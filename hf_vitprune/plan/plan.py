@@ -53,9 +53,13 @@ class PruningPlan:
 
     # ------------------------------------------------------------------ making one
     @classmethod
-    def dense(cls, model: Any) -> PruningPlan:
-        """The plan that keeps everything: the start of every other one. ``model``: a model or an Architecture."""
-        source = model if isinstance(model, Architecture) else Architecture.of(model)
+    def dense(cls, model: Any, part: str | None = None) -> PruningPlan:
+        """The plan that keeps everything: the start of every other one. ``model``: a model or an Architecture.
+
+        ``part``, here and below: which tower of a bigger model (see :func:`hf_vitprune.towers`); its only one by
+        default.
+        """
+        source = Architecture.given(model, part)
         return cls(source, tuple(LayerPlan.dense(i, shape) for i, shape in enumerate(source.layers)))
 
     @classmethod
@@ -73,6 +77,7 @@ class PruningPlan:
         image_size: int | tuple[int, int] | None = None,
         latency_table: MakesMeters | None = None,
         allow_other_device: bool = False,
+        part: str | None = None,
     ) -> PruningPlan:
         """Keep the units with the highest scores: down to a cost, or all but a share of them.
 
@@ -100,7 +105,7 @@ class PruningPlan:
             UnreachableTargetError: the smallest sizes cost more than ``target``.
             LatencyTableError: the table is of another model, input or device.
         """
-        source = model if isinstance(model, Architecture) else Architecture.of(model)
+        source = Architecture.given(model, part)
         selection = Selection(source, scores, units, round_to, scope)
         info = {"method": f"{getattr(scores, 'criterion', 'own')} scores", "scope": scope, "round_to": round_to}
 
@@ -124,28 +129,50 @@ class PruningPlan:
 
     @classmethod
     def random(
-        cls, model: Any, ratio: float, units: Sequence[str] | None = None, round_to: int = 1, seed: int = 0
+        cls,
+        model: Any,
+        ratio: float,
+        units: Sequence[str] | None = None,
+        round_to: int = 1,
+        seed: int = 0,
+        part: str | None = None,
     ) -> PruningPlan:
         """Remove ``ratio`` of the units of every set, at random: the baseline of every method.
 
         See :meth:`from_scores`, with ``scope="local"`` and scores of :func:`hf_vitprune.criteria.random`.
         """
         check_ratio(ratio)
-        source = model if isinstance(model, Architecture) else Architecture.of(model)
+        source = Architecture.given(model, part)
         scores = criteria.random(source, seed, check_units(source, units))
         return cls.from_scores(source, scores, ratio=ratio, scope="local", units=units, round_to=round_to)
 
     @classmethod
-    def magnitude(cls, model: Any, ratio: float, units: Sequence[str] | None = None, round_to: int = 1) -> PruningPlan:
+    def magnitude(
+        cls,
+        model: Any,
+        ratio: float,
+        units: Sequence[str] | None = None,
+        round_to: int = 1,
+        part: str | None = None,
+    ) -> PruningPlan:
         """Remove the ``ratio`` of units with the smallest weights (L2 norm) from every set.
 
         See :meth:`from_scores`, with ``scope="local"`` and scores of :func:`hf_vitprune.criteria.magnitude`.
         """
         check_ratio(ratio)
-        scores = criteria.magnitude(model)
-        return cls.from_scores(model, scores, ratio=ratio, scope="local", units=units, round_to=round_to)
+        scores = criteria.magnitude(model, part=part)
+        return cls.from_scores(model, scores, ratio=ratio, scope="local", units=units, round_to=round_to, part=part)
 
     # ------------------------------------------------------------------ what follows from it
+    @property
+    def part(self) -> str | None:
+        """The tower of a bigger model that the plan is for; None: the whole model."""
+        return self.source.part
+
+    def of_part(self, part: str | None) -> PruningPlan:
+        """The same plan for a tower of that part (None: for the tower by itself)."""
+        return replace(self, source=replace(self.source, part=part))
+
     @property
     def architecture(self) -> Architecture:
         """The shape of the pruned model.

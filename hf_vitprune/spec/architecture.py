@@ -23,6 +23,7 @@ from .layer_shape import (
     shape_to_words,
 )
 from .live import check_live, unwrap
+from .towers import find_tower
 
 __all__ = ["Architecture", "lineage_of", "unwrap"]
 
@@ -40,6 +41,7 @@ class Architecture:
         hidden_size: width of the residual stream (Swin: of the first stage).
         depths: layers a stage (Swin), else None.
         task: class name without its family prefix, e.g. ``"ForImageClassification"`` or ``"Model"``.
+        part: of a bigger model, what it is the shape of (a role or path, see ``towers``); None: the whole model.
     """
 
     config: PreTrainedConfig = field(compare=False, repr=False)
@@ -47,21 +49,34 @@ class Architecture:
     hidden_size: int
     depths: tuple[int, ...] | None = None
     task: str = "ForImageClassification"
+    part: str | None = field(default=None, compare=False)
 
     # ------------------------------------------------------------------ making one
     @classmethod
-    def of(cls, model: Any) -> Architecture:
-        """The architecture of a stock, pruned, PEFT or wrapped model, compared with its live tensors.
+    def of(cls, model: Any, part: str | None = None) -> Architecture:
+        """The architecture of a stock, pruned, PEFT or wrapped model, or of a tower in it, compared with its tensors.
+
+        Args:
+            model: the whole model.
+            part: which tower of a bigger model; its only one by default.
 
         Raises:
-            UnsupportedModelError: no family is registered for it.
+            UnsupportedModelError: no family is registered for it, or there are several towers and no ``part``.
             ModelMismatchError: its tensors are not what its config says.
         """
-        model = unwrap(model)
-        family_of(model)
-        found = cls.from_config(model.config, task=task_of(model))
-        check_live(model, found)
+        base = unwrap(model)
+        tower = find_tower(base, part)
+        module = base.get_submodule(tower.path)
+        found = cls.from_config(module.config, task=task_of(module))
+        if tower.path:
+            found = replace(found, part=tower.part)
+        check_live(module, found)
         return found
+
+    @classmethod
+    def given(cls, model: Any, part: str | None = None) -> Architecture:
+        """:meth:`of` a model; an architecture as it is."""
+        return model if isinstance(model, cls) else cls.of(model, part)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, task: str = "ForImageClassification") -> Architecture:
@@ -228,6 +243,8 @@ class Architecture:
         layers = [{k: v for k, v in asdict(shape).items() if v is not None} for shape in self.layers]
         depths = list(self.depths) if self.depths is not None else None
         record = {"version": FORMAT_VERSION, "task": self.task, "hidden_size": self.hidden_size, "layers": layers}
+        if self.part is not None:
+            record["part"] = self.part
         return {**record, "depths": depths, "config": self.config.to_dict()}
 
     @classmethod
@@ -249,10 +266,13 @@ class Architecture:
             raise InvalidArchitectureError(f"layers is a list of dicts with any of {', '.join(sorted(known))}")
         if not isinstance(task, str) or not isinstance(record["config"], dict):
             raise InvalidArchitectureError("task is a class name without its family's prefix, config a dict")
+        part = record.get("part")
+        if part is not None and not isinstance(part, str):
+            raise InvalidArchitectureError(f"part is the name of a tower, got {part!r}")
         fields = dict(record["config"])
         config = _make_config(fields.pop("model_type", None), fields)
         layers = tuple(LayerShape(**row) for row in rows)
-        return cls(config, layers, record["hidden_size"], _checked_depths(depths), task).validated()
+        return cls(config, layers, record["hidden_size"], _checked_depths(depths), task, part).validated()
 
     def replace(self, **changes: Any) -> Architecture:
         return replace(self, **changes).validated()

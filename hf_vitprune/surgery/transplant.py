@@ -76,7 +76,7 @@ def outer_of(model: PreTrainedModel, source: Architecture, kept: int) -> Outer |
         return None
     wide, narrow = (_skeleton(model, source.replace(hidden_size=width)) for width in (source.hidden_size, kept))
     layers = tuple(f"{paths.layer}." for paths in layer_paths(model, source))
-    return find_outer(model, wide, narrow, layers, source.hidden_size)
+    return find_outer(model, wide, narrow, layers, source.hidden_size, kept)
 
 
 def _tie(small: nn.Module, model: nn.Module) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 
-def get(model: nn.Module, path: str) -> nn.Module:
+def get(model: nn.Module, path: str) -> Any:
+    """The module at a path, ``""`` for the model itself."""
     return model.get_submodule(path)
 
 

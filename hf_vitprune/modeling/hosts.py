@@ -1,0 +1,152 @@
+"""Bigger models that build their towers themselves (CLIP and its kin): twins of theirs that put pruned towers in.
+
+A model that asks the Auto classes for its tower needs none: it stays the stock class, with the pruned tower's config
+inside of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..errors import CheckpointMismatchError
+from ..families import PRUNED_PREFIX, family_of
+from ..utils.modules import put
+from .pretrained import PrunedModelMixin, overridden
+from .registry import copy_conversions, pruned_model_class
+
+#: classes that make their towers from the class itself -> the Auto classes that map them
+HOSTS = {
+    "CLIPModel": ("AutoModel", "AutoModelForZeroShotImageClassification"),
+    "SiglipModel": ("AutoModel", "AutoModelForZeroShotImageClassification"),
+    "Siglip2Model": ("AutoModel", "AutoModelForZeroShotImageClassification"),
+}
+#: put in front of the model type of a host with a pruned tower
+HOST_PREFIX = f"{PRUNED_PREFIX}tower_"
+_NOTE = "holds a tower pruned with hf_vitprune: import hf_vitprune before you load it"
+
+_hosts: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+
+
+class PrunedHostConfigMixin:
+    """A config whose parts may be those of pruned towers."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', with the configs of pruned towers as what they are."""
+        fields = dict(config_dict)
+        for name, part in config_dict.items():
+            if isinstance(part, dict) and str(part.get("model_type", "")).startswith(PRUNED_PREFIX):
+                part = {k: v for k, v in part.items() if not (k == "hidden_size" and isinstance(v, str))}
+                part.setdefault("hidden_size", (part.get("pruning_config") or {}).get("hidden_size"))
+                fields[name] = CONFIG_MAPPING[part["model_type"]].from_dict(part)
+        return super().from_dict(fields, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers'; a stock class that reads the folder stumbles over the note that stands for a width."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        path = Path(save_directory) / "config.json"
+        record = json.loads(path.read_text())
+        for part in record.values():
+            if isinstance(part, dict) and str(part.get("model_type", "")).startswith(PRUNED_PREFIX):
+                part["hidden_size"] = _NOTE
+        path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+class PrunedHostMixin:
+    """Mixed in front of a stock class that makes its towers itself."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        with contextlib.ExitStack() as stack:
+            for part in vars(config).values():  # stock constructors want a width that the heads divide
+                if isinstance(part, PreTrainedConfig) and str(part.model_type).startswith(PRUNED_PREFIX):
+                    stack.enter_context(overridden(part, family_of(part).skeleton_heads(part)))
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        model: Any = self
+        for path, tower in stock_towers(model):
+            put(model, path, pruned_model_class(type(tower))(tower.config))
+
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
+        """As transformers', but always under the model's own parameter names."""
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory, *args, save_original_format=save_original_format, **kwargs
+        )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but only from safetensors, and never with weights of a tower missing or left over.
+
+        Raises:
+            CheckpointMismatchError: the checkpoint does not hold exactly what its config states.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise CheckpointMismatchError("pruned models are stored as safetensors only; drop use_safetensors=False")
+        wants_info = kwargs.pop("output_loading_info", False)
+        settings = {**kwargs, "use_safetensors": True, "output_loading_info": True}
+        try:
+            model, info = super().from_pretrained(*args, **settings)  # type: ignore[misc]
+        except RuntimeError as error:
+            if "size" in str(error):
+                raise CheckpointMismatchError(
+                    "the checkpoint's tensors have other sizes than its config states (see the report above)"
+                ) from error
+            raise
+        for what, keys in (
+            ("lacks", info["missing_keys"]),
+            ("also holds", info["unexpected_keys"]),
+            ("has other sizes for", [str(row[0]) for row in info["mismatched_keys"]]),
+        ):
+            if keys:
+                raise CheckpointMismatchError(f"the checkpoint {what} {len(keys)} tensors (first: {sorted(keys)[0]})")
+        return (model, info) if wants_info else model
+
+
+def stock_towers(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
+    """Paths of modules that have the config of a pruned tower and are none."""
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if path
+        and isinstance(module, PreTrainedModel)
+        and str(module.config.model_type).startswith(PRUNED_PREFIX)
+        and not isinstance(module, (PrunedModelMixin, PrunedHostMixin))
+    ]
+
+
+def host_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel] | None:
+    """The twin of a class that makes its towers itself; None where there is none."""
+    if issubclass(model_class, PrunedHostMixin):
+        return model_class
+    return _hosts.get(model_class)
+
+
+def _register() -> None:
+    for name, auto_names in HOSTS.items():
+        stock: Any = getattr(transformers, name)
+        config_class = stock.config_class
+        body = {"model_type": HOST_PREFIX + config_class.model_type, "__module__": __name__}
+        config: Any = type(f"PrunedTower{config_class.__name__}", (PrunedHostConfigMixin, config_class), body)
+        made: Any = type(
+            f"Pruned{name}",
+            (PrunedHostMixin, stock),
+            {"config_class": config, "config": config, "__module__": __name__},
+        )
+        globals().update({config.__name__: config, made.__name__: made})
+        _hosts[stock] = made
+        AutoConfig.register(config.model_type, config)
+        copy_conversions(config.model_type, config_class.model_type)
+        copy_conversions(made.__name__, name)
+        for auto_name in auto_names:
+            getattr(transformers, auto_name)._model_mapping.register(config, made, exist_ok=True)
+
+
+_register()

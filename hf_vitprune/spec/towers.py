@@ -1,0 +1,138 @@
+"""Towers: the prunable encoders in a model, alone or inside a bigger one, by the role they play there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from ..families import Family, family_of, find_family
+from .live import unwrap
+
+#: last name on the path of a tower -> its role
+_ROLES = {
+    "vision": ("vision", "image", "visual", "pixel"),
+    "text": ("text",),
+    "backbone": ("backbone",),
+    "encoder": ("encoder",),
+}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """An encoder that can be pruned.
+
+    Attributes:
+        part: its role in the model (``"vision"``, ``"text"``, ``"encoder"``, ``"backbone"``), or its path.
+        path: of its module in the model; ``""`` where the model itself is it.
+        family: ``model_type`` of its family.
+        layers: how many it has.
+    """
+
+    part: str
+    path: str
+    family: str
+    layers: int
+
+
+def towers(model: Any) -> dict[str, Tower]:
+    """Every prunable encoder of a model, by its part.
+
+    Args:
+        model: a transformers model, or a PeftModel or PruningModel over one.
+
+    Raises:
+        UnsupportedModelError: it is no transformers model.
+    """
+    model = unwrap(model)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected a transformers model, got {type(model).__name__}")
+    if stands_alone(model):
+        family = family_of(model)
+        return {"vision": Tower("vision", "", family.model_type, _layers(model, family))}
+    found: dict[str, Tower] = {}
+    for path, module, family in _inside(model):
+        role = _role(path)
+        part = path if role is None or role in found else role
+        found[part] = Tower(part, path, family.model_type, _layers(module, family))
+    return found
+
+
+def stands_alone(model: nn.Module) -> bool:
+    """Whether the model is an encoder with a head of its own: its config is the encoder's."""
+    family = find_family(model)
+    return family is not None and _layer_list(model, family) is not None
+
+
+def find_tower(model: Any, part: str | None = None) -> Tower:
+    """The tower of a part (its role, or its path); the only one by default.
+
+    Raises:
+        UnsupportedModelError: there is none, there are several and ``part`` names none, or none is that part.
+    """
+    base = unwrap(model)
+    if stands_alone(base) and part is None:
+        return towers(base)["vision"]
+    found = towers(base)
+    name = type(base).__name__
+    if not found:
+        looked = sorted({_type_of(m) for m in base.modules() if isinstance(m, PreTrainedModel)} - {""})
+        family_of(base) if len(looked) < 2 else None  # says what is supported
+        raise UnsupportedModelError(
+            f"{name} holds no encoder of a registered family; looked at models of type {', '.join(looked)}. Register "
+            "your own with hf_vitprune.register_family"
+        )
+    chosen = [tower for tower in found.values() if part in (tower.part, tower.path)]
+    if part is None and len(found) == 1:
+        return next(iter(found.values()))
+    if len(chosen) != 1:
+        listed = ", ".join(f"{tower.part!r} ({tower.family} at {tower.path or 'the top'})" for tower in found.values())
+        problem = "holds several towers" if part is None else f"has no part {part!r}"
+        raise UnsupportedModelError(f"{name} {problem}: choose one with part=..., of {listed}")
+    return chosen[0]
+
+
+def tower_module(model: Any, part: str | None = None) -> Any:
+    """The module of a tower: a transformers model that stands for itself.
+
+    Raises:
+        UnsupportedModelError: as :func:`find_tower`.
+    """
+    base = unwrap(model)
+    return base.get_submodule(find_tower(base, part).path)
+
+
+def _inside(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel, Family]]:
+    taken: list[str] = []
+    for path, module in model.named_modules():
+        if not path or not isinstance(module, PreTrainedModel) or path.startswith(tuple(f"{t}." for t in taken)):
+            continue
+        family = find_family(module)
+        if family is not None and _layer_list(module, family) is not None:
+            taken.append(path)
+            yield path, module, family
+
+
+def _layer_list(model: nn.Module, family: Family) -> Any:
+    try:
+        return model.get_submodule(family.encoder_path(model) + family.layers)
+    except AttributeError:
+        return None
+
+
+def _layers(model: nn.Module, family: Family) -> int:
+    layers = _layer_list(model, family)
+    return sum(len(getattr(stage, "blocks", [stage])) for stage in layers)  # Swin's stages have theirs
+
+
+def _type_of(model: Any) -> str:
+    return getattr(getattr(model, "config", None), "model_type", "")
+
+
+def _role(path: str) -> str | None:
+    last = path.rpartition(".")[2]
+    return next((role for role, words in _ROLES.items() if any(word in last for word in words)), None)

@@ -1,0 +1,293 @@
+"""A smaller tower in the place of a model's own: everything else of the model is shared with it, not copied."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from ..errors import InvalidPlanError, UnsupportedModelError, UnsupportedUnitError
+from ..families.base import pair
+from ..modeling.blocks import mask_layer_norm
+from ..modeling.hosts import host_class
+from ..modeling.outer import Outer, find_outer, shapes_of
+from ..modeling.pretrained import PrunedModelMixin
+from ..plan.plan import PruningPlan
+from ..spec.towers import Tower
+from ..utils.modules import follow_sizes, get, owner, put, set_tensor
+from .cuts import Cut
+
+
+def with_tower(
+    model: Any,
+    tower: Tower,
+    small: Any,
+    width: int,
+    kept: Sequence[int] | None,
+    feature_layers: dict[str, Any] | None = None,
+) -> Any:
+    """A model with a smaller tower, and its config set to that.
+
+    Args:
+        model: the whole; it is left as it is, and shares all tensors with the result but those of the tower and of
+            what reads a narrowed tower.
+        tower: which one.
+        small: what is put in its place.
+        width: of the tower's residual stream.
+        kept: its channels that stay; None: all.
+        feature_layers: fields of the model's config that say which layers' outputs it reads, as they are now.
+
+    Raises:
+        UnsupportedModelError: the model cannot be loaded again with such a tower, or is dispatched to devices.
+        UnsupportedUnitError: ``kept``, and a module reads the stream in a way that is not known.
+    """
+    config = config_with(model.config, get(model, tower.path).config, small.config)
+    vars(config).update(feature_layers or {})
+    outer = Outer() if kept is None else _readers(model, tower, config, width, len(kept))
+    paths = [tower.path, *(name.rpartition(".")[0] for name in outer.axes), *outer.norms]
+    whole, copied = path_copy(model, paths)
+    put(whole, tower.path, small)
+    for module in copied:
+        if module.__dict__.get("config") is model.config:
+            module.config = config
+    if kept is not None:
+        _cut_readers(whole, outer, width, torch.tensor(kept))
+    twin = host_class(type(model))
+    if isinstance(small, PrunedModelMixin) and twin is not None and type(whole) is not twin:
+        config.__class__ = twin.config_class
+        config.__dict__.pop("model_type", None)
+        whole.__class__ = twin
+    _check_loads_again(whole, tower)
+    return whole
+
+
+def with_masked_tower(model: Any, tower: Tower, masked: Any, small_config: Any, plan: PruningPlan) -> Any:
+    """A model with a full-size tower that computes what the small one does; norms that read it run over what stays."""
+    norms: list[str] = []
+    width, kept = plan.source.hidden_size, plan.embedding
+    if kept is not None:
+        config = config_with(model.config, get(model, tower.path).config, small_config)
+        norms = _readers(model, tower, config, width, len(kept)).norms
+    whole, _ = path_copy(model, [tower.path, *norms])
+    put(whole, tower.path, masked)
+    for path in norms:
+        mask_layer_norm(get(whole, path), torch.tensor(kept, device=next(masked.parameters()).device))
+    return whole
+
+
+# ---------------------------------------------------------------------- which layers a model reads
+#: config fields that name hidden states of the vision tower (0 is the embedding; negative ones count from the end)
+_FEATURE_FIELDS = ("vision_feature_layer",)
+
+
+def _read_states(model: Any, layers: int) -> dict[str, list[int]]:
+    """Field -> numbers of the hidden states that it names, counted from the embedding."""
+    found = {}
+    for field in _FEATURE_FIELDS:
+        value = getattr(model.config, field, None)
+        if value is not None:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            found[field] = [v if v >= 0 else layers + 1 + v for v in values]
+    return found
+
+
+def layers_read(model: Any, tower: Tower, layers: int) -> int:
+    """How many of a tower's first layers are needed for what the model reads of it."""
+    states = [state for numbers in _read_states(model, layers).values() for state in numbers]
+    return max(states) if states and "vision" in tower.part else layers
+
+
+def kept_feature_layers(model: Any, tower: Tower, plan: PruningPlan) -> dict[str, Any]:
+    """Config fields that name hidden states, with the numbers that these have after pruning.
+
+    Raises:
+        InvalidPlanError: the plan removes a layer whose output the model reads.
+    """
+    layers, kept = len(plan.source.layers), [entry.index for entry in plan.layers]
+    if len(kept) == layers or "vision" not in tower.part:
+        return {}
+    changed: dict[str, Any] = {}
+    for field, states in _read_states(model, layers).items():
+        lost = [state - 1 for state in states if state and state - 1 not in kept]
+        if lost:
+            raise InvalidPlanError(
+                f"the plan removes layer {lost[0]} of the tower, whose output the model reads (config.{field}): keep "
+                f"it, or set config.{field} to another one first"
+            )
+        old = getattr(model.config, field)
+        numbers = old if isinstance(old, (list, tuple)) else [old]
+        new = [kept.index(state - 1) + 1 if state else 0 for state in states]
+        signed = [n - (len(kept) + 1) if o < 0 else n for n, o in zip(new, numbers, strict=True)]
+        changed[field] = signed if isinstance(old, (list, tuple)) else signed[0]
+    return changed
+
+
+def takes_pruned_towers(model: Any, tower: Tower) -> bool:
+    """Whether a model can be loaded again with a pruned tower of any shape; else it takes stock shapes only."""
+    return host_class(type(model)) is not None or not _is_stock(type(model)) or _asks_auto_classes(model, tower)
+
+
+# ---------------------------------------------------------------------- configs
+def config_with(config: Any, old: PreTrainedConfig, new: PreTrainedConfig) -> Any:
+    """A copy of a model's config with another one in the place of a tower's.
+
+    Raises:
+        UnsupportedModelError: the config does not hold the tower's.
+    """
+    changed = _config_with(config, old, new, lambda value: value is old)
+    if changed is None:  # some models build their tower from a copy of its config
+        wanted = old.to_dict()
+        changed = _config_with(config, old, new, lambda value: type(value) is type(old) and value.to_dict() == wanted)
+    if changed is None:
+        raise UnsupportedModelError(
+            f"the {type(config).__name__} does not hold the config of its {old.model_type} tower: set it to the "
+            "tower's own (model.config.<part>_config = tower.config) before pruning"
+        )
+    return changed
+
+
+def _config_with(config: Any, old: PreTrainedConfig, new: PreTrainedConfig, matches: Any) -> Any:
+    for name, value in vars(config).items():
+        if not isinstance(value, PreTrainedConfig):
+            continue
+        replacement = new if matches(value) else _config_with(value, old, new, matches)
+        if replacement is not None:
+            made = copy.copy(config)
+            made.__dict__[name] = replacement
+            return made
+    return None
+
+
+# ---------------------------------------------------------------------- copies that share
+def path_copy(model: nn.Module, paths: Iterable[str]) -> tuple[Any, list[nn.Module]]:
+    """A copy of a model that shares every module with it but those on the way to some paths.
+
+    Returns:
+        The copy, and its modules that are copies: their tensors are shared, too.
+
+    Raises:
+        UnsupportedModelError: a module on the way has a forward of its own (of accelerate's device map).
+    """
+    made = _shallow(model, "")
+    copied = {id(made): made}
+    for path in paths:
+        module = made
+        for name in path.split(".") if path else ():
+            child: Any = module._modules[name]
+            if id(child) not in copied:
+                child = _shallow(child, path)
+                copied[id(child)] = module._modules[name] = child
+            module = child
+    return made, list(copied.values())
+
+
+def _shallow(module: nn.Module, path: str) -> Any:
+    if "forward" in module.__dict__:
+        raise UnsupportedModelError(
+            f"{path or 'the model'} is dispatched over devices (device_map, or another forward in its place): load "
+            "the model without device_map to prune it"
+        )
+    made = copy.copy(module)
+    for name, value in module.__dict__.items():
+        if isinstance(value, (dict, set)):
+            made.__dict__[name] = copy.copy(value)
+    return made
+
+
+# ---------------------------------------------------------------------- readers of a narrowed tower
+def _readers(model: Any, tower: Tower, config: Any, width: int, kept: int) -> Outer:
+    try:
+        with _on_meta():
+            wide, narrow = type(model)(model.config), _as_host(type(model), config)
+            if _runs(wide, tower):
+                _run(narrow, tower)  # some models state the width of their tower a second time
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise UnsupportedUnitError(
+            f"what reads the tower of a {type(model).__name__} cannot be found, as no other one can be made from its "
+            f"config ({error}): leave the unit 'embedding' out (units=...)"
+        ) from error
+    return find_outer(model, wide, narrow, (f"{tower.path}.",), width, kept, whole=False)
+
+
+def _as_host(model_class: Any, config: Any) -> Any:
+    """A model of the class from a config whose tower may be a pruned one."""
+    twin = host_class(model_class)
+    if twin is None or twin is model_class:
+        return model_class(config)
+    config = copy.copy(config)
+    config.__class__ = twin.config_class
+    return twin(config)
+
+
+def _runs(model: Any, tower: Tower) -> bool:
+    """Whether a model on the meta device runs on images alone."""
+    if model.main_input_name != "pixel_values":
+        return False
+    try:
+        _run(model, tower)
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return True
+
+
+def _run(model: Any, tower: Tower) -> None:
+    config = get(model, tower.path).config
+    model.eval()(pixel_values=torch.empty(1, config.num_channels, *pair(config.image_size), dtype=model.dtype))
+
+
+def _cut_readers(whole: nn.Module, outer: Outer, width: int, kept: torch.Tensor) -> None:
+    for name, axes in outer.axes.items():
+        module, leaf = owner(whole, name)
+        tensor: Any = module._parameters.get(leaf, module._buffers.get(leaf))
+        copies = {axis: torch.cat([kept + width * i for i in range(tensor.shape[axis] // width)]) for axis in axes}
+        set_tensor(whole, name, Cut(name, copies).take(tensor.detach()))
+        follow_sizes(module)
+    for path in outer.norms:
+        get(whole, path).normalized_shape = (len(kept),)
+
+
+# ---------------------------------------------------------------------- loading again
+@contextlib.contextmanager
+def _on_meta() -> Iterator[None]:
+    with torch.device("meta"), no_init_weights():
+        yield
+
+
+def _is_stock(model_class: type) -> bool:
+    return model_class.__module__.startswith("transformers.")
+
+
+def _asks_auto_classes(model: Any, tower: Tower) -> bool:
+    """Whether the class makes its tower as the Auto classes say, and with it a pruned one."""
+    from_auto = model.get_submodule(tower.path)
+    return isinstance(from_auto, PrunedModelMixin)
+
+
+def _check_loads_again(whole: Any, tower: Tower) -> None:
+    """Make the model that loading makes, without weights, and compare.
+
+    Raises:
+        UnsupportedModelError: it is another one.
+    """
+    if not _is_stock(type(whole)) and host_class(type(whole)) is None:
+        return  # written by a user, whose own code makes it again
+    try:
+        with _on_meta():
+            loaded = shapes_of(type(whole)(whole.config))
+        differing = [n for n, shape in shapes_of(whole).items() if n in loaded and loaded[n] != shape]
+        differing += sorted(n for n in loaded.keys() ^ shapes_of(whole).keys() if n.startswith(f"{tower.path}."))
+        problem = f"of other tensors (first: {differing[0]})" if differing else ""
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        problem = f"not at all ({error})"
+    if problem:
+        raise UnsupportedModelError(
+            f"{type(whole).__name__} makes its tower itself, and would load this one {problem}: keep to shapes that a "
+            "stock class can hold (whole layers, or the same sizes in all layers and q/k as v), or prune the tower by "
+            f"itself (model.get_submodule({tower.path!r}))"
+        )
