@@ -28,7 +28,7 @@ def prune(
     calibration: Any = None,
     compensate: Any = "auto",
     allow_unchanged: bool = False,
-    stock: bool = True,
+    stock: bool = False,
 ) -> Any:
     """A new, physically small model: same task head, same outputs as ``mask(model, plan)``.
 
