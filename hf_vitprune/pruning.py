@@ -85,6 +85,13 @@ def _prune_part(
     whole = unwrap(model)
     alone = plan.of_part(None)
     feature_layers = kept_feature_layers(whole, tower, alone)
+    if is_peft(model):
+        if calibration is not None:
+            merged = merged_twin(model, tower.path).get_submodule(tower.path)
+            alone = compensate_plan(merged, alone, calibration, compensate)
+        made = prune_peft(model, alone, allow_unchanged=allow_unchanged, part=tower.path)
+        vars(unwrap(made).config).update(feature_layers)
+        return made
     small = prune(
         whole.get_submodule(tower.path),
         alone,
@@ -106,8 +113,8 @@ def mask(model: Any, plan: PruningPlan) -> Any:
         InvalidPlanError: the plan is for another architecture.
         AdapterError: an adapter cannot be merged.
     """
-    whole = merged_twin(model) if is_peft(model) else unwrap(model)
-    tower = find_tower(whole, plan.part)
+    tower = find_tower(model, plan.part)
+    whole = merged_twin(model, tower.path) if is_peft(model) else unwrap(model)
     if not tower.path:
         return mask_plain(whole, plan)
     alone = plan.of_part(None)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..errors import UnsupportedUnitError
+from ..surgery.composite import become_host_
 from ..surgery.cuts import Cut
 
 
@@ -45,6 +46,7 @@ def with_tower(whole: Any, small: Any, part: str) -> Any:
         )
     made = copy.deepcopy(whole, {id(tower): small, id(tower.config): small.config})
     _replace_config(made.config, tower.config, small.config)
+    become_host_(made, small)
     return made
 
 

@@ -58,13 +58,18 @@ def with_tower(
             module.config = config
     if kept is not None:
         _cut_readers(whole, outer, width, torch.tensor(kept))
-    twin = host_class(type(model))
-    if isinstance(small, PrunedModelMixin) and twin is not None and type(whole) is not twin:
-        config.__class__ = twin.config_class
-        config.__dict__.pop("model_type", None)
-        whole.__class__ = twin
+    become_host_(whole, small)
     _check_loads_again(whole, tower)
     return whole
+
+
+def become_host_(whole: Any, small: Any) -> None:
+    """Make a model that builds its towers itself, and now holds a pruned one, its twin that loads again, in place."""
+    twin = host_class(type(whole))
+    if isinstance(small, PrunedModelMixin) and twin is not None and type(whole) is not twin:
+        whole.config.__class__ = twin.config_class
+        whole.config.__dict__.pop("model_type", None)
+        whole.__class__ = twin
 
 
 def with_masked_tower(model: Any, tower: Tower, masked: Any, small_config: Any, plan: PruningPlan) -> Any:
