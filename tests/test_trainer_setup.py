@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,33 +81,6 @@ def test_a_gate_learning_rate_that_would_be_ignored_is_refused(tmp_path: Path) -
 def test_the_callback_needs_a_pruning_model(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfigError, match="get_pruning_model.*ViTForImageClassification"):
         trainer(make(VIT), tmp_path, kind=Trainer, callbacks=[PruningCallback()]).train()
-
-
-CHECKPOINTING = {"activation_checkpointing": False, "activation_checkpointing_kwargs": None}
-
-
-@pytest.mark.parametrize(
-    ("setup", "message"),
-    [
-        ({"deepspeed": "zero3.json"}, "DeepSpeed and FSDP are not supported, DDP is"),
-        ({"deepspeed_plugin": object()}, "DeepSpeed and FSDP are not supported, DDP is"),
-        ({"fsdp": True}, "DeepSpeed and FSDP are not supported, DDP is"),
-        ({"n_gpu": 2}, "DataParallel.*torchrun"),
-    ],
-)
-def test_setups_without_whole_gradients_are_refused(setup: dict[str, Any], message: str) -> None:
-    fine = {**CHECKPOINTING, "deepspeed": None, "deepspeed_plugin": None, "fsdp": None, "n_gpu": 1}
-    state = SimpleNamespace(max_steps=1)
-    PruningCallback().on_train_begin(SimpleNamespace(**fine), state, None, model=gated())
-    with pytest.raises(InvalidConfigError, match=message):
-        PruningCallback().on_train_begin(SimpleNamespace(**{**fine, **setup}), state, None, model=gated())
-
-
-def test_fsdp_of_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    args = SimpleNamespace(**CHECKPOINTING, deepspeed=None, fsdp=None, n_gpu=1)
-    with pytest.raises(InvalidConfigError, match="FSDP"):
-        PruningCallback().on_train_begin(args, None, None, model=gated())
 
 
 class NoLabels(Images):

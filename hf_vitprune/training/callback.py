@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from ..errors import InvalidConfigError
 from ..methods import PruningMethod, Stage
 from ..utils.batches import ImageBatches
 from .model import PruningModel
+from .setup import check_model, check_setup
 
 logger = logging.get_logger(__name__)
 
@@ -55,6 +55,7 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         method = pruning_model_of(model).method
         check_setup(args)
+        check_model(model)
         model.guided = True
         _check_checkpointing(args, model)
         self._check_clipping(args, method)
@@ -176,25 +177,6 @@ def pruning_model_of(model: Any) -> PruningModel:
             f"PruningCallback works on get_pruning_model(model, config), not on the Trainer's {type(model).__name__}"
         )
     return model
-
-
-def check_setup(args: TrainingArguments) -> None:
-    """Gates need whole gradients on every process, and one model for each.
-
-    Raises:
-        InvalidConfigError: naming what to use instead.
-    """
-    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
-    if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None or args.fsdp or by_launcher:
-        raise InvalidConfigError(
-            "pruning needs whole gradients on every process: DeepSpeed and FSDP are not supported, DDP is (torchrun "
-            "or accelerate launch without deepspeed and fsdp)"
-        )
-    if args.n_gpu > 1:
-        raise InvalidConfigError(
-            "pruning does not work in one process with several GPUs (DataParallel): start one process for each with "
-            "torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
-        )
 
 
 def _check_checkpointing(args: TrainingArguments, model: PruningModel) -> None:

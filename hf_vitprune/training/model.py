@@ -24,6 +24,7 @@ from ..utils.processes import broadcast
 from .checkpoints import Checkpoints
 from .exporting import export_plan
 from .forward import class_with, signature_of, takes_loss_kwargs
+from .setup import check_model
 
 
 def get_pruning_model(model: Any, config: PruningConfig) -> PruningModel:
@@ -36,9 +37,11 @@ def get_pruning_model(model: Any, config: PruningConfig) -> PruningModel:
     Raises:
         UnsupportedModelError: no family is registered for the model.
         AdapterError: the model's adapters cannot be carried over to a pruned one.
-        InvalidConfigError: the config is no pruning config.
+        InvalidConfigError: the config is no pruning config; the model is in a wrapper (DataParallel, an engine), or
+            its parameters are spread over processes in a way that cannot be pruned.
         UnreachableTargetError: the target lies under what the settings allow.
     """
+    check_model(model)
     if isinstance(model, PruningModel):
         raise InvalidConfigError("the model is a PruningModel already; unload() or export() it first")
     return PruningModel(model, config)

@@ -20,9 +20,10 @@ from ..methods import Stage
 from ..spec.architecture import unwrap
 from ..surgery.gates import strip_gates
 from ..utils.upload import upload
-from .callback import PruningCallback, check_setup, pruning_model_of
+from .callback import PruningCallback, pruning_model_of
 from .model import PruningModel
 from .resume import enable_exact_resume
+from .setup import check_setup
 
 
 class PruningTrainer(Trainer):

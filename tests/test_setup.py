@@ -1,0 +1,140 @@
+"""Models and environments that are spread over processes, noticed where a PruningModel is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import distribute_tensor
+
+from hf_vitprune import PruningCallback, VTPConfig, get_pruning_model
+from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune.utils.sharding import sharding_of
+from pruning_runs import VIT, gated
+from tiny import make
+
+CONFIG = VTPConfig(pruning_ratio=0.4)
+ARGUMENTS = {
+    "activation_checkpointing": False, "activation_checkpointing_kwargs": None, "deepspeed": None,
+    "deepspeed_plugin": None, "fsdp": None, "n_gpu": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Any]:
+    """A process group of one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def begin(model: Any, **changes: Any) -> None:
+    args = SimpleNamespace(**{**ARGUMENTS, **changes})
+    PruningCallback().on_train_begin(args, SimpleNamespace(max_steps=1), None, model=model)
+
+
+def refused(model: Any, message: str) -> None:
+    """As it is, and where a PruningModel was made before."""
+    with pytest.raises(InvalidConfigError, match=message):
+        get_pruning_model(model, CONFIG)
+    late = gated()
+    late.model = model
+    with pytest.raises(InvalidConfigError, match=message):
+        begin(late)
+
+
+def test_whole_models_pass() -> None:
+    assert sharding_of(make(VIT)) is None
+    begin(gated())
+
+
+def test_fsdp1(alone: Any) -> None:
+    model = make(VIT)
+    model.vit.layers[0] = FullyShardedDataParallel(model.vit.layers[0], device_id=torch.device("cpu"))
+    assert sharding_of(model) == "fsdp1"
+    refused(model, "FSDP.*DDP")
+
+
+def test_fsdp2(alone: Any) -> None:
+    model = make(VIT)
+    for layer in model.vit.layers:
+        fully_shard(layer, mesh=alone)
+    assert sharding_of(model) == "fsdp2"
+    refused(model, "FSDP.*DDP")
+
+
+def test_tensor_parallel(alone: Any) -> None:
+    model = make(VIT)
+    linear = model.vit.layers[0].mlp.fc1
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.data, alone))
+    assert sharding_of(model) == "tensor_parallel"
+    refused(model, "load it whole")
+
+
+def test_zero3() -> None:
+    model = make(VIT)
+    model.classifier.weight.ds_id = 0
+    assert sharding_of(model) == "zero3"
+    refused(model, "DeepSpeed.*ZeRO-3")
+
+
+class DeepSpeedEngine(nn.Module):
+    __module__ = "deepspeed.runtime.engine"
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "message"),
+    [
+        (lambda model: nn.DataParallel(model), "DataParallel.*model.module"),
+        (lambda model: DeepSpeedEngine(), "DeepSpeed.*engine.module"),
+    ],
+)
+def test_wrapped_models(wrapped: Any, message: str) -> None:
+    refused(wrapped(make(VIT)), message)
+
+
+def test_ddp(alone: Any) -> None:
+    refused(nn.parallel.DistributedDataParallel(make(VIT)), "in a DistributedDataParallel.*model.module")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed.*DDP"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP.*DDP"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, "tensor, expert"),
+    ],
+)
+def test_what_only_the_environment_says(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = gated()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidConfigError, match=message):
+        get_pruning_model(make(VIT), CONFIG)
+    with pytest.raises(InvalidConfigError, match=message):
+        begin(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"deepspeed": "zero3.json"}, "DeepSpeed.*DDP"),
+        ({"deepspeed_plugin": object()}, "DeepSpeed.*DDP"),
+        ({"fsdp": True}, "FSDP.*DDP"),
+        ({"parallelism_config": SimpleNamespace(tp_size=2)}, "tensor, expert"),
+        ({"n_gpu": 2}, "DataParallel.*torchrun"),
+    ],
+)
+def test_arguments(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidConfigError, match=message):
+        begin(gated(), **changes)
