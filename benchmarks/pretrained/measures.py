@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from typing import Any
 
 import torch
@@ -59,6 +61,20 @@ def saliency(decoder: Decoder, dense: torch.Tensor, small: torch.Tensor, size: t
     one, other = (values - values.mean(1, keepdim=True) for values in (one, other))
     correlation = nn.functional.cosine_similarity(one, other, dim=1)
     return float(overlap.double().mean()), float(correlation.mean())
+
+
+@torch.no_grad()
+def latency(dense: Any, small: Any, pixels: torch.Tensor, rounds: int = 9) -> float:
+    """Time of a batch in the small tower, relative to the dense one's: median over rounds in which they take turns."""
+    ratios = []
+    for turn in range(rounds + 1):
+        seconds = []
+        for model in (dense, small):
+            start = time.perf_counter()
+            model(pixel_values=pixels)
+            seconds.append(time.perf_counter() - start)
+        ratios += [seconds[1] / seconds[0]] if turn else []  # the first round warms up
+    return statistics.median(ratios)
 
 
 def judged(small: Any, decoder: Decoder, split: Split, dense: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:

@@ -20,18 +20,18 @@ def scored(model: Any, images: torch.Tensor) -> OneShotScores:
     return OneShotScores.measure(model, images, OneShotSettings(images=None, statistics=False))
 
 
-def one_shot(scores: Callable[[], OneShotScores], round_to: int) -> Method:
+def one_shot(scores: Callable[[], OneShotScores], round_to: int, settings: Compensation) -> Method:
     """Sizes by the scores, then compensation."""
 
     def method(model: Any, images: torch.Tensor, target: float, size: int) -> Any:
         plan = scores().plan(target, image_size=size, round_to=round_to)
-        return prune(model, plan, calibration=images, compensate=Compensation(images=None))
+        return prune(model, plan, calibration=images, compensate=settings)
 
     return method
 
 
-def magnitude(compensated: bool, round_to: int) -> Method:
-    """Units with the smallest weights of every set; then compensation, or slices as they are."""
+def magnitude(settings: Compensation | None, round_to: int) -> Method:
+    """Units with the smallest weights of every set; then compensation, or slices as they are for None."""
 
     def method(model: Any, images: torch.Tensor, target: float, size: int) -> Any:
         plan = PruningPlan.from_scores(
@@ -43,33 +43,39 @@ def magnitude(compensated: bool, round_to: int) -> Method:
             round_to=round_to,
             image_size=size,
         )
-        if not compensated:
+        if settings is None:
             return prune(model, plan)
-        return prune(model, plan, calibration=images, compensate=Compensation(images=None))
+        return prune(model, plan, calibration=images, compensate=settings)
 
     return method
 
 
-def depth(model: Any, images: torch.Tensor, target: float, size: int) -> Any:
+def depth(settings: Compensation) -> Method:
     """The first layers, as many as the target allows; the last of them takes over what it can of those above."""
-    source = Architecture.of(model)
-    most = target * count(source, image_size=size).macs
-    for kept in range(len(source.layers) - 1, 0, -1):
-        plan = PruningPlan.dense(model).keep_layers(range(kept))
-        if count(plan.architecture, image_size=size).macs <= most:
-            return prune(model, plan, calibration=images, compensate=Compensation(images=None))
-    raise UnreachableTargetError(f"one layer costs more than {target} of the MACs")
+
+    def method(model: Any, images: torch.Tensor, target: float, size: int) -> Any:
+        source = Architecture.of(model)
+        most = target * count(source, image_size=size).macs
+        for kept in range(len(source.layers) - 1, 0, -1):
+            plan = PruningPlan.dense(model).keep_layers(range(kept))
+            if count(plan.architecture, image_size=size).macs <= most:
+                return prune(model, plan, calibration=images, compensate=settings)
+        raise UnreachableTargetError(f"one layer costs more than {target} of the MACs")
+
+    return method
 
 
-def methods(scores: Callable[[], OneShotScores], round_to: int) -> dict[str, Method]:
+def methods(scores: Callable[[], OneShotScores], round_to: int, ridge: float) -> dict[str, Method]:
     """All of them, by name.
 
     Args:
         scores: gives the one-shot scores.
+        ridge: of compensation.
     """
+    settings = Compensation(images=None, ridge=ridge)
     return {
-        "one-shot": one_shot(scores, round_to),
-        "magnitude, compensated": magnitude(True, round_to),
-        "magnitude": magnitude(False, round_to),
-        "depth, compensated": depth,
+        "one-shot": one_shot(scores, round_to, settings),
+        "magnitude, compensated": magnitude(settings, round_to),
+        "magnitude": magnitude(None, round_to),
+        "depth, compensated": depth(settings),
     }

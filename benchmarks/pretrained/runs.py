@@ -14,7 +14,7 @@ import torch
 from hf_vitprune import count
 
 from .drawings import Split
-from .measures import features, judged
+from .measures import features, judged, latency
 from .methods import methods, scored
 from .tower import Decoder, agreement
 
@@ -38,23 +38,29 @@ def rows(
     split: Split,
     wanted: Sequence[str],
     targets: Sequence[float],
-    round_to: int,
-    draw: int,
+    told: dict[str, Any],
     output: Path,
 ) -> Iterator[dict[str, Any]]:
-    """Results of every method at every target, the dense tower first; files that are there are read."""
+    """Results of every method at every target, the dense tower first; files that are there are read.
+
+    Args:
+        told: ``part`` and ``draw`` of the split, ``round`` (kept channels) and ``ridge`` (compensation).
+    """
     output.mkdir(parents=True, exist_ok=True)
     size, images = split.queries.pixels.shape[-1], split.calibration.pixels
     dense, whole = None, count(model, image_size=size).macs
-    known = methods(functools.cache(lambda: scored(model, images)), round_to)
+    known = methods(functools.cache(lambda: scored(model, images)), told["round"], told["ridge"])
     for method, target in [("dense", 1.0), *((name, share) for name in wanted for share in targets)]:
-        name = f"{method}, {target}, {len(images)} images of {size}, round {round_to}, draw {draw}".replace(" ", "_")
-        path = output / f"{name}.json"
+        seen = f"{len(images)} images of {size}, {len(split.queries.labels)} queries"
+        name = ", ".join([method, str(target), seen, *(f"{key} {value}" for key, value in told.items())])
+        path = output / f"{name.replace(' ', '_')}.json"
         if not path.exists():
             dense = dense or (features(model, split.gallery.pixels), features(model, split.queries.pixels))
             start = time.perf_counter()
             small = model if method == "dense" else known[method](model, images, target, size)
-            row = {"method": method, "target": target, "images": len(images), "size": size, "draw": draw}
+            row = {"method": method, "target": target, "images": len(images), "size": size, **told}
             row |= {"macs": count(small, image_size=size).macs / whole, "seconds": time.perf_counter() - start}
-            path.write_text(json.dumps(row | judged(small, decoder, split, dense), indent=1))
+            row |= judged(small, decoder, split, dense)
+            row["latency"] = latency(model, small, split.queries.pixels[:8])
+            path.write_text(json.dumps(row, indent=1))
         yield json.loads(path.read_text())
