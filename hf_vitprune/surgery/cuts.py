@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from ..errors import InvalidPlanError
 from ..families import LayerPaths
 from ..modeling.structure import layer_paths
-from ..plan.layer_plan import PAD, LayerPlan
+from ..plan.layer_plan import PAD
 from ..plan.plan import PruningPlan
+from ..spec.units import Axis, set_name, unit_table
 
 
 @dataclass
@@ -106,8 +107,9 @@ def find_cuts(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan)
             cuts[name] = Cut(source)
             if layer is None and plan.embedding is not None:
                 _cut_embedding(cuts[name], shapes[source], tensor.shape, plan)
-    for entry, new, old in zip(plan.layers, small_paths, (source_paths[e.index] for e in plan.layers), strict=True):
-        _cut_layer(cuts, entry, new, old, plan)
+    table = unit_table(plan.architecture, small_paths, cuts.keys())
+    for j, paths in enumerate(small_paths):
+        _cut_layer(cuts, j, paths, table, plan)
     return cuts
 
 
@@ -120,42 +122,40 @@ def _cut_embedding(cut: Cut, full: torch.Size, small: torch.Size, plan: PruningP
             cut.index[axis] = torch.cat([kept + width * i for i in range(before // width)])
 
 
-def _cut_layer(cuts: dict[str, Cut], entry: LayerPlan, new: LayerPaths, old: LayerPaths, plan: PruningPlan) -> None:
+def _cut_layer(
+    cuts: dict[str, Cut], j: int, paths: LayerPaths, table: dict[str, list[Axis]], plan: PruningPlan
+) -> None:
+    """Cuts of the tensors of one layer: what stays of every set of units, along every axis that carries it.
+
+    Args:
+        j: number of the layer in the small model.
+        table: of the small model.
+    """
+    entry = plan.layers[j]
     source = plan.source.layers[entry.index]
-
-    def cut(path: str, axis: int, index: torch.Tensor | None, scale: tuple[float, ...] | None = None) -> None:
-        for suffix in ("weight", "bias", "lambda1"):
-            name = f"{path}.{suffix}"
-            if name in cuts and not (axis == 1 and suffix != "weight"):
-                if index is not None:
-                    cuts[name].index[axis] = index
-                if scale is not None:
-                    cuts[name].scale[axis] = torch.tensor(scale, dtype=torch.float64)
-
-    kept = None if plan.embedding is None else torch.tensor(plan.embedding)
-    norms = [new.norm1, new.norm2, new.scale1, new.scale2, new.o, new.fc2]
-    for path in norms:
-        if path is not None and kept is not None:
-            cut(path, 0, kept)
-    if source.kernel and kept is not None:
-        cut(f"{new.attention}.conv", 1, kept)
+    kept: dict[str, torch.Tensor] = {}
     if entry.mixer == "attention":
-        inputs = kept if entry.attention_in is None else torch.tensor(entry.attention_in)
-        qk = _rows(entry.heads, entry.qk, source.qk_dim)
-        v = _rows(entry.heads, entry.v, source.v_dim)
-        for path, rows in ((new.q, qk), (new.k, qk), (new.v, v)):
-            cut(path, 0, rows)
-            cut(path, 1, inputs, entry.scales.get("attention_in"))
-        cut(new.o, 1, v, entry.scales.get("v"))
-        if new.bias_table:
-            cuts[new.bias_table].index[1] = torch.tensor(entry.heads)
+        # of a head, its channels are kept one by one; what is left of the set are tensors with one value a head
+        kept["heads"] = torch.tensor(entry.heads)
+        kept["qk"] = _rows(entry.heads, entry.qk, source.qk_dim)
+        kept["v"] = _rows(entry.heads, entry.v, source.v_dim)
     if entry.mlp:
-        neurons = torch.tensor(entry.mlp)
-        inputs = kept if entry.mlp_in is None else torch.tensor(entry.mlp_in)
-        for path in new.fc1:
-            cut(path, 0, neurons)
-            cut(path, 1, inputs, entry.scales.get("mlp_in"))
-        cut(new.fc2, 1, neurons, entry.scales.get("mlp"))
+        kept["mlp"] = torch.tensor(entry.mlp)
+    for unit, index in kept.items():
+        for axis in table[set_name(unit, j)]:
+            cuts[axis.tensor].index[axis.axis] = index
+    if plan.embedding is not None:
+        for axis in table["embedding"]:
+            if axis.layer == j:
+                cuts[axis.tensor].index[axis.axis] = torch.tensor(plan.embedding)
+    readers = {"attention_in": (paths.q, paths.k, paths.v), "v": (paths.o,), "mlp_in": paths.fc1, "mlp": (paths.fc2,)}
+    for name, linears in readers.items():
+        inputs, factors = getattr(entry, name) if name.endswith("_in") else None, entry.scales.get(name)
+        for cut in (cuts[f"{linear}.weight"] for linear in linears if f"{linear}.weight" in cuts):
+            if inputs is not None:
+                cut.index[1] = torch.tensor(inputs)
+            if factors is not None:
+                cut.scale[1] = torch.tensor(factors, dtype=torch.float64)
 
 
 def _rows(heads: tuple[int, ...], channels: tuple[tuple[int, ...], ...], size: int) -> torch.Tensor:
