@@ -323,7 +323,7 @@ def test_low_rank_adapters(tmp_path: Path) -> None:
 
 
 def test_vtp_prunes_the_rest() -> None:
-    pm = get_pruning_model(hybrid(VIT_CASE), VTPConfig(pruning_ratio=0.5, round_to=1))
+    pm = scatter_scores(get_pruning_model(hybrid(VIT_CASE), VTPConfig(pruning_ratio=0.5, round_to=1)))
     small = pm.export()
     shapes = Architecture.of(small).layers
     assert [shape.mixer for shape in shapes] == ["conv3x3", "conv1x1", "attention", "identity"]

@@ -141,7 +141,7 @@ class Layer:
     def trace(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """What ``q``, ``o`` and ``fc2`` read in one run of the layer, as the methods here give it, and its ``out``."""
         seen: dict[str, torch.Tensor] = {}
-        parts = [part for part in ("q", "o", "fc2") if self._has(part)]
+        parts = [part for part in ("q", "o", "fc2") if self.has(part)]
         handles = [
             self.part(part).register_forward_pre_hook(lambda _, args, part=part: seen.update({part: args[0]}))
             for part in parts
@@ -155,7 +155,7 @@ class Layer:
             seen["o"] = self._reordered(seen["o"], hidden)
         return seen
 
-    def _has(self, part: str) -> bool:
+    def has(self, part: str) -> bool:
         try:
             self.part(part)
         except AttributeError:  # a removed branch, or another mixer

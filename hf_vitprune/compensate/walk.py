@@ -57,7 +57,7 @@ class Walk:
                 hidden = self.bridge(below, hidden)
             out = layer.run(hidden)
             steps = hidden
-            if shape.mixer == "attention":
+            if shape.mixer == "attention" and layer.has("q"):  # a masked model may have another mixer there
                 steps = layer.past("o", hidden, layer.context(hidden))
             elif shape.mixer != "none":
                 steps = layer.after_attention(hidden)

@@ -50,7 +50,7 @@ def towers(model: Any) -> dict[str, Tower]:
     """
     model = unwrap(model)
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"expected a transformers model, got {type(model).__name__}")
+        family_of(model)  # says what is supported
     if stands_alone(model):
         family = family_of(model)
         return {"vision": Tower("vision", "", family.model_type, _layers(model, family))}
@@ -81,7 +81,8 @@ def find_tower(model: Any, part: str | None = None) -> Tower:
     name = type(base).__name__
     if not found:
         looked = sorted({_type_of(m) for m in base.modules() if isinstance(m, PreTrainedModel)} - {""})
-        family_of(base) if len(looked) < 2 else None  # says what is supported
+        if len(looked) < 2:
+            family_of(base)  # says what is supported
         raise UnsupportedModelError(
             f"{name} holds no encoder of a registered family; looked at models of type {', '.join(looked)}. Register "
             "your own with hf_vitprune.register_family"
