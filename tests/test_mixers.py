@@ -23,6 +23,7 @@ from hf_vitprune.pruning import mask, prune
 from hf_vitprune.spec.architecture import Architecture
 from hf_vitprune.surgery.transplant import empty_like
 from plans import aligned
+from pruning_runs import scatter_scores
 from tiny import (
     CASES,
     CLASSIFIERS,
