@@ -10,7 +10,6 @@ from typing import Any
 
 from .compensate import compensate_plan
 from .errors import InvalidConfigError, InvalidPlanError, NativeExportError
-from .modeling import config_for
 from .modeling.native import make_stock_
 from .modeling.peft_twin import is_peft, merged_twin
 from .peft import prune_peft
@@ -18,7 +17,7 @@ from .plan.plan import PruningPlan
 from .spec.architecture import unwrap
 from .spec.towers import Tower, find_tower
 from .surgery.composite import kept_feature_layers, layers_read, with_masked_tower, with_tower
-from .surgery.transplant import mask_plain, prune_plain
+from .surgery.transplant import empty_like, mask_plain, prune_plain
 
 
 def prune(
@@ -120,8 +119,7 @@ def mask(model: Any, plan: PruningPlan) -> Any:
     alone = plan.of_part(None)
     module = whole.get_submodule(tower.path)
     kept_feature_layers(whole, tower, alone)  # refuses what prune refuses
-    small_config = config_for(alone.architecture, module.config)
-    return with_masked_tower(whole, tower, mask_plain(module, alone), small_config, alone)
+    return with_masked_tower(whole, tower, mask_plain(module, alone), empty_like(module, alone).config, alone)
 
 
 def truncate(model: Any, k: int | str, part: str | None = None) -> Any:

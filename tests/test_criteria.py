@@ -11,8 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import CLIPModel
 
-from hf_vitprune import criteria
+from hf_vitprune import PruningPlan, criteria
 from hf_vitprune.criteria import UnitScores
 from hf_vitprune.criteria.batches import batches_of
 from hf_vitprune.errors import InvalidDataError, MissingLabelsError, ScoresError, UnsupportedModelError
@@ -183,6 +184,31 @@ def test_adapters_are_merged_and_stay() -> None:
             torch.testing.assert_close(values, merged[name][part], rtol=1e-4, atol=1e-6)
         if name != "random":
             assert not torch.allclose(scored[name]["layer 0 mlp"], plain[name]["layer 0 mlp"])
+
+
+def test_towers_of_bigger_models_are_scored() -> None:
+    model = CLIPModel(make("CLIPForImageClassification").config).eval()
+    texts = torch.randint(3, 40, (2, 5))
+    batch = {"pixel_values": images(2), "input_ids": texts, "attention_mask": torch.ones_like(texts)}
+
+    def contrast(whole: Any, batch: Any) -> torch.Tensor:
+        return whole(**batch, return_loss=True).loss
+
+    vision = {
+        "magnitude": criteria.magnitude(model, part="vision"),
+        "activation": criteria.activation(model, images(2), part="vision"),
+        "taylor": criteria.taylor(model, [batch], contrast, part="vision"),
+        "random": criteria.random(model, part="vision"),
+    }
+    alone = criteria.magnitude(model.vision_model)
+    assert all(torch.equal(alone[name], vision["magnitude"][name]) for name in alone)
+    contrast(model, batch).backward()
+    weight = model.vision_model.encoder.layers[0].mlp.fc1.weight
+    products = (weight * weight.grad).abs().sum(1)
+    assert vision["taylor"]["layer 0 mlp"].sum() > products.sum() > 0
+    for scores in vision.values():
+        plan = PruningPlan.from_scores(model, scores, ratio=0.5, units=["mlp"], part="vision")
+        assert plan.part == "vision" and len(plan.layers[0].mlp) < 48
 
 
 # ---------------------------------------------------------------------- the object

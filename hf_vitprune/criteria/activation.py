@@ -29,6 +29,8 @@ def activation(model: Any, images: Any, part: str | None = None) -> UnitScores:
         model: stock or pruned transformers model, or a PeftModel over one (active adapters merged).
         images: an iterable of batches, a DataLoader, or anything that ``ImageBatches`` takes; labels are not looked
             at.
+        part: which tower of a bigger model (see :func:`hf_vitprune.towers`), which runs by itself; its only one by
+            default.
 
     Raises:
         UnsupportedModelError: no family is registered for the model.

@@ -14,6 +14,7 @@ def magnitude(model: Any, part: str | None = None) -> UnitScores:
 
     Args:
         model: stock or pruned transformers model, or a PeftModel over one (its active adapters count).
+        part: which tower of a bigger model (see :func:`hf_vitprune.towers`); its only one by default.
 
     Raises:
         UnsupportedModelError: no family is registered for the model.

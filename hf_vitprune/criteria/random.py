@@ -19,6 +19,7 @@ def random(model: Any, seed: int = 0, units: Collection[str] | None = None, part
         model: a model, or its Architecture: weights are not looked at.
         seed: of the draw.
         units: draw for these units only (``heads``, ``qk``, ``v``, ``mlp``, ``embedding``, ``layers``); None: all.
+        part: which tower of a bigger model (see :func:`hf_vitprune.towers`); its only one by default.
 
     Raises:
         UnsupportedModelError: no family is registered for the model.

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import MissingLabelsError, UnsupportedModelError
-from ..spec.architecture import task_of
+from ..modeling.peft_twin import is_peft, merged_twin
+from ..spec.architecture import task_of, unwrap
 from ..utils.batches import run_images
 from ..utils.modes import evaluating
 from .batches import batches_of
@@ -32,8 +33,9 @@ def taylor(model: Any, batches: Any, loss: Loss | None = None, part: str | None 
         model: an image classifier, stock or pruned, or a PeftModel over one (active adapters merged).
         batches: labelled: an iterable of batches, a DataLoader, or anything that ``ImageBatches`` takes, 64 a batch.
             Their size matters: small ones see more of what differs between images.
-        loss: (model, batch) -> scalar, for models without labels or with a loss of their own. By default the loss that
-            the classifier is trained with.
+        loss: (model, batch) -> scalar, for models without labels or with a loss of their own; ``model`` is the whole
+            one. By default the loss that the classifier is trained with.
+        part: which tower of a bigger model (see :func:`hf_vitprune.towers`); its only one by default.
 
     Raises:
         UnsupportedModelError: no family is registered for the model, or it is no classifier and there is no ``loss``.
@@ -41,7 +43,8 @@ def taylor(model: Any, batches: Any, loss: Loss | None = None, part: str | None 
         InvalidDataError: there are no images, or they cannot be read.
         ScoresError: a gradient is not finite.
     """
-    base, architecture, paths = model_to_score(model, part)
+    whole = merged_twin(model) if is_peft(model) else unwrap(model)
+    base, architecture, paths = model_to_score(whole, part)
     if loss is None and not task_of(base).startswith("ForImageClassification"):
         raise UnsupportedModelError(
             f"{type(base).__name__} is no image classifier: pass loss=, a function of (model, batch)"
@@ -50,10 +53,10 @@ def taylor(model: Any, batches: Any, loss: Loss | None = None, part: str | None 
     sums = UnitSums(architecture, paths, weights)
     device = next(base.parameters()).device
     images = count = 0
-    with evaluating(base), _trainable(base), torch.enable_grad():
+    with evaluating(whole), _trainable(base), torch.enable_grad():
         for batch in batches_of(batches):
             on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            value = (loss or _classification_loss)(base, on_device)
+            value = (loss or _classification_loss)(whole, on_device)
             gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
             size = len(batch["pixel_values"])
             images, count = images + size, count + 1

@@ -61,7 +61,8 @@ def find_outer(
             norm on it; it is named.
     """
     before, after = shapes_of(wide), shapes_of(narrow)
-    different = sorted(name for name in before.keys() ^ after.keys() if not name.endswith("input_index"))
+    others = (name for name in before.keys() ^ after.keys() if not name.startswith(layers))
+    different = sorted(name for name in others if not name.endswith("input_index"))
     if different:
         raise UnsupportedUnitError(
             f"a {type(model).__name__} has other modules at another width (first: {different[0]}): leave the unit "
@@ -95,6 +96,10 @@ def find_outer(
     return found
 
 
+#: kind of module -> the axis of its weight that its inputs are on
+_INPUTS = {nn.Linear: (1,), nn.Conv2d: (1,), nn.ConvTranspose2d: (0,)}
+
+
 def _add_reader(found: Outer, model: nn.Module, name: str, axes: tuple[int, ...]) -> None:
     """A tensor of a bigger model that follows the width of its tower: of what reads the stream, or of a norm on it.
 
@@ -106,7 +111,7 @@ def _add_reader(found: Outer, model: nn.Module, name: str, axes: tuple[int, ...]
     if isinstance(module, nn.LayerNorm):
         if path not in found.norms:
             found.norms.append(path)
-    elif leaf != "weight" or axes != (1,) or not isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+    elif leaf != "weight" or axes != _INPUTS.get(type(module)):
         raise UnsupportedUnitError(
             f"{path} follows the width of the tower in another way than by reading it ({type(module).__name__}."
             f"{leaf}): leave the unit 'embedding' out (units=...)"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..errors import InvalidPlanError, UnsupportedModelError, UnsupportedUnitError
@@ -35,8 +36,8 @@ def with_tower(
     """A model with a smaller tower, and its config set to that.
 
     Args:
-        model: the whole; it is left as it is, and shares all tensors with the result but those of the tower and of
-            what reads a narrowed tower.
+        model: the whole, or a torch module of the user's; it is left as it is, and shares all tensors with the result
+            but those of the tower and of what reads a narrowed tower.
         tower: which one.
         small: what is put in its place.
         width: of the tower's residual stream.
@@ -47,14 +48,16 @@ def with_tower(
         UnsupportedModelError: the model cannot be loaded again with such a tower, or is dispatched to devices.
         UnsupportedUnitError: ``kept``, and a module reads the stream in a way that is not known.
     """
-    config = config_with(model.config, get(model, tower.path).config, small.config)
-    vars(config).update(feature_layers or {})
+    config = None
+    if isinstance(model, PreTrainedModel):
+        config = config_with(model.config, get(model, tower.path).config, small.config)
+        vars(config).update(feature_layers or {})
     outer = Outer() if kept is None else _readers(model, tower, config, width, len(kept))
     paths = [tower.path, *(name.rpartition(".")[0] for name in outer.axes), *outer.norms]
     whole, copied = path_copy(model, paths)
     put(whole, tower.path, small)
     for module in copied:
-        if module.__dict__.get("config") is model.config:
+        if config is not None and module.__dict__.get("config") is model.config:
             module.config = config
     if kept is not None:
         _cut_readers(whole, outer, width, torch.tensor(kept))
@@ -77,12 +80,15 @@ def with_masked_tower(model: Any, tower: Tower, masked: Any, small_config: Any, 
     norms: list[str] = []
     width, kept = plan.source.hidden_size, plan.embedding
     if kept is not None:
-        config = config_with(model.config, get(model, tower.path).config, small_config)
+        config = None
+        if isinstance(model, PreTrainedModel):
+            config = config_with(model.config, get(model, tower.path).config, small_config)
         norms = _readers(model, tower, config, width, len(kept)).norms
     whole, _ = path_copy(model, [tower.path, *norms])
     put(whole, tower.path, masked)
     for path in norms:
-        mask_layer_norm(get(whole, path), torch.tensor(kept, device=next(masked.parameters()).device))
+        norm, channels = get(whole, path), torch.tensor(kept, device=next(masked.parameters()).device)
+        mask_layer_norm(norm, _side_by_side(channels, width, norm.normalized_shape[0]))
     return whole
 
 
@@ -95,7 +101,7 @@ def _read_states(model: Any, layers: int) -> dict[str, list[int]]:
     """Field -> numbers of the hidden states that it names, counted from the embedding."""
     found = {}
     for field in _FEATURE_FIELDS:
-        value = getattr(model.config, field, None)
+        value = getattr(getattr(model, "config", None), field, None)
         if value is not None:
             values = value if isinstance(value, (list, tuple)) else [value]
             found[field] = [v if v >= 0 else layers + 1 + v for v in values]
@@ -131,11 +137,6 @@ def kept_feature_layers(model: Any, tower: Tower, plan: PruningPlan) -> dict[str
         signed = [n - (len(kept) + 1) if o < 0 else n for n, o in zip(new, numbers, strict=True)]
         changed[field] = signed if isinstance(old, (list, tuple)) else signed[0]
     return changed
-
-
-def takes_pruned_towers(model: Any, tower: Tower) -> bool:
-    """Whether a model can be loaded again with a pruned tower of any shape; else it takes stock shapes only."""
-    return host_class(type(model)) is not None or not _is_stock(type(model)) or _asks_auto_classes(model, tower)
 
 
 # ---------------------------------------------------------------------- configs
@@ -207,6 +208,11 @@ def _shallow(module: nn.Module, path: str) -> Any:
 
 # ---------------------------------------------------------------------- readers of a narrowed tower
 def _readers(model: Any, tower: Tower, config: Any, width: int, kept: int) -> Outer:
+    if config is None:
+        raise UnsupportedUnitError(
+            f"what reads the tower of a {type(model).__name__} is not known, and it is no transformers model: leave "
+            "the unit 'embedding' out (units=...)"
+        )
     try:
         with _on_meta():
             wide, narrow = type(model)(model.config), _as_host(type(model), config)
@@ -231,9 +237,7 @@ def _as_host(model_class: Any, config: Any) -> Any:
 
 
 def _runs(model: Any, tower: Tower) -> bool:
-    """Whether a model on the meta device runs on images alone."""
-    if model.main_input_name != "pixel_values":
-        return False
+    """Whether a model on the meta device runs on an image, and two words where it takes any."""
     try:
         _run(model, tower)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
@@ -243,18 +247,24 @@ def _runs(model: Any, tower: Tower) -> bool:
 
 def _run(model: Any, tower: Tower) -> None:
     config = get(model, tower.path).config
-    model.eval()(pixel_values=torch.empty(1, config.num_channels, *pair(config.image_size), dtype=model.dtype))
+    taken = inspect.signature(model.forward).parameters
+    words = {name: torch.zeros(1, 2, dtype=torch.long) for name in ("input_ids", "decoder_input_ids") if name in taken}
+    images = torch.empty(1, config.num_channels, *pair(config.image_size), dtype=model.dtype)
+    model.eval()(pixel_values=images, **words)
+
+
+def _side_by_side(kept: torch.Tensor, width: int, length: int) -> torch.Tensor:
+    """Indices of the kept channels where the stream stands several times side by side (features of several layers)."""
+    return torch.cat([kept + width * i for i in range(length // width)])
 
 
 def _cut_readers(whole: nn.Module, outer: Outer, width: int, kept: torch.Tensor) -> None:
     for name, axes in outer.axes.items():
         module, leaf = owner(whole, name)
         tensor: Any = module._parameters.get(leaf, module._buffers.get(leaf))
-        copies = {axis: torch.cat([kept + width * i for i in range(tensor.shape[axis] // width)]) for axis in axes}
+        copies = {axis: _side_by_side(kept, width, tensor.shape[axis]) for axis in axes}
         set_tensor(whole, name, Cut(name, copies).take(tensor.detach()))
         follow_sizes(module)
-    for path in outer.norms:
-        get(whole, path).normalized_shape = (len(kept),)
 
 
 # ---------------------------------------------------------------------- loading again
@@ -266,12 +276,6 @@ def _on_meta() -> Iterator[None]:
 
 def _is_stock(model_class: type) -> bool:
     return model_class.__module__.startswith("transformers.")
-
-
-def _asks_auto_classes(model: Any, tower: Tower) -> bool:
-    """Whether the class makes its tower as the Auto classes say, and with it a pruned one."""
-    from_auto = model.get_submodule(tower.path)
-    return isinstance(from_auto, PrunedModelMixin)
 
 
 def _check_loads_again(whole: Any, tower: Tower) -> None:

@@ -84,6 +84,8 @@ def follow_sizes(module: nn.Module) -> None:
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.Conv2d):
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+    elif isinstance(module, nn.ConvTranspose2d):
+        module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
     elif isinstance(module, nn.LayerNorm):
         module.normalized_shape = tuple(weight.shape)
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
