@@ -303,4 +303,4 @@ def test_a_second_teacher_of_another_architecture(tmp_path: Path) -> None:
 
 def test_missing_labels(tmp_path: Path) -> None:
     with pytest.raises(MissingLabelsError, match="labels"):
-        trainer(nvit(), tmp_path, train_dataset=NoLabels()).train()
+        trainer(nvit(), tmp_path, train_dataset=NoLabels(), distillation=NViT.distillation).train()

@@ -101,7 +101,7 @@ def test_missing_labels_are_found_before_the_first_step(data: Any, tmp_path: Pat
     for model in (gated(), make(VIT), make(TWO_HEADS)):
         before = state_of(model)
         with pytest.raises(MissingLabelsError, match="labels"):
-            trainer(model, tmp_path, train_dataset=data).train()
+            trainer(model, tmp_path, train_dataset=data, distillation=DistillationConfig("none")).train()
         assert_same(model.state_dict(), before)
 
 

@@ -1,4 +1,7 @@
-"""Distillation: learn from a teacher's logits beside the labels (DeiT: Touvron et al., arXiv 2012.12877)."""
+"""Distillation: learn from a teacher's logits beside the labels (DeiT: Touvron et al., arXiv 2012.12877).
+
+Its hidden states as a lesson, without labels, are in ``features.py``.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InvalidConfigError
+from ..plan.plan import PruningPlan
 from ..utils.batches import accepted
 
 __all__ = ["DistillationConfig", "Teacher", "distillation_loss", "distillation_term", "task_share"]
 
-DistillationKind = Literal["soft", "hard", "kl", "none"]
+DistillationKind = Literal["soft", "hard", "kl", "features", "none"]
 Direction = Literal["teacher_student", "student_teacher"]
+FeatureLoss = Literal["cosine", "normalised", "standardised"]
 
 
 @dataclass(frozen=True)
@@ -27,27 +32,40 @@ class DistillationConfig:
 
     Attributes:
         kind: "soft" matches the teacher's whole distribution (DeiT eq. 2), "hard" takes the teacher's best class as a
-            second label (eq. 3), "kl" adds `weight * KL` to the task loss (NViT), "none" leaves the task loss alone.
+            second label (eq. 3), "kl" adds `weight * KL` to the task loss (NViT), "features" adds `weight *` the
+            distance of hidden states, and needs no labels; "none" leaves the task loss alone.
         weight: Share of the distillation term, from 0 to 1; the task loss gets the rest. DeiT uses 0.1 for soft and
-            0.5 for hard distillation. For "kl" a factor of any size (NViT: 100); the task loss stays whole. Of several
-            at once every weight means the same: `(1 - shares) * task + sum of weight * term`.
+            0.5 for hard distillation. For "kl" and "features" a factor of any size (NViT: 100; 1 by default for
+            "features"); the task loss stays whole. Of several at once every weight means the same:
+            `(1 - shares) * task + sum of weight * term`.
         direction: For "kl": "teacher_student" is `KL(teacher || student)`, as NViT's code has it; "student_teacher"
             is `KL(student || teacher)`.
         temperature: Both distributions are softened by it, for "soft" and "kl". The "soft" term is multiplied by its
             square, so that the size of the gradient does not depend on it. DeiT and NViT use 3.
+        layers: For "features": whose outputs are matched, counted from 1 in the teacher; None: what leaves the tower,
+            after the final norm.
+        loss: For "features": "cosine", "normalised" or "standardised"; see ``features.feature_loss``.
+        plan: For "features": what the student was pruned by, where its residual stream is narrower than the
+            teacher's (it is matched on the channels that stay), or where it lost layers and ``layers`` names some.
     """
 
     kind: DistillationKind = "soft"
-    weight: float = 0.5
+    weight: float = None  # type: ignore[assignment]  # 0.5, and 1 for features
     temperature: float = 1.0
     direction: Direction = "teacher_student"
+    layers: tuple[int, ...] | None = None
+    loss: FeatureLoss = "cosine"
+    plan: PruningPlan | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(DistillationKind):
             raise InvalidConfigError(f"kind must be one of {', '.join(get_args(DistillationKind))}, not {self.kind!r}")
-        highest = math.inf if self.kind == "kl" else 1.0
+        if self.weight is None:
+            object.__setattr__(self, "weight", 1.0 if self.kind == "features" else 0.5)
+        adds = self.kind in ("kl", "features")
+        highest = math.inf if adds else 1.0
         if not (0.0 <= self.weight <= highest and math.isfinite(self.weight)):
-            limit = "be a number, not negative" if self.kind == "kl" else "lie between 0 and 1"
+            limit = "be a number, not negative" if adds else "lie between 0 and 1"
             raise InvalidConfigError(f"weight must {limit}, not {self.weight}")
         if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
             raise InvalidConfigError(f"temperature must be a positive number, not {self.temperature}")
@@ -55,6 +73,24 @@ class DistillationConfig:
             raise InvalidConfigError(f"direction must be {' or '.join(get_args(Direction))}, not {self.direction!r}")
         if self.kind != "kl" and self.direction != "teacher_student":
             raise InvalidConfigError(f"direction is an option of kind 'kl'; {self.kind!r} has one direction only")
+        self._check_features()
+
+    def _check_features(self) -> None:
+        if self.kind != "features":
+            if (self.layers, self.loss, self.plan) != (None, "cosine", None):
+                raise InvalidConfigError(f"layers, loss and plan are options of kind 'features', not of {self.kind!r}")
+            return
+        if self.temperature != 1.0:
+            raise InvalidConfigError("features have no temperature: leave it out")
+        if self.loss not in get_args(FeatureLoss):
+            raise InvalidConfigError(f"loss is one of {', '.join(get_args(FeatureLoss))}, not {self.loss!r}")
+        if self.plan is not None and not isinstance(self.plan, PruningPlan):
+            raise InvalidConfigError(f"plan is a PruningPlan, not a {type(self.plan).__name__}")
+        if self.layers is not None:
+            layers = tuple(self.layers) if isinstance(self.layers, (list, tuple)) else ()
+            if not layers or any(type(n) is not int or n < 1 for n in layers) or len(set(layers)) < len(layers):
+                raise InvalidConfigError(f"layers are numbers of layers, from 1, each once; not {self.layers!r}")
+            object.__setattr__(self, "layers", layers)
 
     @property
     def share(self) -> float:
@@ -141,7 +177,7 @@ def distillation_term(
             "student and teacher logits must both be (images, classes), "
             f"not {tuple(logits.shape)} and {tuple(teacher_logits.shape)}"
         )
-    logits, target = _at_least_float32(logits), _at_least_float32(teacher_logits.detach())
+    logits, target = at_least_float32(logits), at_least_float32(teacher_logits.detach())
     if config.kind in ("soft", "kl"):
         t = config.temperature
         student, teacher = F.log_softmax(logits / t, dim=-1), F.log_softmax(target / t, dim=-1)
@@ -160,7 +196,7 @@ def distillation_term(
     return config.weight * total / items
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
     """Half precision is too coarse for the tail of a softmax; float64 stays what it is."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -188,7 +224,15 @@ class Teacher:
     def __call__(
         self, pixel_values: Tensor, *, autocast: AbstractContextManager[Any] | None = None, **kwargs: Any
     ) -> Tensor:
-        """The teacher's logits for a batch; the teacher follows the batch to its device.
+        """The teacher's logits for a batch; see :meth:`run`."""
+        output = self.run(pixel_values, autocast=autocast, **kwargs)
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            raise TypeError(f"a teacher must return .logits; {type(self.model).__name__} returned {type(output)}")
+        return logits
+
+    def run(self, pixel_values: Tensor, *, autocast: AbstractContextManager[Any] | None = None, **kwargs: Any) -> Any:
+        """What the teacher returns for a batch; it follows the batch to its device.
 
         Of `kwargs` (`interpolate_pos_encoding`, ...) it gets what its forward takes.
 
@@ -203,11 +247,7 @@ class Teacher:
                 self.model.to(pixel_values.device)
             pixel_values = pixel_values.to(tensor.dtype)
         with torch.no_grad(), autocast or nullcontext():
-            output = self.model(pixel_values=pixel_values, **accepted(self.model, kwargs))
-        logits = getattr(output, "logits", None)
-        if logits is None:
-            raise TypeError(f"a teacher must return .logits; {type(self.model).__name__} returned {type(output)}")
-        return logits
+            return self.model(pixel_values=pixel_values, **accepted(self.model, kwargs))
 
     def _tensors(self) -> Iterator[Tensor]:
         return (p for p in self.model.parameters() if p.is_floating_point())

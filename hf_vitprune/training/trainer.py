@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,27 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.utils import logging
 
 from ..compensate import Compensation
 from ..errors import InvalidConfigError, MissingLabelsError
-from ..losses.distillation import DistillationConfig, Teacher, distillation_term, task_share
+from ..losses.distillation import DistillationConfig
+from ..losses.features import FeatureTeacher, has_head
 from ..losses.task import is_classifier, task_loss
 from ..methods import Stage
 from ..spec.architecture import unwrap
-from ..surgery.gates import strip_gates
+from ..utils.batches import fixed_randomness
 from ..utils.upload import upload
 from .callback import PruningCallback, pruning_model_of
+from .lessons import Answers, Lesson, by_features, lessons_of, pairs_of
 from .model import PruningModel
 from .resume import enable_exact_resume
 from .setup import check_setup
+
+logger = logging.get_logger(__name__)
+
+#: of the teacher's features, where gradients are scores; in units of each token's standard deviation
+TARGET_NOISE = 0.1
 
 
 class PruningTrainer(Trainer):
@@ -31,9 +38,12 @@ class PruningTrainer(Trainer):
 
     Args:
         model: a :class:`PruningModel`, or any model to fine-tune (a pruned one, say).
-        distillation: learn from a teacher's logits too; see :class:`DistillationConfig`. Several at once: a list.
-        teacher: image classifier to learn from, of any architecture; a list of them for a list above. By default
-            (None) a copy of the wrapped model as it is now, for a PruningModel; required for other models.
+        distillation: learn from a teacher's logits or hidden states too; see :class:`DistillationConfig`. Several at
+            once: a list. A model without a head, or without labels, learns from hidden states alone: by default, where
+            it is a PruningModel or there is a teacher.
+        teacher: image classifier to learn from, of any architecture, or for hidden states the dense model; a list of
+            them for a list above. By default (None) a copy of the wrapped model as it is now, for a PruningModel;
+            required for other models.
         compensate: what a PruningModel's ``export()`` does afterwards about what pruning took away, with images of
             the training set: ``"auto"`` (as after a plain Trainer), or anything that ``hf_vitprune.prune`` takes;
             False for plain slices.
@@ -42,7 +52,9 @@ class PruningTrainer(Trainer):
     Raises:
         InvalidConfigError: distillation without a teacher, or lists of unequal lengths; or see
             :class:`PruningCallback`.
-        MissingLabelsError: ``train()``, before the first step, for an image classifier: there are no labels.
+        MissingLabelsError: ``train()``, before the first step, for an image classifier: there are no labels, and no
+            lesson that does without.
+        InvalidDataError: ``train()``, before the first step: the teacher does not take the images.
     """
 
     def __init__(
@@ -56,9 +68,10 @@ class PruningTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         Compensation.of(compensate)  # raises
-        self._given_lessons = _paired(distillation, teacher)
+        self._given_lessons = distillation, teacher
+        pairs_of(distillation, teacher)  # raises
         self._compensate = compensate
-        self.lessons: list[tuple[DistillationConfig, Teacher]] = []
+        self.lessons: list[Lesson] = []
         super().__init__(model=model, args=args, **kwargs)
         if self._gated:
             check_setup(self.args)
@@ -86,11 +99,11 @@ class PruningTrainer(Trainer):
             model.compensate = self._compensate
         elif isinstance(model, PreTrainedModel):
             enable_exact_resume(model)
-        self.lessons = []
-        for config, one in self._given_lessons:
-            if one is None and not isinstance(model, PruningModel):
-                raise InvalidConfigError("distillation needs a teacher: pass teacher=<the unpruned model>")
-            self.lessons.append((config, Teacher(one if one is not None else _ungated_copy(model), student=model)))
+        distillation, teacher = self._given_lessons
+        if distillation is None and (teacher is not None or self._gated) and not self._has_labels(model):
+            distillation = DistillationConfig(kind="features")
+            logger.info("there are no labels to learn from: the model learns the hidden states of its teacher")
+        self.lessons = lessons_of(distillation, teacher, model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's. In a hyperparameter search, what counts is the model after the decision."""
@@ -172,33 +185,60 @@ class PruningTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        lessons = self._lessons_now() if model.training else []
+        names = (*self.label_names, "labels")
+        labels = next((inputs[name] for name in names if inputs.get(name) is not None), None)
+        by_labels = labels is not None and has_head(self.model)
+        lessons = self._lessons_now()
+        if not model.training and (by_labels or not by_features(lessons)):
+            lessons = []
         if not lessons:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        names = (*self.label_names, "labels")
         images = {k: v for k, v in inputs.items() if k not in names}
-        labels = next((inputs[name] for name in names if inputs.get(name) is not None), None)
-        answers = [teacher(**images, autocast=self.accelerator.autocast()) for _, teacher in lessons]
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with Answers(lessons, images, self.accelerator.autocast) as answers:
+            if by_labels or not by_features(lessons):
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            else:
+                outputs = model(**images)
+                loss = outputs.get("loss")
+                loss = images["pixel_values"].new_zeros(()) if loss is None else loss
         # the parent has multiplied a loss that is normalised over all processes by their number
         over_all = self.args.average_tokens_across_devices and num_items_in_batch is not None
         accepts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        scale = self.accelerator.num_processes if over_all and accepts and self.args.n_gpu <= 1 else 1.0
         items = num_items_in_batch if accepts else None
         if items is not None and isinstance(labels, torch.Tensor) and labels.ndim == 2:
             items = items / labels.shape[1]  # the Trainer counts every entry of the rows
-        loss = task_share(config for config, _ in lessons) * loss
-        for (config, _), teacher_logits in zip(lessons, answers, strict=True):
-            loss = loss + scale * distillation_term(
-                outputs["logits"],
-                teacher_logits,
-                config,
-                distillation_logits=outputs.get("distillation_logits"),
-                num_items_in_batch=items,
-            )
+        # the Trainer divides by the number of micro-batches, except where a loss function of ours does
+        ours = model.training and self.compute_loss_func is not None
+        parts = getattr(self, "current_gradient_accumulation_steps", 1) if ours else 1
+        loss = answers.loss(
+            loss,
+            outputs,
+            items,
+            scale=self.accelerator.num_processes if over_all and accepts and self.args.n_gpu <= 1 else 1.0,
+            parts=parts,
+            noise=self._target_noise(model, by_labels),
+        )
         return (loss, outputs) if return_outputs else loss
 
-    def _lessons_now(self) -> list[tuple[DistillationConfig, Teacher]]:
+    def _target_noise(self, model: Any, by_labels: bool) -> float:
+        """For methods that score by gradients: nothing is removed at first, and the loss has none."""
+        if by_labels or not (self._gated and model.training):
+            return 0.0
+        method = pruning_model_of(self.model).method
+        return TARGET_NOISE if method.traits.decides_by == "gradients" and method.stage < Stage.ON_TARGET else 0.0
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """As the parent's; where hidden states are all that is learned, their loss is the one that is reported."""
+        labelled = any(inputs.get(name) is not None for name in (*self.label_names, "labels"))
+        if not by_features(self.lessons) or (labelled and has_head(self.model)):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach().mean(), None, None
+
+    def _lessons_now(self) -> list[Lesson]:
         """Without those that wait for the first prune step."""
         if not self._gated or pruning_model_of(self.model).method.stage > Stage.WHOLE:
             return self.lessons
@@ -254,49 +294,43 @@ class PruningTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def get_train_dataloader(self) -> Any:
-        self._check_labels()
+        self._check_data()
         return super().get_train_dataloader()
 
-    def _check_labels(self) -> None:
+    def _example(self) -> Mapping[str, Any] | None:
+        """A batch of the first training image; None where there is none to be had."""
         dataset: Any = self.train_dataset
-        sized = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-        if not is_classifier(self.model) or not sized or not len(dataset):
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
+            return None
+        with fixed_randomness():
+            batch = self._get_collator_with_removed_columns(self.data_collator)([dataset[0]])
+        return batch if isinstance(batch, Mapping) else None
+
+    def _has_labels(self, model: Any) -> bool:
+        """Whether the model has a loss of its own on the training data."""
+        if not is_classifier(model):
+            return has_head(model)
+        batch = self._example()
+        return batch is None or any(batch.get(name) is not None for name in (*self.label_names, "labels"))
+
+    def _check_data(self) -> None:
+        """What would fail at the first step is found before it."""
+        teachers = [teacher for _, teacher in self.lessons if isinstance(teacher, FeatureTeacher)]
+        if not is_classifier(self.model) and not teachers:
             return
-        batch = self._get_collator_with_removed_columns(self.data_collator)([dataset[0]])
+        batch = self._example()
+        if batch is None:
+            return
         names = (*self.label_names, "labels")
-        if isinstance(batch, Mapping) and not any(batch.get(name) is not None for name in names):
-            raise MissingLabelsError(
-                f"training needs labels; a batch has only {', '.join(map(str, batch))}. Name the column labels"
-            )
-
-
-def _paired(distillation: Any, teacher: Any) -> list[tuple[DistillationConfig, Any]]:
-    """Every kind of distillation with its teacher (None: the default one).
-
-    Raises:
-        InvalidConfigError: there are not as many teachers as kinds.
-    """
-    if distillation is None:
-        distillation = DistillationConfig() if teacher is not None else []
-    configs = list(distillation) if isinstance(distillation, (list, tuple)) else [distillation]
-    task_share(configs)  # raises
-    teachers = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher] * min(len(configs), 1)
-    if teacher is None:
-        teachers = [None] * len(configs)
-    if len(teachers) != len(configs):
-        raise InvalidConfigError(
-            f"{len(configs)} kinds of distillation and {len(teachers)} teachers: give one teacher for each, in a list "
-            "(None for the unpruned model itself)"
+        for teacher in teachers:
+            teacher.check({name: value for name, value in batch.items() if name not in names})
+        if teachers or any(batch.get(name) is not None for name in names):
+            return
+        raise MissingLabelsError(
+            f"training needs labels; a batch has only {', '.join(map(str, batch))}. Name the column labels, or learn "
+            'from hidden states: distillation=DistillationConfig(kind="features"), teacher=<the unpruned model>'
         )
-    return [(config, one) for config, one in zip(configs, teachers, strict=True) if config.kind != "none"]
 
 
 def _constant(step: int) -> float:
     return 1.0
-
-
-def _ungated_copy(model: PruningModel) -> Any:
-    """The wrapped model as it is now, without gates: what the student starts from."""
-    teacher = copy.deepcopy(model.model)
-    strip_gates(teacher)
-    return teacher
