@@ -40,6 +40,7 @@ from hf_vitprune import (
     get_pruning_model,
     prune,
 )
+from hf_vitprune.spec.architecture import lineage_of
 from hf_vitprune.utils.batches import ImageBatches
 
 SUBJECTS = ("ViT, digits", "ViT, dSprites")
@@ -120,7 +121,7 @@ def measure(subject: str, kept: float, method: str, seed: int) -> dict[str, Any]
     top = accuracy(dense, test)
     row: dict[str, Any] = {"subject": subject, "kept": kept, "seed": seed, "method": method, "dense": top}
     for start, small in starts(method, kept, dense, train, seed).items():
-        note = small.config.pruning_config["info"].get("compensation", {}).get("skipped")
+        note = lineage_of(small.config).get("compensation", {}).get("skipped")
         if note is not None:  # the same model again
             row[start] = {**row["plain"], "note": note}
             continue

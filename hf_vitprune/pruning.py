@@ -17,7 +17,10 @@ from .plan.plan import PruningPlan
 from .spec.architecture import unwrap
 from .spec.towers import Tower, find_tower
 from .surgery.composite import kept_feature_layers, layers_read, with_masked_tower, with_tower
+from .surgery.reload import load_pruned
 from .surgery.transplant import empty_like, mask_plain, prune_plain
+
+__all__ = ["load_pruned", "mask", "prune", "truncate"]
 
 
 def prune(
@@ -27,7 +30,7 @@ def prune(
     calibration: Any = None,
     compensate: Any = "auto",
     allow_unchanged: bool = False,
-    stock: bool = False,
+    stock: bool = True,
 ) -> Any:
     """A new, physically small model: same task head, same outputs as ``mask(model, plan)``.
 
@@ -122,7 +125,7 @@ def mask(model: Any, plan: PruningPlan) -> Any:
     return with_masked_tower(whole, tower, mask_plain(module, alone), empty_like(module, alone).config, alone)
 
 
-def truncate(model: Any, k: int | str, part: str | None = None) -> Any:
+def truncate(model: Any, k: int | str, part: str | None = None, *, stock: bool = True) -> Any:
     """Keep the first ``k`` layers, then the unchanged final norm and head.
 
     Of Swin, stages above the k-th layer keep their patch merging alone.
@@ -132,6 +135,7 @@ def truncate(model: Any, k: int | str, part: str | None = None) -> Any:
         k: number of layers; ``"unused"`` keeps all those whose output a bigger model reads, and drops what lies above
             (LLaVA reads the last layer but one), which changes no output.
         part: which tower of a bigger model; its only one by default.
+        stock: as in :func:`prune`.
 
     Raises:
         InvalidPlanError: ``k`` is not in 1..layers-1, or is ``"unused"`` and every layer is read.
@@ -144,4 +148,4 @@ def truncate(model: Any, k: int | str, part: str | None = None) -> Any:
             raise InvalidPlanError(f"every one of the {total} layers is read: there is nothing unused to drop")
     if type(k) is not int or not 1 <= k < total:
         raise InvalidPlanError(f"k is a whole number of layers in 1..{total - 1}, or 'unused', got {k!r}")
-    return prune(model, plan.keep_layers(range(k)))
+    return prune(model, plan.keep_layers(range(k)), stock=stock)

@@ -23,15 +23,15 @@ def inspect(
     from hf_vitprune.cost import count
     from hf_vitprune.publish.block_report import plot_architecture
     from hf_vitprune.publish.report import human, layer_rows, layer_table
-    from hf_vitprune.spec.architecture import Architecture
+    from hf_vitprune.spec.origin import dense_of
 
-    from .saved import load_architecture
+    from .saved import load_architecture, load_config
 
     architecture = load_architecture(model)
     if plot is not None:
         plot_architecture(architecture, plot, image_size)
     cost = count(architecture, image_size)
-    dense = count(Architecture.dense(architecture.config, architecture.task), image_size)
+    dense = count(dense_of(load_config(model), architecture.task), image_size)
     if as_json:
         record = {"model_type": architecture.model_type, "task": architecture.task, **cost._asdict()}
         record |= {"dense": dense._asdict(), "layers": layer_rows(architecture, image_size)}

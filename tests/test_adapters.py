@@ -21,7 +21,7 @@ from hf_vitprune.modeling.peft_twin import tuner_layers
 from hf_vitprune.peft.kinds.lora import LoraKind
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import mask, prune, truncate
-from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune.spec.architecture import Architecture, lineage_of
 from plans import PLANS, plan_named, pruning_plans
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run, total_loss
 from tiny_adapters import CONFIGS, CONVERTED, SLICED, adapted, randomize, targets
@@ -35,7 +35,7 @@ def state_of(model: Any) -> dict[str, torch.Tensor]:
 
 def base_info(model: Any) -> dict[str, Any]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner.config.pruning_config["info"]
+    return lineage_of(inner.config)
 
 
 def check(model: Any, plan: PruningPlan, merged: int = 0, trains: bool = True) -> Any:

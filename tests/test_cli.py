@@ -54,7 +54,7 @@ def saved(folder: Path, name: str = VIT, units: list[str] | None = None) -> PreT
     """A saved model with an image processor's settings beside it; pruned if ``units`` are given."""
     model = make(name)
     if units:
-        model = prune(model, PruningPlan.random(model, 0.5, units))
+        model = prune(model, PruningPlan.random(model, 0.5, units), stock=False)
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text('{"image_processor_type": "ViTImageProcessor"}')
     return model
@@ -81,7 +81,11 @@ def test_inspect_prints_layers_and_what_remains(uneven: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_inspect_counts_as_the_model_does(name: str, tmp_path: Path) -> None:
     stock = make(name)
-    for kind, model in (("stock", stock), ("pruned", prune(stock, PruningPlan.random(stock, 0.5, ["mlp"])))):
+    for kind, model in (
+        ("stock", stock),
+        ("pruned", prune(stock, PruningPlan.random(stock, 0.5, ["mlp"]))),
+        ("twin", prune(stock, PruningPlan.random(stock, 0.5, ["mlp"]), stock=False)),
+    ):
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(tmp_path / kind)
         record = json.loads(printed("inspect", tmp_path / kind, "--json", "--image-size", 32))

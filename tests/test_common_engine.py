@@ -18,12 +18,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_vitprune.contrib.fuse import fuse_bn
 from hf_vitprune.cost import count
-from hf_vitprune.errors import InvalidPlanError
+from hf_vitprune.errors import InvalidPlanError, NativeExportError
 from hf_vitprune.modeling import pruned_model_class
+from hf_vitprune.modeling.native import native_config
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import mask, prune
 from hf_vitprune.spec.architecture import Architecture
 from hf_vitprune.spec.layer_shape import MIXERS
+from hf_vitprune.spec.origin import dense_of
 from hf_vitprune.surgery.cuts import find_cuts
 from plans import PLANS, aligned, compose, plan_named, pruning_plans, recorded_attentions
 from tiny import CASES, CLASSIFIERS, assert_same, hybrid, images, make, relative_error, run, run_python, total_loss
@@ -76,9 +78,18 @@ def test_pruned_equals_masked(case: str, plan_name: str) -> None:
     assert number_of(outputs, "attentions") == len(recorded_attentions(plan.architecture))
     if plan.source.depths is None:
         assert number_of(outputs, "hidden_states") == len(plan.layers) + 1
-    assert type(small) is pruned_model_class(type(model))
+    assert type(small) is expected_class(model, plan)
     assert real_parameters(small) == count(small).params < real_parameters(model) == count(model).params
     assert_same(dict(model.state_dict()), before)  # the model itself is untouched
+
+
+def expected_class(model: PreTrainedModel, plan: PruningPlan) -> type:
+    """The model's own, where that can hold the shape."""
+    try:
+        native_config(plan.architecture, model.config)
+    except NativeExportError:
+        return pruned_model_class(type(model))
+    return type(model)
 
 
 def real_parameters(model: PreTrainedModel) -> int:
@@ -134,14 +145,14 @@ def test_two_prunings_are_their_composition(case: str, data: st.DataObject) -> N
     model = make(case)
     first = data.draw(pruning_plans(Architecture.of(model)).map(without_scales))
     second = data.draw(pruning_plans(first.architecture).map(without_scales))
-    twice = prune(prune(model, first, allow_unchanged=True), second, allow_unchanged=True)
+    twice = prune(prune(model, first, allow_unchanged=True, stock=False), second, allow_unchanged=True, stock=False)
     try:
         plan = compose(first, second).validated()
     except InvalidPlanError as error:
         # residual channels after the inputs of a part (or the reverse) can only be cut one after the other
         assert "cannot be pruned together" in str(error)
         return
-    assert_same(dict(twice.state_dict()), dict(prune(model, plan, allow_unchanged=True).state_dict()))
+    assert_same(dict(twice.state_dict()), dict(prune(model, plan, allow_unchanged=True, stock=False).state_dict()))
 
 
 def without_scales(plan: PruningPlan) -> PruningPlan:
@@ -154,7 +165,7 @@ def test_every_parameter_learns_as_in_the_masked_model(case: str) -> None:
     """The gradient of the small model is the masked model's at the kept places; an optimizer moves all of it."""
     model, plan = planned(case, "everything")
     model.double()
-    small, full = prune(model, plan), mask(model, plan)
+    small, full = prune(model, plan, stock=False), mask(model, plan)
     for module in (small, full, model):
         total_loss(module, images().double()).backward()
     for name, cut in find_cuts(model, small, plan).items():
@@ -194,7 +205,7 @@ def test_training_mode_follows_the_model(training: bool) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_saved_equals_loaded(case: str, tmp_path: Path) -> None:
     model, plan = planned(case, "everything")
-    small = prune(model, plan)
+    small = prune(model, plan, stock=False)
     small.save_pretrained(tmp_path)
     loaded = type(small).from_pretrained(tmp_path)
     assert_same(dict(loaded.state_dict()), dict(small.state_dict()))
@@ -205,6 +216,20 @@ def test_saved_equals_loaded(case: str, tmp_path: Path) -> None:
     weights = "model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / weights).read_bytes()
     assert loaded.config.pruning_config == small.config.pruning_config
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stock_shapes_are_saved_and_loaded_as_the_dense_model_is(case: str, tmp_path: Path) -> None:
+    model, plan = planned(case, "layers")
+    small = prune(model, plan)
+    assert type(small) is type(model) and small.config.pruning_info["kept_layers"] == [e.index for e in plan.layers]
+    small.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert_same(dict(loaded.state_dict()), dict(small.state_dict()))
+    assert_same(run(loaded), run(small))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert loaded.config.pruning_info == small.config.pruning_info
+    assert dense_of(loaded.config, plan.source.task) == Architecture.of(model)
 
 
 @pytest.mark.parametrize("plan_name", ["padded values", "removed branches", "narrow inputs"])
@@ -245,7 +270,7 @@ def test_a_fresh_process_loads_the_same_models(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "sent")]
     for case in (*(c for c in CLASSIFIERS if "-" not in c), "SwinBackbone", "ViTForMaskedImageModeling", "ViTModel"):
         model, plan = planned(case, "everything")
-        for number, small in enumerate([prune(model, plan), hybrid(case), fuse_bn(hybrid(case))]):
+        for number, small in enumerate([prune(model, plan, stock=False), hybrid(case), fuse_bn(hybrid(case))]):
             folder = tmp_path / f"{case}-{number}"
             small.save_pretrained(folder)
             torch.save(run(small), folder / "outputs.pt")

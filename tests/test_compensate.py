@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hf_vitprune import Architecture, Compensation, OneShotScores, PruningPlan, mask, prune
 from hf_vitprune.compensate import PARTS, compensate_plan
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError, InvalidPlanError, UnsupportedModelError
+from hf_vitprune.spec.architecture import lineage_of
 from plans import PLANS, each_layer, few, plan_named, pruning_plans, without_scales
 from tiny import CASES, CLASSIFIERS, assert_same, images, make, relative_error, run
 from two_compensations import EXPORT, agreed, weights_of
@@ -320,7 +321,7 @@ def test_a_compensated_plan_is_saved_and_loaded(tmp_path: Path) -> None:
     assert_same(dict(small.state_dict()), dict(prune(model, made).state_dict()))
     small.save_pretrained(tmp_path / "model")
     assert_same(run(type(small).from_pretrained(tmp_path / "model")), run(small))
-    assert small.config.pruning_config["info"]["compensation"]["images"] == 8
+    assert lineage_of(small.config)["compensation"]["images"] == 8
 
 
 def test_padded_channels_stay_zero() -> None:

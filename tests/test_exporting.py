@@ -26,6 +26,7 @@ from hf_vitprune import (
 )
 from hf_vitprune.errors import AdapterError, InvalidConfigError, InvalidDataError
 from hf_vitprune.publish.card import model_card
+from hf_vitprune.spec.architecture import lineage_of
 from pruning_runs import SMALL_GROUPS, VIT, Patterns, gated, lora_model, nvit, scatter_scores, state_of, trainer
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run
 
@@ -56,7 +57,7 @@ def logits(model: Any) -> torch.Tensor:
 def record(small: Any) -> dict[str, Any]:
     """What the export says of its compensation."""
     base = small.get_base_model() if hasattr(small, "get_base_model") else small
-    return base.config.pruning_config["info"].get("compensation", {})
+    return lineage_of(base.config).get("compensation", {})
 
 
 @pytest.mark.parametrize(("case", "method"), PAIRS)

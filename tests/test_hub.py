@@ -37,7 +37,8 @@ MODEL_FILES = {"config.json", "model.safetensors", "modeling_hf_vitprune.py", "R
 def small_vit(base: str = "google/vit-base", **info: Any) -> PreTrainedModel:
     model = make(VIT)
     model.config._name_or_path = base
-    return prune(model, replace(PruningPlan.random(model, 0.5, ["heads", "mlp"]), info=info))
+    plan = replace(PruningPlan.random(model, 0.5, ["heads", "mlp"]), info=info)
+    return prune(model, plan, stock=False)
 
 
 def timing(seconds: float) -> Timing:
@@ -108,7 +109,7 @@ def test_card_snippets_name_what_loads_the_model() -> None:
         ("CLIPVisionModelWithProjection", "from hf_vitprune.modeling import PrunedCLIPVisionModelWithProjection\n"),
     ):
         model = make(name)
-        assert line in str(model_card(prune(model, PruningPlan.random(model, 0.5, ["mlp"]))))
+        assert line in str(model_card(prune(model, PruningPlan.random(model, 0.5, ["mlp"]), stock=False)))
     assert "from transformers import CLIPVisionModelWithProjection" in str(model_card(model))
 
 
@@ -161,7 +162,7 @@ def test_card_beside_the_model_goes_along(hub: HubStandIn, tmp_path: Path) -> No
     make(VIT).save_pretrained(tmp_path / "dense")
     (tmp_path / "dense" / "README.md").write_text("# The dense model")
     dense = type(make(VIT)).from_pretrained(tmp_path / "dense")
-    small = prune(dense, PruningPlan.random(dense, 0.5))
+    small = prune(dense, PruningPlan.random(dense, 0.5), stock=False)
     small.push_to_hub("fresh", token=hub.token)
     text = hub.files("tester/fresh")["README.md"].decode()
     assert "dense model" not in text and str(tmp_path) not in text and 'from_pretrained("tester/fresh")' in text
@@ -208,7 +209,7 @@ def test_cut_connection_keeps_the_version_before(hub: HubStandIn) -> None:
     hub.cut_uploads_after = 1
     model = make(VIT)
     with pytest.raises(HubUploadError):
-        prune(model, PruningPlan.random(model, 0.25, ["mlp"])).push_to_hub(REPO, token=hub.token)
+        prune(model, PruningPlan.random(model, 0.25, ["mlp"]), stock=False).push_to_hub(REPO, token=hub.token)
     assert hub.files(REPO) == before
 
 
@@ -242,7 +243,7 @@ from tiny import make
 digests = {}
 for name in ("ViTForImageClassification", "SwinForImageClassification"):
     model = make(name)
-    small = prune(model, PruningPlan.random(model, 0.5))
+    small = prune(model, PruningPlan.random(model, 0.5), stock=False)
     small.push_to_hub("tester/" + name, private=name.startswith("Swin"))
     digests[name] = digest(small)
 print(json.dumps(digests))

@@ -51,7 +51,7 @@ ODD = ("padded values", "removed branches", "narrow inputs")
 
 def pruned(case: str = VIT, plan: str = "everything", **changes: Any) -> PreTrainedModel:
     model = make(case, **changes)
-    return prune(model, plan_named(plan, model))
+    return prune(model, plan_named(plan, model), stock=False)
 
 
 # ---------------------------------------------------------------------- ways to save and load

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_vitprune.errors import NativeExportError
 from hf_vitprune.modeling import build
 from hf_vitprune.modeling.native import native_config, to_native
+from hf_vitprune.modeling.pretrained import PrunedModelMixin
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune
 from hf_vitprune.spec.architecture import Architecture
@@ -29,7 +30,7 @@ FREE_SIZES = [name for name in CASES if name.startswith(("ViT", "DeiT", "Dinov2"
 
 def pruned(name: str, units: list[str], ratio: float = 0.5, **changes: object) -> PreTrainedModel:
     model = make(name, **changes)
-    return prune(model, PruningPlan.random(model, ratio, units))
+    return prune(model, PruningPlan.random(model, ratio, units), stock=False)
 
 
 def assert_native(small: PreTrainedModel, tolerance: float = 1e-5) -> PreTrainedModel:
@@ -47,7 +48,7 @@ def assert_native(small: PreTrainedModel, tolerance: float = 1e-5) -> PreTrained
 def without_layers(name: str) -> PreTrainedModel:
     """A layer less: the middle one (whose output no backbone here gives), or the last of Swin's second stage."""
     model = make(name)
-    return prune(model, PruningPlan.dense(model).keep_layers([0, 1, 2, 3] if name in SWIN else [0, 2]))
+    return prune(model, PruningPlan.dense(model).keep_layers([0, 1, 2, 3] if name in SWIN else [0, 2]), stock=False)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -74,7 +75,7 @@ def test_narrower_residual_stream(name: str) -> None:
     plan = PruningPlan.random(model, 0.5, ["heads", "mlp", "embedding"], round_to=8)
     if "Dinov2" in name:
         plan = PruningPlan.random(model, 0.5, ["embedding", "mlp"])  # mlp_ratio stays whole
-    assert_native(prune(model, plan))
+    assert_native(prune(model, plan, stock=False))
 
 
 @pytest.mark.parametrize("name", ["CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification"])
@@ -82,7 +83,7 @@ def test_clip_widths(name: str) -> None:
     assert_native(pruned(name, ["mlp"]))
     model = make(name)
     # width 16 with 4 heads of 4: what a stock CLIP of that width has
-    assert_native(prune(model, PruningPlan.random(model, 0.5, ["qk", "v", "embedding"])))
+    assert_native(prune(model, PruningPlan.random(model, 0.5, ["qk", "v", "embedding"]), stock=False))
     with pytest.raises(NativeExportError, match="head_dim = hidden_size / heads, here 2 heads of 8 at width 32"):
         to_native(pruned(name, ["heads"]))
 
@@ -99,7 +100,7 @@ def test_siglip_sizes_only_without_its_pooling_head() -> None:
 def test_swin_takes_whole_layers_in_turn() -> None:
     model = make("SwinForImageClassification", depths=[2, 4])
     dense = PruningPlan.dense(model)
-    assert_native(prune(model, dense.keep_layers([0, 1, 2, 5])), tolerance=0.0)
+    assert_native(prune(model, dense.keep_layers([0, 1, 2, 5]), stock=False), tolerance=0.0)
     with pytest.raises(NativeExportError, match="layer 3 has plain windows.*shifted ones at place 1 of stage 1"):
         to_native(prune(model, dense.keep_layers([0, 1, 2, 4])))
     with pytest.raises(NativeExportError, match="layer 0 has heads 1, .*stage 0 have 2; only whole layers"):
@@ -136,15 +137,27 @@ def test_merged_adapters_are_plain() -> None:
     assert_native(tuned.merge_and_unload())
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_prune_gives_what_to_native_gives(name: str) -> None:
+    model = make(name)
+    plan = PruningPlan.dense(model).keep_layers([0, 1, 2, 3] if name in SWIN else [0, 2])
+    small, native = prune(model, plan), to_native(prune(model, plan, stock=False))
+    assert type(small) is type(native) is type(model)
+    assert small.config.to_dict() == native.config.to_dict()
+    assert all(torch.equal(tensor, native.state_dict()[key]) for key, tensor in small.state_dict().items())
+    assert isinstance(prune(small, PruningPlan.random(small, 0.5, ["mlp"]), stock=False), PrunedModelMixin)
+
+
 def test_added_tensors_are_named() -> None:
     small = pruned("ViTForImageClassification", SIZES)
     small.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(NativeExportError, match="in only one of the pruned and the stock model"):
+    with pytest.raises(NativeExportError, match="in only one of the pruned and the stock encoder"):
         to_native(small)
     small = pruned("ViTForImageClassification", SIZES)
     small.classifier = torch.nn.Linear(32, 9)
-    with pytest.raises(NativeExportError, match=r"classifier.weight is \(9, 32\), and \(5, 32\)"):
-        to_native(small)
+    native = to_native(small)  # a head of the user's is the user's own matter
+    assert native.classifier.out_features == 9
+    assert relative_error(run(native)["logits"], run(small)["logits"]) < 1e-5
 
 
 def test_wide_and_narrow_layers_need_not_divide() -> None:
@@ -162,7 +175,7 @@ def test_what_is_kept() -> None:
     model.config.id2label = {i: f"kind {i}" for i in range(5)}
     model.vit.embeddings.requires_grad_(False)
     model.set_attn_implementation("eager")
-    small = prune(model, PruningPlan.random(model, 0.5, SIZES))
+    small = prune(model, PruningPlan.random(model, 0.5, SIZES), stock=False)
     native = to_native(small)
     assert native.training and native.dtype == torch.bfloat16 and native.config.id2label[3] == "kind 3"
     assert native.config._attn_implementation == "eager"
@@ -185,7 +198,7 @@ def test_base_model_without_pooler() -> None:
     from transformers import ViTModel
 
     model = ViTModel(CASES["ViTModel"].config(), add_pooling_layer=False).eval()
-    assert_native(prune(model, PruningPlan.random(model, 0.5, SIZES)))
+    assert_native(prune(model, PruningPlan.random(model, 0.5, SIZES), stock=False))
 
 
 PLAIN_LOAD = """

@@ -14,6 +14,7 @@ from hf_vitprune import PruningCallback, PruningModel, SLSConfig, get_pruning_mo
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError, InvalidPlanError
 from hf_vitprune.methods.depth import fewest_layers
 from hf_vitprune.methods.sls import extract_features
+from hf_vitprune.spec.architecture import lineage_of
 from pruning_runs import VIT, Patterns, lora_model, state_of, trainer
 from tiny import CASES, CLASSIFIERS, LABELS, SIZE, assert_same, images, make, relative_error, run
 
@@ -160,7 +161,7 @@ def test_training_ends_in_a_decision(kind: str, tmp_path: Path) -> None:
     assert type(small) is type(model.model)
     assert len(small.get_base_model().vit.layers) == small.get_base_model().config.num_hidden_layers == 1
     assert_same(run(small.eval()), run(truncate(model.model, 1).eval()))
-    info = small.get_base_model().config.pruning_config["info"]
+    info = lineage_of(small.get_base_model().config)
     assert info["method"] == "SLS" and info["alpha"] == 0.01 and info["reason"] == made.reason
     assert info["scores"] == {str(number): score for number, score in made.scores.items()}
     assert "target_metric" not in info
@@ -187,7 +188,7 @@ def test_keeping_everything_is_no_error(caplog: pytest.LogCaptureFixture) -> Non
     assert model.plan().removes_nothing and "not positive" in caplog.text
     small = model.export()
     assert relative_error(run(small)["logits"], run(model.model)["logits"]) == 0
-    assert "not positive" in small.config.pruning_config["info"]["reason"]
+    assert "not positive" in lineage_of(small.config)["reason"]
 
 
 def test_removed_layers_are_skipped_in_training_too(tmp_path: Path) -> None:

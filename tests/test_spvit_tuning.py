@@ -12,6 +12,7 @@ from hf_vitprune import Architecture, PruningPlan, get_pruning_model
 from hf_vitprune.contrib.spvit_start import released_start
 from hf_vitprune.errors import InvalidConfigError, InvalidPlanError
 from hf_vitprune.methods.spvit import SPViTTuningConfig
+from hf_vitprune.spec.architecture import lineage_of
 from pruning_runs import VIT, Patterns, scatter_scores, spvit, state_of, trainer
 from tiny import make, relative_error, run, total_loss
 
@@ -52,7 +53,7 @@ def test_a_fresh_start_trains_unfolded_and_is_exported_folded(case: str, tmp_pat
     small.save_pretrained(tmp_path / "small")
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "small")
     assert torch.equal(run(loaded)["logits"], run(small)["logits"])
-    assert loaded.config.pruning_config["info"]["method"] == "SPViT"
+    assert lineage_of(loaded.config)["method"] == "SPViT"
 
 
 def test_it_starts_from_the_mean_of_the_heads() -> None:

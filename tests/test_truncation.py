@@ -10,6 +10,7 @@ import torch
 
 from hf_vitprune import PruningCallback, TruncationConfig, count, get_pruning_model, truncate
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError, UnreachableTargetError
+from hf_vitprune.spec.architecture import lineage_of
 from pruning_runs import VIT, Patterns, lora_model, state_of, trainer
 from tiny import LABELS, assert_same, make, run
 
@@ -24,7 +25,7 @@ def test_a_number_of_layers(case: str, layers: int) -> None:
     wrapped = get_pruning_model(model, TruncationConfig(layers=layers)).eval()
     small = wrapped.export()
     assert_same(run(small), run(truncate(model, layers)))
-    info = small.config.pruning_config["info"]
+    info = lineage_of(small.config)
     assert info["method"] == "Truncation" and info["layers"] == layers
     assert not {"max_drop", "target", "gate_learning_rate"} & set(info)
 

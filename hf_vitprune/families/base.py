@@ -96,6 +96,8 @@ class Family:
     sub_config: str | None = None
     #: queries and keys meet as their Linears give them: no rotary embedding and no norm in between
     plain_qk: bool = True
+    #: field of the config that states the residual width
+    width_field: str = "hidden_size"
     #: True where the config honours ``head_dim``, so that stock classes can hold uniformly pruned heads
     config_head_dim: bool = False
     #: whether the tokens that are not special form the grid of patches, so that convolutions can mix them; layers

@@ -153,6 +153,7 @@ class SwinFamily(Family):
 SWIN = SwinFamily(
     model_type="swin",
     root="swin",
+    width_field="embed_dim",
     layers="encoder.layers",
     bias_table="relative_position_bias.relative_position_bias_table",
     units=frozenset(UNITS) - {"embedding"},

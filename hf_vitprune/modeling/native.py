@@ -116,12 +116,13 @@ def native_config(architecture: Architecture, config: PreTrainedConfig | None = 
         if "out_features" in fields and not set(fields["out_features"]) <= stages:
             del fields["out_features"]  # of the dense depth
     target = fields[family.sub_config] if family.sub_config else fields
+    dense = {name: getattr(family.sizes_config(architecture.config), name, None) for name in sizes}
     target.update(sizes)
     made = stock_class(**fields)
     made._attn_implementation = base._attn_implementation
     info = lineage_of(base)
     if info:
-        made.pruning_info = info
+        made.pruning_info = {"dense": dense, **info}
     return made
 
 

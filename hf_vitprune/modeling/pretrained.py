@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,17 @@ from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from ..errors import CheckpointMismatchError, InvalidArchitectureError
+from ..families import all_families, base_model_type, family_of
 from ..spec.architecture import Architecture, write_record
 from ..utils.upload import upload
+from .custom import check_class, check_modules, loading
 from .structure import layer_paths, materialize, resize_
 
+#: what config.json has in the place of the residual width: stock configs refuse it, and quote it
+NOT_STOCK = (
+    "pruned with hf_vitprune: import hf_vitprune before loading, and load with an Auto class or a Pruned class; stock "
+    "classes cannot hold this shape"
+)
 STUB_MODULE = "modeling_hf_vitprune"
 _STUB = '''"""Loads a vision transformer pruned with hf_vitprune; needs `pip install hf_vitprune`."""
 
@@ -44,7 +52,20 @@ class PrunedConfigMixin:
                 f"the config is of a {stated.model_type} model but has no pruning_config, without which its sizes are "
                 "unknown; fetch config.json again"
             )
-        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        return super().from_dict(_with_width(config_dict, stated.model_type), **kwargs)  # type: ignore[misc]
+
+    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
+        """As transformers', with a sentence for the residual width, which is in the record too.
+
+        Stock classes would load some pruned folders without a word: no size tells that a layer is gone.
+        """
+        config: Any = self
+        fields = json.loads(config.to_json_string(use_diff=use_diff))
+        if fields.get("pruning_config"):
+            family = family_of(config)
+            sizes = fields.setdefault(family.sub_config, {}) if family.sub_config else fields
+            sizes[family.width_field] = NOT_STOCK
+        Path(json_file_path).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers', with the loader stub that ``auto_map`` names."""
@@ -59,6 +80,24 @@ class PrunedConfigMixin:
         """Saving writes a stub that imports this package; the source files are not copied."""
 
 
+def _with_width(fields: dict[str, Any], model_type: str) -> dict[str, Any]:
+    """The fields of a config.json with a number for the residual width.
+
+    Raises:
+        InvalidArchitectureError: the record, which has it, is damaged.
+    """
+    family = next(f for f in all_families() if f.model_type == base_model_type(model_type))
+    sizes = fields.get(family.sub_config) if family.sub_config else fields
+    if not isinstance(sizes, dict) or not str(sizes.get(family.width_field)).startswith(NOT_STOCK[:23]):
+        return fields  # of format version 1, or damaged
+    record = fields.get("pruning_config")
+    width = record.get("hidden_size") if isinstance(record, dict) else None
+    if type(width) is not int:
+        raise InvalidArchitectureError(f"pruning_config has no whole number for hidden_size, but {width!r}")
+    sizes = {**sizes, family.width_field: width}
+    return {**fields, family.sub_config: sizes} if family.sub_config else sizes
+
+
 class PrunedModelMixin:
     """Mixed in front of a stock model class; see ``hf_vitprune.modeling.registry`` for how the classes are made."""
 
@@ -66,8 +105,11 @@ class PrunedModelMixin:
     pruning_task: str
     #: names of the Auto classes that map the stock class, set on every generated class
     auto_classes: tuple[str, ...]
+    #: the class in front of which this one was put, set on every generated class
+    dense_class: type
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        check_class(type(self), config)
         architecture = Architecture.from_config(config, self.pruning_task)
         if config.pruning_config is None:  # a stock checkpoint is being loaded
             config.pruning_config = write_record(architecture)
@@ -153,7 +195,8 @@ class PrunedModelMixin:
         kwargs["use_safetensors"] = True
         wants_info = kwargs.pop("output_loading_info", False)
         try:
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+            with loading():
+                model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         except RuntimeError as error:
             if "ignore_mismatched_sizes" in str(error) or "size mismatch" in str(error):
                 raise CheckpointMismatchError(
@@ -162,6 +205,7 @@ class PrunedModelMixin:
                 ) from error
             raise
         _check_layers_complete(model, info)
+        check_modules(model, info)
         return (model, info) if wants_info else model
 
     @classmethod

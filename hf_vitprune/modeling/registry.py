@@ -59,7 +59,7 @@ def pruned_model_class(model_class: type[PreTrainedModel]) -> type[PreTrainedMod
     if model_class not in _models:  # written by a user: its own twin, with its own forward
         parent = _models[stock_ancestor(model_class)]
         body = {name: parent.__dict__[name] for name in ("config_class", "config", "pruning_task")}
-        body |= {"auto_classes": (), "__module__": model_class.__module__}
+        body |= {"auto_classes": (), "dense_class": model_class, "__module__": model_class.__module__}
         name = f"Pruned{model_class.__name__}"
         _models[model_class] = type(name, (PrunedModelMixin, model_class), body)
         copy_conversions(name, parent.__name__)
@@ -116,6 +116,7 @@ def _make_classes(family: Family) -> None:
         if stock not in _models:
             task = strip_family(stock.__name__, config_class.__name__)
             body = {"config_class": pruned_config, "config": pruned_config, "pruning_task": task, "auto_classes": ()}
+            body["dense_class"] = stock
             _models[stock] = _new_class(f"Pruned{stock.__name__}", (PrunedModelMixin, stock), body)
             copy_conversions(f"Pruned{stock.__name__}", stock.__name__)
         if auto_name:

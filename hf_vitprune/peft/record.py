@@ -12,6 +12,7 @@ from ..modeling.peft_twin import is_shared
 from ..plan.lineage import lineage_of
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture, write_record
+from ..spec.origin import dense_of, is_pruned
 from ..surgery.transplant import empty_like
 from .heads import check_heads, labels_of
 from .shared import check_first_layers
@@ -40,7 +41,7 @@ def pruning_record(model: Any, altered: bool, part: str = "") -> dict[str, Any]:
         "plan": info["plan"],
         "part": part,
         "kept_layers": None if altered or part else info.get("kept_layers"),
-        "source": seal(Architecture.dense(architecture.config, architecture.task)),
+        "source": seal(dense_of(base.config, architecture.task)),
         "architecture": write_record(architecture),
         "labels": labels_of(base),
     }
@@ -76,14 +77,14 @@ def fit_base(model: Any, config: Any) -> None:
         keys = ["fingerprint"] if kept is None else ["per_layer_config", "hidden_size"]
         if all(sizes[key] == record["architecture"][key] for key in keys):
             return
-    dense = getattr(model.config, "pruning_config", None) is None and not info
+    dense = not is_pruned(model.config)
     there = list(range(len(found.layers))) if dense else info.get("kept_layers")
     if (
         kept is not None
         and there is not None
         and set(kept) <= set(there)
         and found.model_type == record["model_type"]
-        and seal(Architecture.dense(found.config, found.task)) == record["source"]
+        and seal(dense_of(model.config, found.task)) == record["source"]
     ):
         if is_shared(model):
             check_first_layers(kept)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..errors import AdapterError
 from ..modeling.peft_twin import SwitchedLayers, is_shared
 from ..spec.architecture import Architecture
+from ..spec.origin import is_pruned
 from .heads import Labels, recorded_labels, set_labels
 
 
@@ -41,7 +42,7 @@ def share_backbone(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel) or type(model).__name__.endswith("Backbone"):
         raise AdapterError(f"a shared backbone is a dense transformers model, not a {type(model).__name__}")
     architecture = Architecture.of(model)
-    if getattr(model.config, "pruning_config", None) is not None:
+    if is_pruned(model.config):
         raise AdapterError("this model is pruned; share the dense one that the adapters' tasks were cut from")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise AdapterError("this model has adapters already; share the backbone before the first one is loaded")

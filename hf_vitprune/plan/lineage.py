@@ -26,19 +26,21 @@ def lineage(config: PreTrainedConfig, plan: PruningPlan) -> dict[str, Any]:
 
     Returns:
         ``plan``, a digest of every decision since the dense model; and, where whole layers were all that was ever
-        removed, ``kept_layers``, their positions in the dense model.
+        removed, ``kept_layers``, their positions in the dense model; ``dense``, its sizes, where a stock config
+        between the two has others.
     """
     info = lineage_of(config)
+    dense = {"dense": info["dense"]} if "dense" in info else {}
     record = getattr(config, "pruning_config", None) or info or None
     before = list(range(len(plan.source.layers))) if record is None else info.get("kept_layers")
     altered = plan.info.get(ALTERED_WEIGHTS)
     if before is not None and altered is None and removes_only_layers(plan):
         kept = [before[entry.index] for entry in plan.layers]
-        return {"kept_layers": kept, "plan": digest(["layers", kept])}
+        return {**dense, "kept_layers": kept, "plan": digest(["layers", kept])}
     previous = None if record is None else info.get("plan", record.get("fingerprint"))
     weights = {name: digest_tensor(tensor) for name, tensor in sorted(plan.weights.items())}
     decision = {k: v for k, v in plan._record().items() if k in ("layers", "embedding")}
-    return {"plan": digest([previous, decision, weights, altered])}
+    return {**dense, "plan": digest([previous, decision, weights, altered])}
 
 
 def removes_only_layers(plan: PruningPlan) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..cost.blocks import block_macs
 from ..spec.architecture import Architecture
+from ..spec.origin import dense_of
 from .report import new_figure, save_figure
 
 #: colour of every mixer in figures, MLPs included
@@ -37,7 +38,7 @@ def plot_architecture(model: Any, path: str | Path, image_size: int | tuple[int,
         MissingExtraError: matplotlib is not installed.
     """
     architecture = model if isinstance(model, Architecture) else Architecture.of(model)
-    dense = Architecture.dense(architecture.config, architecture.task)
+    dense = dense_of(architecture.config, architecture.task)
     bars = block_macs(architecture, image_size)
     figure = new_figure(max(4.0, 0.55 * len(bars) + 1.5), 3.4)
     axes = figure.subplots()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedConfig
 
 from ..cost import count
 from ..errors import InvalidConfigError
@@ -17,6 +18,7 @@ from ..families import PRUNED_PREFIX
 from ..families.base import pair
 from ..plan.lineage import lineage_of
 from ..spec.architecture import Architecture, task_of, unwrap
+from ..spec.origin import dense_of
 from .report import comparison_markdown, human, layer_markdown
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ PIPELINE_TAGS = {
     "Backbone": "image-feature-extraction",
 }
 #: parts of a record's info that say nothing to a reader
-_INTERNAL_INFO = ("base_model", "plan", "altered_weights")
+_INTERNAL_INFO = ("base_model", "plan", "altered_weights", "dense", "custom")
 
 
 def model_card(
@@ -70,7 +72,7 @@ def model_card(
             needed with ``after``.
         dataset_split: its split.
         timings: what ``measure_speed({"before": dense_model, "after": model})`` gave.
-        dense: the dense model or its Architecture; needed only for native exports, which do not remember it.
+        dense: the dense model or its Architecture; by default what the model's config remembers.
         license: of the base model, when known: a pruned model is a derived work of it.
         tags: more tags, beside ``hf_vitprune``, ``pruning`` and the family.
         repo_id: where the model will be; for the title and the loading example.
@@ -101,7 +103,7 @@ def model_card(
         tags=["hf_vitprune", "pruning", architecture.model_type, *tags],
         eval_results=_eval_results(after or {}, task, dataset, dataset_split),
     )
-    reference = _reference(architecture, dense)
+    reference = _reference(architecture, dense, model.config)
     settings = dict(remembered if info is None else info)
     return ModelCard.from_template(
         data,
@@ -129,12 +131,12 @@ def _hub_id(name: Any) -> str | None:
     return name
 
 
-def _reference(architecture: Architecture, dense: Any) -> Architecture | None:
+def _reference(architecture: Architecture, dense: Any, config: PreTrainedConfig) -> Architecture | None:
     """The dense architecture, where it is known and another one."""
     if dense is not None:
         reference = dense if isinstance(dense, Architecture) else Architecture.of(dense)
     else:
-        reference = Architecture.dense(architecture.config, architecture.task)
+        reference = dense_of(config, architecture.task)
     return None if reference == architecture else reference
 
 

@@ -132,9 +132,11 @@ def _card_beside(model: Any) -> str | None:
     folder = Path(config._name_or_path or "-")
     if not (folder / CARD).is_file() or not (folder / "config.json").is_file():
         return None
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("pruning_config") or {}
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     own = getattr(config, "pruning_config", None) or {}
-    if saved.get("fingerprint") != own.get("fingerprint"):
+    if (saved.get("pruning_config") or {}).get("fingerprint") != own.get("fingerprint"):
+        return None
+    if (saved.get("pruning_info") or {}).get("plan") != getattr(config, "pruning_info", {}).get("plan"):
         return None
     return (folder / CARD).read_text(encoding="utf-8")
 

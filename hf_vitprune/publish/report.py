@@ -13,6 +13,7 @@ from ..cost import cost_parts
 from ..errors import MissingExtraError
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
+from ..spec.origin import dense_of
 
 #: sizes of a layer that a plan can reduce, in the order of tables and plots
 SIZES = ("heads", "qk", "v", "mlp", "attention_in", "mlp_in")
@@ -189,7 +190,7 @@ def kept_shares(subject: PruningPlan | Architecture | Any) -> dict[str, list[flo
         architecture = subject.architecture
     else:
         architecture = subject if isinstance(subject, Architecture) else Architecture.of(subject)
-        reference = Architecture.dense(architecture.config, architecture.task)
+        reference = dense_of(architecture.config, architecture.task)
         places = _places(reference)
         positions = [places.index(place) for place in _places(architecture)]
     shares = {name: [0.0] * len(reference.layers) for name in SIZES}

@@ -27,8 +27,11 @@ from .towers import find_tower
 
 __all__ = ["Architecture", "lineage_of", "unwrap"]
 
-#: version of the ``pruning_config`` written to config.json
+#: version of the JSON form of an architecture
 FORMAT_VERSION = 1
+#: versions of the ``pruning_config`` in config.json that are read; the last one is written. Since 2 the width beside
+#: it is a sentence, so that no stock class takes the folder for one of its own
+RECORD_VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -174,11 +177,10 @@ class Architecture:
 
         Equal sizes are not enough: the dense models behind them give the attention scale and the kind of MLP.
         """
-        mine, theirs = (Architecture.dense(a.config, "Model") for a in (self, other))
         return (
             self.model_type == other.model_type
             and replace(self, task=other.task) == other
-            and mine == theirs
+            and all(self.head_dim(i) == other.head_dim(i) for i in range(len(self.layers)))
             and self.family.fc1_names(self.config) == self.family.fc1_names(other.config)
         )
 
@@ -288,7 +290,7 @@ def write_record(architecture: Architecture, info: dict[str, Any] | None = None)
         else {name: getattr(c, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
     )
     record: dict[str, Any] = {
-        "version": FORMAT_VERSION,
+        "version": RECORD_VERSIONS[-1],
         "dense": dense,
         "hidden_size": architecture.hidden_size,
         "per_layer_config": {str(i): row for i, row in architecture.per_layer_config().items()},
@@ -309,8 +311,11 @@ def lineage_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def fingerprint(record: dict[str, Any]) -> str:
-    """Digest of everything else in a record: shapes alone cannot tell 4 heads of 32 from 8 heads of 16."""
-    rest = {k: v for k, v in record.items() if k not in ("fingerprint", "info")}
+    """Digest of everything else in a record: shapes alone cannot tell 4 heads of 32 from 8 heads of 16.
+
+    The same in every version, as adapters name their base by it.
+    """
+    rest = {k: v for k, v in record.items() if k not in ("fingerprint", "info")} | {"version": 1}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -322,9 +327,10 @@ def read_record(config: PreTrainedConfig, record: Any, task: str) -> Architectur
     """
     if not isinstance(record, dict):
         raise InvalidArchitectureError(f"pruning_config is a {type(record).__name__}, expected a dict")
-    if record.get("version") != FORMAT_VERSION:
+    version = record.get("version")
+    if type(version) is not int or version not in RECORD_VERSIONS:
         raise InvalidArchitectureError(
-            f"pruning_config has format version {record.get('version')!r}, this library reads {FORMAT_VERSION}; "
+            f"pruning_config has format version {version!r}, this library reads {RECORD_VERSIONS}; "
             "a newer hf_vitprune may read it"
         )
     missing = {"dense", "hidden_size", "per_layer_config", "fingerprint"} - record.keys()

@@ -63,7 +63,7 @@ def _check_depth(model: nn.Module, architecture: Any, prefix: str) -> None:
     for name, count in architecture.layer_lists().items():
         path = prefix + name
         layers: Any = _find(model, path)
-        there = getattr(layers, "visible", None) or len(layers)  # a shared backbone shows some of its layers
+        there = len(layers)
         if there != count:
             field = "depths" if architecture.depths is not None else "num_hidden_layers"
             raise ModelMismatchError(

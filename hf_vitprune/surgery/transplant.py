@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from ..errors import InvalidPlanError
 from ..modeling import config_for, pruned_model_class
 from ..modeling.blocks import RemovedAttention, mask_layer_norm
+from ..modeling.custom import CUSTOM, custom_parts
 from ..modeling.outer import Outer, find_outer, narrow_outer
 from ..modeling.registry import stock_ancestor
 from ..modeling.structure import finish_mixers, layer_paths, put, replace_mixer, resize_
 from ..plan.lineage import lineage
 from ..plan.plan import PruningPlan
-from ..spec.architecture import Architecture
+from ..spec.architecture import Architecture, lineage_of
 from ..utils.modules import meta_copy, named_tensors, owner
 from .cuts import Cut, find_cuts, small_state
 from .gates import strip_gates
@@ -38,7 +39,7 @@ def prune_plain(
         check_plan(model, plan, allow_unchanged)
     small = resized_copy(model, plan)
     small.load_state_dict(small_state(model.state_dict(), model, small, plan), strict=True, assign=True)
-    _tie(small, model)
+    tie(small, model)
     return small
 
 
@@ -50,19 +51,44 @@ def resized_copy(model: PreTrainedModel, plan: PruningPlan) -> Any:
         UnsupportedModelError: an attention of the user's is in the place of one that has to be ours.
     """
     skeleton = empty_like(model, plan)
-    family, config = plan.source.family, skeleton.config
+    kept = [entry.index for entry in plan.layers]
+    small = resized(model, plan.source, plan.architecture, kept, skeleton.config)
+    prefix = plan.source.family.encoder_path(model)
+    custom = custom_parts(type(model), stock_ancestor(type(model)), small, skeleton, prefix)
+    if custom:
+        before = (lineage_of(model.config).get(CUSTOM) or {}).get("layers", list(range(len(plan.source.layers))))
+        info = small.config.pruning_config.setdefault("info", {})
+        info[CUSTOM] = {**custom, "layers": [before[index] for index in kept]}
+    return small
+
+
+def resized(
+    model: PreTrainedModel, source: Architecture, architecture: Architecture, kept: list[int], config: Any
+) -> Any:
+    """A copy of the live model of another shape, its weights on the meta device, as its pruned twin.
+
+    Args:
+        model: what is copied.
+        source: its architecture.
+        architecture: of the copy.
+        kept: positions of the layers that stay.
+        config: of the copy; a pruned one.
+
+    Raises:
+        UnsupportedUnitError, UnsupportedModelError: as :func:`resized_copy`.
+    """
+    family = source.family
     replaced = {id(model.config): config, id(family.sizes_config(model.config)): family.sizes_config(config)}
     small = meta_copy(model, replaced)
     strip_gates(small)
-    width, kept = plan.source.hidden_size, plan.architecture.hidden_size
-    outer = outer_of(model, plan.source, kept)
+    outer = outer_of(model, source, architecture.hidden_size)
     with _empty_modules_like(model):
-        resize_(small, plan.architecture, [entry.index for entry in plan.layers])
+        resize_(small, architecture, kept)
         if outer is not None:
-            narrow_outer(small, outer, width, kept)
-            family.narrow_stream(small, width, kept)
+            narrow_outer(small, outer, source.hidden_size, architecture.hidden_size)
+            family.narrow_stream(small, source.hidden_size, architecture.hidden_size)
     small.__class__ = pruned_model_class(type(model))
-    small._built_as = plan.architecture
+    small._built_as = architecture
     return small
 
 
@@ -79,7 +105,7 @@ def outer_of(model: PreTrainedModel, source: Architecture, kept: int) -> Outer |
     return find_outer(model, wide, narrow, layers, source.hidden_size, kept)
 
 
-def _tie(small: nn.Module, model: nn.Module) -> None:
+def tie(small: nn.Module, model: nn.Module) -> None:
     """Tensors that were one under several names are one again."""
     first: dict[int, str] = {}
     for name, tensor in named_tensors(model):
