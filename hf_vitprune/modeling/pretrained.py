@@ -16,6 +16,7 @@ from ..errors import CheckpointMismatchError, InvalidArchitectureError
 from ..families import all_families, base_model_type, family_of
 from ..spec.architecture import Architecture, write_record
 from ..utils.upload import upload
+from .complete import check_adapters_whole
 from .custom import check_class, check_modules, loading
 from .structure import layer_paths, materialize, resize_
 
@@ -153,9 +154,10 @@ class PrunedModelMixin:
         """Called by ``load_state_dict``: PEFT and Trainer pass over tensors that have no place, and load the rest.
 
         Raises:
-            CheckpointMismatchError: there are tensors of layers that this model has not got.
+            CheckpointMismatchError: there are tensors of layers that this model has not got, or parts of an adapter.
         """
         _check_same_depth(self, (key[len(prefix) :] for key in state_dict if key.startswith(prefix)))
+        check_adapters_whole(self, prefix, state_dict.keys())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
