@@ -16,7 +16,8 @@ from .peft import prune_peft
 from .plan.plan import PruningPlan
 from .spec.architecture import unwrap
 from .spec.towers import Tower, find_tower
-from .surgery.composite import kept_feature_layers, layers_read, with_masked_tower, with_tower
+from .surgery.composite import with_masked_tower, with_tower
+from .surgery.read_layers import kept_feature_layers, layers_read
 from .surgery.reload import load_pruned
 from .surgery.transplant import empty_like, mask_plain, prune_plain
 

@@ -94,6 +94,17 @@ class PruningMethod(nn.Module):
         """Hook the gates into the model."""
         raise NotImplementedError
 
+    def keep_at_least(self, layers: int, reader: str) -> None:
+        """Called once, for a tower in a bigger model that reads the output of the first so many layers.
+
+        Args:
+            layers: how many have to stay.
+            reader: who reads them.
+
+        Raises:
+            InvalidConfigError: the method cannot do its work with so many.
+        """
+
     # ------------------------------------------------------------------ training
     def check_training(self, args: TrainingArguments, max_steps: int) -> None:
         """Called when training begins.

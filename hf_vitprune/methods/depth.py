@@ -72,19 +72,25 @@ class DepthMethod(PruningMethod):
 
     def __init__(self, config: PruningConfig, model: PreTrainedModel, stages: int | None = None) -> None:
         super().__init__(config, model)
-        self.floor = fewest_layers(model, stages)
+        self.floor = 0
         total = len(self.architecture.layers)
-        if self.floor >= total:
+        why = "it gives the output of its last layer (out_features)"
+        if self.architecture.task != "Backbone":
             why = "it has only one" if total == 1 else "its last layer has to stay"
-            raise InvalidConfigError(
-                f"{config.method_name} removes layers from the top, and of this {self.architecture.model_type} none "
-                f"can go: {why}"
-            )
+        self.keep_at_least(fewest_layers(model, stages), why)
         device = next(model.parameters()).device
         self.depth = DepthGate(total, device)
         # float64 numbers as their bits, NaN where there is none: model.half() leaves whole numbers alone
         nothing = torch.full((total,), torch.nan, dtype=torch.float64).view(torch.int64)
         self.register_buffer("found_bits", nothing.to(device))
+
+    def keep_at_least(self, layers: int, reader: str) -> None:
+        self.floor = max(self.floor, layers)
+        if self.floor >= len(self.architecture.layers):
+            raise InvalidConfigError(
+                f"{self.config.method_name} removes layers from the top, and of this {self.architecture.model_type} "
+                f"none can go: {reader}"
+            )
 
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
         return attach_depth_gate(model, self.architecture, self.depth)

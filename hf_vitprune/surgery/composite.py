@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,16 +14,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..errors import InvalidPlanError, UnsupportedModelError, UnsupportedUnitError
+from ..errors import UnsupportedModelError, UnsupportedUnitError
 from ..families.base import pair
 from ..modeling.blocks import mask_layer_norm
 from ..modeling.hosts import host_class
 from ..modeling.outer import Outer, find_outer, shapes_of
 from ..modeling.pretrained import PrunedModelMixin
 from ..plan.plan import PruningPlan
+from ..spec.architecture import Architecture
 from ..spec.towers import Tower
 from ..utils.modules import follow_sizes, get, owner, put, set_tensor
 from .cuts import Cut
+from .transplant import resized_copy
 
 
 def with_tower(
@@ -90,53 +93,6 @@ def with_masked_tower(model: Any, tower: Tower, masked: Any, small_config: Any, 
         norm, channels = get(whole, path), torch.tensor(kept, device=next(masked.parameters()).device)
         mask_layer_norm(norm, _side_by_side(channels, width, norm.normalized_shape[0]))
     return whole
-
-
-# ---------------------------------------------------------------------- which layers a model reads
-#: config fields that name hidden states of the vision tower (0 is the embedding; negative ones count from the end)
-_FEATURE_FIELDS = ("vision_feature_layer",)
-
-
-def _read_states(model: Any, layers: int) -> dict[str, list[int]]:
-    """Field -> numbers of the hidden states that it names, counted from the embedding."""
-    found = {}
-    for field in _FEATURE_FIELDS:
-        value = getattr(getattr(model, "config", None), field, None)
-        if value is not None:
-            values = value if isinstance(value, (list, tuple)) else [value]
-            found[field] = [v if v >= 0 else layers + 1 + v for v in values]
-    return found
-
-
-def layers_read(model: Any, tower: Tower, layers: int) -> int:
-    """How many of a tower's first layers are needed for what the model reads of it."""
-    states = [state for numbers in _read_states(model, layers).values() for state in numbers]
-    return max(states) if states and "vision" in tower.part else layers
-
-
-def kept_feature_layers(model: Any, tower: Tower, plan: PruningPlan) -> dict[str, Any]:
-    """Config fields that name hidden states, with the numbers that these have after pruning.
-
-    Raises:
-        InvalidPlanError: the plan removes a layer whose output the model reads.
-    """
-    layers, kept = len(plan.source.layers), [entry.index for entry in plan.layers]
-    if len(kept) == layers or "vision" not in tower.part:
-        return {}
-    changed: dict[str, Any] = {}
-    for field, states in _read_states(model, layers).items():
-        lost = [state - 1 for state in states if state and state - 1 not in kept]
-        if lost:
-            raise InvalidPlanError(
-                f"the plan removes layer {lost[0]} of the tower, whose output the model reads (config.{field}): keep "
-                f"it, or set config.{field} to another one first"
-            )
-        old = getattr(model.config, field)
-        numbers = old if isinstance(old, (list, tuple)) else [old]
-        new = [kept.index(state - 1) + 1 if state else 0 for state in states]
-        signed = [n - (len(kept) + 1) if o < 0 else n for n, o in zip(new, numbers, strict=True)]
-        changed[field] = signed if isinstance(old, (list, tuple)) else signed[0]
-    return changed
 
 
 # ---------------------------------------------------------------------- configs
@@ -268,6 +224,21 @@ def _cut_readers(whole: nn.Module, outer: Outer, width: int, kept: torch.Tensor)
 
 
 # ---------------------------------------------------------------------- loading again
+def check_host(model: Any, tower: Tower) -> None:
+    """Refuse a model that could not be loaded again with a pruned tower, before any work; nothing is made in memory.
+
+    Raises:
+        UnsupportedModelError: naming the model.
+    """
+    module = get(model, tower.path)
+    source = Architecture.of(module)
+    thinner = [
+        entry if not entry.mlp else replace(entry, mlp=entry.mlp[:1]) for entry in PruningPlan.dense(source).layers
+    ]
+    plan = PruningPlan.dense(source).with_layers(thinner)
+    with_tower(model, tower, resized_copy(module, plan), source.hidden_size, None)
+
+
 @contextlib.contextmanager
 def _on_meta() -> Iterator[None]:
     with torch.device("meta"), no_init_weights():

@@ -18,6 +18,7 @@ class Checkpoints(nn.Module):
 
     if TYPE_CHECKING:
         method: Any
+        tower: Any
         pruning_config: Any
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -39,6 +40,8 @@ class Checkpoints(nn.Module):
         record = {k: v for k, v in architecture.to_dict().items() if k != "config"}  # training may set things there
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
         settings = {"model": f"{architecture.model_type} of {len(architecture.layers)} layers ({digest})"}
+        if self.tower.path:
+            settings["part"] = self.tower.part
         settings |= {key: str(value) for key, value in self.pruning_config.to_dict().items()}
         return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
 

@@ -10,13 +10,14 @@ from transformers.utils import logging
 from ..compensate import Compensation, compensate_plan
 from ..errors import AdapterError, InvalidConfigError
 from ..methods import PruningMethod
-from ..modeling.peft_twin import is_peft, merged_twin
+from ..modeling.peft_twin import is_peft, plain_part
 from ..peft.absorb import why_merged
 from ..plan.lineage import lineage_of, removes_only_layers
 from ..plan.plan import PruningPlan
 from ..spec.architecture import unwrap
 from ..surgery.transplant import mask_plain
 from ..utils.batches import ImageBatches, fixed_randomness
+from ..utils.modules import get
 from ..utils.processes import by_itself
 
 logger = logging.get_logger(__name__)
@@ -45,9 +46,9 @@ def export_plan(pruning_model: Any, calibration: Any, compensate: Any, weights: 
     if not asked and compensate == "auto":
         compensate = "none" if images is None else pruning_model.compensate
     settings = Compensation.of(compensate)
-    plan = pruning_model.plan()
+    plan, tower = pruning_model.plan(), pruning_model.tower
     if weights is not None:
-        plan = pruning_model.method.choose(unwrap(weights))
+        plan = pruning_model.method.choose(get(unwrap(weights), tower.path)).of_part(plan.part)
     if settings is None or plan.removes_nothing:
         return plan
     if images is None:
@@ -89,11 +90,12 @@ def _followed(
     model: Any, plan: PruningPlan, whole: PruningPlan | None, images: Any, settings: Compensation
 ) -> PruningPlan:
     """The plan with the weights that bring it to the model under the plan ``whole`` (None: to the model itself)."""
-    base = merged_twin(model) if is_peft(model) else unwrap(model)
+    base = plain_part(model, plan.part)[0]
     plain = whole is None or (whole.removes_nothing and not any(entry.scales for entry in whole.layers))
     with by_itself(), fixed_randomness():
         reference = None if plain or whole is None else mask_plain(base, whole)
-        return compensate_plan(model, plan, ImageBatches(images), settings, reference=reference)
+        alone = compensate_plan(base, plan.of_part(None), ImageBatches(images), settings, reference=reference)
+    return alone.of_part(plan.part)
 
 
 def is_compensated(small: Any) -> bool:

@@ -12,14 +12,18 @@ from ..errors import AdapterError, InvalidConfigError, InvalidDataError, Invalid
 from ..losses.task import is_classifier, task_loss
 from ..methods import PruningConfig, method_for
 from ..modeling.native import to_native
-from ..modeling.peft_twin import check_peft_model, is_peft, tuner_layers
+from ..modeling.peft_twin import check_peft_model, is_peft, plain_twin, tuner_layers
 from ..peft import save_pruned_peft
 from ..peft.kinds import kind_of
 from ..peft.kinds.convpass import ConvpassLayer
 from ..plan.plan import PruningPlan
 from ..pruning import prune
 from ..spec.architecture import Architecture, unwrap
+from ..spec.towers import find_tower
+from ..surgery.composite import check_host
+from ..surgery.read_layers import layers_needed, layers_read
 from ..utils.batches import ImageBatches
+from ..utils.modules import get
 from ..utils.processes import broadcast
 from .checkpoints import Checkpoints
 from .exporting import export_plan
@@ -27,15 +31,19 @@ from .forward import class_with, signature_of, takes_loss_kwargs
 from .setup import check_model
 
 
-def get_pruning_model(model: Any, config: PruningConfig) -> PruningModel:
+def get_pruning_model(model: Any, config: PruningConfig, part: str | None = None) -> PruningModel:
     """Wrap a stock, pruned or PEFT model so that training it also decides what to prune.
 
     Args:
-        model: a transformers vision model of a registered family, or a PeftModel over one.
+        model: a transformers vision model of a registered family, a bigger model with one in it, or a PeftModel over
+            either.
         config: ``VTPConfig(...)`` or another method's config.
+        part: which tower of a bigger model (see :func:`hf_vitprune.towers`); its only one by default. The bigger model
+            trains by its own loss.
 
     Raises:
-        UnsupportedModelError: no family is registered for the model.
+        UnsupportedModelError: no family is registered for the model, there are several towers and no ``part``, or the
+            bigger model could not be loaded again with a pruned tower.
         AdapterError: the model's adapters cannot be carried over to a pruned one.
         InvalidConfigError: the config is no pruning config; the model is in a wrapper (DataParallel, an engine), or
             its parameters are spread over processes in a way that cannot be pruned.
@@ -44,7 +52,7 @@ def get_pruning_model(model: Any, config: PruningConfig) -> PruningModel:
     check_model(model)
     if isinstance(model, PruningModel):
         raise InvalidConfigError("the model is a PruningModel already; unload() or export() it first")
-    return PruningModel(model, config)
+    return PruningModel(model, config, part)
 
 
 class PruningModel(Checkpoints):
@@ -59,6 +67,7 @@ class PruningModel(Checkpoints):
 
     Attributes:
         model: the wrapped model.
+        tower: what is pruned of it; at the path ``""`` where that is the model itself.
         method: scores, penalty and decision.
         training_images: of the last training, in the order of its data set; None before.
         compensate: what :meth:`export` does about the loss when it is given no images, and there are
@@ -66,18 +75,21 @@ class PruningModel(Checkpoints):
         tuned: it was trained after the decision.
     """
 
-    def __new__(cls, model: Any = None, config: Any = None) -> PruningModel:
+    def __new__(cls, model: Any = None, config: Any = None, part: str | None = None) -> PruningModel:
         base = unwrap(model)
         if isinstance(base, PreTrainedModel):
             cls = class_with(PruningModel, signature_of(base))
         return super().__new__(cls)
 
-    def __init__(self, model: Any, config: PruningConfig) -> None:
+    def __init__(self, model: Any, config: PruningConfig, part: str | None = None) -> None:
         super().__init__()
         base = unwrap(model)
         if not isinstance(base, PreTrainedModel):
             raise UnsupportedModelError(f"expected a transformers or PEFT model, got {type(model).__name__}")
-        Architecture.of(base)  # raises for unknown families
+        self.tower = find_tower(base, part)
+        Architecture.of(base, part)  # raises where the model is not what its config says
+        if self.tower.path:
+            check_host(plain_twin(base, part=self.tower.path) if is_peft(model) else base, self.tower)
         if is_peft(model):
             _check_adapters(model)
             if method_for(config).traits.adapters == "none":
@@ -86,19 +98,39 @@ class PruningModel(Checkpoints):
                     "merge them first (model.merge_and_unload()), and train adapters on the exported model"
                 )
         self.model = model
-        self.method = method_for(config)(config, base)
+        self.method = method_for(config)(config, get(base, self.tower.path))
+        if self.tower.path:
+            self._check_tower(is_peft(model))
         self.training_images: ImageBatches | None = None
         self.compensate: Any = "auto"
         self.tuned = False
         self.guided = False
         self._changes: int | None = None  # of the weights, when the first training pass began
         if is_peft(model) and self.method.traits.adapters == "sliced":
-            _check_sliceable(model, self.pruning_config.method_name)
-        self._handles = self.method.attach(base)
+            _check_sliceable(model, self.pruning_config.method_name, self.tower.path)
+        self._handles = self.method.attach(get(base, self.tower.path))
         self._arguments = list(signature_of(base).parameters)
         self._classifies = is_classifier(base)
         #: what the Trainer asks: whether the loss below is normalised by num_items_in_batch
         self.accepts_loss_kwargs = self._classifies or takes_loss_kwargs(base)
+
+    def _check_tower(self, adapted: bool) -> None:
+        """Whether the method can do its work on a tower in a bigger model."""
+        method, name, layers = self.method, self.pruning_config.method_name, len(self.method.architecture.layers)
+        base = self.get_base_model()
+        if adapted and method.traits.zeroes_weights:
+            raise AdapterError(
+                f"{name} sets weights of a tower to zero, which adapters of a bigger model share: merge them first "
+                "(model.merge_and_unload()), or use another method"
+            )
+        method.keep_at_least(*layers_needed(base, self.tower, layers))
+        read = layers_read(base, self.tower, layers)
+        if read < layers and method.traits.decides_by == "gradients":
+            raise UnsupportedModelError(
+                f"{name} scores by gradients, and layers {read} to {layers - 1} of the tower get none, as "
+                f"{type(base).__name__} reads what is below them: drop them first, with "
+                "hf_vitprune.truncate(model, 'unused'), which changes no output"
+            )
 
     def __reduce__(self) -> Any:
         return _empty, (signature_of(self.get_base_model()),), self.__dict__
@@ -152,6 +184,11 @@ class PruningModel(Checkpoints):
         """The transformers model inside."""
         return unwrap(self.model)
 
+    @property
+    def scored(self) -> Any:
+        """What the method looks at: the wrapped model, or the tower in it."""
+        return get(self.get_base_model(), self.tower.path) if self.tower.path else self.model
+
     # ------------------------------------------------------------------ a training loop of one's own
     def parameter_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Groups for a torch optimizer: everything that learns, gates at their own learning rate, without decay.
@@ -181,7 +218,7 @@ class PruningModel(Checkpoints):
         """
         self.guided = True
         method = self.method
-        penalty = method.before_step(self.model, step / max(max_steps, 1), gradient_scale)
+        penalty = method.before_step(self.scored, step / max(max_steps, 1), gradient_scale)
         if penalty is None:
             return None
         parameters = method.gate_parameters()
@@ -191,7 +228,7 @@ class PruningModel(Checkpoints):
 
     def after_step(self, step: int, max_steps: int) -> None:
         """To be called right after ``optimizer.step()``, with the same numbers as :meth:`before_step`."""
-        self.method.after_step(self.model, step + 1, max_steps)
+        self.method.after_step(self.scored, step + 1, max_steps)
 
     # ------------------------------------------------------------------ results
     @property
@@ -227,7 +264,7 @@ class PruningModel(Checkpoints):
             raise InvalidDataError(
                 f"{self.pruning_config.method_name} decides by images: pass decide(images={kind}), or {cure}"
             )
-        self.method.decide(self.model, batches)
+        self.method.decide(self.scored, batches)
         broadcast(self.method)
 
     def _check_trained(self) -> None:
@@ -249,7 +286,7 @@ class PruningModel(Checkpoints):
         """The plan of the current decision; decides first where none was taken."""
         if not self.method.decided:
             self.decide()
-        return self.method.choose()
+        return self.method.choose().of_part(self.tower.part if self.tower.path else None)
 
     def export(
         self, native: bool = False, *, calibration: Any = None, compensate: Any = "auto", weights: Any = None
@@ -352,8 +389,8 @@ def _check_adapters(model: Any) -> None:
         kind_of(config).check_config(config)
 
 
-def _check_sliceable(model: Any, method: str) -> None:
-    for name, layer in tuner_layers(unwrap(model)).items():
+def _check_sliceable(model: Any, method: str, part: str) -> None:
+    for name, layer in tuner_layers(get(unwrap(model), part)).items():
         if isinstance(layer, ConvpassLayer):
             raise AdapterError(
                 f"{method} narrows layers, and the Convpass adapter of {name} can neither be sliced nor merged; "

@@ -42,8 +42,18 @@ class Truncation(DepthMethod):
                     f"layers='validation' goes by accuracy, and this model classifies no images "
                     f"({self.architecture.task}): give a number of layers, or a target"
                 )
-        elif config.target is not None:
-            self._layers_for_target()  # an unreachable target says so before any training
+
+    def keep_at_least(self, layers: int, reader: str) -> None:
+        super().keep_at_least(layers, reader)
+        self._check_depth()
+
+    def _check_depth(self) -> None:
+        """An unreachable target, or a number of layers that cannot be had, says so before any training."""
+        config, total = self.config, len(self.architecture.layers)
+        if config.by_validation:
+            return
+        if config.target is not None:
+            self._layers_for_target()
         elif not self.floor <= config.layers < total:  # type: ignore[operator]
             raise InvalidConfigError(
                 f"layers is {config.layers}; this {self.architecture.model_type} can keep {self.floor} to {total - 1} "
