@@ -14,7 +14,7 @@ from ..errors import InvalidConfigError
 from ..methods import PruningMethod, Stage
 from ..utils.batches import ImageBatches
 from .model import PruningModel
-from .setup import check_model, check_setup
+from .setup import check_model, check_setup, check_trainer
 
 logger = logging.get_logger(__name__)
 
@@ -56,6 +56,7 @@ class PruningCallback(TrainerCallback):
         method = pruning_model_of(model).method
         check_setup(args)
         check_model(model)
+        check_trainer(model, ours=self.gradient_scale is not None)
         model.guided = True
         _check_checkpointing(args, model)
         self._check_clipping(args, method)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import ResumeError
+from ..utils.sharding import spread_state
 
 
 class Checkpoints(nn.Module):
@@ -69,6 +70,7 @@ class Checkpoints(nn.Module):
                 f"this is no checkpoint of the {type(self).__name__}: {_some(own - given)} missing, "
                 f"{_some(given - own)} left over. Wrap the same model in the same way as for the run that wrote it"
             )
+        spread_state(self, state_dict, prefix)
         for name, first in self._shared().items():
             state_dict[prefix + name] = state_dict[prefix + first]
 

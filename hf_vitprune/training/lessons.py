@@ -14,6 +14,7 @@ from ..losses.distillation import DistillationConfig, Teacher, distillation_term
 from ..losses.features import FeatureTeacher
 from ..surgery.gates import strip_gates
 from .model import PruningModel
+from .setup import check_teacher
 
 #: a kind of distillation with its teacher
 Lesson = tuple[DistillationConfig, Teacher]
@@ -119,6 +120,7 @@ class Answers:
 
 def _ungated_copy(model: PruningModel) -> Any:
     """The wrapped model as it is now, without gates: what the student starts from."""
+    check_teacher(model)
     teacher = copy.deepcopy(model.model)
     strip_gates(teacher)
     return teacher

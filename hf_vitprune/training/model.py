@@ -25,6 +25,7 @@ from ..surgery.read_layers import layers_needed, layers_read
 from ..utils.batches import ImageBatches
 from ..utils.modules import get
 from ..utils.processes import broadcast
+from ..utils.sharding import gathered, is_sharded, whole
 from .checkpoints import Checkpoints
 from .exporting import export_plan
 from .forward import class_with, signature_of, takes_loss_kwargs
@@ -275,7 +276,7 @@ class PruningModel(Checkpoints):
                 "with PruningTrainer, with Trainer(..., callbacks=[PruningCallback()]), or call before_step() and "
                 "after_step() around every optimizer.step() of your own loop"
             )
-        broken = [name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())]
+        broken = [name for name, p in self.model.named_parameters() if not bool(whole(p.isfinite().all()))]
         if broken:
             raise InvalidPlanError(
                 f"{len(broken)} tensors of the model are not finite ({broken[0]}, ...): the training diverged. Look "
@@ -307,7 +308,8 @@ class PruningModel(Checkpoints):
 
         Returns:
             A ``Pruned<X>...`` model; a PeftModel over one if the wrapped model is a PeftModel; a stock model if
-            ``native``.
+            ``native``. Of a sharded model, for which every process has to call this: the first process has it, on the
+            CPU, and the others None.
 
         Raises:
             NativeExportError: ``native`` and the shape does not allow it; the message says why.
@@ -316,6 +318,12 @@ class PruningModel(Checkpoints):
             InvalidDataError: the images are none, or not for this model.
             InvalidConfigError: ``compensate`` asks for something, and there are no images.
         """
+        if is_sharded(self.model.parameters()):
+            if not self.method.decided:
+                self.decide()
+            model = gathered(self, shared=self.training_images)
+            settings = {"calibration": calibration, "compensate": compensate, "weights": weights}
+            return None if model is None else model.export(native, **settings)
         plan = export_plan(self, calibration, compensate, weights)
         source = self.model if weights is None else weights
         small = prune(source, plan, allow_unchanged=self.method.traits.may_keep_everything)
@@ -342,6 +350,8 @@ class PruningModel(Checkpoints):
             AdapterError: ``kwargs`` with adapters.
         """
         small = self._finished()
+        if small is None:  # the first process has it
+            return
         if not is_peft(small):
             small.save_pretrained(save_directory, **kwargs)
             return
@@ -362,7 +372,7 @@ class PruningModel(Checkpoints):
                 "the adapters need their pruned base: push export().merge_and_unload(), or the base and then the "
                 "adapters (see docs/peft.md)"
             )
-        return small.push_to_hub(*args, **kwargs)
+        return None if small is None else small.push_to_hub(*args, **kwargs)
 
     def _finished(self) -> Any:
         if not self.method.decided:

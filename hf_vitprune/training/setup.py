@@ -5,28 +5,29 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainingArguments
 
 from ..errors import InvalidConfigError
-from ..utils.sharding import sharding_of
+from ..utils.sharding import is_sharded, sharding_of
 
 #: what DeepSpeed does to the calls that pruning needs
 _DEEPSPEED = (
     "pruning does not work under DeepSpeed, whose engine owns the gradients and steps inside of backward(): leave "
     "deepspeed out and use DDP (torchrun, or accelerate launch without deepspeed)"
 )
-_FSDP = (
-    "pruning needs whole gradients on every process, and FSDP shards them: leave fsdp out and use DDP (torchrun, or "
-    "accelerate launch without fsdp)"
+_FSDP1 = (
+    "pruning needs whole gradients, and FSDP1 flattens them: use FSDP2 (fsdp_version: 2 in accelerate's config, "
+    "fsdp_config={'version': 2} in TrainingArguments, or from_pretrained(distributed_config=DistributedConfig("
+    "fsdp_size=N))), or DDP (without fsdp)"
 )
 _DATA_PARALLEL = (
     "pruning does not work in one process with several GPUs (DataParallel): start one process for each with torchrun, "
     "or show one GPU (CUDA_VISIBLE_DEVICES=0)"
 )
 _MODELS = {
-    "fsdp1": _FSDP,
-    "fsdp2": _FSDP,
+    "fsdp1": _FSDP1,
     "zero3": _DEEPSPEED + ", or load the model without DeepSpeed's ZeRO-3",
     "tensor_parallel": (
         "the model's tensors are spread over processes by tensor, expert or pipeline parallelism, and units of heads "
@@ -38,14 +39,18 @@ _MODELS = {
 
 
 def check_model(model: Any) -> None:
-    """A model whose parameters are whole, and an environment in which they stay so.
+    """A model whose parameters are whole or sharded by FSDP2, and an environment in which they stay so.
 
     Raises:
         InvalidConfigError: naming what to use instead.
     """
     _check_environment()
     kind = sharding_of(model) if isinstance(model, nn.Module) else None
-    if kind is not None:
+    if kind == "fsdp2":
+        parallel = getattr(getattr(model, "config", None), "distributed_config", None)
+        if getattr(parallel, "fsdp_cpu_offload", False):
+            raise InvalidConfigError("gates stay on the device: load the model without fsdp_cpu_offload")
+    elif kind is not None:
         raise InvalidConfigError(
             _MODELS.get(kind, f"the model is in a {kind} already: wrap model.module, the Trainer does the rest")
         )
@@ -61,7 +66,7 @@ def check_setup(args: TrainingArguments) -> None:
     if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None:
         raise InvalidConfigError(_DEEPSPEED)
     if args.fsdp:
-        raise InvalidConfigError(_FSDP)
+        _check_plugin(dict(getattr(args, "fsdp_plugin_args", None) or {}))
     parallel = getattr(args, "parallelism_config", None)
     if parallel is not None and any((getattr(parallel, f"{name}_size", 1) or 1) > 1 for name in ("tp", "cp", "sp")):
         raise InvalidConfigError(_MODELS["tensor_parallel"])
@@ -74,13 +79,68 @@ def _check_environment() -> None:
     if _flag("ACCELERATE_USE_DEEPSPEED"):
         raise InvalidConfigError(_DEEPSPEED)
     if _flag("ACCELERATE_USE_FSDP"):
-        raise InvalidConfigError(_FSDP)
+        _check_plugin(
+            {
+                "fsdp_version": os.environ.get("FSDP_VERSION") or _version_in_use(),
+                "cpu_offload": _flag("FSDP_OFFLOAD_PARAMS"),
+                "cpu_ram_efficient_loading": _flag("FSDP_CPU_RAM_EFFICIENT_LOADING"),
+            }
+        )
     if _flag("ACCELERATE_USE_MEGATRON_LM"):
         raise InvalidConfigError("pruning does not work under Megatron-LM: use accelerate launch without it")
     if _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
         sizes = [os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1") for name in ("TP", "CP", "SP")]
         if any(size not in ("", "1") for size in sizes):
             raise InvalidConfigError(_MODELS["tensor_parallel"])
+
+
+def _version_in_use() -> int:
+    """Of FSDP: accelerate sets its variable for a plugin that came with the arguments, too, but no version."""
+    state: dict[str, Any] = AcceleratorState._shared_state
+    return int(getattr(state.get("fsdp_plugin"), "fsdp_version", 1))
+
+
+def _check_plugin(settings: dict[str, Any]) -> None:
+    if int(settings.get("fsdp_version", 1)) != 2:
+        raise InvalidConfigError(_FSDP1)
+    if settings.get("cpu_offload"):
+        raise InvalidConfigError("gates stay on the device: leave fsdp_offload_params (cpu_offload) out")
+    if settings.get("cpu_ram_efficient_loading"):
+        raise InvalidConfigError(
+            "accelerate's loading by the first process alone takes no buffers and no parameters that are not sharded, "
+            "and masks and gates are such: set fsdp_cpu_ram_efficient_loading: false, or load the model sharded "
+            "(from_pretrained(distributed_config=DistributedConfig(fsdp_size=N)))"
+        )
+
+
+def check_trainer(model: Any, ours: bool) -> None:
+    """A sharded model, and gates that are not, with the Trainer that knows of both.
+
+    Args:
+        model: a PruningModel in training.
+        ours: the Trainer is a PruningTrainer.
+
+    Raises:
+        InvalidConfigError: it is not.
+    """
+    if is_sharded(model.parameters()) and not ours:
+        raise InvalidConfigError(
+            "under FSDP2 a plain Trainer would shard the gates, or save checkpoints of one process's part: use "
+            "PruningTrainer"
+        )
+
+
+def check_teacher(model: Any) -> None:
+    """A PruningModel that can be copied, to be its own teacher.
+
+    Raises:
+        InvalidConfigError: it is sharded.
+    """
+    if is_sharded(model.parameters()):
+        raise InvalidConfigError(
+            "a sharded model is not copied to be its own teacher: give teacher=<the same model, loaded a second time "
+            "with the same distributed_config>"
+        )
 
 
 def _flag(name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
@@ -20,12 +20,14 @@ from ..losses.task import is_classifier, task_loss
 from ..methods import Stage
 from ..spec.architecture import unwrap
 from ..utils.batches import fixed_randomness
+from ..utils.sharding import is_sharded
 from ..utils.upload import upload
 from .callback import PruningCallback, pruning_model_of
 from .lessons import Answers, Lesson, by_features, lessons_of, pairs_of
 from .model import PruningModel
 from .resume import enable_exact_resume
 from .setup import check_setup
+from .sharded import ShardedTraining
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +35,7 @@ logger = logging.get_logger(__name__)
 TARGET_NOISE = 0.1
 
 
-class PruningTrainer(Trainer):
+class PruningTrainer(ShardedTraining):
     """A ``Trainer`` for pruning, and for fine-tuning a pruned model with distillation.
 
     Args:
@@ -285,8 +287,9 @@ class PruningTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         folder = str(output_dir or self.args.output_dir)
-        if self.args.should_save:
+        if self.args.should_save or is_sharded(model.parameters()):
             model.save_pretrained(folder)
+        if self.args.should_save:
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, Path(folder) / TRAINING_ARGS_NAME)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .processes import is_first_process
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -45,3 +50,109 @@ def is_sharded(tensors: Iterable[Any]) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all of its parts; of one that is spread, every process has to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """This process's part of a whole tensor, which every process has, where ``pattern`` is spread."""
+    if not isinstance(pattern, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)
+
+
+def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict in whole tensors on the CPU; empty on all but the first process. All have to call this."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        full = whole(tensor)
+        if is_first_process():
+            state[name] = full.cpu()
+    return state
+
+
+def spread_state(model: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Every process takes its part of whole tensors that are about to be loaded, in place."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if is_sharded([tensor]) and prefix + name in state:
+            state[prefix + name] = spread_like(state[prefix + name], tensor)
+
+
+def reshard(model: nn.Module) -> None:
+    """Every process goes back to its part of all parameters: some may be whole after a forward pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def gathered(model: nn.Module, shared: Any = None) -> Any:
+    """A whole copy of a model that FSDP2 has sharded, on the CPU. All processes have to call this.
+
+    Tensors are gathered one by one: no process but the first ever has more than one of them whole.
+
+    Args:
+        model: whole ones are copied as well.
+        shared: something in it that both are to have.
+
+    Returns:
+        The copy, without a trace of FSDP2; None on all but the first process.
+    """
+    reshard(model)
+    copies: dict[int, Any] = {} if shared is None else {id(shared): shared}
+    for parameter in model.parameters():
+        full = whole(parameter.detach())
+        if is_first_process():
+            full = full.to("cpu", copy=not isinstance(parameter, DTensor))
+            copies[id(parameter)] = nn.Parameter(full, requires_grad=parameter.requires_grad)
+    if not is_first_process():
+        return None
+    with _plain(model):
+        made = copy.deepcopy(model, copies)
+    for buffered in made.modules():
+        for name, buffer in buffered._buffers.items():
+            if buffer is not None:
+                buffered._buffers[name] = buffer.cpu()
+    return made
+
+
+#: what torch and transformers keep in the modules of a sharded model
+_TRACES = (
+    "_mesh_manager", "_device_mesh", "_is_distributed_loading_by_transformers", "_tp_size", "_fsdp_size",
+    "_is_fsdp_managed_module",
+)  # fmt: skip
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_state_dict_pre_hooks", "_state_dict_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """The modules of a sharded model as they were before: what they are otherwise refuses to be copied."""
+    before = [(module, type(module), dict(module.__dict__)) for module in model.modules()]
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    parallel = {key: vars(config).pop("distributed_config", None) for key, config in configs.items()}
+    try:
+        for module, kind, attributes in before:
+            if isinstance(module, FSDPModule):
+                module.__class__ = kind.__mro__[kind._orig_cls_mro_index]  # type: ignore[attr-defined]
+            for name in attributes:
+                if name in _TRACES or "composable" in str(name):
+                    del module.__dict__[name]
+            for name in _HOOKS:
+                hooks = attributes[name]
+                module.__dict__[name] = type(hooks)((k, hook) for k, hook in hooks.items() if not _of_torch(hook))
+        yield
+    finally:
+        for module, kind, attributes in before:
+            module.__class__ = kind
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for key, config in configs.items():
+            if parallel[key] is not None:
+                config.distributed_config = parallel[key]
+
+
+def _of_torch(hook: Any) -> bool:
+    hook = getattr(hook, "hook", hook)
+    hook = getattr(hook, "func", getattr(hook, "__func__", hook))
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed")

@@ -1,0 +1,38 @@
+"""A Trainer whose PruningModel may be sharded by FSDP2: gates stay whole, checkpoints too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer
+
+from ..utils.sharding import whole_state
+from .model import PruningModel
+
+
+class ShardedTraining(Trainer):
+    """What a ``Trainer`` leaves out for a model that FSDP2 has sharded.
+
+    A model that was sharded when it was loaded (``DistributedConfig(fsdp_size=N)``): its checkpoints hold whole
+    tensors. A Trainer does not resume from them. One that accelerate shards (``fsdp_version: 2``): gates and masks
+    are left out, their gradients averaged once a step; its checkpoints are accelerate's, and resumable.
+    """
+
+    model: Any
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's. A method's parameters, masks and scores are not to be sharded."""
+        by_accelerate = self.is_fsdp_enabled and isinstance(self.model, PruningModel)
+        if by_accelerate:
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.ignored_modules = [*(plugin.ignored_modules or []), self.model.method]
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if by_accelerate:
+            self._sync_replicated_trainable_parameters(self.model)
+        return prepared
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        loaded_sharded = self.is_distributed_loading_by_transformers and isinstance(self.model, PruningModel)
+        if state_dict is None and loaded_sharded:
+            state_dict = whole_state(self.model)
+        super()._save(output_dir, state_dict)

@@ -1,0 +1,89 @@
+"""Trainings of a model that FSDP2 shards over two processes; started by test_sharded.py with torch.distributed.run."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import save_file
+from transformers import DistributedConfig, ViTForImageClassification
+
+from hf_vitprune import VTPConfig, get_pruning_model
+from hf_vitprune.utils.sharding import is_sharded
+from pruning_runs import Images, state_of, trainer
+
+#: name of a run -> method's config, settings of the Trainer
+RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "vtp": (VTPConfig(target=0.6, sparsity_weight=0.05, gate_learning_rate=0.3, round_to=4), {"max_grad_norm": 0.5}),
+}
+
+
+def pruning_model(folder: Path, name: str, shards: int = 1) -> Any:
+    parallel = {} if shards == 1 else {"distributed_config": DistributedConfig(fsdp_size=shards)}
+    model = ViTForImageClassification.from_pretrained(folder / "dense", dtype=torch.float64, **parallel)
+    return get_pruning_model(model, RUNS[name][0])
+
+
+def shard_on_cpu(run: Any) -> None:
+    """What accelerate does for ``fsdp_version: 2`` on GPUs; on CPUs it ignores its plugin."""
+    state = run.accelerator.state
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["ViTLayer"],
+        state_dict_type="SHARDED_STATE_DICT", cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    state.distributed_type = DistributedType.FSDP
+    run.is_fsdp_enabled = True
+
+
+def train(
+    model: Any, folder: Path, name: str, processes: int, resume: bool = False, plugin: bool = False, **changes: Any
+) -> Any:
+    """Three updates of 8 images."""
+    settings = {"train_dataset": Images(dtype=torch.float64), "max_steps": 3, "optim": "adamw_torch",
+                "learning_rate": 1e-2, "per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 2,
+                **RUNS[name][1], **changes}  # fmt: skip
+    run = trainer(model, folder, **settings)
+    if plugin:
+        shard_on_cpu(run)
+    run.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
+    return run
+
+
+def sharded_run(out: Path, name: str, way: str) -> None:
+    """Trained through and, by accelerate's plugin, resumed after two steps; what is left on every process."""
+    shards = 1 if way == "plugin" else 2
+    results = []
+    parts = ("through", "resumed") if way == "plugin" else ("through",)
+    for part in parts:
+        model = pruning_model(out, name, shards)
+        folder = out / f"{name}.{way}"
+        saving = {"save_strategy": "steps"} if len(parts) > 1 and part == "through" else {}
+        run = train(model, folder, name, 2, resume=part == "resumed", plugin=way == "plugin", **saving)
+        assert is_sharded(model.model.parameters())
+        assert not is_sharded(model.method.parameters()) and not is_sharded(model.method.buffers())
+        run.save_model(str(out / f"{name}.{way}.{part}"))
+        small = model.export(compensate=False)
+        assert (small is None) == (run.args.process_index > 0)
+        results.append({"plan": model.plan().to_dict()["layers"], "gates": state_of(model.method)})
+        if small is not None:
+            save_file(state_of(small), out / f"{name}.{way}.{part}.safetensors")
+    rank = os.environ["RANK"]
+    for part, result in zip(parts, results, strict=True):
+        (out / f"{name}.{way}.{part}.{rank}.json").write_text(json.dumps(result["plan"]))
+        save_file(result["gates"], out / f"{name}.{way}.{part}.gates.{rank}.safetensors")
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    torch.distributed.init_process_group("gloo")
+    for argument in sys.argv[2:]:
+        name, way = argument.split(":")
+        sharded_run(out, name, way)
+    gc.collect()  # trainers refer to themselves, and so keep the process group and its threads alive
+    torch.distributed.destroy_process_group()
