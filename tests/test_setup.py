@@ -14,13 +14,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from hf_vitprune import PruningCallback, VTPConfig, get_pruning_model
+from hf_vitprune import NViTConfig, PruningCallback, SPViTConfig, VTPConfig, get_pruning_model
 from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune.training.setup import check_teacher
 from hf_vitprune.utils.sharding import sharding_of
-from pruning_runs import VIT, gated
+from pruning_runs import SMALL_GROUPS, VIT, gated
 from tiny import make
 
 CONFIG = VTPConfig(pruning_ratio=0.4)
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ARGUMENTS = {
     "activation_checkpointing": False, "activation_checkpointing_kwargs": None, "deepspeed": None,
     "deepspeed_plugin": None, "fsdp": None, "n_gpu": 1,
@@ -59,15 +61,34 @@ def test_fsdp1(alone: Any) -> None:
     model = make(VIT)
     model.vit.layers[0] = FullyShardedDataParallel(model.vit.layers[0], device_id=torch.device("cpu"))
     assert sharding_of(model) == "fsdp1"
-    refused(model, "FSDP.*DDP")
+    refused(model, "FSDP1.*fsdp_version: 2")
 
 
 def test_fsdp2(alone: Any) -> None:
+    """Sharded models are taken; a plain Trainer would not know what to do with them."""
     model = make(VIT)
     for layer in model.vit.layers:
         fully_shard(layer, mesh=alone)
     assert sharding_of(model) == "fsdp2"
-    refused(model, "FSDP.*DDP")
+    pruning_model = get_pruning_model(model, CONFIG)
+    with pytest.raises(InvalidConfigError, match="use PruningTrainer"):
+        begin(pruning_model)
+    with pytest.raises(InvalidConfigError, match="teacher=<the same model"):
+        check_teacher(pruning_model)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (SPViTConfig(target=0.7), "SPViT.*DDP"),
+        (NViTConfig(target=0.5, group_sizes=SMALL_GROUPS, criterion="magnitude"), "criterion='magnitude'"),
+    ],
+)
+def test_methods_that_need_whole_weights(alone: Any, config: Any, message: str) -> None:
+    model = make(VIT)
+    fully_shard(model, mesh=alone)
+    with pytest.raises(InvalidConfigError, match=message):
+        begin(get_pruning_model(model, config))
 
 
 def test_tensor_parallel(alone: Any) -> None:
@@ -108,7 +129,10 @@ def test_ddp(alone: Any) -> None:
     ("variables", "message"),
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed.*DDP"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP.*DDP"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP1.*fsdp_version: 2"),
+        ({**FSDP2, "FSDP_VERSION": "1"}, "FSDP1.*fsdp_version: 2"),
+        ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "leave fsdp_offload_params"),
+        ({**FSDP2, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading: false"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, "tensor, expert"),
     ],
@@ -125,12 +149,19 @@ def test_what_only_the_environment_says(
         begin(model)
 
 
+def test_fsdp2_of_the_launcher_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    begin(get_pruning_model(make(VIT), CONFIG))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"deepspeed": "zero3.json"}, "DeepSpeed.*DDP"),
         ({"deepspeed_plugin": object()}, "DeepSpeed.*DDP"),
-        ({"fsdp": True}, "FSDP.*DDP"),
+        ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 1}}, "FSDP1.*fsdp_version: 2"),
+        ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2, "cpu_offload": True}}, "leave fsdp_offload_params"),
         ({"parallelism_config": SimpleNamespace(tp_size=2)}, "tensor, expert"),
         ({"n_gpu": 2}, "DataParallel.*torchrun"),
     ],

@@ -11,22 +11,28 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import DistributedConfig, ViTForImageClassification
 
-from hf_vitprune import VTPConfig, get_pruning_model
+from hf_vitprune import NViTConfig, SLSConfig, VTPConfig, get_pruning_model
 from hf_vitprune.utils.sharding import is_sharded
-from pruning_runs import Images, state_of, trainer
+from pruning_runs import SMALL_GROUPS, Images, Patterns, state_of, trainer
 
 #: name of a run -> method's config, settings of the Trainer
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "vtp": (VTPConfig(target=0.6, sparsity_weight=0.05, gate_learning_rate=0.3, round_to=4), {"max_grad_norm": 0.5}),
+    "nvit": (NViTConfig(target=0.5, group_sizes=SMALL_GROUPS, interval=1), {"max_grad_norm": 0.5}),
+    "sls": (SLSConfig(alpha=0.5, iterations=250, perplexity=3.0), {"train_dataset": Patterns(dtype=torch.float64)}),
 }
 
 
 def pruning_model(folder: Path, name: str, shards: int = 1) -> Any:
     parallel = {} if shards == 1 else {"distributed_config": DistributedConfig(fsdp_size=shards)}
     model = ViTForImageClassification.from_pretrained(folder / "dense", dtype=torch.float64, **parallel)
+    if name == "sls":
+        torch.manual_seed(5)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     return get_pruning_model(model, RUNS[name][0])
 
 

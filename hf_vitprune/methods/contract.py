@@ -113,6 +113,13 @@ class PruningMethod(nn.Module):
             InvalidConfigError: the method cannot do its work in such a training.
         """
 
+    def check_sharded(self) -> None:
+        """Called when the training of a model begins whose weights are sharded over processes (FSDP2).
+
+        Raises:
+            InvalidConfigError: the method needs them whole.
+        """
+
     def check_images(self, model: Any, images: ImageBatches) -> None:
         """Called when training begins, with the images that :meth:`decide` will get.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
@@ -62,7 +63,8 @@ class PruningCallback(TrainerCallback):
         self._check_clipping(args, method)
         method.check_training(args, state.max_steps)
         _check_optimizer(kwargs.get("optimizer"), method)
-        self._check_images(_images_of(kwargs.get("train_dataloader")), pruning_model_of(model))
+        if not isinstance(model, FSDPModule):  # accelerate shards it, and PruningTrainer has called this before
+            self.check_images(kwargs.get("train_dataloader"), pruning_model_of(model))
         if method.decided:
             model.tuned = True
             logger.warning("what to prune is decided already: this training tunes what stays and changes no choice")
@@ -125,9 +127,17 @@ class PruningCallback(TrainerCallback):
                 "trainer.model.save_pretrained(folder), or train with PruningTrainer, whose save_model() does it"
             )
 
-    def _check_images(self, training_images: ImageBatches | None, model: PruningModel) -> None:
-        """What would be missed after the training is missed before it."""
-        method = model.method
+    def check_images(self, loader: Any, model: PruningModel) -> None:
+        """What would be missed after the training is missed before it.
+
+        Args:
+            loader: of the training.
+            model: in training.
+
+        Raises:
+            InvalidConfigError, InvalidDataError: see above.
+        """
+        method, training_images = model.method, _images_of(loader)
         if training_images is None and Compensation.of(model.compensate) is not None:
             if model.compensate != "auto":
                 raise InvalidConfigError(

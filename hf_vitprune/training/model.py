@@ -25,7 +25,7 @@ from ..surgery.read_layers import layers_needed, layers_read
 from ..utils.batches import ImageBatches
 from ..utils.modules import get
 from ..utils.processes import broadcast
-from ..utils.sharding import gathered, is_sharded, whole
+from ..utils.sharding import gathered, is_sharded, whole, whole_root
 from .checkpoints import Checkpoints
 from .exporting import export_plan
 from .forward import class_with, signature_of, takes_loss_kwargs
@@ -265,7 +265,8 @@ class PruningModel(Checkpoints):
             raise InvalidDataError(
                 f"{self.pruning_config.method_name} decides by images: pass decide(images={kind}), or {cure}"
             )
-        self.method.decide(self.scored, batches)
+        with whole_root(self):
+            self.method.decide(self.scored, batches)
         broadcast(self.method)
 
     def _check_trained(self) -> None:

@@ -121,9 +121,12 @@ def check_trainer(model: Any, ours: bool) -> None:
         ours: the Trainer is a PruningTrainer.
 
     Raises:
-        InvalidConfigError: it is not.
+        InvalidConfigError: it is not, or the method cannot do its work.
     """
-    if is_sharded(model.parameters()) and not ours:
+    if not is_sharded(model.parameters()):
+        return
+    model.method.check_sharded()
+    if not ours:
         raise InvalidConfigError(
             "under FSDP2 a plain Trainer would shard the gates, or save checkpoints of one process's part: use "
             "PruningTrainer"

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import Trainer
 
 from ..utils.sharding import whole_state
+from .callback import PruningCallback
 from .model import PruningModel
 
 
@@ -20,13 +21,16 @@ class ShardedTraining(Trainer):
 
     model: Any
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """As the parent's. A method's parameters, masks and scores are not to be sharded."""
         by_accelerate = self.is_fsdp_enabled and isinstance(self.model, PruningModel)
         if by_accelerate:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, PruningCallback):  # once sharded, no pass may begin inside of the model
+                    callback.check_images(train_dataloader, self.model)
             plugin = self.accelerator.state.fsdp_plugin
             plugin.ignored_modules = [*(plugin.ignored_modules or []), self.model.method]
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if by_accelerate:
             self._sync_replicated_trainable_parameters(self.model)
         return prepared

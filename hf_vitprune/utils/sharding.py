@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from .processes import is_first_process
 
@@ -59,6 +59,13 @@ def spread_like(tensor: Tensor, pattern: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)
 
 
+def everywhere(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """A whole tensor, which every process has, to compute with one that is spread as ``pattern`` is."""
+    assert isinstance(pattern, DTensor)
+    mesh = pattern.device_mesh
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict in whole tensors on the CPU; empty on all but the first process. All have to call this."""
     state = {}
@@ -81,6 +88,19 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextlib.contextmanager
+def whole_root(model: nn.Module) -> Iterator[None]:
+    """What lies outside of the layers is whole for a while: for forward passes that begin inside of ``model``."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 @torch.no_grad()
@@ -129,6 +149,10 @@ _HOOKS = (
 def _plain(model: nn.Module) -> Iterator[None]:
     """The modules of a sharded model as they were before: what they are otherwise refuses to be copied."""
     before = [(module, type(module), dict(module.__dict__)) for module in model.modules()]
+    # emptied in place: handles of other hooks refer to these very dicts
+    hooks = [
+        (held, list(held.items())) for _, _, attributes in before for name in _HOOKS for held in [attributes[name]]
+    ]
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     parallel = {key: vars(config).pop("distributed_config", None) for key, config in configs.items()}
     try:
@@ -138,15 +162,19 @@ def _plain(model: nn.Module) -> Iterator[None]:
             for name in attributes:
                 if name in _TRACES or "composable" in str(name):
                     del module.__dict__[name]
-            for name in _HOOKS:
-                hooks = attributes[name]
-                module.__dict__[name] = type(hooks)((k, hook) for k, hook in hooks.items() if not _of_torch(hook))
+        for held, items in hooks:
+            for key, hook in items:
+                if _of_torch(hook):
+                    del held[key]
         yield
     finally:
         for module, kind, attributes in before:
             module.__class__ = kind
             module.__dict__.clear()
             module.__dict__.update(attributes)
+        for held, items in hooks:
+            held.clear()
+            held.update(items)
         for key, config in configs.items():
             if parallel[key] is not None:
                 config.distributed_config = parallel[key]

@@ -13,6 +13,7 @@ from ...spec.architecture import Architecture
 from ...surgery.cuts import find_cuts
 from ...surgery.masks import EMBEDDING, UnitMask, mask_name
 from ...surgery.transplant import empty_like
+from ...utils.sharding import everywhere, is_sharded
 from .units import UnitSet
 
 
@@ -65,4 +66,9 @@ class ZeroedWeights:
     def apply(self) -> None:
         """Set them to zero."""
         for parameter, axis, removed in self.places:
-            parameter.index_fill_(axis, removed, 0.0)
+            if not is_sharded([parameter]):
+                parameter.index_fill_(axis, removed, 0.0)
+                continue
+            kept = torch.ones(parameter.shape[axis], dtype=parameter.dtype, device=removed.device)
+            kept[removed] = 0.0
+            parameter.mul_(everywhere(kept.view(-1, *[1] * (parameter.ndim - axis - 1)), parameter))

@@ -114,6 +114,14 @@ class NViT(PruningMethod):
                 "as many groups go at a time as it takes)"
             )
 
+    def check_sharded(self) -> None:
+        if self.config.criterion == "magnitude":
+            raise InvalidConfigError(
+                "criterion='magnitude' reads whole weights, and these are sharded: use another one"
+            )
+        if self.config.snapshots:
+            raise InvalidConfigError("snapshots save whole models on the way, and this one is sharded: leave them out")
+
     def before_step(self, model: Any, progress: float, gradient_scale: float) -> None:
         self.observe(model, gradient_scale)
 

@@ -12,6 +12,7 @@ from ...errors import MissingGradientsError
 from ...families import LayerPaths
 from ...modeling.structure import get_wrapped, layer_paths
 from ...spec.architecture import Architecture
+from ...utils.sharding import whole
 from .units import UnitSet
 
 #: divisors of the published code; the 12 of heads is twice what its formula says
@@ -104,7 +105,7 @@ class WeightSums:
                     parts[i, kind] = layer.units(kind, rows.__getitem__)
             if embedding is not None:
                 readers, writers = _sides(layer)
-                embedding = embedding + sum(products[path].sum(0) for path in readers)
+                embedding = embedding + sum(whole(products[path].sum(0)) for path in readers)
                 embedding = embedding + sum(rows[path] for path in writers)
         if embedding is not None:
             parts[None, "embedding"] = embedding
@@ -136,9 +137,9 @@ class WeightSums:
     def _rows(self, path: str, products: torch.Tensor) -> torch.Tensor:
         bias = self.modules[path].bias
         sums = products.sum(1)
-        if bias is None or bias.grad is None:
-            return sums
-        return sums + bias.detach().to(sums.dtype) * bias.grad.to(sums.dtype)
+        if bias is not None and bias.grad is not None:
+            sums = sums + bias.detach().to(sums.dtype) * bias.grad.to(sums.dtype)
+        return whole(sums)  # of sharded weights, no more than this vector has moved
 
 
 def _sides(layer: LayerSums) -> tuple[list[str], list[str]]:

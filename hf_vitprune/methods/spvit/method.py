@@ -119,6 +119,11 @@ class SPViT(PruningMethod):
                 "say), or train longer"
             )
 
+    def check_sharded(self) -> None:
+        raise InvalidConfigError(
+            "SPViT makes convolutions of the weights of several Linears, and these are sharded: search with DDP"
+        )
+
     def before_step(self, model: Any, progress: float, gradient_scale: float) -> torch.Tensor | None:
         return self.penalty(progress)
 
