@@ -97,7 +97,7 @@ def test_what_cannot_be_sparse_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="export"):
         trainer(gated(), tmp_path, callbacks=[SparsityCallback()]).train()
     odd = prune(make(VIT), PruningPlan.random(make(VIT), 0.4, units=["mlp"], round_to=1))
-    assert odd.config.pruning_config["per_layer_config"]["0"]["intermediate_size"] % 4
+    assert Architecture.of(odd).layers[0].mlp % 4
     before = state_of(odd)
     with pytest.raises(InvalidConfigError, match=r"fc2 reads 29 channels, which are no groups of 4.*round_to"):
         sparsify(odd)
