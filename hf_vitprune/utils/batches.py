@@ -83,6 +83,10 @@ class ImageBatches:
         """Number of images, over all shards."""
         return len(self.dataset)
 
+    def example(self, index: int) -> dict[str, Any]:
+        """One image of the data, by its place, as a mapping; not collated."""
+        return dict(_as_mapping(self.dataset[index]))
+
     def __len__(self) -> int:
         rank, processes = self.shard
         return len(range(rank * self.batch_size, self.images, processes * self.batch_size))

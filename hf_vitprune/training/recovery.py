@@ -1,0 +1,225 @@
+"""Recovery: a pruned model is brought back to the dense one's features, gently, from images without labels."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ..errors import InvalidConfigError, InvalidDataError
+from ..losses.distillation import DistillationConfig
+from ..methods.base import check_number, check_open_interval
+from ..plan.plan import PruningPlan
+from ..utils.batches import ImageBatches
+from .trainer import PruningTrainer
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How a pruned model is trained on features. The defaults are measured (``docs/features.md``).
+
+    Attributes:
+        steps: of the optimizer.
+        learning_rate: peak of AdamW's, after a linear warm-up, before a cosine decay. A compensated model starts near
+            an optimum, and AdamW's steps are as large as the rate from the first one on: ten times this rate ends
+            worse than it began.
+        warmup: share of the steps, in [0, 1).
+        batch_size: images a step and process.
+        held_out: share of the images that are not trained on, by whose loss the best weights are kept, in (0, 1).
+        checks: how often that loss is looked at, beside the start.
+        seed: of the order of images.
+    """
+
+    steps: int = 300
+    learning_rate: float = 1e-5
+    warmup: float = 0.2
+    batch_size: int = 16
+    held_out: float = 0.1
+    checks: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checks"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InvalidConfigError(f"{name} is a whole number of at least 1, not {value!r}")
+        check_number("learning_rate", self.learning_rate)
+        check_number("warmup", self.warmup, highest=1)
+        check_open_interval("held_out", self.held_out)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery came to.
+
+    Attributes:
+        losses: optimizer steps -> feature loss of the held-out images; step 0 is the start.
+        best: the step whose weights the model has now.
+        held_out: how many images the losses are of.
+    """
+
+    losses: dict[int, float]
+    best: int
+    held_out: int
+
+    @property
+    def one_line(self) -> str:
+        start, end = self.losses[0], self.losses[self.best]
+        seen = f"feature loss on {self.held_out} held-out images"
+        if self.best == 0:
+            return f"{seen} {start:.4g}: no training step was better than the start, whose weights stay"
+        return f"{seen} {start:.4g} -> {end:.4g}: the weights of step {self.best} of {max(self.losses)} stay"
+
+
+def recover(
+    small: Any,
+    dense: Any,
+    images: Any,
+    settings: Recovery | None = None,
+    *,
+    distillation: DistillationConfig | None = None,
+    plan: PruningPlan | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Recovered:
+    """Train a pruned model, in place, on the dense one's features; it ends with the best of its weights.
+
+    Best is by the feature loss of images that are held out, and the start is among the candidates: by this measure it
+    never ends worse than it began.
+
+    Args:
+        small: the pruned model, compensated or not; in eval mode afterwards.
+        dense: what it was pruned from; unchanged.
+        images: anything that ``ImageBatches`` takes; labels are not looked at.
+        settings: how long and how fast.
+        distillation: another loss, or other layers, of ``kind="features"``.
+        plan: what ``small`` was pruned by; needed where its residual stream is narrower.
+        callbacks: for the Trainer (a progress bar, say; it has none of its own).
+
+    Raises:
+        InvalidDataError: too few images to hold any out, or not for these models.
+        InvalidConfigError: the models do not go together; see ``FeatureTeacher``.
+    """
+    settings = settings or Recovery()
+    config = distillation or DistillationConfig(kind="features", plan=plan)
+    if config.kind != "features":
+        raise InvalidConfigError(f"a recovery is by features, without labels, not by {config.kind!r} distillation")
+    train_set, held_out, collate = _split(images, settings.held_out)
+    keep = KeepBest()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = PruningTrainer(
+            small,
+            _arguments(settings, folder),
+            teacher=dense,
+            distillation=config,
+            train_dataset=train_set,
+            eval_dataset=held_out,
+            data_collator=collate,
+            callbacks=[keep, *callbacks],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    small.eval()
+    done = Recovered(dict(keep.losses), keep.best, len(held_out))
+    logger.info(done.one_line)
+    return done
+
+
+class KeepBest(TrainerCallback):
+    """Ends a training with the weights of the evaluation that was best; of the start, too, with ``eval_on_start``.
+
+    They are kept in memory, on the CPU. For ``PruningTrainer`` or any ``Trainer`` with ``eval_strategy="steps"``.
+
+    Args:
+        metric: of the evaluations, which is to be small.
+
+    Attributes:
+        losses: step -> the metric.
+        best: the step of the smallest.
+    """
+
+    def __init__(self, metric: str = "eval_loss") -> None:
+        self.metric = metric
+        self.losses: dict[int, float] = {}
+        self.best = 0
+        self._weights: dict[str, torch.Tensor] | None = None
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        found = kwargs["metrics"].get(self.metric)
+        if found is None:
+            raise InvalidConfigError(f"the evaluation has no {self.metric}: there is nothing to choose the best by")
+        least = min(self.losses.values(), default=float("inf"))
+        self.losses[state.global_step] = found
+        if found < least:
+            self.best = state.global_step
+            self._weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self._weights is not None:
+            model.load_state_dict(self._weights)
+            self._weights = None
+
+
+class _Unlabelled(Dataset):
+    """Some of the images, without their labels."""
+
+    def __init__(self, images: ImageBatches, chosen: Sequence[int]) -> None:
+        self.images, self.chosen = images, chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        example = self.images.example(self.chosen[i])
+        return {name: value for name, value in example.items() if name not in ("labels", "label")}
+
+
+def _split(images: Any, held_out: float) -> tuple[_Unlabelled, _Unlabelled, Any]:
+    """(to train on, held out evenly spaced, collator)."""
+    batches = ImageBatches(images)
+    total = batches.images
+    count = max(1, round(held_out * total))
+    if total < 2:
+        raise InvalidDataError("there is one image: a recovery holds some out, to keep the best weights by them")
+    apart = {i * total // count for i in range(count)}
+    if len(apart) == total:
+        raise InvalidDataError(f"all {total} images are held out, and none is left to train on: lower held_out")
+    rest = [i for i in range(total) if i not in apart]
+    return _Unlabelled(batches, rest), _Unlabelled(batches, sorted(apart)), batches.collate_fn
+
+
+def _arguments(settings: Recovery, folder: str) -> TrainingArguments:
+    return TrainingArguments(
+        folder,
+        max_steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(settings.warmup * settings.steps)),
+        weight_decay=0.0,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        eval_strategy="steps",
+        eval_steps=max(1, settings.steps // settings.checks),
+        eval_on_start=True,
+        save_strategy="no",
+        logging_strategy="no",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        seed=settings.seed,
+        data_seed=settings.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=PartialState().device.type == "cpu",
+    )

@@ -1,0 +1,81 @@
+"""Recovery: without labels, the best weights stay, the start among them; bad input at the door."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_vitprune import DistillationConfig, PruningPlan, prune
+from hf_vitprune.errors import InvalidConfigError, InvalidDataError
+from hf_vitprune.losses.features import feature_loss, token_weights
+from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune.training.recovery import Recovery, recover
+from pruning_runs import VIT, Images, state_of
+from tiny import assert_same, images, make, run
+
+QUICK = {"steps": 8, "checks": 4, "batch_size": 4, "held_out": 0.25}
+
+
+def pair(name: str, *units: str) -> tuple[Any, Any, PruningPlan]:
+    dense = make(name)
+    plan = PruningPlan.random(dense, 0.5, units or ("mlp",))
+    return dense, prune(dense, plan), plan
+
+
+def held_out_loss(small: Any, dense: Any, pixels: torch.Tensor) -> float:
+    mine, theirs = (run(m, pixels)["last_hidden_state"] for m in (small, dense))
+    weights = token_weights(Architecture.of(dense), mine.shape[1], mine.device)
+    return float(feature_loss(mine, theirs, "cosine", weights).mean())
+
+
+def test_it_ends_with_the_weights_that_were_best_on_held_out_images() -> None:
+    dense, small, _ = pair("ViTModel")
+    pixels, before = images(16), state_of(dense)
+    done = recover(small, dense, pixels, Recovery(learning_rate=1e-3, **QUICK))
+    assert sorted(done.losses) == [0, 2, 4, 6, 8] and done.held_out == 4
+    assert done.losses[done.best] == min(done.losses.values()) < done.losses[0]
+    found = held_out_loss(small, dense, pixels[[0, 4, 8, 12]])
+    assert found == pytest.approx(done.losses[done.best], rel=1e-4)
+    assert f"step {done.best} of 8 stay" in done.one_line and not small.training
+    assert_same(dense.state_dict(), before)
+
+
+def test_a_training_that_only_harms_leaves_the_start() -> None:
+    dense, small, _ = pair("ViTModel")
+    before = state_of(small)
+    done = recover(small, dense, images(16), Recovery(learning_rate=10.0, **QUICK))
+    assert done.best == 0 and "whose weights stay" in done.one_line
+    assert_same(small.state_dict(), before)
+
+
+def test_labels_and_heads_are_not_looked_at() -> None:
+    dense, small, _ = pair(VIT)
+    head = small.classifier.weight.clone()
+    recover(small, dense, Images(8), Recovery(learning_rate=1e-3, **QUICK))
+    assert torch.equal(small.classifier.weight, head)
+
+
+def test_a_narrow_stream_needs_its_plan() -> None:
+    dense, small, plan = pair("Dinov2Model", "embedding")
+    with pytest.raises(InvalidConfigError, match="nothing says which channels"):
+        recover(small, dense, images(8), Recovery(**QUICK))
+    done = recover(small, dense, images(8), Recovery(learning_rate=1e-3, **QUICK), plan=plan)
+    assert done.losses[done.best] < done.losses[0]
+
+
+def test_bad_input() -> None:
+    dense, small, _ = pair("ViTModel")
+    for data, changes, message in (
+        (images(1), {}, "one image"),
+        (images(2), {"held_out": 0.9}, "none is left to train on"),
+        (images(4, size=24), {}, "its own size is 16"),
+    ):
+        with pytest.raises(InvalidDataError, match=message):
+            recover(small, dense, data, Recovery(**{**QUICK, **changes}))
+    for changes, message in (({"steps": 0}, "steps"), ({"held_out": 1.0}, "held_out"), ({"warmup": 2}, "warmup")):
+        with pytest.raises(InvalidConfigError, match=message):
+            Recovery(**changes)
+    with pytest.raises(InvalidConfigError, match="by features"):
+        recover(small, dense, images(4), distillation=DistillationConfig("soft"))
