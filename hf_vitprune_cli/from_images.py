@@ -1,4 +1,4 @@
-"""Pruning without training: unlabelled images, or the scores of an earlier run, to a small model."""
+"""Pruning without labels: images, or the scores of an earlier run, to a small model; trained on features, or not."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from hf_vitprune.methods.oneshot import check_target
 from hf_vitprune.pruning import prune
 from hf_vitprune.publish.report import comparison_table
 from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune.training.recovery import Recovery, hold_out, recover
 from hf_vitprune.utils.data import read_folder
 
 from .app import say
 from .saved import load_config, model_class_of
-from .workflow import PrunedResult, model_row, save_result
+from .workflow import NamedProgress, PrunedResult, model_row, save_result
 
 #: images that are drawn from the folder; more change little
 NUM_IMAGES = 128
+#: the same, where they are trained on; of those that are not held out, so many are calibrated with
+NUM_TRAINED, NUM_CALIBRATED = 1024, 512
 
 
 def prune_from_images(
@@ -36,6 +39,7 @@ def prune_from_images(
     *,
     round_to: int,
     batch_size: int,
+    recovery: Recovery | None = None,
 ) -> None:
     """Prune, save, and print what came of it.
 
@@ -47,18 +51,29 @@ def prune_from_images(
         goal: ``target``, ``target_metric``, ``latency_table``.
         round_to: kept sizes are multiples of it.
         batch_size: images a forward pass.
+        recovery: train the small model on the features of the dense one; None: no training.
+
+    Raises:
+        InvalidDataError: too few images to train on some and hold others out.
     """
     dense: Any = model_class_of(load_config(model)).from_pretrained(model).eval()
     processor = _processor(model, images is not None)
     check_target(Architecture.of(dense), OneShotSettings(), round_to=round_to, **goal)
+    recovered = None
     if images is not None:
-        pixels = read_folder(images, processor, NUM_IMAGES)
+        drawn = read_folder(images, processor, NUM_IMAGES if recovery is None else NUM_TRAINED)
+        training, apart = hold_out(len(drawn), recovery.held_out) if recovery else (list(range(len(drawn))), [])
+        pixels = drawn[training[:: -(-len(training) // NUM_CALIBRATED)]]
         settings = OneShotSettings(images=None, batch_size=batch_size, statistics=scores_file is not None)
         scores = OneShotScores.measure(dense, pixels, settings, name=model)
         if scores_file is not None:
             scores.save(scores_file)
         plan = scores.plan(round_to=round_to, **goal)
         small = prune(dense, plan, calibration=pixels, compensate=Compensation(images=None, batch_size=batch_size))
+        if recovery is not None:
+            progress = [NamedProgress("learning features")]
+            learned = drawn[training]
+            recovered = recover(small, dense, learned, recovery, held_out=drawn[apart], plan=plan, callbacks=progress)
     else:
         scores = OneShotScores.load(scores_file or "")
         scores.check(dense)
@@ -71,7 +86,10 @@ def prune_from_images(
     save_result(out, PrunedResult(small, plan, {}, macs, params), processor, pair, dataset=None, base_model=model)
     Console().print(comparison_table(rows, title=f"{model}, measured on {device_name()}, batch 8"))
     seen = f"{scores.images} unlabelled images" + (f" seen when {scores_file} was made" if images is None else "")
-    say(f"saved to {out}: pruned without training, from {seen}")
+    how = "without training" if recovered is None else "and trained on the dense model's features"
+    say(f"saved to {out}: pruned {how}, from {seen}")
+    if recovered is not None:
+        say(recovered.one_line)
 
 
 def _processor(model: str, needed: bool) -> Any:

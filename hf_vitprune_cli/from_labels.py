@@ -40,7 +40,7 @@ def prune_from_labels(
         method: name of a registered method.
         goal: ``target``, ``target_metric``, ``latency_table``.
         learn: schedule of the training that decides.
-        tune: of the fine-tuning; of 0 epochs for none.
+        tune: of the fine-tuning; of 0 steps for none.
         round_to: kept sizes are multiples of it.
         new_head: replace the classifier by one for the data's classes.
 
@@ -62,7 +62,7 @@ def prune_from_labels(
         train_set,
         eval_set,
         learn=learn,
-        tune=tune if tune.epochs else None,
+        tune=None if tune.steps == 0 else tune,
         distillation=DistillationConfig(),
     )
     rows, timings = compare(classifier, result.accuracy["dense"], {config.method_name: result}, batch_size=8)

@@ -41,7 +41,7 @@ def latency(
     show: Annotated[Path | None, typer.Option("--show", help="Plot the table into this file (png, svg, pdf).")] = None,
     force: ForceOption = False,
 ) -> None:
-    """Time the blocks of a model in many shapes on this machine: a table for --target-metric latency.
+    """Time the blocks of a model in many shapes on this machine: a table for --target-metric.
 
     A measurement that was cut off goes on where it was: its rounds are kept in OUT.partial.
     """

@@ -25,12 +25,12 @@ _training = partial(_grouped, "Training")
 ONE_SHOT = "oneshot"
 
 
-class Metric(StrEnum):
-    """What ``--target`` counts."""
+class Train(StrEnum):
+    """What the small model learns from."""
 
-    macs = "macs"
-    params = "params"
-    latency = "latency"
+    none = "none"
+    features = "features"
+    labels = "labels"
 
 
 def prune(
@@ -39,7 +39,9 @@ def prune(
     data: Annotated[
         str | None, _source("Labelled: digits, a folder with one sub-folder a class, or a Hub dataset.")
     ] = None,
-    images: Annotated[Path | None, _source("Folder of images without labels; 128 of them are used.")] = None,
+    images: Annotated[
+        Path | None, _source("Folder of images without labels; 128 of them are used, 1,024 to train on features.")
+    ] = None,
     scores: Annotated[
         Path | None, _source("File of one-shot scores: read; with --images, written and kept for other targets.")
     ] = None,
@@ -47,37 +49,90 @@ def prune(
         str | None, _goal(f"vtp (by default with --data), nvit, spvit, ... or {ONE_SHOT} (without labels).")
     ] = None,
     target: Annotated[float, _goal("Fraction of the cost that may remain, in (0, 1).")] = 0.5,
-    target_metric: Annotated[Metric, _goal("What target counts.")] = Metric.macs,
-    latency_table: Annotated[Path | None, _goal("For latency: what hf-vitprune latency made.")] = None,
+    target_metric: Annotated[
+        str, _goal("What target counts: macs, params, or latency by a file that hf-vitprune latency made.")
+    ] = "macs",
     round_to: Annotated[int, _goal("Kept sizes are multiples of this (of heads: any).", min=1)] = 8,
-    epochs: Annotated[
-        tuple[float, float], _training("Epochs that learn what to prune, and of fine-tuning.", metavar="LEARN TUNE")
-    ] = (3.0, 10.0),
-    learning_rate: Annotated[float, _training("Peak learning rate.")] = 1e-4,
+    train: Annotated[
+        Train | None,
+        _training("none (by default with --images), features of the dense model, or labels (by default with --data)."),
+    ] = None,
+    steps: Annotated[
+        int | None, _training("Training steps; by default 300 on features, and 13 epochs on labels.", min=1)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, _training("Peak learning rate; by default 1e-5 on features, 1e-4 on labels.")
+    ] = None,
     batch_size: Annotated[int, _training("Images a step, or a forward pass.", min=1)] = 32,
     new_head: Annotated[bool, _training("A new classifier, for the data's classes.", "--new-head")] = False,
     force: ForceOption = False,
 ) -> None:
-    """Prune an image classifier, and save a model folder with a card.
+    """Prune a vision model, and save a model folder with a card.
 
-    With --data: learn what to prune, prune, fine-tune. With --images: without labels or training, in seconds to
-    minutes. With --scores of an earlier run: to another target, in seconds.
+    With --data: learn what to prune, prune, fine-tune. With --images: without labels, and without training unless
+    --train features, in seconds to minutes. With --scores of an earlier run: to another target, in seconds.
     """
     method = _method(method, data, images, scores)
+    train = _train(train, data, images, steps)
     written = [out] if images is None or scores is None else [out, scores]
     for path in written:
         empty_output(path, force)
-    goal = {"target": target, "target_metric": target_metric.value, "latency_table": latency_table}
+    table = None if target_metric in ("macs", "params") else Path(target_metric)
+    goal = {
+        "target": target,
+        "target_metric": target_metric if table is None else "latency",
+        "latency_table": table,
+    }
     if data is None:
+        from hf_vitprune.training.recovery import Recovery
+
         from .from_images import prune_from_images
 
-        prune_from_images(model, out, images, scores, goal, round_to=round_to, batch_size=batch_size)
+        given: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate}
+        recovery = Recovery(**{name: value for name, value in given.items() if value is not None})
+        prune_from_images(
+            model,
+            out,
+            images,
+            scores,
+            goal,
+            round_to=round_to,
+            batch_size=batch_size,
+            recovery=recovery if train == Train.features else None,
+        )
         return
     from .from_labels import prune_from_labels
     from .workflow import Schedule
 
-    learn, tune = (Schedule(number, learning_rate, batch_size) for number in epochs)
+    rate = 1e-4 if learning_rate is None else learning_rate
+    learn, tune = (Schedule(number, rate, batch_size, steps=share) for number, share in _shares(steps))
     prune_from_labels(model, out, data, method, goal, learn, tune, round_to=round_to, new_head=new_head)
+
+
+def _shares(steps: int | None) -> list[tuple[float, int | None]]:
+    """(epochs, steps) that learn what to prune, and of fine-tuning: three parts, and ten."""
+    if steps is None:
+        return [(3.0, None), (10.0, None)]
+    learn = max(1, round(steps * 3 / 13))
+    return [(3.0, learn), (10.0, steps - learn)]
+
+
+def _train(train: Train | None, data: str | None, images: Path | None, steps: int | None) -> Train:
+    """What it is trained on, which goes with what it is given.
+
+    Raises:
+        UsageError: it is not given what that takes.
+    """
+    chosen = train or (Train.none if data is None else Train.labels)
+    if chosen == Train.labels and data is None:
+        raise typer.BadParameter("--train labels takes labelled images: give them by --data")
+    if chosen != Train.labels and data is not None:
+        raise typer.BadParameter(f"--train {chosen} looks at no labels: give the folder of images by --images")
+    if chosen == Train.features and images is None:
+        raise typer.BadParameter("--train features takes images, which a file of scores has none of: give --images")
+    if chosen == Train.none and steps is not None:
+        raise typer.BadParameter("--steps is for a training: add --train features")
+    return chosen
 
 
 def _method(method: str | None, data: str | None, images: Path | None, scores: Path | None) -> str:
@@ -88,11 +143,13 @@ def _method(method: str | None, data: str | None, images: Path | None, scores: P
     """
     if data is None and images is None and scores is None:
         raise typer.BadParameter(
-            "give --data (labelled images: prunes while it trains), --images (a folder, no labels, no training) or "
+            "give --data (labelled images: prunes while it trains), --images (a folder without labels) or "
             "--scores (a file of an earlier run)"
         )
     if data is not None and (images is not None or scores is not None):
-        raise typer.BadParameter("--data is for training; --images and --scores are for pruning without it")
+        raise typer.BadParameter(
+            "--data is for training on labels; --images and --scores are for pruning without them"
+        )
     chosen = method or (ONE_SHOT if data is None else "vtp")
     if chosen == ONE_SHOT and data is not None:
         raise typer.BadParameter(f"--method {ONE_SHOT} takes no labels: give a folder by --images")

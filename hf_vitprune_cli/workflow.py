@@ -35,6 +35,7 @@ class Schedule:
         batch_size: images a step and process.
         weight_decay: of AdamW.
         seed: of order and initialisation.
+        steps: of the optimizer, in place of epochs.
     """
 
     epochs: float
@@ -42,11 +43,13 @@ class Schedule:
     batch_size: int = 64
     weight_decay: float = 0.05
     seed: int = 0
+    steps: int | None = None
 
     def arguments(self, output_dir: str) -> TrainingArguments:
         return TrainingArguments(
             output_dir,
             num_train_epochs=self.epochs,
+            max_steps=-1 if self.steps is None else self.steps,
             learning_rate=self.learning_rate,
             per_device_train_batch_size=self.batch_size,
             per_device_eval_batch_size=4 * self.batch_size,
@@ -259,7 +262,7 @@ def save_result(
     card.save(folder / "README.md")
 
 
-class _NamedProgress(ProgressCallback):
+class NamedProgress(ProgressCallback):
     """A progress bar that says which stage runs, and leaves the numbers to the caller's table."""
 
     def __init__(self, what: str) -> None:
@@ -284,4 +287,4 @@ def use_quiet_progress(trainer: Trainer, what: str) -> None:
     """Replace the Trainer's printing by one named progress bar."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(_NamedProgress(what))
+    trainer.add_callback(NamedProgress(what))

@@ -11,14 +11,20 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
 from hf_vitprune import PruningPlan, count
 from hf_vitprune.errors import InvalidDataError
 from hf_vitprune.utils.data import read_folder
 from hf_vitprune_cli import from_images
 from test_cli import misused, printed, refused
-from tiny import reset_weights
+from tiny import make, reset_weights
 
 PAGE = Path(__file__).parent.parent / "docs" / "compensation.md"
 PROCESSOR = ViTImageProcessorPil(size={"height": 16, "width": 16})
@@ -111,7 +117,7 @@ def test_a_second_run_gives_the_same_model_over_what_is_there(
         (("--images", "{digits}/nowhere"), "is no folder"),
         (("--images", "{digits}", "--target", 0.01), "cannot be reached"),
         (("--images", "{digits}", "--target", 1.5), "target must lie strictly between 0 and 1"),
-        (("--images", "{digits}", "--target-metric", "latency"), "go together"),
+        (("--images", "{digits}", "--target-metric", "latency"), "LatencyTable or a file"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
@@ -134,10 +140,16 @@ def test_what_cannot_be_done_is_one_line(
         (("model",), "Missing argument"),
         (("model", "out"), "give --data"),
         (("model", "data", "out", "--data", "digits"), "unexpected extra argument"),
-        (("model", "out", "--data", "digits", "--images", "i"), "--data is for training"),
-        (("model", "out", "--data", "digits", "--scores", "s"), "--data is for training"),
+        (("model", "out", "--data", "digits", "--images", "i"), "--data is for training on labels"),
+        (("model", "out", "--data", "digits", "--scores", "s"), "--data is for training on labels"),
         (("model", "out", "--data", "digits", "--method", "oneshot"), "takes no labels"),
         (("model", "out", "--images", "i", "--method", "vtp"), "--method vtp trains on labels"),
+        (("model", "out", "--images", "i", "--train", "labels"), "give them by --data"),
+        (("model", "out", "--data", "digits", "--train", "features"), "looks at no labels"),
+        (("model", "out", "--data", "digits", "--train", "none"), "looks at no labels"),
+        (("model", "out", "--scores", "s", "--train", "features"), "has none of"),
+        (("model", "out", "--images", "i", "--steps", "3"), "add --train features"),
+        (("model", "out", "--images", "i", "--train", "features", "--steps", "0"), "--steps"),
     ],
 )
 def test_what_cannot_be_meant_is_said_at_once(
@@ -146,6 +158,28 @@ def test_what_cannot_be_meant_is_said_at_once(
     monkeypatch.setitem(sys.modules, "hf_vitprune_cli.from_images", None)  # nothing is loaded for it
     monkeypatch.setitem(sys.modules, "hf_vitprune_cli.from_labels", None)
     assert message in misused("prune", *arguments)
+
+
+@pytest.mark.parametrize("rate", [1e-4, 10.0])
+def test_a_backbone_is_trained_on_features_and_never_ends_worse(
+    rate: float, folder: Path, tmp_path: Path, quick: None
+) -> None:
+    dense = make("Dinov2Model")
+    dense.save_pretrained(tmp_path / "dense")
+    PROCESSOR.save_pretrained(tmp_path / "dense")
+    options = ("--images", folder, "--train", "features", "--steps", 8, "--batch-size", 8, "--target", 0.6)
+    text = printed("prune", tmp_path / "dense", tmp_path / "small", *options, "--learning-rate", rate)
+    assert "and trained on the dense model's features, from 36 unlabelled images" in text
+    assert ("no training step was better" in text) == (rate == 10.0)
+    small = AutoModel.from_pretrained(tmp_path / "small")
+    assert count(small).macs <= 0.6 * count(dense).macs
+
+
+def test_no_images_to_hold_out(model: Path, folder: Path, tmp_path: Path) -> None:
+    single = tmp_path / "single"
+    single.mkdir()
+    (single / "a.png").write_bytes(next(folder.rglob("*.png")).read_bytes())
+    assert "there is one image" in refused("prune", model, tmp_path / "o", "--images", single, "--train", "features")
 
 
 def test_scores_of_another_model_and_a_model_without_a_processor(

@@ -50,6 +50,14 @@ def test_a_training_that_only_harms_leaves_the_start() -> None:
     assert_same(small.state_dict(), before)
 
 
+def test_images_to_choose_by_may_be_given() -> None:
+    dense, small, _ = pair("ViTModel")
+    held_out = images(3, seed=1)
+    done = recover(small, dense, images(8), Recovery(learning_rate=1e-3, **QUICK), held_out=held_out)
+    assert done.held_out == 3
+    assert held_out_loss(small, dense, held_out) == pytest.approx(done.losses[done.best], rel=1e-4)
+
+
 def test_labels_and_heads_are_not_looked_at() -> None:
     dense, small, _ = pair(VIT)
     head = small.classifier.weight.clone()

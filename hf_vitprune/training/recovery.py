@@ -86,6 +86,7 @@ def recover(
     images: Any,
     settings: Recovery | None = None,
     *,
+    held_out: Any = None,
     distillation: DistillationConfig | None = None,
     plan: PruningPlan | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -100,6 +101,8 @@ def recover(
         dense: what it was pruned from; unchanged.
         images: anything that ``ImageBatches`` takes; labels are not looked at.
         settings: how long and how fast.
+        held_out: images to choose the best by, neither trained on nor calibrated with; by default a share of
+            ``images``.
         distillation: another loss, or other layers, of ``kind="features"``.
         plan: what ``small`` was pruned by; needed where its residual stream is narrower.
         callbacks: for the Trainer (a progress bar, say; it has none of its own).
@@ -112,7 +115,7 @@ def recover(
     config = distillation or DistillationConfig(kind="features", plan=plan)
     if config.kind != "features":
         raise InvalidConfigError(f"a recovery is by features, without labels, not by {config.kind!r} distillation")
-    train_set, held_out, collate = _split(images, settings.held_out)
+    train_set, judged = _split(images, settings.held_out) if held_out is None else (_all(images), _all(held_out))
     keep = KeepBest()
     with tempfile.TemporaryDirectory() as folder:
         trainer = PruningTrainer(
@@ -121,14 +124,14 @@ def recover(
             teacher=dense,
             distillation=config,
             train_dataset=train_set,
-            eval_dataset=held_out,
-            data_collator=collate,
+            eval_dataset=judged,
+            data_collator=train_set.images.collate_fn,
             callbacks=[keep, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     small.eval()
-    done = Recovered(dict(keep.losses), keep.best, len(held_out))
+    done = Recovered(dict(keep.losses), keep.best, len(judged))
     logger.info(done.one_line)
     return done
 
@@ -186,18 +189,31 @@ class _Unlabelled(Dataset):
         return {name: value for name, value in example.items() if name not in ("labels", "label")}
 
 
-def _split(images: Any, held_out: float) -> tuple[_Unlabelled, _Unlabelled, Any]:
-    """(to train on, held out evenly spaced, collator)."""
+def _all(images: Any) -> _Unlabelled:
     batches = ImageBatches(images)
-    total = batches.images
-    count = max(1, round(held_out * total))
-    if total < 2:
+    return _Unlabelled(batches, range(batches.images))
+
+
+def _split(images: Any, held_out: float) -> tuple[_Unlabelled, _Unlabelled]:
+    """(to train on, held out)."""
+    batches = ImageBatches(images)
+    rest, apart = hold_out(batches.images, held_out)
+    return _Unlabelled(batches, rest), _Unlabelled(batches, apart)
+
+
+def hold_out(images: int, share: float) -> tuple[list[int], list[int]]:
+    """(numbers of the images to train on, of those that are held out, evenly spaced).
+
+    Raises:
+        InvalidDataError: one of the two would be empty.
+    """
+    if images < 2:
         raise InvalidDataError("there is one image: a recovery holds some out, to keep the best weights by them")
-    apart = {i * total // count for i in range(count)}
-    if len(apart) == total:
-        raise InvalidDataError(f"all {total} images are held out, and none is left to train on: lower held_out")
-    rest = [i for i in range(total) if i not in apart]
-    return _Unlabelled(batches, rest), _Unlabelled(batches, sorted(apart)), batches.collate_fn
+    count = max(1, round(share * images))
+    apart = sorted({i * images // count for i in range(count)})
+    if len(apart) == images:
+        raise InvalidDataError(f"all {images} images are held out, and none is left to train on: lower held_out")
+    return [i for i in range(images) if i not in set(apart)], apart
 
 
 def _arguments(settings: Recovery, folder: str) -> TrainingArguments:
