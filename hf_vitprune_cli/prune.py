@@ -89,7 +89,9 @@ def prune(
         from .from_images import prune_from_images
 
         given: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate}
-        recovery = Recovery(**{name: value for name, value in given.items() if value is not None})
+        recovery = Recovery(
+            batch_size=batch_size, **{name: value for name, value in given.items() if value is not None}
+        )
         prune_from_images(
             model,
             out,

@@ -167,7 +167,7 @@ def test_a_backbone_is_trained_on_features_and_never_ends_worse(
     dense = make("Dinov2Model")
     dense.save_pretrained(tmp_path / "dense")
     PROCESSOR.save_pretrained(tmp_path / "dense")
-    options = ("--images", folder, "--train", "features", "--steps", 8, "--batch-size", 8, "--target", 0.6)
+    options = ("--images", folder, "--train", "features", "--steps", 40, "--batch-size", 8, "--target", 0.6)
     text = printed("prune", tmp_path / "dense", tmp_path / "small", *options, "--learning-rate", rate)
     assert "and trained on the dense model's features, from 36 unlabelled images" in text
     assert ("no training step was better" in text) == (rate == 10.0)

@@ -133,7 +133,7 @@ def test_a_classifier_for_other_classes_is_refused_unless_replaced(classifier_fo
     images = image_folder(tmp_path / "pets", classes=("a", "b", "c"))
     result = run_prune(classifier_folder, tmp_path / "out", "--data", images)
     assert result.exit_code == 1 and "--new-head" in result.output
-    options = ["--steps", 6, "--new-head", "--target", 0.6, "--batch-size", 4]
+    options = ["--steps", 10, "--new-head", "--target", 0.6, "--batch-size", 4]
     result = run_prune(classifier_folder, tmp_path / "out", "--data", images, *options)
     assert result.exit_code == 0, result.output
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {

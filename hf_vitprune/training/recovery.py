@@ -42,7 +42,7 @@ class Recovery:
     steps: int = 300
     learning_rate: float = 1e-5
     warmup: float = 0.2
-    batch_size: int = 16
+    batch_size: int = 32
     held_out: float = 0.1
     checks: int = 10
     seed: int = 0
