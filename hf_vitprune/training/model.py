@@ -301,15 +301,15 @@ class PruningModel(Checkpoints):
         ``PruningTrainer`` or ``PruningCallback``.
 
         Args:
-            native: a stock transformers model that loads without this library, where the shape allows it.
+            native: require a model that loads without this library; otherwise one is given where the shape allows it.
             calibration: unlabelled images (anything that ``ImageBatches`` takes; about 128 are enough).
             compensate: as in ``hf_vitprune.prune``; ``"none"`` or False for plain slices, with images and without.
             weights: a model of the wrapped one's shape, whose weights the small one gets (those from before the
                 training, say), and which ``calibration`` then brings it close to.
 
         Returns:
-            A ``Pruned<X>...`` model; a PeftModel over one if the wrapped model is a PeftModel; a stock model if
-            ``native``. Of a sharded model, for which every process has to call this: the first process has it, on the
+            A model of the wrapped one's class where that can hold the shape, else a ``Pruned<X>...`` one; a PeftModel
+            over one if the wrapped model is a PeftModel. Of a sharded model, for which every process has to call this: the first process has it, on the
             CPU, and the others None.
 
         Raises:
