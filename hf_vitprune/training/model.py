@@ -309,8 +309,8 @@ class PruningModel(Checkpoints):
 
         Returns:
             A model of the wrapped one's class where that can hold the shape, else a ``Pruned<X>...`` one; a PeftModel
-            over one if the wrapped model is a PeftModel. Of a sharded model, for which every process has to call this: the first process has it, on the
-            CPU, and the others None.
+            over one if the wrapped model is a PeftModel. Of a sharded model, for which every process has to call this:
+            the first process has it, on the CPU, and the others None.
 
         Raises:
             NativeExportError: ``native`` and the shape does not allow it; the message says why.
