@@ -201,3 +201,12 @@ def test_the_undamaged_model_loads(saved: Saved) -> None:
     assert outcome(saved, "undamaged", saved.record) == "same"
     shuffled = dict(reversed(saved.record.items()))
     assert outcome(saved, "other order", shuffled) == "same"
+
+
+def test_other_heads_than_the_record(saved: Saved) -> None:
+    """What heads the dense model had gives the attention scale, and no tensor shows it."""
+    if "depths" in saved.config:
+        with pytest.raises(InvalidArchitectureError, match="heads of"):
+            saved.load(saved.record, num_heads=[1, 4])
+    else:  # the record has them, and the config's are not looked at
+        assert_same(run(saved.load(saved.record, num_attention_heads=2).eval()), saved.outputs)

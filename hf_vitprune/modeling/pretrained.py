@@ -208,6 +208,7 @@ class PrunedModelMixin:
             raise
         _check_layers_complete(model, info)
         check_modules(model, info)
+        _check_own_head(model, info)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -246,6 +247,15 @@ def _check_same_depth(model: Any, keys: Iterable[str]) -> None:
 def _may_be_missing(key: str) -> bool:
     """Mask tokens come with pretraining only; PEFT never saves AdaLoRA's ``ranknum``, which follows from the rank."""
     return key.endswith("mask_token") or ".ranknum." in key
+
+
+def _check_own_head(model: Any, info: dict[str, Any]) -> None:
+    """A checkpoint of this very class has its head, too."""
+    lost = sorted(key for key in info["missing_keys"] if not _may_be_missing(key))
+    if lost and type(model).__name__ in (model.config.architectures or ()):
+        raise CheckpointMismatchError(
+            f"the checkpoint is of a {type(model).__name__} and lacks {len(lost)} of its tensors (first: {lost[0]})"
+        )
 
 
 def _check_layers_complete(model: Any, info: dict[str, Any]) -> None:

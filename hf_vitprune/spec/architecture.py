@@ -297,6 +297,7 @@ def write_record(architecture: Architecture, info: dict[str, Any] | None = None)
     }
     if architecture.depths is not None:
         record["depths"] = list(architecture.depths)
+        record["head_dims"] = [architecture.head_dim(i) for i in range(len(architecture.layers))]
     if info:
         record["info"] = info
     record["fingerprint"] = fingerprint(record)
@@ -315,7 +316,7 @@ def fingerprint(record: dict[str, Any]) -> str:
 
     The same in every version, as adapters name their base by it.
     """
-    rest = {k: v for k, v in record.items() if k not in ("fingerprint", "info")} | {"version": 1}
+    rest = {k: v for k, v in record.items() if k not in ("fingerprint", "info", "head_dims")} | {"version": 1}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -359,6 +360,12 @@ def read_record(config: PreTrainedConfig, record: Any, task: str) -> Architectur
         raise InvalidArchitectureError(
             f"config.json says {stated.depths or len(stated.layers)} layers of width {stated.hidden_size}, its "
             f"pruning_config {depths or len(shapes)} of width {architecture.hidden_size}"
+        )
+    head_dims = [architecture.head_dim(i) for i in range(len(shapes))]
+    if depths is not None and version > 1 and record.get("head_dims") != head_dims:
+        raise InvalidArchitectureError(
+            f"config.json gives the dense model heads of {head_dims} channels, its pruning_config of "
+            f"{record.get('head_dims')}: the config was edited or damaged; fetch config.json again"
         )
     return architecture
 
