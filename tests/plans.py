@@ -258,6 +258,7 @@ def aligned(
             other = full[name]
         if plan.embedding is not None and tensor.shape != other.shape:
             axis = next(i for i, (a, b) in enumerate(zip(tensor.shape, other.shape, strict=True)) if a != b)
-            other = other.index_select(axis, torch.tensor(plan.embedding))
+            copies = range(0, other.shape[axis], plan.source.hidden_size)  # several tokens side by side
+            other = other.index_select(axis, torch.cat([torch.tensor(plan.embedding) + start for start in copies]))
         pairs.append((name, tensor, other))
     return pairs

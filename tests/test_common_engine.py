@@ -28,7 +28,19 @@ from hf_vitprune.spec.layer_shape import MIXERS
 from hf_vitprune.spec.origin import dense_of
 from hf_vitprune.surgery.cuts import find_cuts
 from plans import PLANS, aligned, compose, plan_named, pruning_plans, recorded_attentions
-from tiny import CASES, CLASSIFIERS, assert_same, hybrid, images, make, relative_error, run, run_python, total_loss
+from tiny import (
+    CASES,
+    CLASSIFIERS,
+    EVERY_FAMILY,
+    assert_same,
+    hybrid,
+    images,
+    make,
+    relative_error,
+    run,
+    run_python,
+    total_loss,
+)
 
 #: plans for the classes that share their layers with another class of the family
 FEW_PLANS = ("embedding", "layers", "everything", "removed branches")
@@ -42,6 +54,11 @@ random_plans = settings(
     suppress_health_check=list(HealthCheck),
 )
 EVERYTHING = {"output_hidden_states": True, "output_attentions": True}
+
+
+#: transformers computes RMSNorms (AIMv2) and positions (RADIO) in float32, whatever the model is in
+SINGLE = ("Aimv2", "Radio")
+IN_SINGLE = (*SINGLE, *(f"Pruned{name}" for name in SINGLE))
 
 
 def planned(case: str, plan: str, **changes: Any) -> tuple[PreTrainedModel, PruningPlan]:
@@ -61,7 +78,7 @@ def number_of(outputs: dict[str, torch.Tensor], key: str) -> int:
     [
         (case, plan)
         for case in CASES
-        for plan in (PLANS if case in CLASSIFIERS else FEW_PLANS)
+        for plan in (PLANS if case in EVERY_FAMILY else FEW_PLANS)
         if not (plan == "embedding" and case.startswith("Swin"))  # has no such unit
     ],
 )
@@ -134,7 +151,7 @@ def check_against_mask(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedM
     pixels = images().double()
     outputs, masked = run(small, pixels, **EVERYTHING), run(mask(model, plan), pixels, **EVERYTHING)
     for name, ours, theirs in aligned(outputs, masked, plan):
-        assert relative_error(ours, theirs) < 1e-9, name
+        assert relative_error(ours, theirs) < (1e-5 if type(model).__name__.startswith(IN_SINGLE) else 1e-9), name
     return small
 
 
@@ -176,7 +193,8 @@ def test_every_parameter_learns_as_in_the_masked_model(case: str) -> None:
         assert (parameter.grad is None) == unused, name
         if not unused:
             expected = cut.take(full.get_parameter(cut.source).grad)
-            assert torch.allclose(parameter.grad, expected, rtol=1e-8, atol=1e-12), name
+            rtol, atol = (1e-4, 1e-5) if case.startswith(SINGLE) else (1e-8, 1e-12)
+            assert torch.allclose(parameter.grad, expected, rtol=rtol, atol=atol), name
 
     before = {name: parameter.detach().clone() for name, parameter in small.named_parameters()}
     optimizer = torch.optim.AdamW(small.parameters(), lr=0.1, weight_decay=0.0)

@@ -21,11 +21,13 @@ from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune
 from hf_vitprune.spec.architecture import Architecture
 from plans import PLANS, plan_named
-from tiny import CASES, CLASSIFIERS, hybrid, images, make
+from tiny import CASES, CLASSIFIERS, WITH_GRID, feed, hybrid, images, make
 
 aten = torch.ops.aten
 #: parameters that are two-dimensional or more without being weight matrices
-NO_WEIGHTS = ("token", "position", "probe")
+NO_WEIGHTS = ("token", "position", "pos_embed", "probe")
+#: sees as many tubes as its mask says, which its config does not
+MASKED_BY_ARGUMENT = "VideoMAEForPreTraining"
 
 
 class CountMatmuls(TorchDispatchMode):
@@ -45,7 +47,7 @@ class CountMatmuls(TorchDispatchMode):
         elif packet is aten.convolution:
             self.macs += out.numel() * args[1][0].numel()
         else:
-            name = packet.__name__
+            name = packet.__name__.replace("bilinear", "")  # interpolation of positions
             assert not any(word in name for word in ("attention", "linear", "matmul", "conv")), name
         return out
 
@@ -63,7 +65,7 @@ def executed_macs(model: PreTrainedModel, size: int | tuple[int, int] = 16) -> i
     if size != 16 and CASES_BY_CLASS[type(model).__name__.removeprefix("Pruned")] not in ("Swin", "Dinov2"):
         kwargs["interpolate_pos_encoding"] = True
     with counted_matmuls() as counter:
-        model(pixel_values=images(1, size), **kwargs)
+        model(**feed(model, images(1, size)), **kwargs)
     return counter.macs
 
 
@@ -82,11 +84,12 @@ def test_counts_are_exact(case: str, plan_name: str | None) -> None:
     assert cost.params == sum(p.numel() for p in model.parameters())
     matrices = [(n, p) for n, p in model.named_parameters() if p.ndim > 1 and not any(w in n for w in NO_WEIGHTS)]
     assert cost.weight_params == sum(p.numel() for _, p in matrices)
-    assert cost.macs == executed_macs(model)
+    if case != MASKED_BY_ARGUMENT:
+        assert cost.macs == executed_macs(model)
     assert count(Architecture.of(model)) == cost
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", WITH_GRID)
 def test_counts_of_other_mixers_are_exact(case: str) -> None:
     model = hybrid(case)
     cost = count(model)

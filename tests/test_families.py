@@ -9,60 +9,54 @@ from hf_vitprune.errors import UnsupportedModelError
 from hf_vitprune.families import add_family, all_families, family_of
 from hf_vitprune.families.vit import ViTFamily
 from hf_vitprune.modeling import register_family
+from hf_vitprune.modeling.norms import norm_kind
 from hf_vitprune.spec.architecture import Architecture
 from tiny import CASES, CLASSIFIERS, make, run_python
 
-#: ViTMSN has ViT's layers under another name: one line makes it prunable, saveable and countable
+#: ViViT has ViT's layers over tubes of patches: a few lines make it prunable, saveable and countable
 OWN_FAMILY = """
 import tempfile, torch, transformers
-from transformers import AutoModelForImageClassification, IJepaConfig, IJepaModel
-from transformers import ViTMSNConfig, ViTMSNForImageClassification
+from transformers import AutoModelForVideoClassification, VivitConfig, VivitForVideoClassification
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 from hf_vitprune.cost import count
 from hf_vitprune.families.vit import ViTFamily
 from hf_vitprune.modeling import register_family
+from hf_vitprune.modeling.norms import norm_kind
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import mask, prune
 from tiny import WITH_MLP, assert_same, relative_error, reset_weights, run
 
-class IJepaFamily(ViTFamily):
-    # no CLS token, no pooler: only what differs is said
-    def outer_parts(self, config, width, task, grid):
-        parts = [
-            self.patch_part(config, width, grid),
-            self.table_part("positions", self.positions(config), width),
-            self.table_part("final norm", 2, width),
-        ]
-        if task == "ForImageClassification":
-            parts.append(self.linear_part("classifier", width, config.num_labels))
-        return parts
+class VivitFamily(ViTFamily):
+    def attention_tokens(self, config, grid, stage):
+        frames, rows, columns = config.tubelet_size
+        n = config.num_frames // frames * (config.image_size // rows) * (config.image_size // columns) + 1
+        return n, n, n * n
 
-register_family(ViTFamily(model_type="vit_msn", root="vit"))
-register_family(IJepaFamily(model_type="ijepa", root="ijepa", extra_tokens=0))
+    def grid(self, config, image_size):
+        return config.image_size // config.tubelet_size[1], config.image_size // config.tubelet_size[2]
 
-models = {
-    "ViTMSN": ViTMSNForImageClassification(ViTMSNConfig(**WITH_MLP, num_labels=5)),
-    "IJepa": IJepaModel(IJepaConfig(**WITH_MLP), add_pooling_layer=False),
-}
-for name, model in models.items():
-    reset_weights(model).eval()
-    plan = PruningPlan.random(model, 0.4)
-    small = prune(model, plan, stock=False)
-    assert type(small).__name__ == f"Pruned{type(model).__name__}"
-    assert relative_error(next(iter(run(prune(model, plan)).values())), next(iter(run(small).values()))) < 1e-5
-    ours, full = run(small), run(mask(model, plan))
-    first = next(iter(ours))
-    expected = full[first] if first == "logits" else full[first][..., list(plan.embedding)]
-    assert relative_error(ours[first], expected) < 1e-5
-    cost = count(small)
-    assert cost.params == sum(p.numel() for p in small.parameters())
-    with tempfile.TemporaryDirectory() as folder:
-        small.save_pretrained(folder)
-        assert_same(run(type(small).from_pretrained(folder).eval()), ours)
-        if name == "ViTMSN":
-            auto = AutoModelForImageClassification.from_pretrained(folder)
-            assert_same(run(auto), ours)
+    def inputs(self, config, size=None, device="cpu", task="Model"):
+        frames = (1, config.num_frames, config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": torch.randn(frames, device=device)}
+
+register_family(VivitFamily(model_type="vivit", root="vivit", convolutions=False))
+
+sizes = {k: v for k, v in WITH_MLP.items() if k != "patch_size"}
+config = VivitConfig(**sizes, num_frames=4, tubelet_size=[2, 8, 8], num_labels=5)
+model = reset_weights(VivitForVideoClassification(config)).eval()
+plan = PruningPlan.random(model, 0.4)
+small = prune(model, plan, stock=False)
+assert type(small).__name__ == "PrunedVivitForVideoClassification"
+video = torch.randn(2, 4, 3, 16, 16)
+with torch.no_grad():
+    ours, full = small(video).logits, mask(model, plan)(video).logits
+assert relative_error(ours, full) < 1e-5
+assert count(small).params == sum(p.numel() for p in small.parameters())
+with tempfile.TemporaryDirectory() as folder:
+    small.save_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForVideoClassification.from_pretrained(folder)(video).logits, ours)
 print("registered")
 """
 
@@ -75,7 +69,7 @@ def test_a_model_type_is_registered_once() -> None:
     for register in (add_family, register_family):
         with pytest.raises(ValueError, match="'vit' is registered already"):
             register(ViTFamily(model_type="vit", root="vit"))
-    assert len(all_families()) == 9
+    assert len({family.model_type for family in all_families()}) == len(all_families()) >= 18
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -93,9 +87,9 @@ def test_paths_lead_to_the_parts(case: str) -> None:
         assert model.get_submodule(paths.o).out_features == model.get_submodule(paths.fc2).out_features == width
         assert model.get_submodule(paths.fc2).in_features == shape.mlp
         for norm in (paths.norm1, paths.norm2):
-            assert isinstance(model.get_submodule(norm), nn.LayerNorm)
-    for norm in family.norms:
-        assert isinstance(model.get_submodule(prefix + norm), nn.LayerNorm)
+            assert norm_kind(model.get_submodule(norm))
+    for norm in family.stream_norms(model):
+        assert norm_kind(model.get_submodule(norm))
 
 
 @pytest.mark.parametrize("case", CLASSIFIERS)
@@ -106,5 +100,5 @@ def test_family_of_models_and_configs(case: str) -> None:
 
 
 def test_refusal_lists_what_is_supported() -> None:
-    with pytest.raises(UnsupportedModelError, match="clip, .*dinov2, .*swin, vit"):
+    with pytest.raises(UnsupportedModelError, match="clip, .*dinov2, .*swin, .*vit, "):
         family_of(nn.Linear(1, 1))

@@ -146,7 +146,7 @@ def test_from_config_has_the_shape_and_fresh_weights(case: str) -> None:
     for name, buffer in fresh.named_buffers():
         if "input_index" not in name:
             assert torch.equal(buffer, small.get_buffer(name)), name
-    weights = [p for n, p in fresh.named_parameters() if n.endswith(("q_proj.weight", "fc1.weight"))]
+    weights = [p for n, p in fresh.named_parameters() if n.endswith(("q_proj.weight", "query.weight", "fc1.weight"))]
     assert weights and all(0.005 < w.std() < 0.5 for w in weights)
     norms = [p for n, p in fresh.named_parameters() if "norm" in n and n.endswith("weight")]
     assert norms and all((p == 1).all() for p in norms)

@@ -25,7 +25,9 @@ from tiny import CASES, images, make, relative_error, reset_weights, run
 SIZES = ["heads", "qk", "v", "mlp"]
 SWIN = [name for name in CASES if name.startswith("Swin")]
 WHOLE_LAYERS = ["SwinForImageClassification", "SiglipForImageClassification"]
-FREE_SIZES = [name for name in CASES if name.startswith(("ViT", "DeiT", "Dinov2"))]
+#: stems of classes whose stock configs honour head_dim (ViT-MAE's decoder would take it, too)
+FREE = ("ViTF", "ViTModel", "ViTMSN", "IJepa", "DeiT", "Dinov2", "Pixio", "Radio")
+FREE_SIZES = [name for name in CASES if name.startswith(FREE)]
 
 
 def pruned(name: str, units: list[str], ratio: float = 0.5, **changes: object) -> PreTrainedModel:

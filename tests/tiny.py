@@ -29,6 +29,19 @@ PLAIN: dict[str, Any] = {
 }
 WITH_MLP: dict[str, Any] = {**PLAIN, "intermediate_size": 48}
 DINO: dict[str, Any] = {**PLAIN, "mlp_ratio": 2}
+#: 2 x 2 patches where they are not padded
+NAFLEX: dict[str, Any] = {**{k: v for k, v in WITH_MLP.items() if k != "image_size"}, "num_patches": 4}
+#: half of the patches is seen
+MAE: dict[str, Any] = {
+    **WITH_MLP,
+    "mask_ratio": 0.5,
+    "decoder_num_attention_heads": 2,
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_intermediate_size": 24,
+}
+VIDEO: dict[str, Any] = {**{k: v for k, v in MAE.items() if k != "mask_ratio"}, "num_frames": 4}
+RADIO: dict[str, Any] = {**DINO, "mlp_ratio": 2.0, "max_img_size": 32, "num_cls_tokens": 2, "num_registers": 1}
 SWIN: dict[str, Any] = {
     "embed_dim": 16,
     "depths": [2, 3],
@@ -110,9 +123,41 @@ CASES: dict[str, Case] = {
         "SiglipVisionModel", "SiglipVisionConfig", {**WITH_MLP, "vision_use_head": False}
     ),
     "SiglipForImageClassification": Case("SiglipForImageClassification", "SiglipConfig", WITH_MLP, two_towers=True),
+    "Siglip2VisionModel": Case("Siglip2VisionModel", "Siglip2VisionConfig", NAFLEX),
+    "Siglip2ForImageClassification": Case("Siglip2ForImageClassification", "Siglip2Config", NAFLEX, two_towers=True),
+    **_columnar("ViTMSN", WITH_MLP, {"Model": {}, **CLASSIFIER}),
+    **_columnar("IJepa", WITH_MLP, {"Model": {}, **CLASSIFIER}),
+    **_columnar("ViTMAE", MAE, {"Model": {}, "ForPreTraining": {}}),
+    **_columnar(
+        "VideoMAE", VIDEO, {"Model": {"use_mean_pooling": False}, "ForVideoClassification": {}, "ForPreTraining": {}}
+    ),
+    "Aimv2VisionModel": Case("Aimv2VisionModel", "Aimv2VisionConfig", WITH_MLP),
+    "Aimv2VisionModel-native": Case(
+        "Aimv2VisionModel", "Aimv2VisionConfig", {**WITH_MLP, "is_native": True, "use_head": False}
+    ),
+    **_columnar("Pixio", {**DINO, "n_cls_tokens": 2}, {"Model": {}, "Backbone": STAGES}),
+    "RadioModel": Case(
+        "RadioModel",
+        "RadioConfig",
+        {**DINO, "mlp_ratio": 2.0, "max_img_size": 32, "num_cls_tokens": 2, "num_registers": 1},
+    ),
 }
-#: one classifier a family (and SwiGLU): for what does not depend on the head
-CLASSIFIERS = [name for name in CASES if CASES[name].model_class.endswith("ForImageClassification")]
+#: takes patches instead of images
+NO_IMAGES = "Siglip2ForImageClassification"
+#: one classifier a family (and SwiGLU) that takes images: for what does not depend on the head
+CLASSIFIERS = [n for n in CASES if CASES[n].model_class.endswith("ForImageClassification") and n != NO_IMAGES]
+#: classes whose tokens form a grid that convolutions can mix
+WITH_GRID = [n for n in CASES if not n.startswith(("Siglip2", "ViTMAE", "VideoMAE"))]
+#: one class a family, for what depends on its layers
+EVERY_FAMILY = [
+    *CLASSIFIERS,
+    NO_IMAGES,
+    "ViTMAEForPreTraining",
+    "VideoMAEForVideoClassification",
+    "Aimv2VisionModel",
+    "PixioModel",
+    "RadioModel",
+]
 
 
 def reset_weights(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -176,6 +221,36 @@ def images(batch: int = 2, size: int | tuple[int, int] = SIZE, seed: int = 7) ->
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
+def feed(model: Any, pixels: torch.Tensor) -> dict[str, Any]:
+    """What a model takes for images (B, 3, height, width): patches, frames, and what makes random parts repeatable."""
+    config = getattr(model.config, "vision_config", model.config)
+    kind = type(model).__name__.removeprefix("Pruned")
+    batch, _, height, width = pixels.shape
+    if kind.startswith("Siglip2"):  # the last image has a row of padding
+        rows, columns = height // config.patch_size, width // config.patch_size
+        patches = pixels.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).permute(0, 2, 4, 3, 5, 1)
+        shapes = torch.tensor([[rows, columns]] * batch)
+        mask = torch.ones(batch, rows * columns, dtype=torch.long)
+        if batch > 1:
+            shapes[-1, 0] -= 1
+            mask[-1, -columns:] = 0
+        return {
+            "pixel_values": patches.flatten(3).flatten(1, 2),
+            "pixel_attention_mask": mask,
+            "spatial_shapes": shapes,
+        }
+    if kind.startswith("ViTMAE"):
+        patches = (height // config.patch_size) * (width // config.patch_size)
+        return {"pixel_values": pixels, "noise": torch.arange(patches).flip(0).expand(batch, -1).float()}
+    if kind.startswith("VideoMAE"):
+        frames = torch.stack([pixels * (1 + i) for i in range(config.num_frames)], 1)
+        if kind != "VideoMAEForPreTraining":
+            return {"pixel_values": frames}
+        tubes = (height // config.patch_size) * (width // config.patch_size) * config.num_frames // config.tubelet_size
+        return {"pixel_values": frames, "bool_masked_pos": (torch.arange(tubes) % 2 == 0).expand(batch, -1)}
+    return {"pixel_values": pixels}
+
+
 def tensors(output: ModelOutput, but: tuple[str, ...] = ()) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of every tensor of an output, those in tuples numbered."""
     for key, value in output.items():
@@ -190,7 +265,7 @@ def tensors(output: ModelOutput, but: tuple[str, ...] = ()) -> Iterator[tuple[st
 @torch.no_grad()
 def run(model: Any, pixels: torch.Tensor | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
     """All tensors of a model's output."""
-    return dict(tensors(model(pixel_values=images() if pixels is None else pixels, **kwargs)))
+    return dict(tensors(model(**feed(model, images() if pixels is None else pixels), **kwargs)))
 
 
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -208,7 +283,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def total_loss(model: Any, pixels: torch.Tensor | None = None) -> torch.Tensor:
     """A loss that every tensor of the output takes part in."""
-    output = model(pixel_values=images() if pixels is None else pixels)
+    output = model(**feed(model, images() if pixels is None else pixels))
     # sine: removed channels, which a masked model gives as zeros, add nothing
     return torch.stack([t.sin().sum() for _, t in tensors(output) if t.requires_grad]).sum()
 

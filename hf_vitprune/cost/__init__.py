@@ -2,5 +2,6 @@
 
 from .closed_form import Cost, cost_parts, count
 from .meter import ClosedFormMeter, CostMeter
+from .skeleton import Part
 
-__all__ = ["ClosedFormMeter", "Cost", "CostMeter", "cost_parts", "count"]
+__all__ = ["ClosedFormMeter", "Cost", "CostMeter", "Part", "cost_parts", "count"]

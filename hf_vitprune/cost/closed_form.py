@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of an architecture, in closed form and for one image.
+"""Parameters and multiply-adds of an architecture, for one image: layers in closed form, the rest as it is built.
 
 Both attention matmuls count (tools that hook modules miss them: 16.85G instead of 17.56G for ViT-B/16), and so do the
 patch embedding and the classifier. Norms, softmax, activations and additions do not.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..families import Part
+from ..families.base import pair
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
+from .skeleton import LayerTensors, Part, layer_tensors, outside
 
 
 class Cost(NamedTuple):
@@ -45,53 +46,58 @@ def cost_parts(model: Any, image_size: int | tuple[int, int] | None = None, part
     """The cost part by part: ``layer i attention`` (whatever mixes its tokens), ``layer i mlp``, and the rest."""
     architecture = Architecture.given(model, part)
     grid = architecture.family.grid(architecture.config, image_size)
-    parts = []
+    small, parts = layer_tensors(architecture), []
     for i, (shape, stage) in enumerate(zip(architecture.layers, architecture.stages, strict=True)):
-        parts += layer_parts(architecture, shape, architecture.width(i), stage, grid, f"layer {i}")
-    return parts + outer_parts(architecture, architecture.hidden_size, grid)
+        parts += layer_parts(architecture, shape, architecture.width(i), stage, grid, f"layer {i}", small[stage])
+    return [*parts, outer_part(architecture, architecture.hidden_size, image_size)]
 
 
 def layer_parts(
-    architecture: Architecture, shape: LayerShape, width: int, stage: int, grid: tuple[int, int], name: str = "layer"
+    architecture: Architecture,
+    shape: LayerShape,
+    width: int,
+    stage: int,
+    grid: tuple[int, int],
+    name: str = "layer",
+    small: LayerTensors | None = None,
 ) -> list[Part]:
     """Mixer and MLP of one layer of any shape, residual width and stage, in models like ``architecture``.
 
     Args:
         grid: patches down and across, ``family.grid(config, image_size)``.
+        small: small tensors of the stage's layers, where they are known.
     """
-    tokens, projected, squares = architecture.family.attention_tokens(architecture.config, grid, stage)
+    family = architecture.family
+    small = small or layer_tensors(architecture)[stage]
+    tokens, projected, squares = family.attention_tokens(architecture.config, grid, stage)
     mixer = f"{name} attention"
     return [
-        _attention(architecture, shape, width, mixer, projected, squares)
+        _attention(small, shape, width, mixer, projected, squares)
         if shape.mixer == "attention"
-        else _other_mixer(architecture, shape, width, mixer, architecture.family.grid_tokens(grid, stage)),
-        _mlp(architecture, shape, width, f"{name} mlp", tokens),
+        else _other_mixer(small, shape, width, mixer, family.grid_tokens(grid, stage)),
+        _mlp(small, shape, width, f"{name} mlp", tokens, len(family.fc1_names(architecture.config))),
     ]
 
 
-def outer_parts(architecture: Architecture, hidden_size: int, grid: tuple[int, int]) -> list[Part]:
+def outer_part(architecture: Architecture, hidden_size: int, image_size: int | tuple[int, int] | None) -> Part:
     """What lies outside the layers, at any residual width."""
-    return architecture.family.outer_parts(architecture.config, hidden_size, architecture.task, grid)
+    return outside(architecture, hidden_size, None if image_size is None else pair(image_size))
 
 
-def _attention(
-    architecture: Architecture, shape: LayerShape, width: int, name: str, tokens: int, squares: int
-) -> Part:
-    family, config = architecture.family, architecture.config
+def _attention(small: LayerTensors, shape: LayerShape, width: int, name: str, tokens: int, squares: int) -> Part:
     inputs = width if shape.attention_in is None else shape.attention_in
     qk, v = shape.heads * shape.qk_dim, shape.heads * shape.v_dim
     weights = inputs * (2 * qk + v) + v * width
-    biases = (2 * qk + v if family.qkv_bias(config) else 0) + width
-    table = family.table_rows(config) * shape.heads
-    scale = width if family.scale1 else 0
+    biases = (small.q + small.k) * qk + small.v * v + small.o * width
+    others = biases + small.head * shape.heads + small.rest + small.mixer * width
     # the kernel pads the narrower of q/k and v; the arithmetic it needs is counted, not the padding
-    return Part(name, weights, biases + table + scale + 2 * width, tokens * weights + squares * (qk + v))
+    return Part(name, weights, others, tokens * weights + squares * (qk + v))
 
 
-def _other_mixer(architecture: Architecture, shape: LayerShape, width: int, name: str, patches: int) -> Part:
+def _other_mixer(small: LayerTensors, shape: LayerShape, width: int, name: str, patches: int) -> Part:
     if shape.mixer == "none":
         return Part(name, 0, 0, 0)
-    around = 2 * width + (width if architecture.family.scale1 else 0)  # the norm in front, the LayerScale behind
+    around = small.mixer * width  # the norm in front, the LayerScale behind
     if shape.conv_channels is None:
         return Part(name, 0, around, 0)
     weights = shape.conv_channels * width * ((shape.kernel or 0) ** 2 + 1)
@@ -99,12 +105,9 @@ def _other_mixer(architecture: Architecture, shape: LayerShape, width: int, name
     return Part(name, weights, own + around, patches * weights)
 
 
-def _mlp(architecture: Architecture, shape: LayerShape, width: int, name: str, tokens: int) -> Part:
+def _mlp(small: LayerTensors, shape: LayerShape, width: int, name: str, tokens: int, branches: int) -> Part:
     if shape.mlp == 0:
         return Part(name, 0, 0, 0)
-    family = architecture.family
-    branches = len(family.fc1_names(architecture.config))
     inputs = width if shape.mlp_in is None else shape.mlp_in
     weights = shape.mlp * (branches * inputs + width)
-    scale = width if family.scale2 else 0
-    return Part(name, weights, shape.mlp * branches + width + scale + 2 * width, tokens * weights)
+    return Part(name, weights, small.fc1 * shape.mlp + (small.fc2 + small.mlp) * width, tokens * weights)

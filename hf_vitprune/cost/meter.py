@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from ..families import Part
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
-from .closed_form import layer_parts, outer_parts
+from .closed_form import layer_parts, outer_part
+from .skeleton import Part
 
 ImageSize = int | tuple[int, int] | None
 
@@ -82,13 +82,14 @@ class ClosedFormMeter(CostMeter):
     def __init__(self, metric: str, reference: Architecture, image_size: ImageSize = None) -> None:
         super().__init__(reference)
         self.metric = metric
+        self._image_size = image_size
         self._grid = reference.family.grid(reference.config, image_size)
 
     def _layer_cost(self, shape: LayerShape, width: int, stage: int) -> float:
         return sum(map(self._amount, layer_parts(self.reference, shape, width, stage, self._grid)))
 
     def _outer_cost(self, hidden_size: int) -> float:
-        return sum(map(self._amount, outer_parts(self.reference, hidden_size, self._grid)))
+        return self._amount(outer_part(self.reference, hidden_size, self._image_size))
 
     def _amount(self, part: Part) -> int:
         return part.macs if self.metric == "macs" else part.weights + part.others

@@ -7,13 +7,21 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..errors import UnsupportedModelError
-from .base import UNITS, Family, LayerPaths, LayerSizes, Part
+from .aimv2 import AIMV2_VISION
+from .base import UNITS, Family, LayerPaths, LayerSizes
 from .clip import CLIP, CLIP_VISION
 from .deit import DEIT
 from .dinov2 import DINOV2, DINOV2_WITH_REGISTERS
+from .ijepa import IJEPA
+from .pixio import PIXIO
+from .radio import RADIO
 from .siglip import SIGLIP, SIGLIP_VISION
+from .siglip2 import SIGLIP2, SIGLIP2_VISION
 from .swin import SWIN
+from .videomae import VIDEOMAE
 from .vit import VIT
+from .vit_mae import VIT_MAE
+from .vit_msn import VIT_MSN
 
 #: prefix of the ``model_type`` of pruned models
 PRUNED_PREFIX = "pruned_"
@@ -74,7 +82,27 @@ def family_of(model_or_config: Any) -> Family:
     return family
 
 
-for _family in (VIT, DEIT, SWIN, DINOV2, DINOV2_WITH_REGISTERS, CLIP_VISION, CLIP, SIGLIP_VISION, SIGLIP):
+_SHIPPED = (
+    VIT,
+    DEIT,
+    SWIN,
+    DINOV2,
+    DINOV2_WITH_REGISTERS,
+    CLIP_VISION,
+    CLIP,
+    SIGLIP_VISION,
+    SIGLIP,
+    SIGLIP2_VISION,
+    SIGLIP2,
+    VIT_MSN,
+    IJEPA,
+    VIT_MAE,
+    VIDEOMAE,
+    AIMV2_VISION,
+    PIXIO,
+    RADIO,
+)
+for _family in _SHIPPED:
     add_family(_family)
 
 __all__ = [
@@ -83,7 +111,6 @@ __all__ = [
     "Family",
     "LayerPaths",
     "LayerSizes",
-    "Part",
     "add_family",
     "all_families",
     "base_model_type",

@@ -6,10 +6,11 @@ removed. Everything that slices, builds or counts works from these facts alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -47,15 +48,6 @@ class LayerPaths(NamedTuple):
     bias_table: str | None
 
 
-class Part(NamedTuple):
-    """Cost of one part of a model for one image: elements of weight matrices, other parameters, multiply-adds."""
-
-    name: str
-    weights: int
-    others: int
-    macs: int
-
-
 def pair(size: Any) -> tuple[int, int]:
     """(height, width) of a config field that holds an int or a pair (of symbols, while a model is being traced)."""
     if isinstance(size, (list, tuple)):
@@ -87,7 +79,9 @@ class Family:
     scale1: str | None = None
     scale2: str | None = None
     bias_table: str | None = None
-    #: LayerNorms over the residual stream outside the layers, below the encoder
+    #: parameters of its attention that ours has no use for, and that are None in every call that it stands for
+    ignored_inputs: tuple[str, ...] = ()
+    #: norms over the residual stream outside the layers, below the encoder
     norms: tuple[str, ...] = ("layernorm",)
     units: frozenset[str] = frozenset(UNITS)
     #: tokens that are not patches
@@ -110,6 +104,10 @@ class Family:
     windows: Callable[[Any, Any, tuple[int, int]], Any] | None = None
     #: (module, attention_mask, input_shape) -> additive mask, for families with a learned position bias
     attention_bias: Callable[..., Any] | None = None
+    #: models take images of other sizes only when told to (``interpolate_pos_encoding=True``)
+    interpolates: bool = True
+    #: attributes of the pruned twin of a class, by the class's name
+    twin_attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     #: model classes with more than one encoder or a wrapped one, that this family does not take
     refused_classes: tuple[str, ...] = ()
 
@@ -134,9 +132,6 @@ class Family:
 
     def fc2_name(self, config: PreTrainedConfig) -> str:
         return self.fc2
-
-    def qkv_bias(self, config: PreTrainedConfig) -> bool:
-        return bool(getattr(self.sizes_config(config), "qkv_bias", True))
 
     def depths(self, config: PreTrainedConfig) -> tuple[int, ...] | None:
         """Layers a stage for hierarchical families, else None."""
@@ -217,9 +212,20 @@ class Family:
             bias_table=at(self.attention, self.bias_table) if self.bias_table else None,
         )
 
+    @property
+    def output_name(self) -> str | None:
+        """Path of the output projection below the attention; None where it lies beside it."""
+        return self.o
+
+    def stream_norms(self, model: nn.Module) -> list[str]:
+        """Paths of the norms over the residual stream outside the layers of ``model``, those that it has."""
+        names = [self.encoder_path(model) + name for name in self.norms]
+        there = {name for name, _ in model.named_modules()}
+        return [name for name in names if name in there]
+
     def head_norm(self, task: str) -> str | None:
         """Path below the encoder of the norm whose output classifiers and poolers read; None: the stream itself."""
-        return self.norms[-1]
+        return self.norms[-1] if self.norms else None
 
     # ------------------------------------------------------------------ structure beyond the layers
     def finish_structure(self, model: nn.Module, config: PreTrainedConfig, dense_hidden_size: int) -> None:
@@ -251,32 +257,23 @@ class Family:
     def extra_tokens_of(self, config: PreTrainedConfig) -> int:
         return self.extra_tokens
 
-    def table_rows(self, config: PreTrainedConfig) -> int:
-        """Rows of a learned position-bias table (columns are heads); 0 without one."""
-        return 0
+    def inputs(
+        self,
+        config: PreTrainedConfig,
+        size: tuple[int, int] | None = None,
+        device: torch.device | str = "cpu",
+        task: str = "Model",
+    ) -> dict[str, Any]:
+        """What a model takes for one image: random values, without labels.
 
-    def outer_parts(self, config: PreTrainedConfig, width: int, task: str, grid: tuple[int, int]) -> list[Part]:
-        """Cost of everything outside the layers, for residual width ``width`` and a task-class suffix."""
-        raise NotImplementedError  # every family has its own stem and head
-
-    # ------------------------------------------------------------------ helpers for outer_parts
-    def labels(self, config: PreTrainedConfig) -> int:
-        return config.num_labels or 0
-
-    def patch_part(self, config: PreTrainedConfig, width: int, grid: tuple[int, int], bias: bool = True) -> Part:
+        Args:
+            config: of the model.
+            size: (height, width) in pixels; None: the config's.
+            device: where the values are; ``meta`` for their shapes alone.
+            task: class name without its family prefix.
+        """
         c = self.sizes_config(config)
-        patch_h, patch_w = pair(c.patch_size)
-        weights = c.num_channels * patch_h * patch_w * width
-        return Part("patch embedding", weights, width if bias else 0, grid[0] * grid[1] * weights)
-
-    def table_part(self, name: str, rows: int, width: int) -> Part:
-        """Tokens or positions: parameters without multiply-adds."""
-        return Part(name, 0, rows * width, 0)
-
-    def linear_part(self, name: str, inputs: int, outputs: int, bias: bool = True, tokens: int = 1) -> Part:
-        return Part(name, inputs * outputs, outputs if bias else 0, tokens * inputs * outputs)
-
-    def positions(self, config: PreTrainedConfig) -> int:
-        """Patch positions stored in the checkpoint (the config's image size, whatever the input's)."""
-        rows, columns = self.grid(config, None)
-        return rows * columns
+        own = pair(c.image_size)
+        pixels = torch.randn(1, c.num_channels, *(size or own), device=device)
+        resized = size is not None and size != own and self.interpolates
+        return {"pixel_values": pixels, **({"interpolate_pos_encoding": True} if resized else {})}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
-from .base import Family, Part
+from .base import Family
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,6 @@ class ClipFamily(Family):
         return (
             None if task == "ForImageClassification" else super().head_norm(task)
         )  # patches are averaged as they are
-
-    def outer_parts(self, config: PreTrainedConfig, width: int, task: str, grid: tuple[int, int]) -> list[Part]:
-        parts = [
-            self.patch_part(config, width, grid, bias=False),
-            self.table_part("tokens", 1, width),
-            self.table_part("positions", self.positions(config) + 1, width),
-            self.table_part("pre and final norm", 4, width),
-        ]
-        if task == "ModelWithProjection":
-            projection = self.sizes_config(config).projection_dim
-            parts.append(self.linear_part("projection", width, projection, bias=False))
-        elif task == "ForImageClassification" and self.labels(config):
-            parts.append(self.linear_part("classifier", width, self.labels(config)))
-        return parts
 
 
 CLIP_VISION = ClipFamily(

@@ -8,28 +8,35 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .base import Family, Part
+from .base import Family
 
 #: largest whole mlp_ratio that is tried; published models have 4
 MAX_MLP_RATIO = 64
+
+
+def is_gated(config: PreTrainedConfig) -> bool:
+    """Whether the MLPs are SwiGLU ones."""
+    return bool(getattr(config, "use_swiglu_ffn", False))
 
 
 @dataclass(frozen=True)
 class Dinov2Family(Family):
     def mlp_size(self, c: PreTrainedConfig) -> int:
         hidden = int(c.hidden_size * c.mlp_ratio)
-        return (int(hidden * 2 / 3) + 7) // 8 * 8 if c.use_swiglu_ffn else hidden
+        return (int(hidden * 2 / 3) + 7) // 8 * 8 if is_gated(c) else hidden
 
     def fc1_names(self, config: PreTrainedConfig) -> tuple[str, ...]:
-        return ("gate_proj", "up_proj") if config.use_swiglu_ffn else ("fc1",)
+        return ("gate_proj", "up_proj") if is_gated(config) else ("fc1",)
 
     def fc2_name(self, config: PreTrainedConfig) -> str:
-        return "down_proj" if config.use_swiglu_ffn else "fc2"
+        return "down_proj" if is_gated(config) else "fc2"
 
     def resize_config(
         self, config: PreTrainedConfig, hidden_size: int, num_layers: int, depths: tuple[int, ...] | None
     ) -> None:
         super().resize_config(config, hidden_size, num_layers, depths)
+        if not hasattr(config, "stage_names"):
+            return
         # a backbone config lists its stages; they must follow the depth
         config.stage_names = ["stem"] + [f"stage{i}" for i in range(1, num_layers + 1)]
         kept = [name for name in config.out_features if name in config.stage_names]
@@ -41,9 +48,9 @@ class Dinov2Family(Family):
         wide = copy.copy(config)
         wide.hidden_size = hidden_size
         for ratio in range(1, MAX_MLP_RATIO + 1):
-            wide.mlp_ratio = ratio
+            wide.mlp_ratio = type(config.mlp_ratio)(ratio)
             if self.mlp_size(wide) == mlp:
-                return {"num_attention_heads": heads, "head_dim": head_dim, "mlp_ratio": ratio}
+                return {"num_attention_heads": heads, "head_dim": head_dim, "mlp_ratio": wide.mlp_ratio}
         raise ValueError(
             f"stock {self.model_type} configs hold a whole mlp_ratio, and none makes an MLP of {mlp} at width "
             f"{hidden_size}"
@@ -51,18 +58,6 @@ class Dinov2Family(Family):
 
     def extra_tokens_of(self, config: PreTrainedConfig) -> int:
         return 1 + getattr(config, "num_register_tokens", 0)
-
-    def outer_parts(self, config: PreTrainedConfig, width: int, task: str, grid: tuple[int, int]) -> list[Part]:
-        mask_token = int(getattr(config, "use_mask_token", True))
-        parts = [
-            self.patch_part(config, width, grid),
-            self.table_part("tokens", self.extra_tokens_of(config) + mask_token, width),
-            self.table_part("positions", self.positions(config) + 1, width),
-            self.table_part("final norm", 2, width),
-        ]
-        if task == "ForImageClassification" and self.labels(config):
-            parts.append(self.linear_part("classifier", 2 * width, self.labels(config)))
-        return parts
 
 
 DINOV2 = Dinov2Family(
@@ -75,5 +70,6 @@ DINOV2 = Dinov2Family(
     scale2="layer_scale2",
     config_head_dim=True,
     convolutions=True,
+    interpolates=False,  # they always do
 )
 DINOV2_WITH_REGISTERS = replace(DINOV2, model_type="dinov2_with_registers", root="dinov2_with_registers")

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..utils.mixing import InPlaceMixin
-from .base import UNITS, Family, LayerSizes, Part, pair
+from .base import UNITS, Family, LayerSizes, pair
 
 
 def window_bias(module: Any, attention_mask: Any, input_shape: tuple[int, ...]) -> Any:
@@ -112,42 +112,6 @@ class SwinFamily(Family):
 
     def extra_tokens_of(self, config: PreTrainedConfig) -> int:
         return 0
-
-    def table_rows(self, config: PreTrainedConfig) -> int:
-        return (2 * config.window_size - 1) ** 2
-
-    def positions(self, config: PreTrainedConfig) -> int:
-        rows, columns = super().grid(config, None)
-        return rows * columns
-
-    def outer_parts(self, config: PreTrainedConfig, width: int, task: str, grid: tuple[int, int]) -> list[Part]:
-        parts = [
-            self.patch_part(config, width, grid),
-            self.table_part("patch norm", 2, width),
-        ]
-        if config.use_absolute_embeddings:
-            parts.append(self.table_part("positions", self.positions(config), width))
-        if task == "ForMaskedImageModeling":
-            parts.append(self.table_part("tokens", 1, width))
-        last = len(config.depths) - 1
-        for stage in range(last):
-            dim = width * 2**stage
-            rows, columns = self.stage_grid(grid, stage + 1)
-            merge = self.linear_part("patch merging", 4 * dim, 2 * dim, bias=False, tokens=rows * columns)
-            parts.append(merge._replace(others=8 * dim))
-        top = width * 2**last
-        parts.append(self.table_part("final norm", 2, top))
-        if task == "ForMaskedImageModeling":
-            rows, columns = self.stage_grid(grid, last)
-            pixels = config.encoder_stride**2 * config.num_channels
-            parts.append(self.linear_part("decoder", top, pixels, tokens=rows * columns))
-        elif task == "ForImageClassification" and self.labels(config):
-            parts.append(self.linear_part("classifier", top, self.labels(config)))
-        elif task == "Backbone":
-            for stage in config.out_features:
-                index = config.stage_names.index(stage)
-                parts.append(self.table_part("stage norm", 2, width * 2 ** max(index - 1, 0)))
-        return parts
 
 
 SWIN = SwinFamily(

@@ -9,11 +9,33 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import TransformersKwargs
 
+from ..errors import UnsupportedModelError
 from ..families import Family
 from ..spec.layer_shape import LayerShape
 from ..utils.mixing import InPlaceMixin
+from ..utils.modules import get
 from .conv_mixer import GRID
+
+#: keywords that transformers hands through every model, and that mean the same to every attention kernel
+_KNOWN = frozenset(TransformersKwargs.__annotations__)
+#: names under which attentions keep their rate of dropout
+_DROPOUTS = ("attention_dropout", "dropout_prob", "dropout")
+
+
+def _check_known(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Our attention stands in the place of a stock one, and does nothing with what only that one knows.
+
+    Raises:
+        UnsupportedModelError: naming the keyword.
+    """
+    unknown = [name for name, value in kwargs.items() if name not in _KNOWN and value is not None]
+    if unknown:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} got {unknown[0]!r}, which the pruned attention does not understand: call the "
+            "model without it, or keep q/k and v channels alike (then the stock attention stays)"
+        )
 
 
 def read_inputs(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -28,6 +50,7 @@ def read_inputs(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 def set_attention_sizes(attention: Any, shape: LayerShape, scaling: float) -> None:
     """Sizes that stock forwards, kernels and other people's code read on an attention."""
     sizes = {"num_attention_heads": shape.heads, "num_heads": shape.heads, "head_dim": shape.v_dim}
+    sizes |= {"attention_head_size": shape.v_dim, "all_head_size": shape.heads * shape.v_dim}
     for name, size in {**sizes, "scaling": scaling, "scale": scaling}.items():
         if hasattr(attention, name):
             setattr(attention, name, size)
@@ -46,7 +69,8 @@ class PrunedAttentionMixin(InPlaceMixin):
         self.pruned_heads = shape.heads
         self.qk_dim, self.v_dim = shape.qk_dim, shape.v_dim
         self.pruned_scaling = scaling
-        self.output_name = family.o
+        self.projections = family.q, family.k, family.v
+        self.output_name = family.output_name
         self.bias_function = family.attention_bias
         set_attention_sizes(self, shape, scaling)
 
@@ -55,12 +79,14 @@ class PrunedAttentionMixin(InPlaceMixin):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         module: Any = self
         kwargs.pop(GRID, None)  # for convolution mixers; some kernels refuse what they do not know
+        _check_known(module, kwargs)
         shape = hidden_states.shape[:-1]
         heads = self.pruned_heads
         inputs = read_inputs(module, hidden_states)
-        query = module.q_proj(inputs).view(*shape, heads, self.qk_dim).transpose(1, 2)
-        key = module.k_proj(inputs).view(*shape, heads, self.qk_dim).transpose(1, 2)
-        value = module.v_proj(inputs).view(*shape, heads, self.v_dim).transpose(1, 2)
+        q, k, v = (get(module, name)(inputs) for name in self.projections)
+        query = q.view(*shape, heads, self.qk_dim).transpose(1, 2)
+        key = k.view(*shape, heads, self.qk_dim).transpose(1, 2)
+        value = v.view(*shape, heads, self.v_dim).transpose(1, 2)
         if self.bias_function is not None:
             attention_mask = self.bias_function(module, attention_mask, shape)
 
@@ -74,7 +100,7 @@ class PrunedAttentionMixin(InPlaceMixin):
         # the eager function of the family's own file, so that its quirks stay
         eager = sys.modules[self.stock_class.__module__].eager_attention_forward
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-        dropout = getattr(module, "attention_dropout", getattr(module, "dropout", 0.0))
+        dropout = next((getattr(module, name) for name in _DROPOUTS if hasattr(module, name)), 0.0)
         context, weights = attend(
             module,
             query,
@@ -86,7 +112,7 @@ class PrunedAttentionMixin(InPlaceMixin):
             **kwargs,
         )
         context = context[..., : self.v_dim].reshape(*shape, heads * self.v_dim)
-        return getattr(module, self.output_name)(context), weights
+        return (context if self.output_name is None else get(module, self.output_name)(context)), weights
 
 
 class PrunedMlpMixin(InPlaceMixin):
@@ -108,54 +134,3 @@ class RemovedMlp(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(hidden_states)
-
-
-def layer_norm_over(
-    input: torch.Tensor,
-    kept: torch.Tensor,
-    count: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
-    """LayerNorm whose statistics run over the kept channels only; the removed ones come out as zero.
-
-    Kept channels around their mean, and zeros elsewhere, have mean zero over all channels and ``count / channels`` of
-    the variance over the kept ones: the fused kernel then does the rest. Picking channels by index is far slower.
-
-    Args:
-        input: (..., channels).
-        kept: (channels,) ones and zeros.
-        count: number of ones.
-        weight, bias: (channels,) or None.
-    """
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    kept = kept.to(dtype)
-    inputs = input.to(dtype) * kept
-    centred = torch.addcmul(inputs, inputs.sum(-1, keepdim=True) / count, kept, value=-1)
-    share = count / len(kept)
-    scale = kept * share**0.5 if weight is None else weight.to(dtype) * kept * share**0.5
-    shift = None if bias is None else bias.to(dtype) * kept
-    return F.layer_norm(centred, (len(kept),), scale, shift, eps * share)
-
-
-class MaskedLayerNorm(nn.LayerNorm):
-    """LayerNorm over the kept channels: a full-size model computes with it what the narrow one computes."""
-
-    kept: torch.Tensor
-    kept_count: int
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        normed = layer_norm_over(input, self.kept, self.kept_count, self.weight, self.bias, self.eps)
-        return normed if torch.is_autocast_enabled(input.device.type) else normed.to(input.dtype)
-
-
-def mask_layer_norm(norm: nn.Module, kept: torch.Tensor) -> None:
-    """Turn a LayerNorm, in place, into one over the channels ``kept`` (ascending indices)."""
-    if type(norm) not in (nn.LayerNorm, MaskedLayerNorm):
-        raise TypeError(f"expected a LayerNorm, got {type(norm).__name__}")
-    norm.__class__ = MaskedLayerNorm
-    assert isinstance(norm, MaskedLayerNorm)
-    norm.kept_count = len(kept)
-    zeros = torch.zeros(norm.normalized_shape, device=kept.device)
-    norm.register_buffer("kept", zeros.index_fill(0, kept, 1.0), persistent=False)

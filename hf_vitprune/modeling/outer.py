@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import UnsupportedUnitError
 from ..utils.mixing import stock_type
 from ..utils.modules import get, named_tensors, resize_tensor, unwrapped
+from .norms import norm_kind, norm_width
 
 Shape = tuple[int, ...]
 
@@ -108,7 +109,7 @@ def _add_reader(found: Outer, model: nn.Module, name: str, axes: tuple[int, ...]
     """
     path, _, leaf = name.rpartition(".")
     module = get(model, path)
-    if isinstance(module, nn.LayerNorm):
+    if norm_kind(module) is not None:
         if path not in found.norms:
             found.norms.append(path)
     elif leaf != "weight" or axes != _INPUTS.get(type(module)):
@@ -132,7 +133,7 @@ def custom_root(model: nn.Module, stock: nn.Module, name: str) -> str:
 
 def _bare_norms(model: nn.Module, width: int) -> Iterator[str]:
     for path, module in model.named_modules():
-        if isinstance(module, nn.LayerNorm) and module.weight is None and module.normalized_shape == (width,):
+        if getattr(module, "weight", 0) is None and norm_width(module) == width:
             yield path
 
 
@@ -146,7 +147,7 @@ def _add_readers(found: Outer, model: nn.Module, root: str, width: int) -> None:
         elif isinstance(module, nn.Linear) and module.in_features % width == 0:
             found.axes[f"{path}.weight"] = (1,)
             return  # what comes behind reads its outputs
-        elif isinstance(module, nn.LayerNorm) and module.normalized_shape == (width,):
+        elif norm_width(module) == width:
             found.norms.append(path)
             found.axes.update(
                 {f"{path}.{name}": (0,) for name in module._parameters if module._parameters[name] is not None}
@@ -177,5 +178,5 @@ def narrow_outer(model: nn.Module, outer: Outer, width: int, kept: int) -> None:
         resize_tensor(model, name, tuple(shape))
     for path in outer.norms:
         norm = get(model, path)
-        assert isinstance(norm, nn.LayerNorm)
-        norm.normalized_shape = (kept,)
+        if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+            norm.normalized_shape = (kept,)

@@ -48,7 +48,9 @@ class PrunedConfigMixin:
             InvalidArchitectureError: a pruned model's config without its ``pruning_config``.
         """
         stated: Any = cls
-        if config_dict.get("model_type") == stated.model_type and not config_dict.get("pruning_config"):
+        if config_dict.get("model_type") != stated.model_type:  # of a stock checkpoint
+            config_dict = {name: value for name, value in config_dict.items() if name != "model_type"}
+        elif not config_dict.get("pruning_config"):
             raise InvalidArchitectureError(
                 f"the config is of a {stated.model_type} model but has no pruning_config, without which its sizes are "
                 "unknown; fetch config.json again"

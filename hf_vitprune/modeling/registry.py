@@ -22,6 +22,8 @@ AUTO_CLASSES = (
     "AutoModel",
     "AutoModelForImageClassification",
     "AutoModelForMaskedImageModeling",
+    "AutoModelForPreTraining",
+    "AutoModelForVideoClassification",
     "AutoBackbone",
 )
 #: classes that no Auto class maps, by family
@@ -117,6 +119,7 @@ def _make_classes(family: Family) -> None:
             task = strip_family(stock.__name__, config_class.__name__)
             body = {"config_class": pruned_config, "config": pruned_config, "pruning_task": task, "auto_classes": ()}
             body["dense_class"] = stock
+            body |= family.twin_attributes.get(stock.__name__, {})
             _models[stock] = _new_class(f"Pruned{stock.__name__}", (PrunedModelMixin, stock), body)
             copy_conversions(f"Pruned{stock.__name__}", stock.__name__)
         if auto_name:

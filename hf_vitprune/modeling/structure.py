@@ -6,6 +6,7 @@ identity wherever they can, so that hooks, subclasses and swapped activations st
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +18,22 @@ from ..errors import UnsupportedModelError
 from ..families import Family, LayerPaths
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
-from ..utils.mixing import mix_into, unmix
+from ..utils.mixing import mix_into, stock_type, unmix
 from ..utils.modules import get, get_wrapped, put, resize_tensor
 from .blocks import PrunedAttentionMixin, PrunedMlpMixin, RemovedAttention, RemovedMlp, set_attention_sizes
 from .conv_mixer import ConvMixer, IdentityMixer, follow_grid
 
-__all__ = ["finish_mixers", "get", "get_wrapped", "layer_paths", "materialize", "put", "replace_mixer", "resize_"]
+__all__ = [
+    "finish_mixers",
+    "get",
+    "get_wrapped",
+    "layer_paths",
+    "materialize",
+    "put",
+    "put_mixer",
+    "replace_mixer",
+    "resize_",
+]
 
 
 def layer_paths(model: PreTrainedModel, architecture: Architecture) -> list[LayerPaths]:
@@ -56,7 +67,7 @@ def resize_(model: PreTrainedModel, architecture: Architecture, kept: Sequence[i
             _resize_around(model, paths.norm1, paths.scale1, width)
         elif shape.mixer == "none":
             if not isinstance(get(model, paths.attention), RemovedAttention):
-                put(model, paths.attention, RemovedAttention())
+                put_mixer(model, paths, RemovedAttention())
             _drop(model, paths.norm1, paths.scale1)
         else:
             _resize_mixer(model, family, architecture.config, paths, shape, width)
@@ -114,7 +125,7 @@ def _resize_attention(
         resize_tensor(model, paths.bias_table, (table.shape[0], shape.heads))
     attention: Any = get(model, paths.attention)
     if own or shape.qk_dim != shape.v_dim or shape.attention_in is not None:
-        _check_stock(attention, paths.attention)
+        _check_stock(attention, paths.attention, family)
         mix_into(attention, PrunedAttentionMixin)
         attention.set_shape(shape, scaling, family)
         _register_inputs(attention, shape.attention_in, width)
@@ -124,18 +135,26 @@ def _resize_attention(
         set_attention_sizes(attention, shape, scaling)
 
 
-def _check_stock(attention: nn.Module, path: str) -> None:
+#: parameters of attentions that ours serves, too
+_UNDERSTOOD = {"self", "hidden_states", "attention_mask", "kwargs"}
+
+
+def _check_stock(attention: nn.Module, path: str, family: Family) -> None:
     """Our forward would replace one that somebody wrote.
 
     Raises:
         UnsupportedModelError: naming the module.
     """
-    written_in = getattr(type(attention), "stock_class", type(attention)).__module__
-    if not written_in.startswith("transformers."):
+    stock: Any = stock_type(attention)
+    written_in = stock.__module__
+    reason = "" if written_in.startswith("transformers.") else f" of {written_in}"
+    if not reason:
+        unknown = set(inspect.signature(stock.forward).parameters) - _UNDERSTOOD - set(family.ignored_inputs)
+        reason = f", which takes {sorted(unknown)[0]!r}" if unknown else ""
+    if reason:
         raise UnsupportedModelError(
-            f"{path} is a {type(attention).__name__} of {written_in}: q/k and v of different widths, or over some "
-            "channels only, need an attention of ours in its place. Cut both alike (as many channels of q/k as of v, "
-            "or heads), or register the class as a family of your own"
+            f"{path} is a {stock.__name__}{reason}: q/k and v of different widths, or over some channels only, need "
+            "an attention of ours in its place. Cut both alike (as many channels of q/k as of v, or heads)"
         )
 
 
@@ -168,15 +187,22 @@ def replace_mixer(
         width: of the residual stream.
     """
     if shape.mixer == "none":
-        put(model, paths.attention, RemovedAttention())
+        put_mixer(model, paths, RemovedAttention())
         return
     if shape.mixer == "identity":
         mixer: nn.Module = IdentityMixer()
     else:
         mixer = ConvMixer(shape, width, family.extra_tokens_of(config), family.o)
-    put(model, paths.attention, mixer)
+    put_mixer(model, paths, mixer)
     if family.grid_layer is not None:
         mix_into(get(model, paths.layer), family.grid_layer)
+
+
+def put_mixer(model: nn.Module, paths: LayerPaths, mixer: nn.Module) -> None:
+    """Put another mixer in the place of a layer's attention; an output projection beside it has nothing left to do."""
+    put(model, paths.attention, mixer)
+    if not paths.o.startswith(f"{paths.attention}."):
+        put(model, paths.o, nn.Identity())
 
 
 def finish_mixers(model: nn.Module, family: Family) -> None:
@@ -189,6 +215,8 @@ def _resize_mlp(model: PreTrainedModel, paths: LayerPaths, shape: LayerShape, wi
     if shape.mlp == 0:
         if not isinstance(get(model, paths.mlp), RemovedMlp):
             put(model, paths.mlp, RemovedMlp())
+            if not paths.fc2.startswith(f"{paths.mlp}."):  # the halves of the MLP are modules side by side
+                put(model, paths.fc2, nn.Identity())
         _drop(model, paths.norm2, paths.scale2)
         return
     for path in paths.fc1:

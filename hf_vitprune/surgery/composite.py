@@ -16,8 +16,8 @@ from transformers.initialization import no_init_weights
 
 from ..errors import UnsupportedModelError, UnsupportedUnitError
 from ..families.base import pair
-from ..modeling.blocks import mask_layer_norm
 from ..modeling.hosts import host_class
+from ..modeling.norms import mask_norm, norm_width
 from ..modeling.outer import Outer, find_outer, shapes_of
 from ..modeling.pretrained import PrunedModelMixin
 from ..plan.plan import PruningPlan
@@ -91,7 +91,7 @@ def with_masked_tower(model: Any, tower: Tower, masked: Any, small_config: Any, 
     put(whole, tower.path, masked)
     for path in norms:
         norm, channels = get(whole, path), torch.tensor(kept, device=next(masked.parameters()).device)
-        mask_layer_norm(norm, _side_by_side(channels, width, norm.normalized_shape[0]))
+        mask_norm(norm, _side_by_side(channels, width, norm_width(norm) or width))
     return whole
 
 

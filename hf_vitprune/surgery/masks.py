@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..modeling.blocks import layer_norm_over
+from ..modeling.norms import norm_over
 from ..modeling.structure import get_wrapped, layer_paths
 from ..spec.architecture import Architecture
 from .gates import After, Before, GateHook
@@ -114,7 +114,7 @@ class _Stream(GateHook):
 
 
 class _OverKept(GateHook):
-    """Replaces what a LayerNorm puts out by that of one over the kept channels only."""
+    """Replaces what a norm puts out by that of one over the kept channels only."""
 
     def __init__(self, mask: nn.Module) -> None:
         self.mask: Any = mask
@@ -122,5 +122,4 @@ class _OverKept(GateHook):
     def __call__(self, norm: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         if not self.mask.active:
             return None
-        kept = layer_norm_over(args[0], self.mask.mask, self.mask.kept, norm.weight, norm.bias, norm.eps)
-        return kept.to(output.dtype)
+        return norm_over(norm, args[0], self.mask.mask, self.mask.kept).to(output.dtype)

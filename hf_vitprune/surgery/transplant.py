@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from ..errors import InvalidPlanError
 from ..modeling import config_for, pruned_model_class
-from ..modeling.blocks import RemovedAttention, mask_layer_norm
+from ..modeling.blocks import RemovedAttention
 from ..modeling.custom import CUSTOM, custom_parts
+from ..modeling.norms import mask_norm
 from ..modeling.outer import Outer, find_outer, narrow_outer
 from ..modeling.registry import stock_ancestor
-from ..modeling.structure import finish_mixers, layer_paths, put, replace_mixer, resize_
+from ..modeling.structure import finish_mixers, layer_paths, put_mixer, replace_mixer, resize_
 from ..plan.lineage import lineage
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture, lineage_of
@@ -142,7 +143,7 @@ def mask_plain(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         outer = outer_of(model, plan.source, len(plan.embedding))
         custom = [full.get_submodule(path) for path in outer.norms] if outer is not None else []
         for norm in residual_norms(full, plan.source) + custom:
-            mask_layer_norm(norm, kept)
+            mask_norm(norm, kept)
     return full
 
 
@@ -228,7 +229,7 @@ def _replace_mixers(
         entry, prefix = kept.get(i, (None, ""))
         if entry is None or entry.mixer == "none":
             if shape.mixer not in ("attention", "none"):  # special tokens pass it, whatever its weights
-                put(full, paths.attention, RemovedAttention())
+                put_mixer(full, paths, RemovedAttention())
         elif entry.replaces_mixer(shape):
             replace_mixer(full, family, source.config, paths, entry.shape(shape), source.width(i))
             mixer = full.get_submodule(paths.attention)
@@ -247,10 +248,8 @@ def _fill_mixer(mixer: nn.Module, weights: dict[str, torch.Tensor], plan: Prunin
 
 
 def residual_norms(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
-    """Every LayerNorm that runs over the residual stream."""
-    family = architecture.family
-    prefix = family.encoder_path(model)
-    names = [prefix + name for name in family.norms]
+    """Every norm that runs over the residual stream."""
+    names = architecture.family.stream_norms(model)
     for paths, shape in zip(layer_paths(model, architecture), architecture.layers, strict=True):  # type: ignore[arg-type]
         names += [paths.norm1] if shape.mixer != "none" else []
         names += [paths.norm2] if shape.mlp else []

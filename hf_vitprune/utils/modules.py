@@ -82,11 +82,11 @@ def follow_sizes(module: nn.Module) -> None:
     weight: Any = module._parameters.get("weight")
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.Conv2d):
+    elif isinstance(module, (nn.Conv2d, nn.Conv3d)):
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
     elif isinstance(module, nn.ConvTranspose2d):
         module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
-    elif isinstance(module, nn.LayerNorm):
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         module.normalized_shape = tuple(weight.shape)
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
         module.num_features = len(weight)
