@@ -24,7 +24,7 @@ from hf_vitprune.spec.architecture import Architecture
 from hf_vitprune.surgery.transplant import empty_like
 from plans import aligned
 from pruning_runs import scatter_scores
-from tiny import (
+from tiny import WITH_GRID, (
     CASES,
     CLASSIFIERS,
     assert_same,
@@ -113,7 +113,7 @@ def test_layers_of_windows_hand_over_the_whole_grid() -> None:
         assert relative_error(stock, out) < 1e-6
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", WITH_GRID)
 def test_every_class_runs_and_loads(case: str, tmp_path: Path) -> None:
     model = hybrid(case)
     outputs = run(model, output_hidden_states=True)

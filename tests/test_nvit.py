@@ -22,7 +22,7 @@ from hf_vitprune.errors import InvalidConfigError, InvalidPlanError, MissingLabe
 from hf_vitprune.methods import NViT
 from hf_vitprune.methods.nvit import model_at
 from hf_vitprune.methods.nvit.snapshots import snapshot_path
-from hf_vitprune.modeling.blocks import layer_norm_over
+from hf_vitprune.modeling.norms import layer_norm_over
 from hf_vitprune.surgery.cuts import find_cuts
 from pruning_runs import SMALL_GROUPS, VIT, Images, nvit, scatter_scores, state_of, trainer
 from test_trainer_setup import NoLabels

@@ -33,9 +33,9 @@ def recorded(model: Any, pixels: torch.Tensor, pool: Callable[[torch.Tensor], to
 @pytest.mark.parametrize("pooling", ["auto", "mean"])
 def test_features_are_the_raw_block_outputs(case: str, pooling: str) -> None:
     model, data = make(case), Patterns()
-    special = {"Siglip": 0, "DeiT": 2, "Dinov2WithRegisters": 5}.get(CASES[case].family, 1)
+    special = {"Siglip": 0, "IJepa": 0, "DeiT": 2, "Dinov2WithRegisters": 5}.get(CASES[case].family, 1)
     special = 0 if case.startswith("Siglip") else special
-    by_token = pooling == "auto" and not case.startswith("Siglip")
+    by_token = pooling == "auto" and not case.startswith(("Siglip", "IJepa"))
     pool = (lambda t: t[:, 0]) if by_token else (lambda t: t[:, special:].mean(1))
     features, labels = extract_features(model, data, SLSConfig(pooling=pooling, batch_size=7))
     pixels = torch.stack([data[i]["pixel_values"] for i in range(len(data))])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..errors import InvalidConfigError
 from ..utils.mixing import InPlaceMixin, mix_into
 from .base import Family, LayerPaths, pair
 
@@ -76,9 +77,10 @@ class VideoMAEFamily(Family):
         device: torch.device | str = "cpu",
         task: str = "Model",
     ) -> dict[str, Any]:
-        frames = torch.randn(
-            1, config.num_frames, config.num_channels, *(size or pair(config.image_size)), device=device
-        )
+        own = pair(config.image_size)
+        if size is not None and size != own:
+            raise InvalidConfigError(f"VideoMAE takes frames of {own[0]} x {own[1]} only: leave image_size out")
+        frames = torch.randn(1, config.num_frames, config.num_channels, *own, device=device)
         if task != "ForPreTraining":
             return {"pixel_values": frames}
         tubes = self.attention_tokens(config, self.grid(config, size), 0)[0]

@@ -24,8 +24,12 @@ def dense_of(config: PreTrainedConfig, task: str = "ForImageClassification") -> 
     """
     base = copy.deepcopy(stock_config(config))
     sizes = lineage_of(config).get("dense")
+    target = family_of(base).sizes_config(base)
     for name, size in sizes.items() if isinstance(sizes, dict) else ():
-        setattr(family_of(base).sizes_config(base), name, size)
+        if size is None:  # a field that the dense config did not have
+            vars(target).pop(name, None)
+        else:
+            setattr(target, name, size)
     return Architecture.dense(base, task)
 
 
