@@ -24,9 +24,9 @@ from hf_vitprune.spec.architecture import Architecture
 from hf_vitprune.surgery.transplant import empty_like
 from plans import aligned
 from pruning_runs import scatter_scores
-from tiny import WITH_GRID, (
-    CASES,
+from tiny import (
     CLASSIFIERS,
+    WITH_GRID,
     assert_same,
     hybrid,
     images,
