@@ -15,7 +15,7 @@ from hf_vitprune import DistillationConfig, PruningCallback, PruningTrainer, VTP
 from hf_vitprune.errors import InvalidConfigError, MissingLabelsError
 from hf_vitprune.losses.task import is_classifier
 from pruning_runs import VIT, Images, gated, lora_model, state_of, trainer
-from tiny import CASES, LABELS, assert_same, images, make, run
+from tiny import LABELS, WITH_GRID, assert_same, images, make, run
 
 TWO_HEADS = "DeiTForImageClassificationWithTeacher"
 SOFT = DistillationConfig("soft", weight=0.3, temperature=2.0)
@@ -124,7 +124,7 @@ def test_labels_may_have_other_names_and_models_other_tasks(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", [Trainer, PruningTrainer])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", WITH_GRID)
 def test_columns_and_labels_are_those_of_the_wrapped_model(case: str, kind: type[Trainer], tmp_path: Path) -> None:
     stock, wrapped = make(case), get_pruning_model(make(case), VTPConfig(pruning_ratio=0.4, round_to=4))
     takes = {name: p.default for name, p in inspect.signature(stock.forward).parameters.items()}

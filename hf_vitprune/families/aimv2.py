@@ -37,6 +37,9 @@ class KeptPositionsMixin(InPlaceMixin):
 class Aimv2Family(PoolingFamily):
     head_field: str = "use_head"
 
+    def fixed_size(self, config: PreTrainedConfig) -> bool:
+        return not config.is_native
+
     def finish_structure(self, model: nn.Module, config: PreTrainedConfig, dense_hidden_size: int) -> None:
         super().finish_structure(model, config, dense_hidden_size)
         self._narrow_positions(model, dense_hidden_size, config.hidden_size)

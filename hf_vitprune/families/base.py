@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..errors import InvalidConfigError
 from ..utils.mixing import InPlaceMixin
 
 #: Every kind of unit that a plan can remove, from the finest to the coarsest.
@@ -257,6 +258,10 @@ class Family:
     def extra_tokens_of(self, config: PreTrainedConfig) -> int:
         return self.extra_tokens
 
+    def fixed_size(self, config: PreTrainedConfig) -> bool:
+        """Whether images must have the size of the config."""
+        return False
+
     def inputs(
         self,
         config: PreTrainedConfig,
@@ -271,9 +276,16 @@ class Family:
             size: (height, width) in pixels; None: the config's.
             device: where the values are; ``meta`` for their shapes alone.
             task: class name without its family prefix.
+
+        Raises:
+            InvalidConfigError: another size than the model can take.
         """
         c = self.sizes_config(config)
         own = pair(c.image_size)
+        if size is not None and size != own and self.fixed_size(config):
+            raise InvalidConfigError(
+                f"{self.model_type} takes images of {own[0]} x {own[1]} only: leave image_size out"
+            )
         pixels = torch.randn(1, c.num_channels, *(size or own), device=device)
         resized = size is not None and size != own and self.interpolates
         return {"pixel_values": pixels, **({"interpolate_pos_encoding": True} if resized else {})}

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..errors import InvalidConfigError
 from ..utils.mixing import InPlaceMixin, mix_into
-from .base import Family, LayerPaths, pair
+from .base import Family, LayerPaths
 
 
 class KeptPositionsMixin(InPlaceMixin):
@@ -50,6 +49,9 @@ class VideoMAEFamily(Family):
         own = ["fc_norm"] if getattr(model, "fc_norm", None) is not None else []  # of the classifier
         return super().stream_norms(model) + own
 
+    def fixed_size(self, config: PreTrainedConfig) -> bool:
+        return True
+
     def head_norm(self, task: str) -> str | None:
         return None
 
@@ -77,10 +79,8 @@ class VideoMAEFamily(Family):
         device: torch.device | str = "cpu",
         task: str = "Model",
     ) -> dict[str, Any]:
-        own = pair(config.image_size)
-        if size is not None and size != own:
-            raise InvalidConfigError(f"VideoMAE takes frames of {own[0]} x {own[1]} only: leave image_size out")
-        frames = torch.randn(1, config.num_frames, config.num_channels, *own, device=device)
+        image = super().inputs(config, size, device, task)["pixel_values"]
+        frames = image[:, None].expand(-1, config.num_frames, -1, -1, -1).contiguous()
         if task != "ForPreTraining":
             return {"pixel_values": frames}
         tubes = self.attention_tokens(config, self.grid(config, size), 0)[0]

@@ -34,8 +34,7 @@ def _attention(inner: str) -> dict[str, str]:
 
 #: model type -> (path of the list of layers in transformers 4, new -> old name of the renamed parts of a layer)
 _OLD: dict[str, tuple[str, dict[str, str]]] = {
-    "vit": ("encoder.layer", _attention("attention") | _MLP),
-    "deit": ("encoder.layer", _attention("attention") | _MLP),
+    **dict.fromkeys(("vit", "deit", "vit_msn", "ijepa", "vit_mae"), ("encoder.layer", _attention("attention") | _MLP)),
     "swin": ("encoder.layers", _attention("self") | _MLP),
     "dinov2": ("encoder.layer", _attention("attention") | _GATED_MLP),
     "dinov2_with_registers": ("encoder.layer", _attention("attention") | _GATED_MLP),
