@@ -25,6 +25,7 @@ from hf_vitprune.surgery.transplant import empty_like
 from plans import aligned
 from pruning_runs import scatter_scores
 from tiny import (
+    CASES,
     CLASSIFIERS,
     WITH_GRID,
     assert_same,
