@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from rich.console import Console
 from transformers import AutoImageProcessor
 
@@ -14,6 +17,7 @@ from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.latency.measure import device_name, measure_speed
 from hf_vitprune.methods import OneShotScores, OneShotSettings
 from hf_vitprune.methods.oneshot import check_target
+from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune
 from hf_vitprune.publish.report import comparison_table
 from hf_vitprune.spec.architecture import Architecture
@@ -43,6 +47,8 @@ def prune_from_images(
 ) -> None:
     """Prune, save, and print what came of it.
 
+    Started by torchrun or ``accelerate launch``, every process sees a part of the images; the first one writes.
+
     Args:
         model: folder or Hub id.
         out: folder for the pruned model.
@@ -55,8 +61,17 @@ def prune_from_images(
 
     Raises:
         InvalidDataError: too few images to train on some and hold others out.
+        InvalidConfigError: ``recovery`` on several processes.
     """
+    state = None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if recovery is not None:
+            raise InvalidConfigError("features are learned by one process: start it without torchrun, or prune first")
+        state = PartialState(cpu=not torch.accelerator.is_available())
+    first = state is None or state.is_main_process
     dense: Any = model_class_of(load_config(model)).from_pretrained(model).eval()
+    if state is not None:
+        dense.to(state.device)
     processor = _processor(model, images is not None)
     check_target(Architecture.of(dense), OneShotSettings(), round_to=round_to, **goal)
     recovered = None
@@ -66,7 +81,7 @@ def prune_from_images(
         pixels = drawn[training[:: -(-len(training) // NUM_CALIBRATED)]]
         settings = OneShotSettings(images=None, batch_size=batch_size, statistics=scores_file is not None)
         scores = OneShotScores.measure(dense, pixels, settings, name=model)
-        if scores_file is not None:
+        if scores_file is not None and first:
             scores.save(scores_file)
         plan = scores.plan(round_to=round_to, **goal)
         small = prune(dense, plan, calibration=pixels, compensate=Compensation(images=None, batch_size=batch_size))
@@ -79,17 +94,26 @@ def prune_from_images(
         scores.check(dense)
         plan = scores.plan(round_to=round_to, **goal)
         small = prune(dense, scores.compensate(dense, plan))
+    if first:
+        _finish(model, out, dense, small, plan, processor)
+        seen = f"{scores.images} unlabelled images" + (f" seen when {scores_file} was made" if images is None else "")
+        how = "without training" if recovered is None else "and trained on the dense model's features"
+        say(f"saved to {out}: pruned {how}, from {seen}")
+        if recovered is not None:
+            say(recovered.one_line)
+    if state is not None:
+        state.wait_for_everyone()
+        state.destroy_process_group()
+
+
+def _finish(model: str, out: Path, dense: Any, small: Any, plan: PruningPlan, processor: Any) -> None:
+    """Measure, save, and print a table."""
     timings = measure_speed({"dense": dense, "pruned": small}, batch_size=8)
     rows = [model_row(key, one, None, timings[key]) for key, one in (("dense", dense), ("pruned", small))]
     macs, params = (rows[1][key] / rows[0][key] for key in ("macs", "params"))
     pair = {"before": timings["dense"], "after": timings["pruned"]}
     save_result(out, PrunedResult(small, plan, {}, macs, params), processor, pair, dataset=None, base_model=model)
     Console().print(comparison_table(rows, title=f"{model}, measured on {device_name()}, batch 8"))
-    seen = f"{scores.images} unlabelled images" + (f" seen when {scores_file} was made" if images is None else "")
-    how = "without training" if recovered is None else "and trained on the dense model's features"
-    say(f"saved to {out}: pruned {how}, from {seen}")
-    if recovered is not None:
-        say(recovered.one_line)
 
 
 def _processor(model: str, needed: bool) -> Any:

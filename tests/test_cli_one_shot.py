@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from transformers import (
     AutoModel,
@@ -220,3 +223,26 @@ def test_folders_without_usable_images_are_refused(tmp_path: Path) -> None:
     uncropped = ViTImageProcessorPil(do_resize=False)
     with pytest.raises(InvalidDataError, match="images of 2 sizes"):
         read_folder(tmp_path, uncropped)
+
+
+@pytest.mark.slow
+def test_two_processes_split_the_images_and_one_writes(model: Path, folder: Path, tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here.parent}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    start = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    names = ["prune", str(model), "OUT", "--images", str(folder), "--target", "0.6", "--scores", "SCORES"]
+    for out, launch in ((tmp_path / "two", [*start, "-m"]), (tmp_path / "one", [sys.executable, "-m"])):
+        values = {"OUT": str(out), "SCORES": str(out) + ".safetensors"}
+        done = subprocess.run(
+            [*launch, "hf_vitprune_cli.main", *(values.get(name, name) for name in names), "--batch-size", "8"],
+            env=environment, capture_output=True, text=True, timeout=500, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stdout.count("saved to") == 1
+    assert (
+        PruningPlan.load(tmp_path / "two" / "plan.json").layers
+        == PruningPlan.load(tmp_path / "one" / "plan.json").layers
+    )
+    two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")

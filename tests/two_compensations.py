@@ -1,4 +1,4 @@
-"""Compensations that must come out alike in one process and in two; started by test_compensate.py."""
+"""Compensations and scores that must come out alike in one process and in two; started by test_compensate.py."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_vitprune import Compensation, PruningPlan
+from hf_vitprune import Compensation, OneShotScores, PruningPlan
 from hf_vitprune.compensate import compensate_plan
+from hf_vitprune.methods import OneShotSettings
 from pruning_runs import gated, scatter_scores
 from tiny import images, make
 
 CASES = {"ViTForImageClassification": None, "SwinForImageClassification": ["heads", "qk", "v", "mlp"]}
+SCORES = "scores of a Swin"
 EXPORT = "export on the first process alone"
 
 
@@ -26,6 +28,10 @@ def made(case: str, rank: int = 0) -> dict[str, torch.Tensor]:
         model = scatter_scores(gated()).double()
         model.decide()
         return {} if rank else dict(model.export(calibration=images(10).double()).state_dict())
+    if case == SCORES:
+        model = make("SwinForImageClassification").double()
+        settings = OneShotSettings(batch_size=3, statistics=True)
+        return OneShotScores.measure(model, images(10).double(), settings).tensors
     plan = PruningPlan.random(model := make(case).double(), 0.4, CASES[case])
     settings = Compensation(batch_size=3, reselect=True)
     return compensate_plan(model, plan, images(10).double(), settings).weights
@@ -43,12 +49,12 @@ def agreed(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
         [sys.executable, __file__, str(folder)], env=settings, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return {case: made(case) for case in (*CASES, EXPORT)}
+    return {case: made(case) for case in (*CASES, SCORES, EXPORT)}
 
 
 def one_of_two(folder: str, rank: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for name in (*CASES, EXPORT):
+    for name in (*CASES, SCORES, EXPORT):
         weights = {key: tensor.contiguous() for key, tensor in made(name, rank).items()}
         save_file(weights, f"{folder}/{name}.{rank}.safetensors")
     torch.distributed.destroy_process_group()

@@ -76,11 +76,12 @@ class Moments:
         for at in range(0, x.shape[1], COLUMNS):
             self._sums[4][at:, at : at + COLUMNS] += (x[:, at:].T @ x[:, at : at + COLUMNS]).to(self.device)
 
-    def total(self, centred: bool = True) -> Statistics:
+    def total(self, centred: bool = True, owner: int | None = None) -> Statistics:
         """The statistics over the batches of all processes. The sums are used up: it can be had once.
 
         Args:
             centred: False for consumers without a bias: second moments instead of covariances, means of zero.
+            owner: the only process that needs them; on the others they are of no use. None: every process.
 
         Raises:
             InvalidDataError: the features are not finite, or there are none.
@@ -100,7 +101,10 @@ class Moments:
         sums = count, squares, x, t, xx, tx, tt
         if distributed():
             for total in sums:
-                torch.distributed.all_reduce(total)
+                if owner is None:
+                    torch.distributed.all_reduce(total)
+                else:
+                    torch.distributed.reduce(total, dst=owner)
         n = float(count)
         if n <= 0:
             raise InvalidDataError("there are no calibration images that count")

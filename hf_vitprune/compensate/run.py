@@ -113,7 +113,7 @@ def _layers(streams: Streams, ledger: Ledger) -> list[Any]:
     _note_unreached(streams, ledger)
     entries = []
     layers = zip(streams.small_walk.layers, plan.layers, strict=True)
-    for small, entry in tqdm(layers, "compensating", len(plan.layers), leave=False, delay=3):
+    for small, entry in tqdm(layers, "compensating", len(plan.layers), leave=False, delay=3, disable=shard()[0] > 0):
         dense = streams.dense_walk.layers[entry.index]
         site = Site(streams, ledger, small, dense, entry, plan.source.layers[entry.index])
         streams.enter(entry.index)

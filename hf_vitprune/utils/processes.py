@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,3 +53,24 @@ def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
         torch.distributed.all_reduce(tensor)
         tensor /= torch.distributed.get_world_size()
     return tensor
+
+
+def shared_tensors(own: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The tensors of all processes, which have different names, on every process; on the CPU.
+
+    Args:
+        own: of this process.
+        device: that the processes can send from.
+    """
+    if not distributed():
+        return own
+    rank, processes = shard()
+    lists: list[Any] = [None] * processes
+    torch.distributed.all_gather_object(lists, [(name, t.shape, t.dtype) for name, t in own.items()])
+    everything = {}
+    for owner, entries in enumerate(lists):
+        for name, shape, kind in entries:
+            tensor = own[name].to(device) if owner == rank else torch.empty(shape, dtype=kind, device=device)
+            torch.distributed.broadcast(tensor, src=owner)
+            everything[name] = tensor.cpu()
+    return everything

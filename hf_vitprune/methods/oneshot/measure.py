@@ -16,13 +16,16 @@ from ...compensate.walk import Walk
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import LayerShape
 from ...utils.batches import ImageBatches
+from ...utils.processes import shard, shared_tensors
 from .folds import neurons_left, packed, value_errors, values_left
 from .probe import Probe
 from .settings import OneShotSettings
 
 
 class Measurement:
-    """The pass.
+    """The pass. With several processes, each has a part of the images and owns every so many-th layer.
+
+    An owner gets the sums of its layer from all, solves it while the others solve theirs, and sends what it found.
 
     Attributes:
         tensors: what :class:`OneShotScores` holds.
@@ -31,28 +34,45 @@ class Measurement:
     def __init__(self, model: PreTrainedModel, batches: ImageBatches, settings: OneShotSettings) -> None:
         self.architecture = Architecture.of(model)
         self.settings = settings
-        self.walk = Walk(model, self.architecture, next(iter(batches)))
+        self.walk = Walk(model, self.architecture, next(iter(ImageBatches(batches, settings.batch_size))))
         self.hidden = [self.walk.start(batch) for batch in batches]
         few = next(iter(ImageBatches(batches, settings.probe_images, settings.probe_images)))
         self.probe = Probe(self.walk, few)
         self.tensors: dict[str, torch.Tensor] = {}
 
     def run(self) -> dict[str, torch.Tensor]:
-        stages, shapes = self.architecture.stages, self.architecture.layers
-        for i, (layer, shape) in enumerate(zip(tqdm(self.walk.layers, "scoring", delay=3), shapes, strict=True)):
-            for below in range(stages[i - 1] if i else 0, stages[i]):
-                self.hidden = [self.walk.bridge(below, hidden) for hidden in self.hidden]
-            moments = self._pass(layer, shape)
-            if shape.mixer == "attention":
-                self._attention(i, layer, shape, moments)
-            if shape.mlp:
-                self._mlp(i, layer, moments["fc2"])
-            self.probe.advance(i)
+        rank, processes = shard()
+        layers = range(len(self.walk.layers))
+        bar = tqdm(total=len(layers), desc="scoring", delay=3, disable=rank > 0)
+        for start in layers[::processes]:
+            turn = layers[start : start + processes]
+            own: dict[int, dict[str, Statistics]] = {}
+            for i in turn:
+                sums = self._pass(i, i % processes)
+                if i % processes == rank:
+                    own[i] = sums
+            for i in turn:
+                if i in own:
+                    self._solve(i, own.pop(i))
+                self.probe.advance(i)
+                bar.update()
+        bar.close()
+        self.tensors = shared_tensors(self.tensors, self.walk.first.device)
         return self.tensors
 
+    def _solve(self, index: int, moments: dict[str, Statistics]) -> None:
+        layer, shape = self.walk.layers[index], self.architecture.layers[index]
+        if shape.mixer == "attention":
+            self._attention(index, layer, shape, moments)
+        if shape.mlp:
+            self._mlp(index, layer, moments["fc2"])
+
     # ------------------------------------------------------------------ statistics
-    def _pass(self, layer: Layer, shape: LayerShape) -> dict[str, Statistics]:
+    def _pass(self, index: int, owner: int) -> dict[str, Statistics]:
         """Moments of what q and k read and of what the last Linears of the branches read; the stream goes on."""
+        layer, shape, stages = self.walk.layers[index], self.architecture.layers[index], self.architecture.stages
+        for below in range(stages[index - 1] if index else 0, stages[index]):
+            self.hidden = [self.walk.bridge(below, hidden) for hidden in self.hidden]
         parts = {}
         if shape.mixer == "attention":
             width = layer.part("q").in_features
@@ -70,7 +90,10 @@ class Measurement:
                     x, weights = x - x.mean(1, keepdim=True), torch.ones_like(weights)
                 sums.add(x.flatten(0, 1), x.new_zeros(x.shape[:2].numel(), 0), weights)
             self.hidden[b] = trace["out"]
-        return {part: sums.total(part != "k" and layer.part(part).bias is not None) for part, sums in moments.items()}
+        return {
+            part: sums.total(part != "k" and layer.part(part).bias is not None, owner)
+            for part, sums in moments.items()
+        }
 
     def _keep(self, layer: int, **tensors: torch.Tensor) -> None:
         self.tensors |= {f"{layer}.{name}": tensor.detach().to("cpu") for name, tensor in tensors.items()}

@@ -18,6 +18,7 @@ from ...modeling.peft_twin import is_peft, merged_twin
 from ...plan.plan import PruningPlan
 from ...spec.architecture import Architecture, unwrap
 from ...utils.batches import ImageBatches
+from ...utils.processes import shard
 from .choose import best_plan
 from .measure import Measurement
 from .rebuild import rebuilt
@@ -59,6 +60,7 @@ class OneShotScores:
 
         Heads and hidden neurons are put in the order in which the others can best make up for them (optimal brain
         surgeon, arXiv 2203.04466); the errors of values and of queries and keys are those of their best low rank.
+        With several processes, all have to call this, with the same data; all get the same scores.
 
         Args:
             model: stock or pruned transformers model, or a PeftModel over one (with its active adapters).
@@ -75,7 +77,7 @@ class OneShotScores:
         architecture = Architecture.of(base)
         if len({parameter.device for parameter in base.parameters()}) > 1:
             raise UnsupportedModelError("scoring needs the model on one device")
-        batches = ImageBatches(images, settings.batch_size, settings.images)
+        batches = ImageBatches(images, settings.batch_size, settings.images, shard=shard())
         tensors = Measurement(base, batches, settings).run()
         return cls(architecture, fingerprint(base), settings, batches.images, tensors, name)
 
