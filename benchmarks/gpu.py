@@ -1,0 +1,279 @@
+"""What a GPU does to pruned models, in one run of under eight minutes: numbers as JSON, and a table.
+
+    python -m benchmarks.gpu [--out DIR] [--small] [--budget SECONDS]
+
+Speed-up against MACs (dense, half, quarter; batch 1, 8, 64), bf16 and fp16 training steps, attention whose q/k and v
+differ in width, 2:4 kernels, torch.compile and CUDA graphs, a latency table against the clock, one-shot pruning with
+compensation in seconds. Random weights: none of this depends on them. A part that fails is a row that says so, and the
+command then ends with 1. ``--small`` is for a CPU: the same code on tiny models. It has not met a GPU yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+
+from hf_vitprune import (
+    Architecture,
+    LatencyTable,
+    OneShotScores,
+    PruningPlan,
+    PruningTrainer,
+    VTPConfig,
+    count,
+    criteria,
+    get_pruning_model,
+    prune,
+)
+from hf_vitprune.contrib.sparsity import sparsify, use_sparse_kernels
+from hf_vitprune.latency.measure import device_name, measure_speed
+
+Row = dict[str, Any]
+#: width, layers, heads
+SIZES = {"vit-s": (384, 12, 6), "vit-b": (768, 12, 12), "vit-l": (1024, 24, 16)}
+TINY = {"tiny": (64, 2, 2)}
+#: of the dense model's MACs
+SHARES = (1.0, 0.5, 0.25)
+
+
+class Bench:
+    """The device, the sizes, and the models that the parts share.
+
+    Args:
+        small: tiny models and few rounds.
+    """
+
+    def __init__(self, small: bool) -> None:
+        self.small = small
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.sizes = TINY if small else SIZES
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.rounds = 2 if small else 10
+
+    def model(self, size: str) -> Any:
+        width, layers, heads = self.sizes[size]
+        side, patch = (32, 8) if self.small else (224, 16)
+        config = ViTConfig(
+            hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
+            image_size=side, patch_size=patch, num_labels=10 if self.small else 1000,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        return ViTForImageClassification(config).eval().to(self.device)
+
+    def pruned(self, model: Any, share: float, **settings: Any) -> Any:
+        if share == 1:
+            return model
+        scores = criteria.magnitude(model)
+        return prune(model, PruningPlan.from_scores(model, scores, target=share, **settings)).eval()
+
+    def images(self, model: Any, number: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        side = model.config.image_size
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(number, 3, side, side, generator=generator).to(self.device, dtype or torch.float32)
+
+    @property
+    def middle(self) -> str:
+        return "tiny" if self.small else "vit-b"
+
+
+def speed(bench: Bench) -> Iterator[Row]:
+    """Speed-up against the share of the MACs."""
+    for size in bench.sizes:
+        dense = bench.model(size)
+        models = {share: bench.pruned(dense, share) for share in SHARES}
+        macs = {share: count(model).macs for share, model in models.items()}
+        models = {share: model.to(bench.dtype) for share, model in models.items()}
+        for batch in (1, 2) if bench.small else (1, 8, 64):
+            named = {str(share): model for share, model in models.items()}
+            times = measure_speed(named, batch, rounds=bench.rounds, progress=False)
+            for share in SHARES:
+                timing = times[str(share)]
+                yield {"model": size, "batch": batch, "macs": macs[share] / macs[1.0],
+                       "ms": timing.seconds * 1e3, "speedup": timing.speedup}  # fmt: skip
+
+
+def training(bench: Bench) -> Iterator[Row]:
+    """Steps of VTP in half precision, and of the model alone."""
+    kinds = ("bf16", "fp16") if bench.device.type == "cuda" else ("bf16",)
+    for kind in kinds:
+        model = bench.model(bench.middle).train()
+        batch, steps = (2, 2) if bench.small else (64, 12)
+        pixels = bench.images(model, batch).cpu()
+        rows = [{"pixel_values": x, "labels": i % 10} for i, x in enumerate(pixels)] * steps
+        with tempfile.TemporaryDirectory() as folder:
+            args = TrainingArguments(
+                folder, max_steps=steps, per_device_train_batch_size=batch, report_to=[], save_strategy="no",
+                logging_steps=1, disable_tqdm=True, learning_rate=1e-5, use_cpu=bench.device.type == "cpu",
+                **{kind: True},
+            )  # fmt: skip
+            run = PruningTrainer(get_pruning_model(model, VTPConfig(target=0.5)), args, train_dataset=rows)
+            done = run.train()
+        losses = [row["loss"] for row in run.state.log_history if "loss" in row]
+        if not all(torch.tensor(losses).isfinite()):
+            raise RuntimeError(f"{kind}: losses {losses}")
+        yield {"precision": kind, "steps_per_second": done.metrics["train_steps_per_second"], "loss": losses[-1]}
+
+
+def attention(bench: Bench) -> Iterator[Row]:
+    """Heads whose queries and values differ in width: which kernels agree, and what each takes."""
+    model = bench.model(bench.middle)
+    half = bench.pruned(model, 0.5, units=("heads", "qk", "mlp"))
+    pixels = bench.images(model, 2 if bench.small else 8)
+    with torch.no_grad():
+        expected = half(pixels).logits
+        for kind in ("eager", "sdpa"):
+            half.set_attn_implementation(kind)
+            error = (half(pixels).logits - expected).abs().max() / expected.abs().max()
+            timing = measure_speed({kind: half}, len(pixels), rounds=bench.rounds, dtype=bench.dtype, progress=False)
+            yield {"kernel": kind, "error": float(error), "ms": timing[kind].seconds * 1e3}
+
+
+def compiled(bench: Bench) -> Iterator[Row]:
+    """torch.compile, and CUDA graphs where there are any."""
+    model = bench.pruned(bench.model(bench.middle), 0.5).to(bench.dtype)
+    pixels = bench.images(model, 2 if bench.small else 8, bench.dtype)
+    modes = ["default", "reduce-overhead"] if bench.device.type == "cuda" else ["default"]
+    with torch.no_grad():
+        expected = model(pixels).logits.float()
+        for mode in modes:
+            backend = {"backend": "eager"} if bench.small else {"mode": mode}
+            started = time.monotonic()
+            fast = torch.compile(model, **backend)
+            for _ in range(3):
+                found = fast(pixels).logits.float()
+            took = time.monotonic() - started
+            error = float((found - expected).abs().max() / expected.abs().max())
+            seconds = clock(partial(fast, pixels), bench)
+            yield {"mode": mode, "compile_s": took, "error": error, "ms": 1e3 * seconds}
+
+
+def sparse(bench: Bench) -> Iterator[Row]:
+    """2:4 kernels."""
+    if bench.device.type != "cuda":
+        yield {"skipped": "2:4 kernels are for CUDA"}
+        return
+    model = bench.pruned(bench.model(bench.middle), 0.5).half()
+    sparsify(model)
+    pixels = bench.images(model, 64, torch.float16)
+    with torch.no_grad():
+        before, expected = clock(lambda: model(pixels), bench), model(pixels).logits.float()
+        names = use_sparse_kernels(model)
+        error = float((model(pixels).logits.float() - expected).abs().max() / expected.abs().max())
+        yield {"linears": len(names), "error": error, "speedup": before / clock(lambda: model(pixels), bench)}
+
+
+def one_shot(bench: Bench) -> Iterator[Row]:
+    """Scores, plan and compensation from 128 images, in seconds."""
+    for size in ("tiny",) if bench.small else ("vit-b", "vit-l"):
+        model = bench.model(size)
+        images = bench.images(model, 8 if bench.small else 128).cpu()
+        marks = [time.monotonic()]
+        scores = OneShotScores.measure(model, images)
+        marks.append(time.monotonic())
+        plan = scores.plan(0.6)
+        marks.append(time.monotonic())
+        prune(model, plan, calibration=images)
+        marks.append(time.monotonic())
+        seconds = [after - before for before, after in pairwise(marks)]
+        parts = dict(zip(("scores_s", "plan_s", "compensation_s"), seconds, strict=True))
+        memory = torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else None
+        yield {"model": size, **parts, "peak_gib": memory}
+
+
+def latency(bench: Bench) -> Iterator[Row]:
+    """What a latency table predicts, against the clock."""
+    size = "tiny" if bench.small else "vit-s"
+    model, batch = bench.model(size), 2 if bench.small else 8
+    grid: Any = {"heads": [1, 2], "qk": [16, 32], "v": [16, 32], "mlp": [64, 256], "embedding": [64]}
+    table = LatencyTable.measure(model, batch, dtype=bench.dtype, rounds=bench.rounds, progress=False,
+                                 **({"grid": grid} if bench.small else {}))  # fmt: skip
+    for share in SHARES[: 1 if bench.small else None]:
+        one = bench.pruned(model, share)
+        macs, predicted = count(one).macs / count(model).macs, table.predict(Architecture.of(one))
+        timing = measure_speed({"one": one}, batch, rounds=bench.rounds, dtype=bench.dtype, progress=False)["one"]
+        yield {"macs": macs, "predicted_ms": 1e3 * predicted, "measured_ms": 1e3 * timing.seconds}
+
+
+#: in the order in which they run while there is time
+PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "speed": speed, "one_shot": one_shot, "training": training, "attention": attention, "compiled": compiled,
+    "sparse": sparse, "latency": latency,
+}  # fmt: skip
+
+
+def clock(call: Callable[[], Any], bench: Bench) -> float:
+    """Seconds of one call, the median of some."""
+    times = []
+    for _ in range(2 * bench.rounds):
+        started = time.monotonic()
+        call()
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.monotonic() - started)
+    return float(torch.tensor(times).median())
+
+
+def run(out: Path, small: bool, budget: float) -> int:
+    """Run what there is time for, and write ``gpu.json`` and ``gpu.md``.
+
+    Returns:
+        Number of parts that failed.
+    """
+    bench, started, failed = Bench(small), time.monotonic(), 0
+    results: dict[str, list[Row]] = {}
+    for name, part in PARTS.items():
+        rows = results.setdefault(name, [])
+        if time.monotonic() - started > budget:
+            rows.append({"skipped": "no time left"})
+            continue
+        try:
+            rows.extend(part(bench))
+        except Exception as error:  # told in the result, and by the exit code
+            failed += 1
+            rows.append({"failed": f"{type(error).__name__}: {error}", "where": traceback.format_exc(limit=-3)})
+        print(f"{name}: {time.monotonic() - started:.0f} s so far", file=sys.stderr)
+    record = {"device": device_name(bench.device), "torch": torch.__version__, "small": small, "parts": results}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gpu.json").write_text(json.dumps(record, indent=1))
+    (out / "gpu.md").write_text(tables(record))
+    return failed
+
+
+def tables(record: dict[str, Any]) -> str:
+    """A Markdown table for every part."""
+    lines = [f"# {record['device']}, torch {record['torch']}{' (small)' if record['small'] else ''}", ""]
+    for name, rows in record["parts"].items():
+        names = list(dict.fromkeys(key for row in rows for key in row if key != "where"))
+        lines += [f"## {name}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        for row in rows:
+            cells = [f"{v:.3g}" if isinstance(v := row.get(key, ""), float) else str(v) for key in names]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("output/gpu"), help="folder for gpu.json and gpu.md")
+    parser.add_argument("--small", action="store_true", help="tiny models, for a CPU")
+    parser.add_argument("--budget", type=float, default=400, help="seconds after which no part begins")
+    given = parser.parse_args(arguments)
+    failed = run(given.out, given.small, given.budget)
+    print((given.out / "gpu.md").read_text())
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
