@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from hf_vitprune import DistillationConfig, NViTConfig, PruningPlan, get_pruning_model, prune, truncate
+from hf_vitprune import (
+    DistillationConfig,
+    NViTConfig,
+    PruningCallback,
+    PruningPlan,
+    SLSConfig,
+    TruncationConfig,
+    get_pruning_model,
+    prune,
+    truncate,
+)
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError, MissingLabelsError
 from hf_vitprune.losses.features import FeatureReader, FeatureTeacher, feature_loss, token_weights
 from hf_vitprune.spec.architecture import Architecture
@@ -274,6 +284,18 @@ def test_only_bare_models_and_missing_labels_take_the_default(tmp_path: Path) ->
         trainer(gated(), tmp_path, train_dataset=Unlabelled(), distillation=none).train()
     with pytest.raises(MissingLabelsError, match='kind="features"'):
         trainer(make(VIT), tmp_path, train_dataset=Unlabelled()).train()
+
+
+def test_sls_without_labels_is_refused_before_training_and_truncation_goes_without(tmp_path: Path) -> None:
+    sls = get_pruning_model(make(VIT), SLSConfig())
+    before = state_of(sls)
+    with pytest.raises(InvalidDataError, match="TruncationConfig\\(layers='features'\\)"):
+        trainer(sls, tmp_path, train_dataset=Unlabelled()).train()
+    assert all(torch.equal(t, before[n]) for n, t in state_of(sls).items())
+    model = get_pruning_model(make(VIT), TruncationConfig(layers="features", max_drop=1.0))
+    callbacks = [PruningCallback(images=Unlabelled(8))]
+    trainer(model, tmp_path, train_dataset=Unlabelled(), callbacks=callbacks).train()
+    assert len(model.plan().layers) < 3
 
 
 # ---------------------------------------------------------------------- bad input

@@ -10,9 +10,11 @@ import torch
 
 from hf_vitprune import PruningCallback, TruncationConfig, count, get_pruning_model, truncate
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError, UnreachableTargetError
+from hf_vitprune.methods.truncation.regained import losses_by_layer
 from hf_vitprune.spec.architecture import lineage_of
+from hf_vitprune.utils.batches import ImageBatches
 from pruning_runs import VIT, Patterns, lora_model, state_of, trainer
-from tiny import LABELS, assert_same, make, run
+from tiny import LABELS, assert_same, images, make, run
 
 SWIN = "SwinForImageClassification"
 
@@ -112,7 +114,7 @@ def test_training_images_are_no_validation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "give either"), ({"layers": 2, "target": 0.5}, "both"), ({"layers": "half"}, "'validation'"),
+        ({}, "give either"), ({"layers": 2, "target": 0.5}, "both"), ({"layers": "half"}, "or 'features'"),
         ({"layers": 2.0}, "whole number"), ({"layers": True}, "whole number"), ({"target": 1.5}, "target"),
         ({"layers": 2, "max_drop": 2}, "max_drop"), ({"layers": 2, "min_layers": 0}, "min_layers"),
         ({"layers": 2, "gate_learning_rate": 0.1}, "no gates"), ({"layers": 2, "batch_size": 0}, "batch_size"),
@@ -128,3 +130,37 @@ def test_validation_needs_a_classifier() -> None:
         get_pruning_model(make("ViTModel"), TruncationConfig(layers="validation"))
     with pytest.raises(InvalidConfigError, match="min_layers is 4"):
         get_pruning_model(make(VIT), TruncationConfig(layers="validation", min_layers=4))
+
+
+# ---------------------------------------------------------------------- by features, without labels
+def test_losses_by_layer_are_what_a_linear_map_cannot_regain() -> None:
+    """Of a model whose last layer adds nothing, the output is that of the layer below, but for the norm."""
+    model = make("Dinov2Model")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".2.layer_scale" in name:
+                parameter.zero_()
+    found = losses_by_layer(model, ImageBatches(images(64)), batch_size=16)
+    assert sorted(found) == [1, 2, 3] and found[3] == 0
+    assert found[2] < 0.03 < 0.06 < found[1]
+
+
+@pytest.mark.parametrize("case", ["ViTModel", "SwinModel", VIT])
+def test_as_few_layers_as_the_features_allow(case: str) -> None:
+    for drop, kept in ((2.0, "fewest"), (0.0, "all")):
+        model = get_pruning_model(make(case), TruncationConfig(layers="features", max_drop=min(drop, 1.0)))
+        model.decide(images=images(8))
+        total = len(model.method.architecture.layers)
+        losses = model.method.found
+        expected = total if kept == "all" else min(n for n, loss in losses.items() if loss <= 1.0)
+        assert len(model.plan().layers) == expected
+        assert model.plan().info["feature_losses"].keys() == {str(n) for n in losses}
+
+
+def test_features_need_images_to_fit_and_to_judge() -> None:
+    model = get_pruning_model(make("ViTModel"), TruncationConfig(layers="features"))
+    assert model.pruning_config.max_drop == 0.05
+    with pytest.raises(InvalidDataError, match="evaluation set"):
+        model.decide()
+    with pytest.raises(InvalidDataError, match="two at least"):
+        model.decide(images=images(1))

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...errors import InvalidDataError
-from ...utils.batches import ImageBatches
+from ...utils.batches import ImageBatches, fixed_randomness
 from ..depth import DepthMethod
 from .config import SLSConfig
 from .features import pooling_for
@@ -32,6 +32,22 @@ class SLS(DepthMethod):
         self.floor = checked_floor(self.floor, total, config)
         pooling_for(self.architecture, config.pooling)  # raises
         self.register_buffer("estimated", torch.zeros(total, dtype=torch.bool, device=device))
+
+    def check_images(self, model: Any, images: ImageBatches) -> None:
+        """As the parent's.
+
+        Raises:
+            InvalidDataError: there are no labels, by which SLS judges layers; says what goes without.
+        """
+        with fixed_randomness():
+            labelled = "labels" in next(iter(ImageBatches(images, batch_size=2, limit=2)))
+        if not labelled:
+            raise InvalidDataError(
+                "the images have no labels, and SLS keeps the layers whose features separate the classes best. "
+                "Without labels: TruncationConfig(layers='features'), which keeps those that the last layer's "
+                "features can be regained from; or images with labels, by PruningCallback(images=...)"
+            )
+        super().check_images(model, images)
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
         """Score the layers of the model on the images, and keep what the scores say. Later calls change nothing.

@@ -20,6 +20,7 @@ from ...utils.batches import ImageBatches, run_images
 from ...utils.modes import evaluating
 from ..depth import DepthMethod, class_numbers
 from .config import TruncationConfig
+from .regained import losses_by_layer
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +33,15 @@ class Truncation(DepthMethod):
     def __init__(self, config: TruncationConfig, model: PreTrainedModel) -> None:
         super().__init__(config, model)
         total = len(self.architecture.layers)
-        if config.by_validation:
+        if config.by_validation or config.by_features:
             self.traits = replace(self.traits, decides_by="held_out_images")
             self.floor = max(self.floor, config.min_layers)
             if config.min_layers > total:
                 raise InvalidConfigError(f"min_layers is {config.min_layers}, and the model has {total} layers")
-            if not self.architecture.task.startswith("ForImageClassification"):
+            if config.by_validation and not self.architecture.task.startswith("ForImageClassification"):
                 raise InvalidConfigError(
                     f"layers='validation' goes by accuracy, and this model classifies no images "
-                    f"({self.architecture.task}): give a number of layers, or a target"
+                    f"({self.architecture.task}): layers='features' goes without labels; or give a number, or a target"
                 )
 
     def keep_at_least(self, layers: int, reader: str) -> None:
@@ -50,7 +51,7 @@ class Truncation(DepthMethod):
     def _check_depth(self) -> None:
         """An unreachable target, or a number of layers that cannot be had, says so before any training."""
         config, total = self.config, len(self.architecture.layers)
-        if config.by_validation:
+        if config.by_validation or config.by_features:
             return
         if config.target is not None:
             self._layers_for_target()
@@ -64,11 +65,16 @@ class Truncation(DepthMethod):
         """Fix the number of layers. Later calls change nothing.
 
         Raises:
-            InvalidDataError: ``layers="validation"``, and there are no images or they have no labels.
+            InvalidDataError: ``layers`` is ``"validation"`` or ``"features"``, and there are no images; or, for the
+                first of them, no labels.
         """
         if self.decided:
             return
-        if self.config.by_validation:
+        if self.config.by_features:
+            if images is None:
+                raise InvalidDataError("truncation by features needs images, without labels, that were not trained on")
+            self.keep(self._layers_by_features(unwrap(model), images))
+        elif self.config.by_validation:
             if images is None:
                 raise InvalidDataError("truncation by validation needs labelled images that were not trained on")
             self.keep(self._layers_by_validation(unwrap(model), images))
@@ -78,15 +84,20 @@ class Truncation(DepthMethod):
             self.keep(int(self.config.layers))  # type: ignore[arg-type]
         logger.info("truncation: %d of %d layers stay", self.depth.layers, len(self.architecture.layers))
 
+    def check_images(self, model: Any, images: ImageBatches) -> None:
+        if not self.config.by_features:
+            super().check_images(model, images)
+
     def report(self) -> dict[str, Any]:
-        accuracies = {str(layers): accuracy for layers, accuracy in self.found.items()}
-        return {"accuracies": accuracies} if accuracies else {}
+        found = {str(layers): number for layers, number in self.found.items()}
+        return {"feature_losses" if self.config.by_features else "accuracies": found} if found else {}
 
     def logs(self) -> dict[str, float]:
         if not self.decided:
             return {}
-        accuracies = {f"accuracy_{layers}_layers": accuracy for layers, accuracy in self.found.items()}
-        return {"kept_layers": self.depth.layers, **accuracies}
+        what = "feature_loss" if self.config.by_features else "accuracy"
+        found = {f"{what}_{layers}_layers": number for layers, number in self.found.items()}
+        return {"kept_layers": self.depth.layers, **found}
 
     def _layers_for_target(self) -> int:
         """As many as the target allows."""
@@ -100,6 +111,12 @@ class Truncation(DepthMethod):
             self.config.meter(self.architecture),
         )
         return len(plan.layers)
+
+    def _layers_by_features(self, model: Any, images: ImageBatches) -> int:
+        """As few as leave what the features of the end can be regained from."""
+        found = losses_by_layer(model, images, self.config.batch_size, self.floor)
+        self.record(found)
+        return min(layers for layers, loss in found.items() if loss <= self.config.max_drop)
 
     def _layers_by_validation(self, model: Any, images: ImageBatches) -> int:
         """As few as the accuracy allows: from the top, until one fewer costs too much."""
