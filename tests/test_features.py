@@ -25,9 +25,10 @@ from hf_vitprune.errors import InvalidConfigError, InvalidDataError, MissingLabe
 from hf_vitprune.losses.features import FeatureReader, FeatureTeacher, feature_loss, token_weights
 from hf_vitprune.spec.architecture import Architecture
 from pruning_runs import VIT, Images, gated, nvit, spvit, state_of, trainer
-from tiny import CASES, SIZE, images, make, run
+from tiny import CASES, SIZE, feed, images, make, run
 
 FEATURES = DistillationConfig(kind="features")
+COSINE = DistillationConfig(kind="features", loss="cosine")
 
 
 class Unlabelled(Images):
@@ -130,9 +131,9 @@ def test_what_leaves_the_tower_is_read_of_every_class(case: str) -> None:
     run(model, output_hidden_states=True)  # transformers' own hooks come to stay
     before = hooks(model)
     with reader.reading() as states, torch.no_grad():
-        output = model(pixel_values=images(), output_hidden_states=True)
+        output = model(**feed(model, images()), output_hidden_states=True)
     last = getattr(output, "last_hidden_state", None)
-    if last is not None and not case.startswith("CLIP"):
+    if last is not None and not case.startswith(("CLIP", "VideoMAE")):  # read as the stream is
         assert torch.equal(states[0], last)
     elif "pooler_output" in output:  # CLIP: the norm is over the class token alone
         assert torch.equal(states[0][:, 0], output.pooler_output)
@@ -168,7 +169,7 @@ def test_a_backbone_is_matched_where_it_gives_features() -> None:
 def test_a_narrow_student_is_matched_on_the_channels_that_stay() -> None:
     dense = make("Dinov2Model").double()
     small, plan = pruned(dense, "embedding")
-    teacher = FeatureTeacher(dense, small, DistillationConfig("features", plan=plan))
+    teacher = FeatureTeacher(dense, small, DistillationConfig("features", plan=plan, loss="cosine"))
     assert plan.embedding is not None
     kept = list(plan.embedding)
     with teacher.reading() as states, torch.no_grad():
@@ -201,7 +202,7 @@ def test_a_small_model_learns_without_labels(case: str, tmp_path: Path) -> None:
 def test_the_reported_loss_is_the_mean_over_images(tmp_path: Path) -> None:
     dense = make("ViTModel")
     small, _ = pruned(dense)
-    run_ = learner(small, dense, tmp_path, per_device_eval_batch_size=2)
+    run_ = learner(small, dense, tmp_path, COSINE, per_device_eval_batch_size=2)
     pixels = torch.stack([Unlabelled(4)[i]["pixel_values"] for i in range(4)])
     mine, theirs = (run(m, pixels)["last_hidden_state"] for m in (small, dense))
     weights = token_weights(Architecture.of(dense), 5, mine.device)
@@ -219,7 +220,7 @@ def test_micro_batches_add_up(case: str, labels: bool, tmp_path: Path) -> None:
     for size, parts in ((4, 1), (2, 2)):
         small, _ = pruned(dense)
         batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
-        learner(small, dense, tmp_path, max_steps=1, train_dataset=data, **batch).train()
+        learner(small, dense, tmp_path, COSINE, max_steps=1, train_dataset=data, **batch).train()
         ends.append(state_of(small))
     for name, tensor in ends[0].items():
         torch.testing.assert_close(tensor, ends[1][name], rtol=1e-4, atol=1e-6)
@@ -339,6 +340,15 @@ def test_pairs_that_teach_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfigError, match="layer 3 of the teacher is gone"):
         learner(half, dense, tmp_path, gone)
     assert narrow_plan.embedding is not None
+
+
+def test_masks_drawn_at_random_are_refused_before_training(tmp_path: Path) -> None:
+    dense = make("ViTMAEModel")
+    small, _ = pruned(dense)
+    with pytest.raises(InvalidDataError, match="noise"):
+        learner(small, dense, tmp_path).train()
+    teacher = FeatureTeacher(dense, small, FEATURES)
+    assert teacher.features(**feed(dense, images()))[0].shape[-1] == 32
 
 
 def test_images_of_another_size_are_refused_before_training(tmp_path: Path) -> None:

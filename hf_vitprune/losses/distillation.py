@@ -44,7 +44,8 @@ class DistillationConfig:
             square, so that the size of the gradient does not depend on it. DeiT and NViT use 3.
         layers: For "features": whose outputs are matched, counted from 1 in the teacher; None: what leaves the tower,
             after the final norm.
-        loss: For "features": "cosine", "normalised" or "standardised"; see ``features.feature_loss``.
+        loss: For "features": "standardised", "cosine" or "normalised"; see ``features.feature_loss``. The first
+            divides by the spread of each channel in a batch, so micro-batches add up to one only nearly.
         plan: For "features": what the student was pruned by, where its residual stream is narrower than the
             teacher's (it is matched on the channels that stay), or where it lost layers and ``layers`` names some.
     """
@@ -54,7 +55,7 @@ class DistillationConfig:
     temperature: float = 1.0
     direction: Direction = "teacher_student"
     layers: tuple[int, ...] | None = None
-    loss: FeatureLoss = "cosine"
+    loss: FeatureLoss = "standardised"
     plan: PruningPlan | None = None
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class DistillationConfig:
 
     def _check_features(self) -> None:
         if self.kind != "features":
-            if (self.layers, self.loss, self.plan) != (None, "cosine", None):
+            if (self.layers, self.loss, self.plan) != (None, "standardised", None):
                 raise InvalidConfigError(f"layers, loss and plan are options of kind 'features', not of {self.kind!r}")
             return
         if self.temperature != 1.0:

@@ -158,7 +158,16 @@ class FeatureTeacher(Teacher):
     def features(
         self, pixel_values: Tensor, *, autocast: AbstractContextManager[Any] | None = None, **kwargs: Any
     ) -> dict[int, Tensor]:
-        """Layer of the teacher -> (images, tokens, kept channels) for a batch."""
+        """Layer of the teacher -> (images, tokens, kept channels) for a batch.
+
+        Raises:
+            InvalidDataError: the tower masks patches at random.
+        """
+        if hasattr(self.reader.tower.config, "mask_ratio") and "noise" not in kwargs:
+            raise InvalidDataError(
+                f"{type(self.reader.tower).__name__} draws at random which patches it sees, and student and teacher "
+                "would see different ones: put noise (images, patches) into the batches, which both then go by"
+            )
         with self.reader.reading() as states:
             self.run(pixel_values, autocast=autocast, **kwargs)
         if self.kept is None:
