@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 import toy_method
+from hf_vitprune import PruningPlan, prune
 from hf_vitprune.methods import config_class_of, registry
+from pruning_runs import arguments
 from tiny import LABELS, images, make
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -30,3 +32,17 @@ def test_criteria(capsys, monkeypatch) -> None:
     assert 0.3 < float(capsys.readouterr().out.split()[0]) <= 0.5
     assert [len(entry.mlp) for entry in names["plan"].layers] == [32] * 3
     assert config_class_of("toy") is toy_method.ToyConfig
+
+
+def test_features(tmp_path: Path) -> None:
+    dense = make("ViTModel")
+    plan = PruningPlan.magnitude(dense, 0.5, units=["mlp"])
+    data = [{"pixel_values": x} for x in images(24)]
+    names = {"dense": dense, "plan": plan, "small": prune(dense, plan), "images": data}
+    names |= {"train": data[:16], "held_out": data[16:]}
+    names["args"] = arguments(tmp_path, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    blocks = examples("features.md")
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert names["done"].best in names["done"].losses
