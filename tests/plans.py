@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from hf_vitprune.families import UNITS
 from hf_vitprune.plan.plan import PAD, LayerPlan, PruningPlan
 from hf_vitprune.spec.architecture import Architecture
 
@@ -119,10 +120,14 @@ PLANS: dict[str, Callable[[PruningPlan], PruningPlan]] = {
 }
 
 
+#: the unit that a plan is about, where its name does not say so
+NEEDS = {"uneven heads": "heads", "padded values": "v", "scaled": "v"}
+
+
 def plan_named(name: str, model: PreTrainedModel | Architecture) -> PruningPlan | None:
     """None where the family has not got the unit."""
     plan = PruningPlan.dense(model)
-    if name == "embedding" and "embedding" not in plan.source.family.units:
+    if NEEDS.get(name, name) in {*UNITS} - plan.source.units:
         return None
     return PLANS[name](plan)
 
@@ -131,6 +136,13 @@ def plan_named(name: str, model: PreTrainedModel | Architecture) -> PruningPlan 
 def subset(items: Sequence[int]) -> st.SearchStrategy[tuple[int, ...]]:
     """A non-empty ascending part."""
     return st.sets(st.sampled_from(list(items)), min_size=1).map(lambda chosen: tuple(sorted(chosen)))
+
+
+@st.composite
+def pair_rows(draw: st.DrawFn, heads: int, size: int) -> tuple[tuple[int, ...], ...]:
+    """As :func:`channel_rows`, of the halves of pairs, with the other halves behind them."""
+    rows = draw(channel_rows(heads, size // 2))
+    return tuple(row + tuple(c if c == PAD else c + size // 2 for c in row) for row in rows)
 
 
 @st.composite
@@ -155,8 +167,14 @@ def layer_plans(draw: st.DrawFn, source: Architecture, index: int, narrow: bool)
     if shape.mixer != "none" and draw(st.integers(0, 5)) == 0:
         entry = entry.with_mixer(draw(st.sampled_from(["none", "identity"])))
     elif shape.mixer == "attention":
-        heads = draw(subset(range(shape.heads)))
-        qk, v = (draw(channel_rows(len(heads), size)) for size in (shape.qk_dim, shape.v_dim))
+        heads = draw(subset(range(shape.heads))) if "heads" in source.units else tuple(range(shape.heads))
+        rows = {name: channel_rows for name in ("qk", "v")}
+        if source.family.qk_pairs:
+            rows["qk"] = pair_rows
+        qk, v = (
+            draw(rows[name](len(heads), size)) if name in source.units else (tuple(range(size)),) * len(heads)
+            for name, size in (("qk", shape.qk_dim), ("v", shape.v_dim))
+        )
         entry = replace(entry, heads=heads, qk=qk, v=v)
         if draw(st.booleans()):
             scales["v"] = draw(factors(sum(map(len, v))))
@@ -184,7 +202,7 @@ def pruning_plans(draw: st.DrawFn, source: Architecture, keep: tuple[int, ...] =
     has_narrow = any(shape.attention_in or shape.mlp_in for shape in source.layers)
     how = draw(st.sampled_from(["all", "inputs"] + ["embedding"] * (not has_narrow)))
     embedding = None
-    if how == "embedding" and "embedding" in source.family.units:
+    if how == "embedding" and "embedding" in source.units:
         embedding = draw(subset(range(source.hidden_size)))
     layers = tuple(draw(layer_plans(source, i, how == "inputs")) for i in kept)
     return PruningPlan(source, layers, embedding).validated()

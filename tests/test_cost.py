@@ -25,7 +25,7 @@ from tiny import CASES, CLASSIFIERS, WITH_GRID, feed, hybrid, images, make
 
 aten = torch.ops.aten
 #: parameters that are two-dimensional or more without being weight matrices
-NO_WEIGHTS = ("token", "position", "pos_embed", "probe")
+NO_WEIGHTS = ("token", "position", "pos_embed", "probe", "logit_scale")
 #: sees as many tubes as its mask says, which its config does not
 MASKED_BY_ARGUMENT = "VideoMAEForPreTraining"
 

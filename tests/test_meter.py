@@ -29,8 +29,10 @@ def test_parts_of_every_kind_of_cost_add_up(case: str, plan_name: str) -> None:
     assert plan is not None
     architecture = plan.architecture
     cost = count(architecture)
-    table = made_table(model)
-    for metric, total in (("macs", cost.macs), ("params", cost.params), ("latency", table.predict(architecture))):
+    totals: dict[str, float] = {"macs": cost.macs, "params": cost.params}
+    if architecture.family.part == "vision":
+        totals["latency"] = made_table(model).predict(architecture)
+    for metric, total in totals.items():
         assert meter_of(metric, model).total(architecture) == pytest.approx(total, rel=1e-12)
 
 

@@ -47,7 +47,7 @@ def test_deit_base_has_the_published_units_and_groups() -> None:
 def test_every_family_has_sets(case: str) -> None:
     architecture = Architecture.of(make(case))
     kinds = {one.kind for one in unit_sets(architecture, NViTConfig(target=0.5, group_sizes=SMALL_GROUPS))}
-    assert kinds == {"heads", "qk", "v", "mlp"} | (set() if case.startswith("Swin") else {"embedding"})
+    assert kinds == architecture.units - {"layers"}
 
 
 def test_group_sizes_that_do_not_divide_are_refused() -> None:

@@ -42,6 +42,7 @@ MAE: dict[str, Any] = {
 }
 VIDEO: dict[str, Any] = {**{k: v for k, v in MAE.items() if k != "mask_ratio"}, "num_frames": 4}
 RADIO: dict[str, Any] = {**DINO, "mlp_ratio": 2.0, "max_img_size": 32, "num_cls_tokens": 2, "num_registers": 1}
+BEIT: dict[str, Any] = {**WITH_MLP, "use_relative_position_bias": True, "drop_path_rate": 0.0}
 SWIN: dict[str, Any] = {
     "embed_dim": 16,
     "depths": [2, 3],
@@ -61,6 +62,16 @@ TEXT: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+}
+#: a text tower of the size of the others
+WORDS: dict[str, Any] = {
+    **{k: v for k, v in WITH_MLP.items() if k not in ("image_size", "patch_size")},
+    "vocab_size": 50,
+    "bos_token_id": 1,
+    "eos_token_id": 49,
+    "pad_token_id": 0,
+    "max_position_embeddings": 7,
+    "projection_dim": 24,
 }
 STAGES = {"out_features": ["stage1", "stage3"]}
 
@@ -113,6 +124,34 @@ CASES: dict[str, Case] = {
         "Dinov2ForImageClassification", "Dinov2Config", {**DINO, "use_swiglu_ffn": True}
     ),
     **_columnar("Dinov2WithRegisters", DINO, {"Model": {}, **CLASSIFIER, "Backbone": STAGES}),
+    **_columnar("Data2VecVision", BEIT, {"Model": {}, **CLASSIFIER}),
+    "Data2VecVisionForImageClassification-shared": Case(
+        "Data2VecVisionForImageClassification",
+        "Data2VecVisionConfig",
+        {**WITH_MLP, "use_shared_relative_position_bias": True, "layer_scale_init_value": 0.0},
+    ),
+    **_columnar(
+        "Swinv2",
+        SWIN,
+        {
+            "Model": {},
+            **CLASSIFIER,
+            "ForMaskedImageModeling": {"encoder_stride": 4},
+            "Backbone": {"out_features": ["stage1", "stage2"]},
+        },
+    ),
+    "CLIPTextModel": Case("CLIPTextModel", "CLIPTextConfig", WORDS),
+    "CLIPTextModelWithProjection": Case("CLIPTextModelWithProjection", "CLIPTextConfig", WORDS),
+    "SiglipTextModel": Case("SiglipTextModel", "SiglipTextConfig", WORDS),
+    "Siglip2TextModel": Case("Siglip2TextModel", "Siglip2TextConfig", WORDS),
+    **_columnar("DINOv3ViT", WITH_MLP, {"Model": {"num_register_tokens": 2}, "Backbone": STAGES}),
+    "DINOv3ViTModel-gated": Case("DINOv3ViTModel", "DINOv3ViTConfig", {**WITH_MLP, "use_gated_mlp": True}),
+    **_columnar("Beit", BEIT, {"Model": {}, **CLASSIFIER, "Backbone": STAGES}),
+    "BeitForImageClassification-shared": Case(
+        "BeitForImageClassification",
+        "BeitConfig",
+        {**WITH_MLP, "use_shared_relative_position_bias": True, "layer_scale_init_value": 0.0},
+    ),
     "CLIPVisionModel": Case("CLIPVisionModel", "CLIPVisionConfig", WITH_MLP),
     "CLIPVisionModelWithProjection": Case(
         "CLIPVisionModelWithProjection", "CLIPVisionConfig", {**WITH_MLP, "projection_dim": 24}
@@ -144,10 +183,20 @@ CASES: dict[str, Case] = {
 }
 #: takes patches instead of images
 NO_IMAGES = "Siglip2ForImageClassification"
+#: what the cases of text towers begin with
+TEXTS = ("CLIPText", "SiglipText", "Siglip2Text")
+#: peculiar layers, whose every unit is tested by itself
+PECULIAR = [n for n in CASES if n.startswith(("BeitForI", "Data2VecVisionForI", "Swinv2ForI"))]
 #: one classifier a family (and SwiGLU) that takes images: for what does not depend on the head
-CLASSIFIERS = [n for n in CASES if CASES[n].model_class.endswith("ForImageClassification") and n != NO_IMAGES]
+CLASSIFIERS = [
+    name
+    for name in CASES
+    if CASES[name].model_class.endswith("ForImageClassification") and name not in (NO_IMAGES, *PECULIAR)
+]
 #: classes whose tokens form a grid that convolutions can mix
-WITH_GRID = [n for n in CASES if not n.startswith(("Siglip2", "ViTMAE", "VideoMAE"))]
+WITH_GRID = [
+    name for name in CASES if not name.startswith(("Siglip2", "ViTMAE", "VideoMAE", "Data2Vec", "Swinv2", *TEXTS))
+]
 #: one class a family, for what depends on its layers
 EVERY_FAMILY = [
     *CLASSIFIERS,
@@ -157,7 +206,28 @@ EVERY_FAMILY = [
     "Aimv2VisionModel",
     "PixioModel",
     "RadioModel",
+    "DINOv3ViTModel",
+    "CLIPTextModel",
+    *PECULIAR,
 ]
+#: what a model has not got, by what its case begins or ends with: names of plans (``plans.PLANS``)
+LACKING = {
+    "SwinM": {"embedding"},
+    "SwinF": {"embedding"},
+    "SwinB": {"embedding"},
+    "Swinv2": {"embedding", "qk", "v", "padded values", "scaled"},
+    "-shared": {"heads", "uneven heads"},
+}
+
+
+def eager(case: str) -> dict[str, Any]:
+    """What makes a model give out its attention weights, where setting it later comes too late."""
+    return {"attn_implementation": "eager"} if case.startswith("Data2Vec") else {}
+
+
+def lacks(case: str, plan: str) -> bool:
+    """Whether a case has no unit that a plan is about."""
+    return any(plan in plans and (case.startswith(name) or case.endswith(name)) for name, plans in LACKING.items())
 
 
 def reset_weights(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -226,6 +296,10 @@ def feed(model: Any, pixels: torch.Tensor) -> dict[str, Any]:
     config = getattr(model.config, "vision_config", model.config)
     kind = type(model).__name__.removeprefix("Pruned")
     batch, _, height, width = pixels.shape
+    if "Text" in kind:
+        ids = torch.randint(3, 40, (batch, 7), generator=torch.Generator().manual_seed(3))
+        ids[:, -2] = 49  # the end, and padding behind it
+        return {"input_ids": ids, "attention_mask": (torch.arange(7) < 6).long().expand(batch, -1)}
     if kind.startswith("Siglip2"):  # the last image has a row of padding
         rows, columns = height // config.patch_size, width // config.patch_size
         patches = pixels.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).permute(0, 2, 4, 3, 5, 1)
@@ -259,7 +333,7 @@ def tensors(output: ModelOutput, but: tuple[str, ...] = ()) -> Iterator[tuple[st
         if isinstance(value, torch.Tensor):
             yield key, value
         elif isinstance(value, (tuple, list)):
-            yield from ((f"{key}.{i}", item) for i, item in enumerate(value) if isinstance(item, torch.Tensor))
+            yield from ((f"{key}.{i}", v) for i, v in enumerate(v for v in value if isinstance(v, torch.Tensor)))
 
 
 @torch.no_grad()

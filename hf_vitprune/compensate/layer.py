@@ -70,6 +70,9 @@ class Layer:
         """A module of the layer."""
         return self.module.get_submodule(self._local(name))
 
+    def _factors(self, scale: str) -> Any:
+        return self.module.get_parameter(self._local(scale))
+
     def table(self) -> Any:
         """Position biases (positions, heads) of the attention's windows; None in families without."""
         return self.module.get_parameter(self._local("bias_table")) if "bias_table" in self.paths else None
@@ -99,7 +102,7 @@ class Layer:
         """LayerScale behind the last Linear of a branch, where the family has it, in double precision."""
         if SCALES[last] not in self.paths:
             return None
-        factors = self.part(SCALES[last]).lambda1.detach()
+        factors = self._factors(SCALES[last]).detach()
         return factors.to(precise_device(factors.device), torch.float64)
 
     def branch(self, last: str, stats: Statistics) -> Branch:
@@ -181,7 +184,7 @@ class Layer:
     def past(self, last: str, hidden: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """Residual stream behind a branch, from the stream before it and what the branch's last Linear reads."""
         out = self.part(last)(inputs)
-        return hidden + (self.part(SCALES[last])(out) if SCALES[last] in self.paths else out)
+        return hidden + (out * self._factors(SCALES[last]) if SCALES[last] in self.paths else out)
 
     def after_attention(self, hidden: torch.Tensor) -> torch.Tensor:
         """Residual stream between the two branches."""
@@ -200,7 +203,7 @@ class Layer:
         """Residual stream at the end of the layer."""
         out = self._mlp(residual)
         if "scale2" in self.paths:
-            out = self.part("scale2")(out)
+            out = out * self._factors("scale2")
         return residual + out
 
     def _mlp(self, residual: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,7 @@ def compensate_plan(
     check_plan(base, plan, allow_unchanged=True)
     if settings is None:
         return plan
+    plan.source.check_looks("compensation")
     _check(base, plan, reference)
     if plan.removes_nothing:
         return plan

@@ -71,10 +71,15 @@ def layer_parts(
     small = small or layer_tensors(architecture)[stage]
     tokens, projected, squares = family.attention_tokens(architecture.config, grid, stage)
     mixer = f"{name} attention"
+    if shape.mixer == "attention":
+        mixing = _attention(small, shape, width, mixer, projected, squares)
+        mixing = mixing._replace(
+            macs=mixing.macs + family.other_attention_macs(architecture.config, shape.heads, stage)
+        )
+    else:
+        mixing = _other_mixer(small, shape, width, mixer, family.grid_tokens(grid, stage))
     return [
-        _attention(small, shape, width, mixer, projected, squares)
-        if shape.mixer == "attention"
-        else _other_mixer(small, shape, width, mixer, family.grid_tokens(grid, stage)),
+        mixing,
         _mlp(small, shape, width, f"{name} mlp", tokens, len(family.fc1_names(architecture.config))),
     ]
 

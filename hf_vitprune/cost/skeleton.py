@@ -128,9 +128,7 @@ def _read_layer(model: nn.Module, paths: LayerPaths, dense: Architecture) -> Lay
 
     width = len(model.get_parameter(f"{paths.fc2}.weight"))
     mixer, mlp = vectors(paths.norm1, paths.scale1), vectors(paths.norm2, paths.scale2)
-    head = 0
-    if paths.bias_table:
-        head = shapes.pop(paths.bias_table)[0]
+    head = sum((shape := shapes.pop(name)).numel() // shape[axis] for name, axis in paths.per_head)
     return LayerTensors(q, k, v, o, sum(fc1), fc2, mixer, mlp, head, sum(s.numel() for s in shapes.values()))
 
 

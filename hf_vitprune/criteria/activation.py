@@ -10,7 +10,7 @@ from torch import nn
 
 from ..families import LayerPaths
 from ..spec.architecture import Architecture
-from ..spec.units import has_embedding_set, set_name
+from ..spec.units import channels_per_unit, has_embedding_set, set_name
 from ..utils.batches import run_images
 from ..utils.modes import evaluating
 from .batches import batches_of
@@ -38,6 +38,7 @@ def activation(model: Any, images: Any, part: str | None = None) -> UnitScores:
         ScoresError: an activation is not finite.
     """
     base, architecture, paths = model_to_score(model, part)
+    architecture.check_looks("the activation criterion")
     count = 0
     meter = _Magnitudes()
     handles = [handle for i, path in enumerate(paths) for handle in _attach(base, architecture, i, path, meter)]
@@ -114,7 +115,8 @@ def _scores(architecture: Architecture, meter: _Magnitudes) -> dict[str, torch.T
         if shape.mixer == "attention":
             channels = mean(f"{i} heads").view(shape.heads, shape.v_dim)
             scores[set_name("heads", i)], scores[set_name("v", i)] = channels.mean(1), channels.mean(0)
-            scores[set_name("qk", i)] = (mean(f"{i} q") * mean(f"{i} k")).view(shape.heads, -1).mean(0)
+            channels = (mean(f"{i} q") * mean(f"{i} k")).view(shape.heads, -1).mean(0)
+            scores[set_name("qk", i)] = channels.view(channels_per_unit(architecture, "qk"), -1).sum(0)
         if shape.mlp:
             scores[set_name("mlp", i)] = mean(f"{i} mlp")
     if has_embedding_set(architecture):

@@ -9,15 +9,20 @@ from transformers import PreTrainedConfig
 from ..errors import UnsupportedModelError
 from .aimv2 import AIMV2_VISION
 from .base import UNITS, Family, LayerPaths, LayerSizes
+from .beit import BEIT
 from .clip import CLIP, CLIP_VISION
+from .data2vec import DATA2VEC_VISION
 from .deit import DEIT
 from .dinov2 import DINOV2, DINOV2_WITH_REGISTERS
+from .dinov3 import DINOV3
 from .ijepa import IJEPA
 from .pixio import PIXIO
 from .radio import RADIO
 from .siglip import SIGLIP, SIGLIP_VISION
 from .siglip2 import SIGLIP2, SIGLIP2_VISION
 from .swin import SWIN
+from .swinv2 import SWINV2
+from .text import CLIP_TEXT, SIGLIP2_TEXT, SIGLIP_TEXT
 from .videomae import VIDEOMAE
 from .vit import VIT
 from .vit_mae import VIT_MAE
@@ -101,6 +106,13 @@ _SHIPPED = (
     AIMV2_VISION,
     PIXIO,
     RADIO,
+    DINOV3,
+    BEIT,
+    DATA2VEC_VISION,
+    SWINV2,
+    CLIP_TEXT,
+    SIGLIP_TEXT,
+    SIGLIP2_TEXT,
 )
 for _family in _SHIPPED:
     add_family(_family)

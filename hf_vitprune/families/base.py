@@ -6,7 +6,7 @@ removed. Everything that slices, builds or counts works from these facts alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,7 +31,10 @@ class LayerSizes(NamedTuple):
 
 
 class LayerPaths(NamedTuple):
-    """Dotted paths, from the task model, of a layer's parts. ``scale1``/``scale2`` are None without LayerScale."""
+    """Dotted paths, from the task model, of a layer's parts.
+
+    ``scale1`` and ``scale2`` (factors of LayerScale) and ``bias_table`` are names of parameters; None: there is none.
+    """
 
     layer: str
     norm1: str
@@ -47,6 +50,13 @@ class LayerPaths(NamedTuple):
     scale1: str | None
     scale2: str | None
     bias_table: str | None
+    #: names of further parameters with one value, row or column a head, and the axis of the heads
+    of_heads: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def per_head(self) -> tuple[tuple[str, int], ...]:
+        """All of them: name and axis."""
+        return self.of_heads if self.bias_table is None else ((self.bias_table, 1), *self.of_heads)
 
 
 def pair(size: Any) -> tuple[int, int]:
@@ -61,12 +71,16 @@ class Family:
     """One kind of model, found by ``config.model_type``. Paths are relative to the layer unless said otherwise."""
 
     model_type: str
+    #: what the encoder is in a model that has several: it looks at images ("vision") or reads "text"
+    part: str = field(default="vision", kw_only=True)
     #: attribute under which the task models hold the encoder ("" cannot be used: base models are detected by it)
     root: str
     #: path of the list of layers below the encoder
     layers: str = "layers"
     #: path of the convolution that makes patches into tokens, below the encoder
     patch: str = "embeddings.patch_embeddings.projection"
+    #: axis of its weight that is the residual stream
+    stem_axis: int = 0
     norm1: str = "layernorm_before"
     norm2: str = "layernorm_after"
     attention: str = "attention"
@@ -93,6 +107,19 @@ class Family:
     plain_qk: bool = True
     #: field of the config that states the residual width
     width_field: str = "hidden_size"
+    #: (module, query, key, keyword arguments) -> query and key as they meet, where something turns them in between; it
+    #: takes those arguments out that are its own
+    rotate: Callable[..., Any] | None = None
+    #: parameters of its attention that ``rotate`` and ``attention_bias`` take
+    attention_inputs: tuple[str, ...] = ()
+    #: stock attention is right with the head dimension of the dense model only (angles or a scale follow from it)
+    fixed_head_dim: bool = False
+    #: whether ours can stand in its place: where not, q/k and v channels cannot be removed
+    own_attention: bool = True
+    #: norms are behind the branches, and over what these add, not in front
+    post_norm: bool = False
+    #: q/k channels i and i + qk_dim / 2 of a head are turned together, and go together
+    qk_pairs: bool = False
     #: True where the config honours ``head_dim``, so that stock classes can hold uniformly pruned heads
     config_head_dim: bool = False
     #: whether the tokens that are not special form the grid of patches, so that convolutions can mix them; layers
@@ -103,7 +130,8 @@ class Family:
     #: (layer, tokens of the grid (B, rows * columns, C), (rows, columns)) -> the same in the windows that the layer's
     #: attention sees, for families that cut the grid
     windows: Callable[[Any, Any, tuple[int, int]], Any] | None = None
-    #: (module, attention_mask, input_shape) -> additive mask, for families with a learned position bias
+    #: (module, attention_mask, input_shape, keyword arguments) -> additive mask, for families whose attention has a
+    #: learned position bias; it takes those arguments out that are its own
     attention_bias: Callable[..., Any] | None = None
     #: models take images of other sizes only when told to (``interpolate_pos_encoding=True``)
     interpolates: bool = True
@@ -141,6 +169,20 @@ class Family:
     def width_factor(self, stage: int) -> int:
         """Residual width of a stage as a multiple of the first one's."""
         return 1
+
+    # ------------------------------------------------------------------ what cannot be cut
+    def units_of(self, config: PreTrainedConfig) -> frozenset[str]:
+        """Units that models of this config have."""
+        return self.units
+
+    def refused_sizes(self, config: PreTrainedConfig, layers: Sequence[Any]) -> str | None:
+        """Why no model can have layers of these shapes (``LayerShape``), naming the layer; None where it can."""
+        if self.qk_pairs:
+            dense = self.dense_layers(config)[0].head_dim
+            for i, shape in enumerate(layers):
+                if shape.mixer == "attention" and (shape.qk_dim % 2 or shape.qk_dim > dense):
+                    return f"layer {i}: q/k channels are turned in pairs, and a head has {dense}; got {shape.qk_dim}"
+        return None
 
     # ------------------------------------------------------------------ configs of other shapes
     def resize_config(
@@ -221,7 +263,7 @@ class Family:
     def stream_norms(self, model: nn.Module) -> list[str]:
         """Paths of the norms over the residual stream outside the layers of ``model``, those that it has."""
         names = [self.encoder_path(model) + name for name in self.norms]
-        there = {name for name, _ in model.named_modules()}
+        there = {name for name, module in model.named_modules() if not isinstance(module, nn.Identity)}
         return [name for name in names if name in there]
 
     def head_norm(self, task: str) -> str | None:
@@ -234,6 +276,14 @@ class Family:
 
     def narrow_stream(self, model: nn.Module, width: int, kept: int) -> None:
         """Adjust what reads a narrowed residual stream in another way than by the width of its tensors."""
+
+    def drop_scale(self, module: nn.Module, name: str) -> None:
+        """Take away the factors of LayerScale behind a branch that is gone."""
+        delattr(module, name)
+        setattr(module, name, torch.tensor(1.0, device="cpu"))  # stock code initialises what is there
+
+    def without_attention(self, layer: nn.Module) -> None:
+        """Take out of a layer that has another mixer, or none, what served its attention from outside of it."""
 
     def configure_layer(self, layer: nn.Module, config: PreTrainedConfig, shifted: bool | None) -> None:
         """Set attributes of a layer that depend on its place in the dense model (window shift)."""
@@ -250,6 +300,10 @@ class Family:
         """(tokens through the MLP, tokens through q/k/v/o, sum of squared attention lengths) for one image."""
         n = grid[0] * grid[1] + self.extra_tokens_of(config)
         return n, n, n * n
+
+    def other_attention_macs(self, config: PreTrainedConfig, heads: int, stage: int) -> int:
+        """Multiply-adds of an attention for one image besides its projections and its two products."""
+        return 0
 
     def grid_tokens(self, grid: tuple[int, int], stage: int) -> int:
         """Patches that a convolution mixes, for one image."""

@@ -19,6 +19,13 @@ def is_gated(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "use_swiglu_ffn", False))
 
 
+def follow_stages(config: Any, num_layers: int) -> None:
+    """A backbone's config lists its stages, one a layer; they must follow the depth."""
+    config.stage_names = ["stem"] + [f"stage{i}" for i in range(1, num_layers + 1)]
+    kept = [name for name in config.out_features if name in config.stage_names]
+    config.set_output_features_output_indices(out_features=kept or config.stage_names[-1:], out_indices=None)
+
+
 @dataclass(frozen=True)
 class Dinov2Family(Family):
     def mlp_size(self, c: PreTrainedConfig) -> int:
@@ -35,12 +42,8 @@ class Dinov2Family(Family):
         self, config: PreTrainedConfig, hidden_size: int, num_layers: int, depths: tuple[int, ...] | None
     ) -> None:
         super().resize_config(config, hidden_size, num_layers, depths)
-        if not hasattr(config, "stage_names"):
-            return
-        # a backbone config lists its stages; they must follow the depth
-        config.stage_names = ["stem"] + [f"stage{i}" for i in range(1, num_layers + 1)]
-        kept = [name for name in config.out_features if name in config.stage_names]
-        config.set_output_features_output_indices(out_features=kept or config.stage_names[-1:], out_indices=None)
+        if hasattr(config, "stage_names"):
+            follow_stages(config, num_layers)
 
     def uniform_config(
         self, config: PreTrainedConfig, heads: int, head_dim: int, mlp: int, hidden_size: int
@@ -66,8 +69,8 @@ DINOV2 = Dinov2Family(
     layers="encoder.layer",
     norm1="norm1",
     norm2="norm2",
-    scale1="layer_scale1",
-    scale2="layer_scale2",
+    scale1="layer_scale1.lambda1",
+    scale2="layer_scale2.lambda1",
     config_head_dim=True,
     convolutions=True,
     interpolates=False,  # they always do

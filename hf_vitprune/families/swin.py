@@ -13,7 +13,7 @@ from ..utils.mixing import InPlaceMixin
 from .base import UNITS, Family, LayerSizes, pair
 
 
-def window_bias(module: Any, attention_mask: Any, input_shape: tuple[int, ...]) -> Any:
+def window_bias(module: Any, attention_mask: Any, input_shape: tuple[int, ...], kwargs: dict[str, Any]) -> Any:
     """Position bias of every head, plus the shift mask of every window: ``(1 or windows * batch, heads, n, n)``."""
     bias = module.relative_position_bias()
     if attention_mask is None:

@@ -141,6 +141,7 @@ class TimedModel:
             InvalidConfigError: an impossible image size.
         """
         architecture = _architecture_of(model_or_config)
+        architecture.check_looks("timing")
         at, kind = torch.device("cpu"), torch.float32
         if isinstance(model_or_config, nn.Module):
             parameter = next(p for p in model_or_config.parameters() if p.is_floating_point())

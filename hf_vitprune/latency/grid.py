@@ -79,7 +79,7 @@ def stage_axes(architecture: Architecture, grid: str | Mapping[str, Sequence[int
             else spread(size, 1 if size < TOY[axis] else STEPS[axis], NAMED[grid][axis])
             for axis, size in full.items()
         }
-        if "embedding" not in dense.family.units:
+        if "embedding" not in dense.units:
             axes["embedding"] = (width,)
         stages.append(axes)
     return stages

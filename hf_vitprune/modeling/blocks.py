@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -19,7 +20,8 @@ from ..utils.modules import get
 from .conv_mixer import GRID
 
 #: keywords that transformers hands through every model, and that mean the same to every attention kernel
-_KNOWN = frozenset(TransformersKwargs.__annotations__)
+#: (``use_cache`` is for the language model of a bigger one)
+_KNOWN = frozenset(TransformersKwargs.__annotations__) | {"use_cache"}
 #: names under which attentions keep their rate of dropout
 _DROPOUTS = ("attention_dropout", "dropout_prob", "dropout")
 
@@ -56,6 +58,32 @@ def set_attention_sizes(attention: Any, shape: LayerShape, scaling: float) -> No
             setattr(attention, name, size)
 
 
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in plain steps, for families whose files have no such function.
+
+    Args:
+        query, key, value: (batch, heads, tokens, channels).
+        attention_mask: added to the scores.
+
+    Returns:
+        The context (batch, tokens, heads, channels), and the weights.
+    """
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.dropout(scores.softmax(-1), dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
 class PrunedAttentionMixin(InPlaceMixin):
     """Forward for attention whose heads, q/k channels and v channels are free.
 
@@ -71,15 +99,27 @@ class PrunedAttentionMixin(InPlaceMixin):
         self.pruned_scaling = scaling
         self.projections = family.q, family.k, family.v
         self.output_name = family.output_name
-        self.bias_function = family.attention_bias
+        self.bias_function, self.rotate = family.attention_bias, family.rotate
+        #: what some layers hand their attention by position, behind the hidden states
+        stock: Any = self.stock_class
+        self.by_position = tuple(inspect.signature(stock.forward).parameters)[2:]
         set_attention_sizes(self, shape, scaling)
 
+    def register_channels(self, full: int) -> None:
+        """Room for which of the ``full`` channels of each head are kept, where something turns them; any at first."""
+        module: Any = self
+        self.rotated, half = full, self.qk_dim // 2
+        device = get(module, self.projections[0]).weight.device
+        channels = torch.cat([torch.arange(half, device=device), torch.arange(half, device=device) + full // 2])
+        module.register_buffer("qk_index", channels.repeat(self.pruned_heads))
+
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         module: Any = self
+        kwargs.update(zip(self.by_position, args, strict=False))
+        attention_mask = kwargs.pop("attention_mask", None)
         kwargs.pop(GRID, None)  # for convolution mixers; some kernels refuse what they do not know
-        _check_known(module, kwargs)
         shape = hidden_states.shape[:-1]
         heads = self.pruned_heads
         inputs = read_inputs(module, hidden_states)
@@ -87,9 +127,14 @@ class PrunedAttentionMixin(InPlaceMixin):
         query = q.view(*shape, heads, self.qk_dim).transpose(1, 2)
         key = k.view(*shape, heads, self.qk_dim).transpose(1, 2)
         value = v.view(*shape, heads, self.v_dim).transpose(1, 2)
+        if self.rotate is not None:
+            query, key = self.rotate(module, query, key, kwargs)
         if self.bias_function is not None:
-            attention_mask = self.bias_function(module, attention_mask, shape)
+            attention_mask = self.bias_function(module, attention_mask, shape, kwargs)
+        if not hasattr(module, "is_causal"):  # kernels take what does not say so for a language model's
+            kwargs.setdefault("is_causal", False)
 
+        _check_known(module, kwargs)
         implementation = module.config._attn_implementation
         if implementation != "eager":
             width = max(self.qk_dim, self.v_dim)
@@ -98,7 +143,7 @@ class PrunedAttentionMixin(InPlaceMixin):
             elif width > self.v_dim:
                 value = F.pad(value, (0, width - self.v_dim))
         # the eager function of the family's own file, so that its quirks stay
-        eager = sys.modules[self.stock_class.__module__].eager_attention_forward
+        eager = getattr(sys.modules[self.stock_class.__module__], "eager_attention_forward", eager_attention_forward)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         dropout = next((getattr(module, name) for name in _DROPOUTS if hasattr(module, name)), 0.0)
         context, weights = attend(
@@ -115,11 +160,11 @@ class PrunedAttentionMixin(InPlaceMixin):
         return (context if self.output_name is None else get(module, self.output_name)(context)), weights
 
 
-class PrunedMlpMixin(InPlaceMixin):
-    """An MLP that reads only the channels of its ``input_index``."""
+class PrunedInputsMixin(InPlaceMixin):
+    """An MLP, or an attention that stays stock, that reads only the channels of its ``input_index``."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(read_inputs(self, hidden_states))  # type: ignore[misc, arg-type]
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(read_inputs(self, hidden_states), *args, **kwargs)  # type: ignore[misc, arg-type]
 
 
 class RemovedAttention(nn.Module):

@@ -14,7 +14,8 @@ from ..errors import NativeExportError
 from ..families import LayerPaths
 from ..spec.architecture import Architecture, lineage_of, stock_config
 from ..spec.layer_shape import LayerShape
-from .blocks import set_attention_sizes
+from ..utils.mixing import unmix
+from .blocks import PrunedAttentionMixin, set_attention_sizes
 from .pretrained import PrunedModelMixin
 from .registry import stock_ancestor, stock_model_class
 from .structure import layer_paths
@@ -75,7 +76,9 @@ def make_stock_(model: Any) -> None:
     family, new = architecture.family, Architecture.dense(config, architecture.task)
     for i, paths in enumerate(layer_paths(model, architecture)):
         _rescale_queries(model, paths, architecture.layers[i].qk_dim, architecture.head_dim(i))
-        set_attention_sizes(model.get_submodule(paths.attention), new.layers[i], new.scaling(i))
+        attention = model.get_submodule(paths.attention)
+        unmix(attention, PrunedAttentionMixin)  # some families had to have ours for another head_dim
+        set_attention_sizes(attention, new.layers[i], new.scaling(i))
     replaced = {id(old): config, id(family.sizes_config(old)): family.sizes_config(config)}
     for module in model.modules():
         own = module.__dict__.get("config")

@@ -27,7 +27,12 @@ AUTO_CLASSES = (
     "AutoBackbone",
 )
 #: classes that no Auto class maps, by family
-UNMAPPED = {"clip_vision_model": ("CLIPVisionModelWithProjection",)}
+UNMAPPED = {
+    "clip_vision_model": ("CLIPVisionModelWithProjection",),
+    "clip_text_model": ("CLIPTextModelWithProjection",),
+    "siglip_text_model": ("SiglipTextModel",),
+    "siglip2_text_model": ("Siglip2TextModel",),
+}
 
 _configs: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
 #: every class -> its pruned twin, those of users included

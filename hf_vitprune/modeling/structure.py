@@ -19,8 +19,8 @@ from ..families import Family, LayerPaths
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
 from ..utils.mixing import mix_into, stock_type, unmix
-from ..utils.modules import get, get_wrapped, put, resize_tensor
-from .blocks import PrunedAttentionMixin, PrunedMlpMixin, RemovedAttention, RemovedMlp, set_attention_sizes
+from ..utils.modules import get, get_wrapped, owner, put, resize_tensor
+from .blocks import PrunedAttentionMixin, PrunedInputsMixin, RemovedAttention, RemovedMlp, set_attention_sizes
 from .conv_mixer import ConvMixer, IdentityMixer, follow_grid
 
 __all__ = [
@@ -62,17 +62,19 @@ def resize_(model: PreTrainedModel, architecture: Architecture, kept: Sequence[i
     for i, (paths, shape) in enumerate(zip(layer_paths(model, architecture), architecture.layers, strict=True)):
         width = architecture.width(i)
         family.configure_layer(get(model, paths.layer), architecture.config, shape.shifted)
+        if shape.mixer != "attention":
+            family.without_attention(get(model, paths.layer))
         if shape.mixer == "attention":
-            _resize_attention(model, family, paths, shape, width, architecture.scaling(i), own)
+            _resize_attention(model, architecture, i, paths, own)
             _resize_around(model, paths.norm1, paths.scale1, width)
         elif shape.mixer == "none":
             if not isinstance(get(model, paths.attention), RemovedAttention):
                 put_mixer(model, paths, RemovedAttention())
-            _drop(model, paths.norm1, paths.scale1)
+            _drop(model, family, paths.norm1, paths.scale1)
         else:
             _resize_mixer(model, family, architecture.config, paths, shape, width)
             _resize_around(model, paths.norm1, paths.scale1, width)
-        _resize_mlp(model, paths, shape, width)
+        _resize_mlp(model, family, paths, shape, width)
     finish_mixers(model, family)
 
 
@@ -100,38 +102,45 @@ def resize_linear(model: nn.Module, path: str, inputs: int, outputs: int) -> Non
 
 def _resize_around(model: nn.Module, norm: str, scale: str | None, width: int) -> None:
     """Norm and LayerScale of a branch, over the residual stream."""
-    for path in (norm, scale):
-        if path is not None:
-            for name in list(get(model, path)._parameters):
-                resize_tensor(model, f"{path}.{name}", (width,))
+    for name in list(get(model, norm)._parameters):
+        resize_tensor(model, f"{norm}.{name}", (width,))
+    if scale is not None:
+        resize_tensor(model, scale, (width,))
 
 
 def _resize_attention(
-    model: PreTrainedModel,
-    family: Family,
-    paths: LayerPaths,
-    shape: LayerShape,
-    width: int,
-    scaling: float,
-    own: bool,
+    model: PreTrainedModel, architecture: Architecture, i: int, paths: LayerPaths, own: bool
 ) -> None:
+    family, shape, width = architecture.family, architecture.layers[i], architecture.width(i)
+    scaling = architecture.scaling(i)
     inputs = width if shape.attention_in is None else shape.attention_in
     for path in (paths.q, paths.k):
         resize_linear(model, path, inputs, shape.heads * shape.qk_dim)
     resize_linear(model, paths.v, inputs, shape.heads * shape.v_dim)
     resize_linear(model, paths.o, shape.heads * shape.v_dim, width)
-    if paths.bias_table:
-        table = model.get_parameter(paths.bias_table)
-        resize_tensor(model, paths.bias_table, (table.shape[0], shape.heads))
+    for name, axis in paths.per_head:
+        sizes = list(model.get_parameter(name).shape)
+        sizes[axis] = shape.heads
+        resize_tensor(model, name, tuple(sizes))
     attention: Any = get(model, paths.attention)
-    if own or shape.qk_dim != shape.v_dim or shape.attention_in is not None:
+    foreign = family.fixed_head_dim and shape.qk_dim != architecture.head_dim(i)
+    narrow = shape.attention_in is not None
+    if own or foreign or shape.qk_dim != shape.v_dim or (narrow and family.own_attention):
         _check_stock(attention, paths.attention, family)
         mix_into(attention, PrunedAttentionMixin)
         attention.set_shape(shape, scaling, family)
         _register_inputs(attention, shape.attention_in, width)
+        if family.rotate is not None:
+            attention.register_channels(architecture.head_dim(i))
     else:
         unmix(attention, PrunedAttentionMixin)  # the stock forward computes the right thing with new sizes
-        attention._buffers.pop("input_index", None)
+        attention._buffers.pop("qk_index", None)
+        if narrow:
+            mix_into(attention, PrunedInputsMixin)
+            _register_inputs(attention, shape.attention_in, width)
+        else:
+            unmix(attention, PrunedInputsMixin)
+            attention._buffers.pop("input_index", None)
         set_attention_sizes(attention, shape, scaling)
 
 
@@ -149,7 +158,8 @@ def _check_stock(attention: nn.Module, path: str, family: Family) -> None:
     written_in = stock.__module__
     reason = "" if written_in.startswith("transformers.") else f" of {written_in}"
     if not reason:
-        unknown = set(inspect.signature(stock.forward).parameters) - _UNDERSTOOD - set(family.ignored_inputs)
+        unknown = set(inspect.signature(stock.forward).parameters) - _UNDERSTOOD
+        unknown -= {*family.ignored_inputs, *family.attention_inputs}
         reason = f", which takes {sorted(unknown)[0]!r}" if unknown else ""
     if reason:
         raise UnsupportedModelError(
@@ -211,13 +221,13 @@ def finish_mixers(model: nn.Module, family: Family) -> None:
         follow_grid(get(model, family.encoder_path(model).rstrip(".")))
 
 
-def _resize_mlp(model: PreTrainedModel, paths: LayerPaths, shape: LayerShape, width: int) -> None:
+def _resize_mlp(model: PreTrainedModel, family: Family, paths: LayerPaths, shape: LayerShape, width: int) -> None:
     if shape.mlp == 0:
         if not isinstance(get(model, paths.mlp), RemovedMlp):
             put(model, paths.mlp, RemovedMlp())
             if not paths.fc2.startswith(f"{paths.mlp}."):  # the halves of the MLP are modules side by side
                 put(model, paths.fc2, nn.Identity())
-        _drop(model, paths.norm2, paths.scale2)
+        _drop(model, family, paths.norm2, paths.scale2)
         return
     for path in paths.fc1:
         resize_linear(model, path, width if shape.mlp_in is None else shape.mlp_in, shape.mlp)
@@ -225,10 +235,10 @@ def _resize_mlp(model: PreTrainedModel, paths: LayerPaths, shape: LayerShape, wi
     _resize_around(model, paths.norm2, paths.scale2, width)
     mlp = get(model, paths.mlp)
     if shape.mlp_in is not None:
-        mix_into(mlp, PrunedMlpMixin)
+        mix_into(mlp, PrunedInputsMixin)
         _register_inputs(mlp, shape.mlp_in, width)
     else:
-        unmix(mlp, PrunedMlpMixin)
+        unmix(mlp, PrunedInputsMixin)
         mlp._buffers.pop("input_index", None)
 
 
@@ -238,11 +248,11 @@ def _register_inputs(module: nn.Module, count: int | None, width: int) -> None:
         module.register_buffer("input_index", torch.arange(count, device=device))
 
 
-def _drop(model: nn.Module, norm: str, scale: str | None) -> None:
+def _drop(model: nn.Module, family: Family, norm: str, scale: str | None) -> None:
     """The norm and LayerScale of a removed branch have nothing left to do."""
     put(model, norm, nn.Identity())
     if scale is not None:
-        put(model, scale, nn.Identity())
+        family.drop_scale(*owner(model, scale))
 
 
 def materialize(model: PreTrainedModel, device: torch.device) -> None:
@@ -252,4 +262,6 @@ def materialize(model: PreTrainedModel, device: torch.device) -> None:
         index = getattr(module, "input_index", None)
         if isinstance(index, torch.Tensor):
             module.input_index = torch.arange(len(index), device=device)  # any choice: there are no weights yet
+        if isinstance(module, PrunedAttentionMixin) and module.rotate is not None:
+            module.register_channels(module.rotated)
     model.initialize_weights()

@@ -11,7 +11,7 @@ from ..cost.meter import ClosedFormMeter, CostMeter
 from ..criteria.scores import UnitScores
 from ..errors import InvalidPlanError, ScoresError
 from ..spec.architecture import Architecture
-from ..spec.units import UnitSet, has_embedding_set, unit_sets
+from ..spec.units import UnitSet, channels_per_unit, has_embedding_set, unit_sets
 from .layer_plan import Indices
 from .ranking import Ranking
 from .select import best, check_ratio, check_units, keep_count, rounded
@@ -136,7 +136,9 @@ class Selection:
         )
 
     def _step(self, one: UnitSet) -> int:
-        return 1 if one.unit in ("heads", "layers") else self.round_to
+        if one.unit in ("heads", "layers"):
+            return 1
+        return max(1, self.round_to // channels_per_unit(self.source, one.unit))
 
     def _kept(self, counts: dict[str, int]) -> dict[str, Indices]:
         kept: dict[str, Indices] = {}

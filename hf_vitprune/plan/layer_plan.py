@@ -212,3 +212,21 @@ def check_layer(entry: LayerPlan, source: LayerShape, width: int, whole_stream: 
             raise InvalidPlanError(f"{where}: scales of {name!r} are finite numbers")
         if lengths.get(name) != len(scale):
             raise InvalidPlanError(f"{where}: {len(scale)} scales for {lengths.get(name)} units of {name!r}")
+
+
+def check_pairs(entry: LayerPlan, source: LayerShape) -> None:
+    """Refuse q/k channels that rotary positions turn together with one that goes, or stand apart from it.
+
+    Raises:
+        InvalidPlanError: naming the layer and the channel.
+    """
+    for row in entry.qk:
+        half, apart = len(row) // 2, source.qk_dim // 2
+        for first, second in zip(row[:half], row[half:], strict=False):
+            if (second - apart if second != PAD else PAD) != first:
+                raise InvalidPlanError(
+                    f"layer {entry.index}: rotary positions turn q/k channels c and c + {apart} of a head together: "
+                    f"keep both or neither, the first ones of all pairs in front of the second ones; got {list(row)}"
+                )
+        if len(row) % 2:
+            raise InvalidPlanError(f"layer {entry.index}: q/k channels are kept in pairs here; got {list(row)}")

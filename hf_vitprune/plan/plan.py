@@ -21,6 +21,7 @@ from .layer_plan import (
     LayerPlan,
     check_indices,
     check_layer,
+    check_pairs,
     layer_from_dict,
     optional_whole_numbers,
 )
@@ -212,13 +213,15 @@ class PruningPlan:
                 f"kept layers {order} are not an ascending part of 0..{len(self.source.layers) - 1}"
             )
         if self.embedding is not None:
-            if "embedding" not in self.source.family.units:
+            if "embedding" not in self.source.units:
                 raise UnsupportedUnitError(f"{self.source.model_type} has no prunable embedding")
             check_indices("embedding", self.embedding, self.source.hidden_size)
             if list(self.embedding) != sorted(self.embedding):
                 raise InvalidPlanError("embedding: kept residual channels are given in ascending order")
         for entry in self.layers:
             check_layer(entry, self.source.layers[entry.index], self.source.width(entry.index), self.embedding is None)
+            if self.source.family.qk_pairs:
+                check_pairs(entry, self.source.layers[entry.index])
         self.architecture  # noqa: B018  raises when the shape is impossible
         return self
 

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import InvalidPlanError, UnsupportedUnitError
 from ..spec.architecture import Architecture
-from ..spec.units import set_name
+from ..spec.units import LAYER_UNITS, channels_per_unit, set_name
 from .layer_plan import Indices, LayerPlan
 
 DEFAULT_UNITS = ("heads", "qk", "v", "mlp", "embedding")
@@ -42,7 +42,7 @@ def check_units(architecture: Architecture, units: Sequence[str] | None) -> tupl
     Raises:
         UnsupportedUnitError: naming the unit and what the family has.
     """
-    known = architecture.family.units
+    known = architecture.units
     if units is None:
         return tuple(u for u in DEFAULT_UNITS if u in known)
     if isinstance(units, str) or not units:
@@ -103,7 +103,10 @@ def plan_keeping(source: Architecture, kept: Mapping[str, Indices]) -> tuple[tup
         entry = LayerPlan.dense(i, source.layers[i])
         for unit in ("qk", "v"):
             if set_name(unit, i) in kept:
-                entry = entry.keep_channels(unit, kept[set_name(unit, i)])
+                whole = getattr(source.layers[i], LAYER_UNITS[unit])
+                times = channels_per_unit(source, unit)
+                shifts = range(0, whole, whole // times)
+                entry = entry.keep_channels(unit, [s + u for s in shifts for u in kept[set_name(unit, i)]])
         if set_name("heads", i) in kept:
             entry = entry.keep_heads(kept[set_name("heads", i)])
         layers.append(replace(entry, mlp=kept.get(set_name("mlp", i), entry.mlp)))

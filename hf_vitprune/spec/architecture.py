@@ -147,6 +147,11 @@ class Architecture:
         return self.config.model_type
 
     @property
+    def units(self) -> frozenset[str]:
+        """Units that models like this have."""
+        return self.family.units_of(self.config)
+
+    @property
     def stages(self) -> list[int]:
         """Stage of every layer; all 0 without stages."""
         if self.depths is None:
@@ -206,6 +211,21 @@ class Architecture:
         return {i: shape_to_words(shape) for i, shape in enumerate(self.layers)}
 
     # ------------------------------------------------------------------ checks
+    def check_looks(self, what: str) -> None:
+        """Refuse what runs a model on images where the model reads text.
+
+        Args:
+            what: names it in the error.
+
+        Raises:
+            UnsupportedModelError: it does.
+        """
+        if self.family.part == "text":
+            raise UnsupportedModelError(
+                f"{what} runs the model on images, and a {self.model_type} reads text: use "
+                "PruningPlan.magnitude, criteria.magnitude or a method that trains the whole model"
+            )
+
     def validated(self) -> Architecture:
         """Itself, when every size is possible.
 
@@ -214,7 +234,7 @@ class Architecture:
         """
         dense = Architecture.dense(self.config, self.task)
         check_size("hidden_size", self.hidden_size, dense.hidden_size)
-        if "embedding" not in self.family.units and self.hidden_size != dense.hidden_size:
+        if "embedding" not in self.units and self.hidden_size != dense.hidden_size:
             raise InvalidArchitectureError(f"the residual width of {self.model_type} cannot be changed")
         if not 0 < len(self.layers) <= len(dense.layers):
             raise InvalidArchitectureError(f"{len(self.layers)} layers, the dense model has {len(dense.layers)}")
@@ -237,6 +257,9 @@ class Architecture:
                 raise InvalidArchitectureError(
                     f"{where}: shifted is for layers of windows only, got {shape.shifted!r}"
                 )
+        refused = self.family.refused_sizes(self.config, self.layers)
+        if refused is not None:
+            raise InvalidArchitectureError(f"{self.model_type}: {refused}")
         return self
 
     # ------------------------------------------------------------------ JSON

@@ -131,7 +131,7 @@ def _check_stem(model: nn.Module, architecture: Any, path: str) -> None:
     _check_own_weight(projection, path)
     channels = getattr(architecture.family.sizes_config(architecture.config), "num_channels", None)
     weight: Any = getattr(projection, "weight", None)
-    if weight is None or len(weight) != architecture.hidden_size:
+    if weight is None or weight.shape[architecture.family.stem_axis] != architecture.hidden_size:
         raise ModelMismatchError(
             f"{path} does not make tokens of the config's width {architecture.hidden_size}: the model was changed "
             "after it was built"

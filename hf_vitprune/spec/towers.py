@@ -53,7 +53,7 @@ def towers(model: Any) -> dict[str, Tower]:
         family_of(model)  # says what is supported
     if stands_alone(model):
         family = family_of(model)
-        return {"vision": Tower("vision", "", family.model_type, _layers(model, family))}
+        return {family.part: Tower(family.part, "", family.model_type, _layers(model, family))}
     found: dict[str, Tower] = {}
     for path, module, family in _inside(model):
         role = _role(path)
@@ -76,7 +76,7 @@ def find_tower(model: Any, part: str | None = None) -> Tower:
     """
     base = unwrap(model)
     if stands_alone(base) and part is None:
-        return towers(base)["vision"]
+        return next(iter(towers(base).values()))
     found = towers(base)
     name = type(base).__name__
     if not found:

@@ -1,7 +1,8 @@
 """The one table of units: the sets of a model, and every axis of a tensor that carries one of them.
 
 A *set* holds units that are alike and can replace each other: the heads of a layer, its q/k channels (the same in
-every head), its v channels, its neurons; the residual channels (``embedding``); the layers.
+every head; in pairs where rotary positions turn them together), its v channels, its neurons; the residual channels
+(``embedding``); the layers.
 """
 
 from __future__ import annotations
@@ -79,7 +80,12 @@ def set_name(unit: str, layer: int | None = None) -> str:
 def has_embedding_set(architecture: Architecture) -> bool:
     """Whether residual channels can be removed: not where parts of the model read some of them only."""
     whole = all(shape.attention_in is None and shape.mlp_in is None for shape in architecture.layers)
-    return whole and "embedding" in architecture.family.units
+    return whole and "embedding" in architecture.units
+
+
+def channels_per_unit(architecture: Architecture, unit: str) -> int:
+    """Channels of a head that go together: the two of a pair, where queries and keys are turned."""
+    return 2 if unit == "qk" and architecture.family.qk_pairs else 1
 
 
 def unit_sets(architecture: Architecture) -> dict[str, UnitSet]:
@@ -88,7 +94,8 @@ def unit_sets(architecture: Architecture) -> dict[str, UnitSet]:
     for i, shape in enumerate(architecture.layers):
         for unit, field in LAYER_UNITS.items():
             if (unit == "mlp" or shape.mixer == "attention") and getattr(shape, field):
-                sets.append(UnitSet(set_name(unit, i), unit, i, getattr(shape, field)))
+                size = getattr(shape, field) // channels_per_unit(architecture, unit)
+                sets.append(UnitSet(set_name(unit, i), unit, i, size))
     if has_embedding_set(architecture):
         sets.append(UnitSet("embedding", "embedding", None, architecture.hidden_size))
     return {one.name: one for one in sets}
@@ -110,7 +117,8 @@ def unit_table(
     table: dict[str, list[Axis]] = {name: [] for name in unit_sets(architecture) if name != "layers"}
     for i, (path, shape) in enumerate(zip(paths, architecture.layers, strict=True)):
         if shape.mixer == "attention":
-            _add_attention(table, i, path, shape.heads, shape.qk_dim, shape.v_dim)
+            pairs = channels_per_unit(architecture, "qk")
+            _add_attention(table, i, path, shape.heads, shape.qk_dim, shape.v_dim, pairs)
         if shape.mlp:
             table[set_name("mlp", i)] = [
                 *(axis for linear in path.fc1 for axis in _rows(linear, layer=i)),
@@ -128,28 +136,30 @@ def _rows(linear: str, repeats: int = 1, run: int = 1, layer: int | None = None)
     return [Axis(f"{linear}.{name}", 0, repeats, run, layer) for name in ("weight", "bias")]
 
 
-def _add_attention(table: dict[str, list[Axis]], i: int, path: LayerPaths, heads: int, qk: int, v: int) -> None:
+def _add_attention(
+    table: dict[str, list[Axis]], i: int, path: LayerPaths, heads: int, qk: int, v: int, pairs: int
+) -> None:
     read = f"{path.o}.weight"
     queries_keys = (path.q, path.k)
-    table[set_name("qk", i)] = [axis for linear in queries_keys for axis in _rows(linear, heads, 1, i)]
+    table[set_name("qk", i)] = [axis for linear in queries_keys for axis in _rows(linear, heads * pairs, 1, i)]
     table[set_name("v", i)] = [*_rows(path.v, heads, 1, i), Axis(read, 1, heads, 1, i)]
     table[set_name("heads", i)] = [
         *(axis for linear in queries_keys for axis in _rows(linear, 1, qk, i)),
         *_rows(path.v, 1, v, i),
         Axis(read, 1, 1, v, i),
     ]
-    if path.bias_table:
-        table[set_name("heads", i)].append(Axis(path.bias_table, 1, layer=i))
+    table[set_name("heads", i)] += [Axis(name, axis, layer=i) for name, axis in path.per_head]
 
 
 def _embedding(architecture: Architecture, paths: Sequence[LayerPaths]) -> list[Axis]:
     family = architecture.family
     prefix = paths[0].layer.removesuffix(architecture.layer_names()[0])
-    axes = [axis for name in (family.patch, *family.norms) for axis in _rows(prefix + name)]
+    axes = [axis for name in family.norms for axis in _rows(prefix + name)]
+    axes += [Axis(f"{prefix}{family.patch}.weight", family.stem_axis), Axis(f"{prefix}{family.patch}.bias", 0)]
     for i, (path, shape) in enumerate(zip(paths, architecture.layers, strict=True)):
         if shape.mixer != "none":
             axes += _rows(path.norm1, layer=i)
-            axes += [Axis(f"{path.scale1}.lambda1", 0, layer=i)] if path.scale1 else []
+            axes += [Axis(path.scale1, 0, layer=i)] if path.scale1 else []
         if shape.mixer == "attention":
             axes += [Axis(f"{linear}.weight", 1, layer=i) for linear in (path.q, path.k, path.v)]
         if shape.kernel:
@@ -159,5 +169,5 @@ def _embedding(architecture: Architecture, paths: Sequence[LayerPaths]) -> list[
         if shape.mlp:
             axes += _rows(path.norm2, layer=i)
             axes += [Axis(f"{linear}.weight", 1, layer=i) for linear in path.fc1] + _rows(path.fc2, layer=i)
-            axes += [Axis(f"{path.scale2}.lambda1", 0, layer=i)] if path.scale2 else []
+            axes += [Axis(path.scale2, 0, layer=i)] if path.scale2 else []
     return axes

@@ -65,6 +65,7 @@ def small_state(
     """
     state = {name: cut.take(big_state[cut.source]) for name, cut in find_cuts(model, small, plan).items()}
     state.update(_input_indices(big_state, model, small, plan))
+    state.update(_qk_indices(big_state, model, small, plan))
     expected = small.state_dict()
     missing = sorted(expected.keys() - state.keys() - plan.weights.keys())
     if missing:
@@ -103,7 +104,7 @@ def find_cuts(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan)
             continue
         layer = next((new for new in renamed if name.startswith(new + ".")), None)
         source = name if layer is None else renamed[layer] + name[len(layer) :]
-        if source in shapes and not name.endswith(".input_index"):
+        if source in shapes and not name.endswith((".input_index", ".qk_index")):
             cuts[name] = Cut(source)
             if layer is None and plan.embedding is not None:
                 _cut_embedding(cuts[name], shapes[source], tensor.shape, plan)
@@ -191,4 +192,23 @@ def _input_indices(
         if name.endswith("input_index") and name not in values:  # a part that keeps its width over a narrowed stream
             kept_channels = torch.tensor(plan.embedding or range(plan.source.hidden_size), device=device)
             values[name] = big_state[name][kept_channels] if name in big_state else kept_channels
+    return values
+
+
+def _qk_indices(
+    big_state: Mapping[str, torch.Tensor], model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan
+) -> dict[str, torch.Tensor]:
+    """Values of the small model's ``qk_index`` buffers: the channels of the dense heads that its queries turn as."""
+    old_paths, new_paths = layer_paths(model, plan.source), layer_paths(small, plan.architecture)
+    expected = small.state_dict()
+    values: dict[str, torch.Tensor] = {}
+    for entry, new in zip(plan.layers, new_paths, strict=True):
+        if f"{new.attention}.qk_index" in expected:
+            source = plan.source.layers[entry.index]
+            before = big_state.get(f"{old_paths[entry.index].attention}.qk_index")
+            device = big_state[f"{old_paths[entry.index].q}.weight"].device
+            if before is None:
+                before = torch.arange(source.qk_dim, device=device).repeat(source.heads)
+            rows = _rows(entry.heads, entry.qk, source.qk_dim).to(device)
+            values[f"{new.attention}.qk_index"] = before[rows.clamp(min=0)]  # what pads is zero, however it is turned
     return values

@@ -157,6 +157,8 @@ def attach_gates(model: PreTrainedModel, architecture: Architecture, gates: nn.M
             if name not in gates:
                 continue
             module = get_wrapped(model, path)
+            if reader is not None and architecture.family.post_norm:
+                module, reader = get_wrapped(model, reader), None
             if reader is None:
                 handles.append(module.register_forward_pre_hook(Before(gates[name])))
             else:

@@ -207,13 +207,14 @@ def _removed_branches(model: PreTrainedModel, plan: PruningPlan) -> list[str]:
     """Prefixes of the parameters that write a removed branch into the residual stream."""
     paths = layer_paths(model, plan.source)
     kept = {entry.index: entry for entry in plan.layers}
-    prefixes = []
+    prefixes, post = [], plan.source.family.post_norm
     for i, (path, shape) in enumerate(zip(paths, plan.source.layers, strict=True)):
         entry = kept.get(i)
-        if shape.mixer == "attention" and (entry is None or entry.mixer == "none"):
-            prefixes.append(f"{path.o}.")
+        written = shape.mixer == "attention" or (post and shape.mixer != "none")
+        if written and (entry is None or entry.mixer == "none"):
+            prefixes.append(f"{path.norm1 if post else path.o}.")
         if shape.mlp and (entry is None or not entry.mlp):
-            prefixes.append(f"{path.fc2}.")
+            prefixes.append(f"{path.norm2 if post else path.fc2}.")
     return prefixes
 
 

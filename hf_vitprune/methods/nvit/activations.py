@@ -48,7 +48,11 @@ class ActivationSums:
                 names += [paths.norm1, paths.o] if layer.shape.mixer == "attention" else []
                 names += [paths.norm2, paths.fc2] if layer.shape.mlp else []
         # the patch projection first: what comes behind it then has gradients even where all weights are frozen
-        self.taps = {name: Tap(channels_first=name == self.patch) for name in dict.fromkeys([self.patch, *names])}
+        stem: Any = get_wrapped(model, self.patch)
+        maps = isinstance(stem, torch.nn.Conv2d)  # channels in front of rows and columns
+        self.taps = {
+            name: Tap(channels_first=maps and name == self.patch) for name in dict.fromkeys([self.patch, *names])
+        }
 
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
         """Hook the taps in, behind all hooks that change activations."""

@@ -24,6 +24,7 @@ def set_masks(masks: nn.ModuleDict, architecture: Architecture, sets: Sequence[U
         heads = kept.get((i, "heads"), torch.ones(shape.heads, dtype=torch.bool))
         for place, kind, size in (("queries", "qk", shape.qk_dim), ("attention_out", "v", shape.v_dim)):
             channels = kept.get((i, kind), torch.ones(size, dtype=torch.bool))
+            channels = channels.repeat(size // len(channels))  # rotary pairs go together
             _set(masks, mask_name(i, place), (heads[:, None] & channels[None]).flatten())
         if (i, "mlp") in kept:
             _set(masks, mask_name(i, "mlp_hidden"), kept[i, "mlp"])

@@ -61,7 +61,7 @@ class Sizes:
             self._update(range(len(self.sets)))
             return
         i = one.layer
-        self.shapes[i] = resized_layer(self.shapes[i], one.kind, self.counts[position])
+        self.shapes[i] = resized_layer(self.shapes[i], one, self.counts[position])
         self._layers[i] = self._layer(i, self.width)
         if self._narrower:
             self._narrower[i] = self._layer(i, self._narrow_width)
@@ -94,7 +94,7 @@ class Sizes:
                 outer = self.meter.outer(self.width) - self.meter.outer(self._narrow_width)
                 self.savings[position] = (outer + sum(self._layers) - sum(self._narrower)) / self._dense
             else:
-                smaller = resized_layer(self.shapes[one.layer], one.kind, self.counts[position] - one.group)
+                smaller = resized_layer(self.shapes[one.layer], one, self.counts[position] - one.group)
                 width = self.width * self._factors[one.layer]
                 cost = self.meter.layer(smaller, width, self.stages[one.layer])
                 self.savings[position] = (self._layers[one.layer] - cost) / self._dense

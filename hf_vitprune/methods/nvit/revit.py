@@ -38,7 +38,7 @@ def revit(base_config: PreTrainedConfig, hidden_size: int = 384, rule: str = "re
     if rule not in ("released", "table"):
         raise InvalidConfigError(f"rule is released or table, not {rule!r}")
     dense = Architecture.dense(stock_config(base_config))
-    if dense.depths is not None or "embedding" not in dense.family.units:
+    if dense.depths is not None or "embedding" not in dense.units:
         raise InvalidConfigError(f"ReViT shapes are for models of one width, which {dense.model_type} models are not")
     if dense.head_dim(0) != HEAD_DIM:
         raise InvalidConfigError(

@@ -12,6 +12,7 @@ from ...errors import MissingGradientsError
 from ...families import LayerPaths
 from ...modeling.structure import get_wrapped, layer_paths
 from ...spec.architecture import Architecture
+from ...spec.units import channels_per_unit
 from ...utils.sharding import whole
 from .units import UnitSet
 
@@ -56,6 +57,7 @@ class LayerSums:
     def __init__(self, architecture: Architecture, layer: int, paths: LayerPaths) -> None:
         self.shape = architecture.layers[layer]
         self.paths = paths
+        self.per_unit = channels_per_unit(architecture, "qk")
 
     def units(self, kind: str, rows: Any) -> torch.Tensor:
         """(units,) of one kind: heads over q, k and v; q/k channels over q; v channels over v; neurons over fc1."""
@@ -65,7 +67,8 @@ class LayerSums:
         if kind == "heads":
             q, k, v = (rows(path).view(shape.heads, -1).sum(1) for path in (paths.q, paths.k, paths.v))
             return q + k + v
-        return rows(paths.q if kind == "qk" else paths.v).view(shape.heads, -1).sum(0)
+        channels = rows(paths.q if kind == "qk" else paths.v).view(shape.heads, -1).sum(0)
+        return channels.view(self.per_unit if kind == "qk" else 1, -1).sum(0)
 
 
 class WeightSums:
@@ -83,7 +86,7 @@ class WeightSums:
     def __init__(self, model: PreTrainedModel, architecture: Architecture, sets: Sequence[UnitSet]) -> None:
         self.sets = sets
         self.layers = [LayerSums(architecture, i, paths) for i, paths in enumerate(layer_paths(model, architecture))]
-        self.patch = architecture.family.patch_path(model)
+        self.patch, self.stem_axis = architecture.family.patch_path(model), architecture.family.stem_axis
         self.with_embedding = sets[0].layer is None
         names = [path for layer in self.layers for path in _linears(layer)]
         self.modules: dict[str, Any] = {name: get_wrapped(model, name) for name in (*names, self.patch)}
@@ -132,10 +135,11 @@ class WeightSums:
                 "in the backward pass and drops gradients at once: use one that keeps them until its step"
             )
         precise = torch.promote_types(weight.dtype, torch.float32)
-        return (weight.detach().to(precise) * weight.grad.to(precise)).flatten(1)
+        products = weight.detach().to(precise) * weight.grad.to(precise)
+        return (products.movedim(self.stem_axis, 0) if path == self.patch else products).flatten(1)
 
     def _rows(self, path: str, products: torch.Tensor) -> torch.Tensor:
-        bias = self.modules[path].bias
+        bias = getattr(self.modules[path], "bias", None)
         sums = products.sum(1)
         if bias is not None and bias.grad is not None:
             sums = sums + bias.detach().to(sums.dtype) * bias.grad.to(sums.dtype)

@@ -12,7 +12,7 @@ from ...plan.plan import PruningPlan
 from ...plan.select import check_units, plan_keeping
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import LayerShape
-from ...spec.units import LAYER_UNITS, has_embedding_set, set_name
+from ...spec.units import LAYER_UNITS, channels_per_unit, has_embedding_set, set_name
 from .config import NViTConfig
 
 
@@ -26,6 +26,7 @@ class UnitSet:
         start: place of its first unit in vectors over all units.
         size: number of units.
         group: units that are removed at a time.
+        channels: of a head that a q/k unit is: two where rotary positions turn pairs of them.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class UnitSet:
     start: int
     size: int
     group: int
+    channels: int = 1
 
     @property
     def name(self) -> str:
@@ -63,14 +65,15 @@ def unit_sets(architecture: Architecture, config: NViTConfig) -> tuple[UnitSet, 
     def add(kind: str, layer: int | None, size: int) -> None:
         if kind not in wanted or not size:
             return
-        group = config.group_sizes[kind]
+        channels = channels_per_unit(architecture, kind)
+        size, group = size // channels, max(1, config.group_sizes[kind] // channels)
         if size % group:
             where = architecture.model_type if layer is None else f"layer {layer} of the {architecture.model_type}"
             raise InvalidConfigError(
                 f"groups of {group} do not divide the {size} {kind} units of {where}: set group_sizes="
                 f"{{{kind!r}: ...}} to one of {_divisors(size)}"
             )
-        sets.append(UnitSet(kind, layer, sets[-1].places.stop if sets else 0, size, group))
+        sets.append(UnitSet(kind, layer, sets[-1].places.stop if sets else 0, size, group, channels))
 
     if has_embedding_set(architecture):
         add("embedding", None, architecture.hidden_size)
@@ -93,13 +96,13 @@ def resized(architecture: Architecture, sets: Sequence[UnitSet], counts: Sequenc
         if one.layer is None:
             width = count
         else:
-            shapes[one.layer] = resized_layer(shapes[one.layer], one.kind, count)
+            shapes[one.layer] = resized_layer(shapes[one.layer], one, count)
     return replace(architecture, layers=tuple(shapes), hidden_size=width)
 
 
-def resized_layer(shape: LayerShape, kind: str, count: int) -> LayerShape:
-    """The layer with so many units of a kind."""
-    changes: dict[str, int] = {LAYER_UNITS[kind]: count}
+def resized_layer(shape: LayerShape, one: UnitSet, count: int) -> LayerShape:
+    """The layer with so many units of a set."""
+    changes: dict[str, int] = {LAYER_UNITS[one.kind]: count * one.channels}
     return replace(shape, **changes)  # type: ignore[arg-type]
 
 

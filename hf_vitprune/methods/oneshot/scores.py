@@ -75,6 +75,7 @@ class OneShotScores:
         settings = settings or OneShotSettings()
         base = merged_twin(model) if is_peft(model) else unwrap(model)
         architecture = Architecture.of(base)
+        architecture.check_looks("one-shot scoring")
         if len({parameter.device for parameter in base.parameters()}) > 1:
             raise UnsupportedModelError("scoring needs the model on one device")
         batches = ImageBatches(images, settings.batch_size, settings.images, shard=shard())

@@ -47,6 +47,7 @@ def extract_features(
         UnsupportedModelError: no family is registered for the model.
     """
     config = config or SLSConfig()
+    Architecture.of(unwrap(model)).check_looks("SLS")
     batches = ImageBatches(data, batch_size=config.batch_size, limit=config.max_samples)
     base = _in_float32(unwrap(model))
     architecture = Architecture.of(base)
