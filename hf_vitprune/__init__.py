@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .cost import Cost as Cost
     from .cost import count as count
     from .errors import VitPruneError as VitPruneError
+    from .family_check import register_family as register_family
     from .latency.table import LatencyTable as LatencyTable
     from .losses.distillation import DistillationConfig as DistillationConfig
     from .methods import NViTConfig as NViTConfig
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from .methods import select_layers as select_layers
     from .methods.nvit.revit import revit as revit
     from .modeling import build as build
-    from .modeling import register_family as register_family
     from .plan.plan import PruningPlan as PruningPlan
     from .pruning import mask as mask
     from .pruning import prune as prune
@@ -74,7 +74,7 @@ _PUBLIC = {
     "mask": "pruning",
     "prune": "pruning",
     "push_to_hub": "publish.hub",
-    "register_family": "modeling",
+    "register_family": "family_check",
     "register_method": "methods",
     "revit": "methods.nvit.revit",
     "select_layers": "methods",

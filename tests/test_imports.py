@@ -24,6 +24,7 @@ ORDER = [
     "compensate",
     "peft",
     "pruning",
+    "family_check",
     "latency",
     "losses",
     "methods",

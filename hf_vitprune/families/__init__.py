@@ -45,6 +45,11 @@ def add_family(family: Family) -> None:
     _FAMILIES[family.model_type] = family
 
 
+def remove_family(family: Family) -> None:
+    """Undo :func:`add_family`."""
+    del _FAMILIES[family.model_type]
+
+
 def all_families() -> list[Family]:
     return list(_FAMILIES.values())
 
@@ -128,4 +133,5 @@ __all__ = [
     "base_model_type",
     "family_of",
     "find_family",
+    "remove_family",
 ]

@@ -135,6 +135,8 @@ class Family:
     attention_bias: Callable[..., Any] | None = None
     #: models take images of other sizes only when told to (``interpolate_pos_encoding=True``)
     interpolates: bool = True
+    #: fields of a small config, for the tests that a family has to pass; sizes common to most by default
+    tiny: Mapping[str, Any] = field(default_factory=dict, hash=False)
     #: attributes of the pruned twin of a class, by the class's name
     twin_attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     #: model classes with more than one encoder or a wrapped one, that this family does not take

@@ -49,6 +49,7 @@ SIGLIP2_VISION = Siglip2Family(
     o="out_proj",
     norms=("post_layernorm",),
     extra_tokens=0,
+    tiny={"num_patches": 4},
 )
 #: the same tower under ``Siglip2Config``, as AutoModelForImageClassification maps it
 SIGLIP2 = replace(SIGLIP2_VISION, model_type="siglip2", sub_config="vision_config", refused_classes=("Siglip2Model",))

@@ -126,4 +126,5 @@ SWIN = SwinFamily(
     convolutions=True,
     grid_layer=WholeGridMixin,
     windows=cut_windows,
+    tiny={"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2, "patch_size": 2},
 )

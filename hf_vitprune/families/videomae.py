@@ -100,4 +100,5 @@ VIDEOMAE = VideoMAEFamily(
     fc1=("dense",),
     extra_tokens=0,
     interpolates=False,
+    tiny={"num_frames": 4},
 )

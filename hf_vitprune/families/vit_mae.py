@@ -49,4 +49,4 @@ class ViTMAEFamily(ViTFamily):
         return {**super().inputs(config, size, device, task), "noise": noise}
 
 
-VIT_MAE = ViTMAEFamily(model_type="vit_mae", root="vit")
+VIT_MAE = ViTMAEFamily(model_type="vit_mae", root="vit", tiny={"mask_ratio": 0.5})

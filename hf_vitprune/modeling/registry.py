@@ -13,7 +13,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UnsupportedModelError
-from ..families import PRUNED_PREFIX, Family, add_family, all_families
+from ..families import PRUNED_PREFIX, Family, add_family, all_families, remove_family
 from ..spec.architecture import strip_family
 from .pretrained import PrunedConfigMixin, PrunedModelMixin
 
@@ -42,13 +42,29 @@ _stock: set[type[PreTrainedModel]] = set()
 
 
 def register_family(family: Family) -> None:
-    """Add one's own family: its facts for the engine, and pruned classes for its transformers classes.
+    """Take in a family untested; see ``family_check.register_family``.
 
     Raises:
         ValueError: the model type is taken.
     """
     add_family(family)
     _make_classes(family)
+
+
+def stock_classes(family: Family) -> list[type[PreTrainedModel]]:
+    """The classes of transformers that a registered family prunes."""
+    config_class = CONFIG_MAPPING[family.model_type]
+    return [stock for stock in _models if stock in _stock and stock.config_class is config_class]
+
+
+def forget_family(family: Family) -> None:
+    """Undo :func:`register_family`."""
+    remove_family(family)
+    config_class = CONFIG_MAPPING[family.model_type]
+    del _configs[config_class]
+    for stock in [one for one in _stock if one.config_class is config_class]:
+        _stock.remove(stock)
+        del _models[stock]
 
 
 def pruned_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
@@ -116,7 +132,7 @@ def _make_classes(family: Family) -> None:
         {"model_type": pruned_type, "__annotations__": {"pruning_config": Any}, "pruning_config": None},
     )
     _configs[config_class] = pruned_config
-    AutoConfig.register(pruned_type, pruned_config)
+    AutoConfig.register(pruned_type, pruned_config, exist_ok=True)  # a family may have been refused before
     copy_conversions(pruned_type, family.model_type)
     for auto_name, stock in _stock_classes(family, config_class):
         _stock.add(stock)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UnsupportedModelError
 from ..families import Family, LayerPaths
@@ -156,7 +157,8 @@ def _check_stock(attention: nn.Module, path: str, family: Family) -> None:
     """
     stock: Any = stock_type(attention)
     written_in = stock.__module__
-    reason = "" if written_in.startswith("transformers.") else f" of {written_in}"
+    known = written_in.startswith("transformers.") or written_in == CONFIG_MAPPING[family.model_type].__module__
+    reason = "" if known else f" of {written_in}"
     if not reason:
         unknown = set(inspect.signature(stock.forward).parameters) - _UNDERSTOOD
         unknown -= {*family.ignored_inputs, *family.attention_inputs}

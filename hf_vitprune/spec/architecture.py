@@ -480,7 +480,7 @@ def task_of(model: Any) -> str:
     stated = getattr(model, "pruning_task", None)
     if stated:
         return stated
-    stock = next((c for c in type(model).__mro__ if c.__module__.startswith("transformers.")), type(model))
+    stock = next((c for c in type(model).__mro__ if c.__module__.startswith("transformers.models.")), type(model))
     return strip_family(stock.__name__, type(model.config).__name__)
 
 
