@@ -1,6 +1,6 @@
 """What can be pruned in which family, read from the registry:
 
-    python -m benchmarks.families            # prints docs/families.md
+python -m benchmarks.families            # prints docs/families.md
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from hf_vitprune.modeling.registry import stock_classes
 
 HEAD = """# Families
 
-Made by `python -m benchmarks.families`; every row passes the common tester. VTP, NViT, SLS and one-shot work on each unit
-that is there; SPViT needs convolutions, which mix patches that lie on a grid. A stock result loads without this library.
+Made by `python -m benchmarks.families`. Every unit marked x passes the common tester: cut as its mask says. Plans from
+random and magnitude scores work on all of them; methods and calibration that read images take families whose input is
+images, which SigLIP 2 (patches) and VideoMAE (frames) are not. SPViT needs convolutions, which mix patches that lie on
+a grid. A stock result loads without this library.
 """
 
 
