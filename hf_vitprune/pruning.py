@@ -20,6 +20,7 @@ from .surgery.composite import with_masked_tower, with_tower
 from .surgery.read_layers import kept_feature_layers, layers_read
 from .surgery.reload import load_pruned
 from .surgery.transplant import empty_like, mask_plain, prune_plain
+from .utils.sharding import check_whole
 
 __all__ = ["load_pruned", "mask", "prune", "truncate"]
 
@@ -61,6 +62,7 @@ def prune(
     """
     if calibration is None and compensate is not False and compensate not in ("auto", "none"):
         raise InvalidConfigError(f"compensate={compensate!r} needs calibration images: pass calibration=<images>")
+    check_whole(model)
     tower = find_tower(model, plan.part)
     if tower.path:
         return _prune_part(model, tower, plan, calibration, compensate, allow_unchanged, stock)

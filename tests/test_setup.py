@@ -14,12 +14,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from hf_vitprune import NViTConfig, PruningCallback, SPViTConfig, VTPConfig, get_pruning_model
-from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune import (
+    NViTConfig,
+    OneShotScores,
+    PruningCallback,
+    PruningPlan,
+    SPViTConfig,
+    VTPConfig,
+    get_pruning_model,
+    prune,
+)
+from hf_vitprune.errors import InvalidConfigError, UnsupportedModelError
 from hf_vitprune.training.setup import check_teacher
 from hf_vitprune.utils.sharding import sharding_of
 from pruning_runs import SMALL_GROUPS, VIT, gated
-from tiny import make
+from tiny import images, make
 
 CONFIG = VTPConfig(pruning_ratio=0.4)
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -89,6 +98,15 @@ def test_methods_that_need_whole_weights(alone: Any, config: Any, message: str) 
     fully_shard(model, mesh=alone)
     with pytest.raises(InvalidConfigError, match=message):
         begin(get_pruning_model(model, config))
+
+
+def test_pruning_without_training_needs_a_whole_model(alone: Any) -> None:
+    plan = PruningPlan.random(make(VIT), 0.4)
+    model = make(VIT)
+    fully_shard(model, mesh=alone)
+    for wrong in (lambda: prune(model, plan), lambda: OneShotScores.measure(model, images(2))):
+        with pytest.raises(UnsupportedModelError, match="load it whole on every process"):
+            wrong()
 
 
 def test_tensor_parallel(alone: Any) -> None:

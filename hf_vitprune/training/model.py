@@ -12,10 +12,8 @@ from ..errors import AdapterError, InvalidConfigError, InvalidDataError, Invalid
 from ..losses.task import is_classifier, task_loss
 from ..methods import PruningConfig, method_for
 from ..modeling.native import to_native
-from ..modeling.peft_twin import check_peft_model, is_peft, plain_twin, tuner_layers
+from ..modeling.peft_twin import is_peft, plain_twin
 from ..peft import save_pruned_peft
-from ..peft.kinds import kind_of
-from ..peft.kinds.convpass import ConvpassLayer
 from ..plan.plan import PruningPlan
 from ..pruning import prune
 from ..spec.architecture import Architecture, unwrap
@@ -29,7 +27,7 @@ from ..utils.sharding import gathered, is_sharded, whole, whole_root
 from .checkpoints import Checkpoints
 from .exporting import export_plan
 from .forward import class_with, signature_of, takes_loss_kwargs
-from .setup import check_model
+from .setup import check_adapters, check_model, check_sliceable
 
 
 def get_pruning_model(model: Any, config: PruningConfig, part: str | None = None) -> PruningModel:
@@ -92,7 +90,7 @@ class PruningModel(Checkpoints):
         if self.tower.path:
             check_host(plain_twin(base, part=self.tower.path) if is_peft(model) else base, self.tower)
         if is_peft(model):
-            _check_adapters(model)
+            check_adapters(model)
             if method_for(config).traits.adapters == "none":
                 raise AdapterError(
                     f"{config.method_name} makes new weights of the frozen ones, which adapters would no longer fit: "
@@ -108,7 +106,7 @@ class PruningModel(Checkpoints):
         self.guided = False
         self._changes: int | None = None  # of the weights, when the first training pass began
         if is_peft(model) and self.method.traits.adapters == "sliced":
-            _check_sliceable(model, self.pruning_config.method_name, self.tower.path)
+            check_sliceable(model, self.pruning_config.method_name, self.tower.path)
         self._handles = self.method.attach(get(base, self.tower.path))
         self._arguments = list(signature_of(base).parameters)
         self._classifies = is_classifier(base)
@@ -392,18 +390,3 @@ def _changes(model: torch.nn.Module) -> int:
 def _empty(signature: Any) -> Any:
     """A PruningModel that a copy or a pickle is read into."""
     return object.__new__(class_with(PruningModel, signature))
-
-
-def _check_adapters(model: Any) -> None:
-    check_peft_model(model)
-    for config in model.peft_config.values():
-        kind_of(config).check_config(config)
-
-
-def _check_sliceable(model: Any, method: str, part: str) -> None:
-    for name, layer in tuner_layers(get(unwrap(model), part)).items():
-        if isinstance(layer, ConvpassLayer):
-            raise AdapterError(
-                f"{method} narrows layers, and the Convpass adapter of {name} can neither be sliced nor merged; "
-                "remove whole layers (truncate), or use another adapter"
-            )

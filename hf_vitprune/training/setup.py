@@ -9,7 +9,12 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainingArguments
 
-from ..errors import InvalidConfigError
+from ..errors import AdapterError, InvalidConfigError
+from ..modeling.peft_twin import check_peft_model, tuner_layers
+from ..peft.kinds import kind_of
+from ..peft.kinds.convpass import ConvpassLayer
+from ..spec.architecture import unwrap
+from ..utils.modules import get
 from ..utils.sharding import is_sharded, sharding_of
 
 #: what DeepSpeed does to the calls that pruning needs
@@ -148,3 +153,28 @@ def check_teacher(model: Any) -> None:
 
 def _flag(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+def check_adapters(model: Any) -> None:
+    """Adapters that a pruned model can have.
+
+    Raises:
+        AdapterError: one is of a kind, or has settings, that cannot be carried over.
+    """
+    check_peft_model(model)
+    for config in model.peft_config.values():
+        kind_of(config).check_config(config)
+
+
+def check_sliceable(model: Any, method: str, part: str) -> None:
+    """Adapters of layers that a method narrows.
+
+    Raises:
+        AdapterError: one can neither be sliced nor merged.
+    """
+    for name, layer in tuner_layers(get(unwrap(model), part)).items():
+        if isinstance(layer, ConvpassLayer):
+            raise AdapterError(
+                f"{method} narrows layers, and the Convpass adapter of {name} can neither be sliced nor merged; "
+                "remove whole layers (truncate), or use another adapter"
+            )

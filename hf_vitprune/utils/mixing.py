@@ -42,10 +42,11 @@ def unmix(module: nn.Module, mixin: type[InPlaceMixin]) -> None:
 
 
 def stock_type(module: nn.Module) -> type:
-    """The module's own class, before anything was mixed in front of it."""
-    made = type(module)
-    while issubclass(made, InPlaceMixin):
-        made = made.stock_class
+    """The module's own class, before anything was mixed in front of it, by us or by torch's FSDP2."""
+    made: Any = type(module)
+    while issubclass(made, InPlaceMixin) or hasattr(made, "_orig_cls_mro_index"):
+        ours = issubclass(made, InPlaceMixin)
+        made = made.stock_class if ours else made.__mro__[made._orig_cls_mro_index]
     return made
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+from ..errors import UnsupportedModelError
 from .processes import is_first_process
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -40,6 +41,20 @@ def sharding_of(model: nn.Module) -> str | None:
     others = [getattr(parallel, f"{name}_size", None) or 1 for name in ("tp", "ep", "pp")]
     fully = any(isinstance(module, FSDPModule) for module in modules)
     return "fsdp2" if fully and max(others) == 1 and len(meshes) == 1 else "tensor_parallel"
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model that is not on one process.
+
+    Raises:
+        UnsupportedModelError: it is spread over several, or in a wrapper.
+    """
+    kind = sharding_of(model)
+    if kind is not None:
+        raise UnsupportedModelError(
+            f"the model is spread over processes, or in a wrapper ({kind}): load it whole on every process (without "
+            "distributed_config), or export() the PruningModel that was trained so"
+        )
 
 
 def is_sharded(tensors: Iterable[Any]) -> bool:

@@ -19,6 +19,7 @@ from ...plan.plan import PruningPlan
 from ...spec.architecture import Architecture, unwrap
 from ...utils.batches import ImageBatches
 from ...utils.processes import shard
+from ...utils.sharding import check_whole
 from .choose import best_plan
 from .measure import Measurement
 from .rebuild import rebuilt
@@ -72,6 +73,7 @@ class OneShotScores:
             UnsupportedModelError: no family is registered for the model, or it is spread over devices.
             InvalidDataError: there are no images, the model does not take them, or its features are not finite.
         """
+        check_whole(model)
         settings = settings or OneShotSettings()
         base = merged_twin(model) if is_peft(model) else unwrap(model)
         architecture = Architecture.of(base)
