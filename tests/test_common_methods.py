@@ -28,7 +28,7 @@ from hf_vitprune import (
 from hf_vitprune.utils.batches import ImageBatches
 from plans import aligned
 from pruning_runs import SMALL_GROUPS, VIT, Patterns, scatter_scores, score_tensors, state_of, trainer
-from tiny import CASES, CLASSIFIERS, assert_same, images, make, relative_error, run, total_loss
+from tiny import CASES, CLASSIFIERS, TEXTS, assert_same, images, make, relative_error, run, total_loss
 
 #: one line a configuration: name -> config
 METHODS: dict[str, Callable[[], Any]] = {
@@ -53,13 +53,16 @@ GATED = [name for name in METHODS if name.startswith("VTP")]
 SEARCHED = [name for name in METHODS if name.startswith("SPViT")]
 #: methods that remove layers from the top: nothing of a backbone that gives the last layer's output
 DEPTH = ["SLS", "Truncation"]
-UNCUT = ["Dinov2Backbone", "Dinov2WithRegistersBackbone"]
+UNCUT = ["Dinov2Backbone", "Dinov2WithRegistersBackbone", "DINOv3ViTBackbone", "BeitBackbone"]
+#: what is refused at the door: no grid for convolutions, no v channels to remove
+REFUSED = {"SPViT": ("Data2Vec", "Swinv2"), "VTP": ("Swinv2",)}
 #: every configuration on one classifier a family, the first of a method on every other class
 PAIRS = [
     (case, method)
     for case in CASES
     for method in (METHODS if case in CLASSIFIERS else FIRST)
     if not (case in UNCUT and method in DEPTH)
+    and not case.startswith((*TEXTS, *REFUSED.get(method, ())))  # images are what they learn from here
 ]
 SOME = [(case, method) for case in CLASSIFIERS for method in FIRST]
 

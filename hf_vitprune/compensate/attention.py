@@ -46,9 +46,13 @@ def _widened(site: Site, inputs: Inputs, every_head: bool) -> Layer:
         parts |= {"q": slice(None), "k": slice(None)}
         if site.dense.table() is not None:
             wide.replace_table(site.dense.table())
+    turned = getattr((site.dense if every_head else site.small).part("attention"), "qk_index", None)
     mix_into(attention, PrunedAttentionMixin)  # a stock one has one width for q/k and v
     shape = replace(site.source, heads=heads, qk_dim=qk_dim)
     attention.set_shape(shape, source.scaling(site.entry.index), source.family)
+    if source.family.rotate is not None:
+        attention.register_channels(source.head_dim(site.entry.index))
+        attention.qk_index = attention.qk_index if turned is None else turned
     for part, chosen in parts.items():
         wide.replace(part, *(tensor[chosen] for tensor in inputs.weights(site, part)))
     return wide

@@ -207,4 +207,6 @@ class Layer:
         return residual + out
 
     def _mlp(self, residual: torch.Tensor) -> torch.Tensor:
-        return self.part("mlp")(self.part("norm2")(residual))
+        out = self.part("mlp")(self.part("norm2")(residual))
+        beside = not self.paths["fc2"].startswith(f"{self.paths['mlp']}.")  # the halves are modules side by side
+        return self.part("fc2")(out) if beside else out

@@ -31,6 +31,11 @@ class Walk:
     """
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture, batch: Mapping[str, Any]) -> None:
+        if architecture.family.post_norm:
+            raise UnsupportedModelError(
+                f"{architecture.model_type} models have their norms behind the branches, which compensation and one-shot "
+                "scores cannot follow: prune them without calibration images"
+            )
         self.model: Any = whole_shadow(model).eval()
         finish_mixers(self.model, architecture.family)  # the shadow has lost the hook
         self.architecture = architecture
@@ -90,7 +95,10 @@ class Walk:
             for handle in handles:
                 handle.remove()
         if any(kwargs.get("attention_mask") is not None for _, kwargs in calls.values()):
-            raise InvalidDataError("layers are run one by one without an attention_mask: leave it out of the batches")
+            raise InvalidDataError(
+                "layers are run one by one without an attention_mask: leave it out of the batches; models that add "
+                "position biases to it for all layers are pruned without calibration images"
+            )
         return calls
 
     def start(self, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -101,7 +101,9 @@ def _skeleton(dense: Architecture, hidden_size: int, empty: bool) -> tuple[Any, 
     first = [dense.layers[dense.stages.index(stage)] for stage in sorted(set(dense.stages))]
     if empty:
         first = [LayerShape("none", shifted=shape.shifted) for shape in first]
-    depths = None if dense.depths is None else (1,) * len(first)
+    depths = None
+    if dense.depths is not None:  # the last stages may be empty
+        depths = (*[1] * len(first), *[0] * (len(dense.depths) - len(first)))
     small = replace(dense, layers=tuple(first), hidden_size=hidden_size, depths=depths)
     config = config_for(small)
     config._attn_implementation = "eager"  # fused kernels cannot be counted
