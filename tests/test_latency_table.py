@@ -86,7 +86,7 @@ def test_what_is_around_the_blocks_is_timed_for_every_class(case: str, monkeypat
 
 def test_swin_with_an_empty_last_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     weigh(monkeypatch)
-    small = truncate(make(SWIN), 2)
+    small = truncate(make(SWIN), 2, stock=False)
     stock = to_native(small)
     assert measured(stock, grid=DENSE_ONLY).predict(Architecture.of(stock)) == pytest.approx(
         1 + 1 + count(stock).params

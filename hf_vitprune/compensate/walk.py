@@ -33,7 +33,7 @@ class Walk:
     def __init__(self, model: PreTrainedModel, architecture: Architecture, batch: Mapping[str, Any]) -> None:
         if architecture.family.post_norm:
             raise UnsupportedModelError(
-                f"{architecture.model_type} models have their norms behind the branches, which compensation and one-shot "
+                f"{architecture.model_type} models have norms behind the branches, which compensation and one-shot "
                 "scores cannot follow: prune them without calibration images"
             )
         self.model: Any = whole_shadow(model).eval()
