@@ -40,7 +40,7 @@ from hf_vitprune import (
     get_pruning_model,
     prune,
 )
-from hf_vitprune.spec.architecture import lineage_of
+from hf_vitprune.spec.configs import lineage_of
 from hf_vitprune.utils.batches import ImageBatches
 
 SUBJECTS = ("ViT, digits", "ViT, dSprites")

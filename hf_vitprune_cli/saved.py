@@ -11,7 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from hf_vitprune.errors import UnsupportedModelError
 from hf_vitprune.families import PRUNED_PREFIX, family_of
 from hf_vitprune.modeling import class_for_task, pruned_model_class, registry, stock_model_class
-from hf_vitprune.spec.architecture import Architecture, strip_family
+from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune.spec.configs import strip_family
 
 from .app import one_line
 

@@ -21,7 +21,8 @@ from hf_vitprune.modeling.peft_twin import tuner_layers
 from hf_vitprune.peft.kinds.lora import LoraKind
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import mask, prune, truncate
-from hf_vitprune.spec.architecture import Architecture, lineage_of
+from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune.spec.configs import lineage_of
 from plans import PLANS, plan_named, pruning_plans
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run, total_loss
 from tiny_adapters import CONFIGS, CONVERTED, SLICED, adapted, randomize, targets

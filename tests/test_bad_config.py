@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from hf_vitprune.errors import InvalidArchitectureError, VitPruneError
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune
-from hf_vitprune.spec.architecture import fingerprint
+from hf_vitprune.spec.configs import fingerprint
 from plans import every_word
 from tiny import LargestTensor, assert_same, make, run
 

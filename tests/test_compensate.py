@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from hf_vitprune import Architecture, Compensation, OneShotScores, PruningPlan, mask, prune
 from hf_vitprune.compensate import PARTS, compensate_plan
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError, InvalidPlanError, UnsupportedModelError
-from hf_vitprune.spec.architecture import lineage_of
+from hf_vitprune.spec.configs import lineage_of
 from plans import PLANS, each_layer, few, plan_named, pruning_plans, without_scales
 from tiny import CASES, CLASSIFIERS, TEXTS, assert_same, images, make, relative_error, run
 from two_compensations import EXPORT, agreed, weights_of

@@ -26,7 +26,7 @@ from hf_vitprune import (
 )
 from hf_vitprune.errors import AdapterError, InvalidConfigError, InvalidDataError
 from hf_vitprune.publish.card import model_card
-from hf_vitprune.spec.architecture import lineage_of
+from hf_vitprune.spec.configs import lineage_of
 from pruning_runs import SMALL_GROUPS, VIT, Patterns, gated, lora_model, nvit, scatter_scores, state_of, trainer
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run
 

@@ -14,7 +14,7 @@ from hf_vitprune import PruningCallback, PruningModel, SLSConfig, get_pruning_mo
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError, InvalidPlanError
 from hf_vitprune.methods.depth import fewest_layers
 from hf_vitprune.methods.sls import extract_features
-from hf_vitprune.spec.architecture import lineage_of
+from hf_vitprune.spec.configs import lineage_of
 from pruning_runs import VIT, Patterns, lora_model, state_of, trainer
 from tiny import CASES, CLASSIFIERS, LABELS, SIZE, assert_same, images, make, relative_error, run
 

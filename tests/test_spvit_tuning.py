@@ -12,7 +12,7 @@ from hf_vitprune import Architecture, PruningPlan, get_pruning_model
 from hf_vitprune.contrib.spvit_start import released_start
 from hf_vitprune.errors import InvalidConfigError, InvalidPlanError
 from hf_vitprune.methods.spvit import SPViTTuningConfig
-from hf_vitprune.spec.architecture import lineage_of
+from hf_vitprune.spec.configs import lineage_of
 from pruning_runs import VIT, Patterns, scatter_scores, spvit, state_of, trainer
 from tiny import make, relative_error, run, total_loss
 

@@ -258,10 +258,8 @@ def hybrid(name: str, mixers: Sequence[str] | None = None, seed: int = 0, **chan
         changes: go to the (vision) config.
     """
     from hf_vitprune.modeling import build
-    from hf_vitprune.spec.architecture import (  # fresh processes must not import it with this file
-        Architecture,
-        strip_family,
-    )
+    from hf_vitprune.spec.architecture import Architecture
+    from hf_vitprune.spec.configs import strip_family
 
     case = CASES[name]
     depths = case.fields.get("depths")

@@ -17,7 +17,8 @@ from ..families import LayerPaths
 from ..modeling import class_for_task, config_for
 from ..modeling.conv_fold import CENTRE, POSITIONS, fold_heads, mixer_state, mixing_probabilities
 from ..modeling.structure import layer_paths
-from ..spec.architecture import Architecture, stock_config
+from ..spec.architecture import Architecture
+from ..spec.configs import stock_config
 from ..spec.layer_shape import KERNELS
 
 logger = logging.get_logger(__name__)

@@ -11,7 +11,8 @@ from torch import nn
 
 from ..errors import MissingLabelsError, UnsupportedModelError
 from ..modeling.peft_twin import is_peft, merged_twin
-from ..spec.architecture import task_of, unwrap
+from ..spec.architecture import unwrap
+from ..spec.configs import task_of
 from ..utils.batches import run_images
 from ..utils.modes import evaluating
 from .batches import batches_of

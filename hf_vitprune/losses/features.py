@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from ..errors import InvalidConfigError, InvalidDataError, VitPruneError
 from ..plan.plan import PruningPlan
-from ..spec.architecture import Architecture, task_of, unwrap
+from ..spec.architecture import Architecture, unwrap
+from ..spec.configs import task_of
 from ..spec.towers import tower_module
 from .distillation import DistillationConfig, Teacher, at_least_float32
 

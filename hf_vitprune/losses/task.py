@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..errors import InvalidDataError, MissingLabelsError
-from ..spec.architecture import task_of, unwrap
+from ..spec.architecture import unwrap
+from ..spec.configs import task_of
 
 
 def is_classifier(model: Any) -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InvalidArchitectureError
-from ..spec.architecture import Architecture, stock_config, write_record
+from ..spec.architecture import Architecture, write_record
+from ..spec.configs import stock_config
 from .registry import class_for_task, pruned_config_class
 
 

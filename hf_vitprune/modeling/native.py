@@ -12,7 +12,8 @@ from transformers.initialization import no_init_weights
 
 from ..errors import NativeExportError
 from ..families import LayerPaths
-from ..spec.architecture import Architecture, lineage_of, stock_config
+from ..spec.architecture import Architecture
+from ..spec.configs import lineage_of, stock_config
 from ..spec.layer_shape import LayerShape
 from ..utils.mixing import unmix
 from .blocks import PrunedAttentionMixin, set_attention_sizes

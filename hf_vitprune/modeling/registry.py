@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UnsupportedModelError
 from ..families import PRUNED_PREFIX, Family, add_family, all_families, remove_family
-from ..spec.architecture import strip_family
+from ..spec.configs import strip_family
 from .pretrained import PrunedConfigMixin, PrunedModelMixin
 
 #: Auto classes whose stock classes get a pruned twin

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..spec.architecture import lineage_of
+from ..spec.configs import lineage_of
 from .layer_plan import LayerPlan
 from .plan import PruningPlan
 

@@ -17,7 +17,8 @@ from ..errors import InvalidConfigError
 from ..families import PRUNED_PREFIX
 from ..families.base import pair
 from ..plan.lineage import lineage_of
-from ..spec.architecture import Architecture, task_of, unwrap
+from ..spec.architecture import Architecture, unwrap
+from ..spec.configs import task_of
 from ..spec.origin import dense_of
 from .report import comparison_markdown, human, layer_markdown
 

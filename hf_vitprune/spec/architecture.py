@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import InvalidArchitectureError, UnsupportedModelError
-from ..families import PRUNED_PREFIX, Family, base_model_type, family_of
+from ..families import Family, family_of
+from .configs import checked_depths, fingerprint, stock_config, task_of
 from .layer_shape import (
     LayerShape,
     check_shape,
@@ -21,11 +18,12 @@ from .layer_shape import (
     shape_from_row,
     shape_from_words,
     shape_to_words,
+    window_shifts,
 )
 from .live import check_live, unwrap
 from .towers import find_tower
 
-__all__ = ["Architecture", "lineage_of", "unwrap"]
+__all__ = ["Architecture", "unwrap"]
 
 #: version of the JSON form of an architecture
 FORMAT_VERSION = 1
@@ -98,7 +96,9 @@ class Architecture:
         except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
             raise InvalidArchitectureError(f"no {config.model_type} model has this config: {error!r}") from error
         depths = family.depths(config)
-        layers = tuple(dense_shape(s, shifted) for s, shifted in zip(sizes, _shifts(depths, len(sizes)), strict=True))
+        layers = tuple(
+            dense_shape(s, shifted) for s, shifted in zip(sizes, window_shifts(depths, len(sizes)), strict=True)
+        )
         return cls(config, layers, sizes[0].embedding, depths, task)
 
     @classmethod
@@ -172,10 +172,6 @@ class Architecture:
 
     def scaling(self, layer: int) -> float:
         return self.head_dim(layer) ** -0.5
-
-    @property
-    def is_dense(self) -> bool:
-        return self == Architecture.dense(self.config, self.task)
 
     def fits(self, other: Architecture) -> bool:
         """Whether a plan made for one can be carried out on the other.
@@ -297,7 +293,7 @@ class Architecture:
         fields = dict(record["config"])
         config = _make_config(fields.pop("model_type", None), fields)
         layers = tuple(LayerShape(**row) for row in rows)
-        return cls(config, layers, record["hidden_size"], _checked_depths(depths), task, part).validated()
+        return cls(config, layers, record["hidden_size"], checked_depths(depths), task, part).validated()
 
     def replace(self, **changes: Any) -> Architecture:
         return replace(self, **changes).validated()
@@ -327,22 +323,6 @@ def write_record(architecture: Architecture, info: dict[str, Any] | None = None)
     return record
 
 
-def lineage_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """How a model was pruned: info in the record of a pruned config, or plain data in a stock one; may be empty."""
-    record = getattr(config, "pruning_config", None)
-    info = record.get("info") if isinstance(record, dict) else getattr(config, "pruning_info", None)
-    return info if isinstance(info, dict) else {}
-
-
-def fingerprint(record: dict[str, Any]) -> str:
-    """Digest of everything else in a record: shapes alone cannot tell 4 heads of 32 from 8 heads of 16.
-
-    The same in every version, as adapters name their base by it.
-    """
-    rest = {k: v for k, v in record.items() if k not in ("fingerprint", "info", "head_dims")} | {"version": 1}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def read_record(config: PreTrainedConfig, record: Any, task: str) -> Architecture:
     """The architecture that a config with a ``pruning_config`` describes.
 
@@ -369,7 +349,7 @@ def read_record(config: PreTrainedConfig, record: Any, task: str) -> Architectur
         seal = fingerprint(record)
     except (TypeError, ValueError) as error:
         raise InvalidArchitectureError(f"pruning_config is not JSON: {error}") from error
-    depths = _checked_depths(record.get("depths"))
+    depths = checked_depths(record.get("depths"))
     shapes = tuple(shape_from_words(rows[str(i)], f"pruning_config: layer {i}") for i in range(len(rows)))
     base = stock_config(config)
     architecture = Architecture(base, shapes, record["hidden_size"], depths, task).validated()
@@ -391,37 +371,6 @@ def read_record(config: PreTrainedConfig, record: Any, task: str) -> Architectur
             f"{record.get('head_dims')}: the config was edited or damaged; fetch config.json again"
         )
     return architecture
-
-
-def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The stock config of the dense model behind a stock or pruned config (a copy for pruned ones).
-
-    Raises:
-        InvalidArchitectureError: the pruned config's record of the dense sizes is damaged.
-    """
-    if not config.model_type.startswith(PRUNED_PREFIX):
-        return config
-    family = family_of(config)
-    # a copy under the stock class, attribute by attribute: parsing a config anew takes longer than building a model
-    base = copy.copy(config)
-    base.__class__ = CONFIG_MAPPING[base_model_type(config.model_type)]
-    base.__dict__.pop("model_type", None)  # configs read from a file hold it, and it hides that of the class
-    record = base.__dict__.pop("pruning_config", None)
-    for name in ("architectures", "auto_map"):
-        setattr(base, name, None)
-    if family.sub_config:
-        setattr(base, family.sub_config, copy.copy(getattr(config, family.sub_config)))
-    if isinstance(record, dict):
-        dense = _checked_dense_sizes(record.get("dense"), family, config)
-        sizes = family.sizes_config(base)
-        if "num_attention_heads" in dense:
-            sizes.num_attention_heads = dense["num_attention_heads"]
-        hidden = dense.get("hidden_size", sizes.hidden_size)
-        layers = dense.get("num_hidden_layers", sizes.num_hidden_layers)
-        family.resize_config(base, hidden, layers, tuple(dense["depths"]) if "depths" in dense else None)
-        if "num_attention_heads" in dense:  # some families adapt the heads to the width
-            sizes.num_attention_heads = dense["num_attention_heads"]
-    return base
 
 
 def _make_config(model_type: Any, fields: dict[str, Any]) -> PreTrainedConfig:
@@ -448,50 +397,4 @@ def _possible(depths: tuple[int, ...], layers: int) -> bool:
     return sum(depths) == layers and list(depths[: len(filled)]) == filled and min(depths) >= 0
 
 
-def _checked_depths(depths: Any) -> tuple[int, ...] | None:
-    if depths is None:
-        return None
-    if not isinstance(depths, (list, tuple)) or not depths or any(type(d) is not int for d in depths):
-        raise InvalidArchitectureError(f"depths {depths!r} is no list of whole numbers")
-    return tuple(depths)
-
-
-def _checked_dense_sizes(dense: Any, family: Family, config: PreTrainedConfig) -> dict[str, Any]:
-    columnar = {"hidden_size", "num_hidden_layers", "num_attention_heads"}
-    names = columnar if family.depths(config) is None else {"depths"}
-    if not isinstance(dense, dict) or set(dense) != names:
-        raise InvalidArchitectureError(f"pruning_config: dense sizes {dense!r} are not {', '.join(sorted(names))}")
-    for name, size in dense.items():
-        sizes = size if name == "depths" and isinstance(size, list) else [size]
-        least = [1] + [0] * (len(sizes) - 1)  # the last stages may be empty
-        if not sizes or any(
-            type(s) is not int or not low <= s <= 1 << 16 for low, s in zip(least, sizes, strict=True)
-        ):
-            raise InvalidArchitectureError(f"pruning_config: dense {name} is {size!r}")
-    own_head_dim = getattr(family.sizes_config(config), "head_dim", None)
-    if not own_head_dim and dense.get("hidden_size", 0) % dense.get("num_attention_heads", 1):
-        raise InvalidArchitectureError(f"pruning_config: dense width and heads of {dense} do not divide")
-    return dense
-
-
 # ---------------------------------------------------------------------- small helpers
-def task_of(model: Any) -> str:
-    """Class name without the family's prefix: ``ViTForImageClassification`` -> ``ForImageClassification``."""
-    stated = getattr(model, "pruning_task", None)
-    if stated:
-        return stated
-    stock = next((c for c in type(model).__mro__ if c.__module__.startswith("transformers.models.")), type(model))
-    return strip_family(stock.__name__, type(model.config).__name__)
-
-
-def strip_family(model_class: str, config_class: str) -> str:
-    """Task part of a class name: the config's name tells the prefix (CLIPVisionConfig: also ``CLIP``)."""
-    family = config_class.removesuffix("Config")
-    prefixes = (family, family.removesuffix("Vision"))
-    return next((model_class.removeprefix(p) for p in prefixes if model_class.startswith(p)), model_class)
-
-
-def _shifts(depths: tuple[int, ...] | None, layers: int) -> list[bool | None]:
-    if depths is None:
-        return [None] * layers
-    return [bool(b % 2) for depth in depths for b in range(depth)]

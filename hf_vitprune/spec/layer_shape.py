@@ -176,3 +176,10 @@ def shape_to_words(shape: LayerShape) -> dict[str, Any]:
     if shape.shifted is not None:
         row["shifted"] = shape.shifted
     return row
+
+
+def window_shifts(depths: tuple[int, ...] | None, layers: int) -> list[bool | None]:
+    """Whether the windows of every layer are shifted, every second one of a stage; None without stages."""
+    if depths is None:
+        return [None] * layers
+    return [bool(b % 2) for depth in depths for b in range(depth)]

@@ -7,7 +7,8 @@ import copy
 from transformers import PreTrainedConfig
 
 from ..families import family_of
-from .architecture import Architecture, lineage_of, stock_config
+from .architecture import Architecture
+from .configs import lineage_of, stock_config
 
 
 def dense_of(config: PreTrainedConfig, task: str = "ForImageClassification") -> Architecture:

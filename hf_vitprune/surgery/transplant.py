@@ -22,7 +22,8 @@ from ..modeling.registry import stock_ancestor
 from ..modeling.structure import finish_mixers, layer_paths, put_mixer, replace_mixer, resize_
 from ..plan.lineage import lineage
 from ..plan.plan import PruningPlan
-from ..spec.architecture import Architecture, lineage_of
+from ..spec.architecture import Architecture
+from ..spec.configs import lineage_of
 from ..utils.modules import meta_copy, named_tensors, owner
 from .cuts import Cut, find_cuts, small_state
 from .gates import strip_gates

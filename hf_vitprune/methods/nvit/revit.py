@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ...errors import InvalidConfigError
-from ...spec.architecture import Architecture, stock_config
+from ...spec.architecture import Architecture
+from ...spec.configs import stock_config
 
 #: channels a head of value, and of the dense model behind the attention scale of 1/8
 HEAD_DIM = 64
