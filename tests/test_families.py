@@ -96,7 +96,7 @@ def test_paths_lead_to_the_parts(case: str) -> None:
 def test_family_of_models_and_configs(case: str) -> None:
     model = make(case)
     assert family_of(model) is family_of(model.config)
-    assert Architecture.of(model).is_dense
+    assert Architecture.of(model) == Architecture.dense(model.config, Architecture.of(model).task)
 
 
 def test_refusal_lists_what_is_supported() -> None:

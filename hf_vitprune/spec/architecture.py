@@ -96,9 +96,8 @@ class Architecture:
         except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
             raise InvalidArchitectureError(f"no {config.model_type} model has this config: {error!r}") from error
         depths = family.depths(config)
-        layers = tuple(
-            dense_shape(s, shifted) for s, shifted in zip(sizes, window_shifts(depths, len(sizes)), strict=True)
-        )
+        shifts = window_shifts(depths, len(sizes))
+        layers = tuple(dense_shape(s, shifted) for s, shifted in zip(sizes, shifts, strict=True))
         return cls(config, layers, sizes[0].embedding, depths, task)
 
     @classmethod
