@@ -16,17 +16,30 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedModel, ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
 
-from hf_vitprune import PruningPlan, count, mask, prune, towers, truncate
+from hf_vitprune import (
+    OneShotScores,
+    PruningPlan,
+    SLSConfig,
+    count,
+    mask,
+    prune,
+    select_layers,
+    towers,
+    truncate,
+)
+from hf_vitprune.compensate import compensate_plan
 from hf_vitprune.errors import (
+    InvalidDataError,
     InvalidPlanError,
     UnsupportedModelError,
     UnsupportedUnitError,
     VitPruneError,
 )
+from hf_vitprune.methods import OneShotSettings
 from hf_vitprune.spec.architecture import Architecture
 from plans import pruning_plans
-from tiny import make, relative_error
-from tiny_composites import COMPOSITES, captioner, dual, llava, outputs, pixels
+from tiny import LargestTensor, make, relative_error, reset_weights
+from tiny_composites import COMPOSITES, captioner, dual, llava, outputs, pixels, vip_llava
 
 UNITS: dict[str, list[str]] = {
     "qk": ["qk"],
@@ -238,3 +251,91 @@ def test_q_k_of_other_widths_stay_in_stock_hosts() -> None:
     with pytest.raises(UnsupportedUnitError, match="'wings'"):
         PruningPlan.random(model, 0.4, ["wings"], part="vision")
     assert outputs(small, inputs)["image_embeds"].shape == outputs(model, inputs)["image_embeds"].shape
+
+
+# ---------------------------------------------------------------------- layers that nobody reads
+@pytest.mark.parametrize("name", ["LLaVA", "LLaVA-NeXT"])
+def test_unused_layers_are_dropped_exactly(name: str, tmp_path: Path) -> None:
+    model, inputs, expected = made(name)
+    shorter = truncate(model, "unused")
+    assert shorter.config.vision_feature_layer == -1 and towers(shorter)["vision"].layers == 3
+    assert torch.equal(outputs(shorter, inputs)["logits"], expected["logits"])
+    with pytest.raises(InvalidPlanError, match="every one of the 3 layers is read"):
+        truncate(shorter, "unused")
+    shorter.save_pretrained(tmp_path)
+    assert type(shorter.get_submodule(towers(shorter)["vision"].path)).__module__.startswith("transformers.")
+    assert torch.equal(outputs(type(model).from_pretrained(tmp_path).eval(), inputs)["logits"], expected["logits"])
+
+
+def test_unused_layers_of_a_list_of_layers() -> None:
+    """Negative numbers and others: each names the same layer as before."""
+    model, inputs = vip_llava([-3, -2, 1])
+    shorter = truncate(model, "unused")
+    assert shorter.config.vision_feature_layer == [-2, -1, 1]
+    assert torch.equal(outputs(shorter, inputs)["logits"], outputs(model, inputs)["logits"])
+    with pytest.raises(InvalidPlanError, match=r"removes layer 1 .*config.vision_feature_layer"):
+        prune(model, PruningPlan.dense(model).keep_layers([0, 2, 3]))
+    with pytest.raises(InvalidPlanError, match="removes layer 2, whose output this backbone gives"):
+        truncate(made("UperNet")[0], 2)
+
+
+# ---------------------------------------------------------------------- scores, and what a processor makes
+def test_one_shot_of_a_tower() -> None:
+    """From the whole model's batches; scores of the part are those of the tower by itself."""
+    model, inputs, _ = made("LLaVA")
+    rows = [{name: value[i % 2] for name, value in inputs.items()} for i in range(6)]
+    settings_ = OneShotSettings(statistics=True)
+    scores = OneShotScores.measure(model, rows, settings_, part="vision")
+    alone = OneShotScores.measure(model.model.vision_tower, inputs["pixel_values"].repeat(3, 1, 1, 1), settings_)
+    assert scores.tensors.keys() == alone.tensors.keys() and scores.fingerprint == alone.fingerprint
+    assert all(torch.allclose(t, alone.tensors[n], rtol=1e-3, atol=1e-6) for n, t in scores.tensors.items())
+    plan = scores.plan(0.6, round_to=1)
+    assert plan.part == "vision"
+    sliced = outputs(prune(model, plan), inputs)["logits"]
+    fitted = [prune(model, plan, calibration=rows), prune(model, scores.compensate(model, plan))]
+    fitted += [prune(model, compensate_plan(model, plan, rows))]
+    dense = outputs(model, inputs)["logits"]
+    for small in fitted:
+        assert relative_error(outputs(small, inputs)["logits"], dense) < relative_error(sliced, dense)
+    with pytest.raises(InvalidDataError, match="other weights"):
+        scores.check(llava_with_other_weights())
+
+
+def llava_with_other_weights() -> Any:
+    return reset_weights(llava()[0], seed=1)
+
+
+def test_layers_are_selected_in_a_tower() -> None:
+    """No layer under the highest that is read is looked at; without such fields, all are."""
+    images = {"pixel_values": pixels(12), "labels": torch.arange(12) % 2}
+    selection = select_layers(made("LLaVA")[0], images, SLSConfig(perplexity=3))
+    assert set(selection.scores) <= {3, 4} and selection.layers == 4
+    alone = select_layers(made("CLIP")[0].vision_model, images, SLSConfig(perplexity=3))
+    assert select_layers(made("CLIP")[0], images, SLSConfig(perplexity=3), part="vision") == alone
+
+
+# ---------------------------------------------------------------------- memory
+def test_the_language_model_is_not_touched() -> None:
+    """It may be on the meta device, where nothing could be copied, and no tensor as large as one of its is made."""
+    model, inputs = llava()
+    language = model.model.language_model
+    ours = {n: t.data_ptr() for n, t in language.state_dict().items()}
+    small = prune(model, PruningPlan.random(model, 0.4, UNITS["all"]))
+    assert {n: t.data_ptr() for n, t in small.model.language_model.state_dict().items()} == ours
+    assert small.model.language_model is language
+    config = copy.deepcopy(model.config)
+    config.text_config.vocab_size, config.text_config.hidden_size = 32_000, 512
+    with torch.device("meta"):
+        large = type(model)(config)
+    large.model.vision_tower = model.model.vision_tower
+    plan = PruningPlan.random(large, 0.4, UNITS["all"])
+    with LargestTensor() as made_:
+        small = prune(large, plan)
+    assert made_.real <= 16 * 32 * 48
+    assert small.model.language_model.embed_tokens.weight is large.model.language_model.embed_tokens.weight
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert {p.dtype for p in prune(half, plan_of(half)).parameters()} == {torch.bfloat16}
+
+
+def plan_of(model: Any) -> PruningPlan:
+    return PruningPlan.random(model, 0.4, UNITS["all"])

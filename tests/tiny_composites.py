@@ -90,12 +90,12 @@ def llava_next(layer: Any = -2) -> Made:
     return finished(t.LlavaNextForConditionalGeneration(config), **inputs)
 
 
-def vip_llava() -> Made:
+def vip_llava(layers: Any = (-3, -2, 1)) -> Made:
     config = t.VipLlavaConfig(
         vision_config=t.CLIPVisionConfig(**VISION),
         text_config=t.LlamaConfig(**LLAMA),
         image_token_index=IMAGE_TOKEN,
-        vision_feature_layers=[-3, -2, 1],
+        vision_feature_layer=list(layers),
     )
     return finished(t.VipLlavaForConditionalGeneration(config), **_words(4, pixel_values=pixels()))
 

@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import InvalidPlanError, UnsupportedModelError
-from ..modeling.peft_twin import is_peft, merged_twin
+from ..modeling.peft_twin import plain_part
 from ..plan.plan import PruningPlan
-from ..spec.architecture import unwrap
 from ..surgery.cuts import Cut, find_cuts
 from ..surgery.transplant import check_plan, prune_plain
 from ..utils.batches import ImageBatches
@@ -41,7 +40,8 @@ def compensate_plan(
     gradients, and the shape stays the plan's. With several processes, all have to call this, with the same data.
 
     Args:
-        model: stock or pruned transformers model, or a PeftModel over one (with its active adapters).
+        model: stock or pruned transformers model, a bigger one with the plan's part in it, or a PeftModel over one (with
+            its active adapters).
         plan: made for it; without factors and weights of its own.
         calibration: unlabelled images: anything that ``ImageBatches`` takes, already through the image processor.
         compensate: ``"auto"``, names of parts, or a :class:`Compensation`; ``"none"`` gives the plan back.
@@ -58,7 +58,7 @@ def compensate_plan(
         InvalidConfigError: unknown parts or settings.
     """
     settings = Compensation.of(compensate)
-    base = merged_twin(model) if is_peft(model) else unwrap(model)
+    base = plain_part(model, plan.part)[0]
     check_plan(base, plan, allow_unchanged=True)
     if settings is None:
         return plan

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...errors import InvalidDataError, UnsupportedModelError
-from ...modeling.peft_twin import is_peft, merged_twin
+from ...modeling.peft_twin import is_peft, plain_part
 from ...plan.plan import PruningPlan
-from ...spec.architecture import Architecture, unwrap
+from ...spec.architecture import Architecture
 from ...utils.batches import ImageBatches
 from ...utils.processes import shard
 from ...utils.sharding import check_whole
@@ -55,7 +55,13 @@ class OneShotScores:
     @classmethod
     @torch.no_grad()
     def measure(
-        cls, model: Any, images: Any, settings: OneShotSettings | None = None, *, name: str | None = None
+        cls,
+        model: Any,
+        images: Any,
+        settings: OneShotSettings | None = None,
+        *,
+        name: str | None = None,
+        part: str | None = None,
     ) -> OneShotScores:
         """Score a model from unlabelled images: forward passes only; the model is not changed.
 
@@ -64,10 +70,13 @@ class OneShotScores:
         With several processes, all have to call this, with the same data; all get the same scores.
 
         Args:
-            model: stock or pruned transformers model, or a PeftModel over one (with its active adapters).
-            images: unlabelled: anything that ``ImageBatches`` takes, already through the image processor.
+            model: stock or pruned transformers model, a bigger one with a tower in it, or a PeftModel over one (with
+                its active adapters).
+            images: unlabelled: anything that ``ImageBatches`` takes, already through the image processor. A tower runs
+                by itself, on what it takes of the batches.
             settings: the defaults where there are none.
             name: where the model is, kept for ``hf-vitprune prune --scores``.
+            part: which tower of a bigger model (see :func:`hf_vitprune.towers`); its only one by default.
 
         Raises:
             UnsupportedModelError: no family is registered for the model, or it is spread over devices.
@@ -75,8 +84,7 @@ class OneShotScores:
         """
         check_whole(model)
         settings = settings or OneShotSettings()
-        base = merged_twin(model) if is_peft(model) else unwrap(model)
-        architecture = Architecture.of(base)
+        base, architecture = plain_part(model, part)
         architecture.check_looks("one-shot scoring")
         if len({parameter.device for parameter in base.parameters()}) > 1:
             raise UnsupportedModelError("scoring needs the model on one device")
@@ -134,14 +142,13 @@ class OneShotScores:
             raise UnsupportedModelError(
                 "scores are of the merged weights of a PeftModel: prune it with prune(model, plan, calibration=images)"
             )
-        base = unwrap(model)
-        self.check(base)
+        self.check(model)
         if not self.settings.statistics:
             raise InvalidDataError(
                 "these scores were measured without statistics: measure them again with statistics=True, or pass "
                 "images to prune(model, plan, calibration=images)"
             )
-        return rebuilt(base, plan, self.tensors, self.settings)
+        return rebuilt(plain_part(model, plan.part)[0], plan, self.tensors, self.settings)
 
     def check(self, model: Any) -> None:
         """Refuse another model than the one that was scored.
@@ -149,8 +156,7 @@ class OneShotScores:
         Raises:
             InvalidDataError: the architecture or a weight differs.
         """
-        base = merged_twin(model) if is_peft(model) else unwrap(model)
-        architecture = Architecture.of(base)
+        base, architecture = plain_part(model, self.architecture.part)
         if not self.architecture.fits(architecture):
             raise InvalidDataError(
                 f"the scores are of a {self.architecture.model_type} of {len(self.architecture.layers)} layers and "

@@ -13,7 +13,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...errors import InvalidConfigError, InvalidDataError
-from ...spec.architecture import Architecture
+from ...spec.architecture import Architecture, unwrap
+from ...spec.towers import find_tower, tower_module
+from ...surgery.read_layers import layers_needed
 from ..depth import fewest_layers
 from .config import SLSConfig
 from .features import check_features, check_labels, extract_features
@@ -84,7 +86,9 @@ class LayerSelection:
         return {**asdict(self), "scores": scores, "estimated": list(self.estimated)}
 
 
-def select_layers(features_or_model: Any, labels_or_dataset: Any, config: SLSConfig | None = None) -> LayerSelection:
+def select_layers(
+    features_or_model: Any, labels_or_dataset: Any, config: SLSConfig | None = None, part: str | None = None
+) -> LayerSelection:
     """Decide how many of the bottom layers to keep for a task (SLS, arXiv 2407.14330).
 
     The score of a layer is the silhouette coefficient of the true classes in a t-SNE map of its features. From the
@@ -97,6 +101,8 @@ def select_layers(features_or_model: Any, labels_or_dataset: Any, config: SLSCon
         labels_or_dataset: the images' class numbers; or for a model, images with labels in anything that
             ``ImageBatches`` takes: all of them are used, in their order, by one pass in eval mode and float32.
         config: ``SLSConfig()`` by default.
+        part: which tower of a bigger model (see :func:`hf_vitprune.towers`), which runs by itself; its only one by
+            default.
 
     Raises:
         InvalidDataError: fewer than two classes, labels that are no classes, features that are not finite or do not
@@ -106,11 +112,11 @@ def select_layers(features_or_model: Any, labels_or_dataset: Any, config: SLSCon
     """
     config = config or SLSConfig()
     if isinstance(features_or_model, nn.Module):
-        architecture = Architecture.of(features_or_model)
-        total = len(architecture.layers)
-        floor = checked_floor(fewest_layers(features_or_model, config.stages), total, config)
-        wanted = range(floor, total + 1)
-        features, labels = extract_features(features_or_model, labels_or_dataset, config, wanted)
+        total = len(Architecture.of(features_or_model, part).layers)
+        tower = tower_module(features_or_model, part)
+        needed, _ = layers_needed(unwrap(features_or_model), find_tower(features_or_model, part), total)
+        floor = checked_floor(max(needed, fewest_layers(tower, config.stages)), total, config)
+        features, labels = extract_features(tower, labels_or_dataset, config, range(floor, total + 1))
     else:
         features, labels = given_features(features_or_model, labels_or_dataset, config)
         total = max(features)
