@@ -13,6 +13,13 @@ from typer.core import TyperGroup
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a saved model, or its id on the Hub.")]
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+PartOption = Annotated[str | None, typer.Option(help="Which tower of a bigger model (vision, text, backbone, ...).")]
+ClassesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Zero-shot accuracy of a dual encoder: labelled images (as --data of prune), class names as captions."
+    ),
+]
 ImageSizeOption = Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own.", min=1)]
 
 

@@ -21,11 +21,12 @@ from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune
 from hf_vitprune.publish.report import comparison_table
 from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune.spec.towers import tower_module
 from hf_vitprune.training.recovery import Recovery, hold_out, recover
 from hf_vitprune.utils.data import read_folder
 
 from .app import say
-from .saved import load_config, model_class_of
+from .saved import load_any_config, model_class_of
 from .workflow import NamedProgress, PrunedResult, model_row, save_result
 
 #: images that are drawn from the folder; more change little
@@ -44,6 +45,7 @@ def prune_from_images(
     round_to: int,
     batch_size: int,
     recovery: Recovery | None = None,
+    part: str | None = None,
 ) -> None:
     """Prune, save, and print what came of it.
 
@@ -58,6 +60,7 @@ def prune_from_images(
         round_to: kept sizes are multiples of it.
         batch_size: images a forward pass.
         recovery: train the small model on the features of the dense one; None: no training.
+        part: which tower of a bigger model; its only one by default.
 
     Raises:
         InvalidDataError: too few images to train on some and hold others out.
@@ -69,18 +72,18 @@ def prune_from_images(
             raise InvalidConfigError("features are learned by one process: start it without torchrun, or prune first")
         state = PartialState(cpu=not torch.accelerator.is_available())
     first = state is None or state.is_main_process
-    dense: Any = model_class_of(load_config(model)).from_pretrained(model).eval()
+    dense: Any = model_class_of(load_any_config(model)).from_pretrained(model).eval()
     if state is not None:
         dense.to(state.device)
     processor = _processor(model, images is not None)
-    check_target(Architecture.of(dense), OneShotSettings(), round_to=round_to, **goal)
+    check_target(Architecture.of(dense, part), OneShotSettings(), round_to=round_to, **goal)
     recovered = None
     if images is not None:
         drawn = read_folder(images, processor, NUM_IMAGES if recovery is None else NUM_TRAINED)
         training, apart = hold_out(len(drawn), recovery.held_out) if recovery else (list(range(len(drawn))), [])
         pixels = drawn[training[:: -(-len(training) // NUM_CALIBRATED)]]
         settings = OneShotSettings(images=None, batch_size=batch_size, statistics=scores_file is not None)
-        scores = OneShotScores.measure(dense, pixels, settings, name=model)
+        scores = OneShotScores.measure(dense, pixels, settings, name=model, part=part)
         if scores_file is not None and first:
             scores.save(scores_file)
         plan = scores.plan(round_to=round_to, **goal)
@@ -88,7 +91,9 @@ def prune_from_images(
         if recovery is not None:
             progress = [NamedProgress("learning features")]
             learned = drawn[training]
-            recovered = recover(small, dense, learned, recovery, held_out=drawn[apart], plan=plan, callbacks=progress)
+            taught = [tower_module(one, plan.part) for one in (small, dense)]
+            alone = plan.of_part(None)
+            recovered = recover(*taught, learned, recovery, held_out=drawn[apart], plan=alone, callbacks=progress)
     else:
         scores = OneShotScores.load(scores_file or "")
         scores.check(dense)
@@ -108,8 +113,9 @@ def prune_from_images(
 
 def _finish(model: str, out: Path, dense: Any, small: Any, plan: PruningPlan, processor: Any) -> None:
     """Measure, save, and print a table."""
-    timings = measure_speed({"dense": dense, "pruned": small}, batch_size=8)
-    rows = [model_row(key, one, None, timings[key]) for key, one in (("dense", dense), ("pruned", small))]
+    towers = {key: tower_module(one, plan.part) for key, one in (("dense", dense), ("pruned", small))}
+    timings = measure_speed(towers, batch_size=8)
+    rows = [model_row(key, one, None, timings[key]) for key, one in towers.items()]
     macs, params = (rows[1][key] / rows[0][key] for key in ("macs", "params"))
     pair = {"before": timings["dense"], "after": timings["pruned"]}
     save_result(out, PrunedResult(small, plan, {}, macs, params), processor, pair, dataset=None, base_model=model)

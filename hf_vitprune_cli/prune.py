@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import ForceOption, ModelArgument, OutArgument, empty_output
+from .app import ForceOption, ModelArgument, OutArgument, PartOption, empty_output
 
 
 def _grouped(panel: str, help: str, *names: str, **settings: Any) -> Any:
@@ -65,9 +65,10 @@ def prune(
     ] = None,
     batch_size: Annotated[int, _training("Images a step, or a forward pass.", min=1)] = 32,
     new_head: Annotated[bool, _training("A new classifier, for the data's classes.", "--new-head")] = False,
+    part: PartOption = None,
     force: ForceOption = False,
 ) -> None:
-    """Prune a vision model, and save a model folder with a card.
+    """Prune a vision model, or (without labels) a tower of a bigger one, and save a model folder.
 
     With --data: learn what to prune, prune, fine-tune. With --images: without labels, and without training unless
     --train features, in seconds to minutes. With --scores of an earlier run: to another target, in seconds.
@@ -77,6 +78,8 @@ def prune(
     written = [out] if images is None or scores is None else [out, scores]
     for path in written:
         empty_output(path, force)
+    if part is not None and data is not None:
+        raise typer.BadParameter("--part is for a tower of a bigger model, which is pruned with --images or --scores")
     table = None if target_metric in ("macs", "params") else Path(target_metric)
     goal = {
         "target": target,
@@ -100,6 +103,7 @@ def prune(
             goal,
             round_to=round_to,
             batch_size=batch_size,
+            part=part,
             recovery=recovery if train == Train.features else None,
         )
         return

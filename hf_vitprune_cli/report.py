@@ -8,19 +8,24 @@ from typing import Annotated
 
 import typer
 
-from .app import ImageSizeOption, ModelArgument
+from .app import ClassesOption, ImageSizeOption, ModelArgument, PartOption
 
 
 def report(
     dense: ModelArgument,
     pruned: Annotated[list[str], typer.Argument(metavar="PRUNED...", help="Models that were made from it.")],
     image_size: ImageSizeOption = None,
+    part: PartOption = None,
+    classes: ClassesOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw what every layer keeps to this file (png, svg or pdf) too.")
     ] = None,
 ) -> None:
-    """Compare pruned models with the dense one: cost, and the sizes of every layer. Reads configs, not weights."""
+    """Compare pruned models with the dense one: cost, and the sizes of every layer.
+
+    Reads configs; weights with --classes alone.
+    """
     from rich.console import Console
 
     from hf_vitprune.cost import count
@@ -28,13 +33,19 @@ def report(
 
     from .saved import load_architecture
 
-    architectures = {name: load_architecture(name) for name in (dense, *pruned)}
+    architectures = {name: load_architecture(name, part) for name in (dense, *pruned)}
     whole = count(architectures[dense], image_size)
+    accuracies: dict[str, float] = {}
+    if classes is not None:
+        from .zero_shot import accuracy_of_saved
+
+        accuracies = {name: accuracy_of_saved(name, classes) for name in architectures}
     rows = []
     for name, architecture in architectures.items():
         cost = count(architecture, image_size)
         shares = {"MACs kept": cost.macs / whole.macs, "parameters kept": cost.params / whole.params}
-        rows.append({"name": name, "params": cost.params, "macs": cost.macs, **shares})
+        zero_shot = {"zero-shot accuracy": accuracies[name]} if accuracies else {}
+        rows.append({"name": name, **zero_shot, "params": cost.params, "macs": cost.macs, **shares})
     if plot is not None:
         plot_removed({name: architectures[name] for name in pruned}, plot)
     if as_json:

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from hf_vitprune.errors import UnsupportedModelError
-from hf_vitprune.families import PRUNED_PREFIX, family_of
-from hf_vitprune.modeling import class_for_task, pruned_model_class, registry, stock_model_class
+from hf_vitprune.families import PRUNED_PREFIX, family_of, find_family
+from hf_vitprune.modeling import class_for_task, hosts, pruned_model_class, registry, stock_model_class
 from hf_vitprune.spec.architecture import Architecture
 from hf_vitprune.spec.configs import strip_family
+from hf_vitprune.spec.towers import find_tower, tower_module
 
 from .app import one_line
 
 
 def load_config(model: str) -> PreTrainedConfig:
-    """The config of a saved model, stock or pruned.
+    """The config of a saved model of a family, stock or pruned.
 
     Raises:
         OSError: there is no such model, or no config in it.
         UnsupportedModelError: transformers or this library does not know its kind.
     """
+    config = load_any_config(model)
+    family_of(config)
+    return config
+
+
+def load_any_config(model: str) -> PreTrainedConfig:
+    """:func:`load_config`, of a bigger model with towers in it too."""
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise FileNotFoundError(f"{model} has no config.json, so it is not the folder of a saved model")
     if not Path(model).exists() and (model.count("/") > 1 or model.startswith(("/", ".", "~"))):
@@ -32,22 +42,28 @@ def load_config(model: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(model)
     except (ValueError, StrictDataclassError) as error:  # an unknown or absent model_type, fields of a wrong type
         raise UnsupportedModelError(f"{model}: {one_line(error)}") from error
-    family_of(config)
     return config
+
+
+def holds_towers(config: PreTrainedConfig) -> bool:
+    """Whether a config is of a bigger model, whose class is none of a family."""
+    family = find_family(config)
+    return family is None or next(iter(config.architectures or []), None) in family.refused_classes
 
 
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that a config names in ``architectures``, by default its image classifier.
 
     Raises:
-        UnsupportedModelError: the class is not of a family, or holds a text tower too.
+        UnsupportedModelError: it names none, or one that is not of its kind.
     """
-    family = family_of(config)
     named: str | None = next(iter(config.architectures or []), None)
-    if named in family.refused_classes:
-        raise UnsupportedModelError(
-            f"{named} holds a text tower too; save its vision tower on its own, or use a vision-only task class"
-        )
+    if holds_towers(config):
+        whole: type[PreTrainedModel] | None = getattr(hosts, named or "", getattr(transformers, named or "", None))
+        if whole is None:
+            raise UnsupportedModelError(f"config.json names {named}, which is no class of {config.model_type}")
+        return whole
+    family = family_of(config)
     is_pruned = config.model_type.startswith(PRUNED_PREFIX)
     if named is None:
         default = class_for_task(family, "ForImageClassification")
@@ -58,9 +74,26 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
-def load_architecture(model: str) -> Architecture:
-    """The architecture of a saved model, from its config alone."""
-    config = load_config(model)
-    model_class = pruned_model_class(model_class_of(config))
+def load_tower(model: str, part: str | None = None) -> tuple[Architecture, PreTrainedConfig]:
+    """The architecture of a saved model, or of a tower in it, and its config; weights are not read.
+
+    Raises:
+        UnsupportedModelError: as :func:`hf_vitprune.spec.towers.find_tower`.
+    """
+    config = load_any_config(model)
+    model_class = model_class_of(config)
+    if holds_towers(config):
+        with torch.device("meta"), no_init_weights():
+            whole = model_class(config)
+        return Architecture.of(whole, part), tower_module(whole, part).config
+    model_class = pruned_model_class(model_class)
     task = getattr(model_class, "pruning_task", None) or strip_family(model_class.__name__, type(config).__name__)
-    return Architecture.from_config(config, task)
+    if part not in (None, "vision"):
+        with torch.device("meta"):
+            find_tower(pruned_model_class(model_class)(config), part)  # says what there is
+    return Architecture.from_config(config, task), config
+
+
+def load_architecture(model: str, part: str | None = None) -> Architecture:
+    """The architecture of a saved model, or of a tower in it, from its config alone."""
+    return load_tower(model, part)[0]

@@ -40,8 +40,8 @@ def compensate_plan(
     gradients, and the shape stays the plan's. With several processes, all have to call this, with the same data.
 
     Args:
-        model: stock or pruned transformers model, a bigger one with the plan's part in it, or a PeftModel over one (with
-            its active adapters).
+        model: stock or pruned transformers model, a bigger one with the plan's part in it, or a PeftModel over one
+            (with its active adapters).
         plan: made for it; without factors and weights of its own.
         calibration: unlabelled images: anything that ``ImageBatches`` takes, already through the image processor.
         compensate: ``"auto"``, names of parts, or a :class:`Compensation`; ``"none"`` gives the plan back.

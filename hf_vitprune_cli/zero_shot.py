@@ -1,0 +1,29 @@
+"""Zero-shot accuracy of saved dual encoders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from hf_vitprune.publish.zero_shot import zero_shot_accuracy
+from hf_vitprune.utils.data import load_images
+
+from .saved import load_any_config, model_class_of
+
+
+def accuracy_of_saved(model: str, source: str) -> float:
+    """Zero-shot accuracy of a saved dual encoder on the evaluation split of labelled images.
+
+    Args:
+        model: folder or Hub id, with its tokenizer and image processor.
+        source: what ``load_images`` takes; its class names are the captions.
+
+    Raises:
+        OSError: there is no such model, or no tokenizer or image processor with it.
+        InvalidDataError, UnsupportedModelError: as :func:`zero_shot_accuracy`.
+    """
+    images = load_images(source)
+    loaded: Any = model_class_of(load_any_config(model)).from_pretrained(model).eval()
+    _, evaluation = images.processed(AutoImageProcessor.from_pretrained(model))
+    return zero_shot_accuracy(loaded, AutoTokenizer.from_pretrained(model), evaluation, images.label_names)
