@@ -61,6 +61,7 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if holds_towers(config):
         whole: type[PreTrainedModel] | None = getattr(hosts, named or "", getattr(transformers, named or "", None))
         if whole is None:
+            family_of(config)  # says what is supported
             raise UnsupportedModelError(f"config.json names {named}, which is no class of {config.model_type}")
         return whole
     family = family_of(config)

@@ -179,7 +179,8 @@ def test_models_of_other_kinds(tmp_path: Path) -> None:
     CLIPConfig(vision_config=dict(WITH_MLP), text_config=dict(TEXT), architectures=["CLIPModel"]).save_pretrained(
         tmp_path / "clip"
     )
-    assert "CLIPModel holds a text tower too" in refused("inspect", tmp_path / "clip")
+    assert "clip_vision_model" in printed("inspect", tmp_path / "clip", "--part", "vision")
+    assert "has no part 'wings'" in refused("inspect", tmp_path / "clip", "--part", "wings")
     config = make(VIT).config
     config.architectures = ["NoSuchClass"]
     config.save_pretrained(tmp_path / "class")
