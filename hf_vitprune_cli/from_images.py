@@ -91,9 +91,15 @@ def prune_from_images(
         if recovery is not None:
             progress = [NamedProgress("learning features")]
             learned = drawn[training]
-            taught = [tower_module(one, plan.part) for one in (small, dense)]
-            alone = plan.of_part(None)
-            recovered = recover(*taught, learned, recovery, held_out=drawn[apart], plan=alone, callbacks=progress)
+            recovered = recover(
+                tower_module(small, plan.part),
+                tower_module(dense, plan.part),
+                learned,
+                recovery,
+                held_out=drawn[apart],
+                plan=plan.of_part(None),
+                callbacks=progress,
+            )
     else:
         scores = OneShotScores.load(scores_file or "")
         scores.check(dense)

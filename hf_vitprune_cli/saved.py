@@ -29,6 +29,11 @@ def load_config(model: str) -> PreTrainedConfig:
     """
     config = load_any_config(model)
     family_of(config)
+    if holds_towers(config):
+        raise UnsupportedModelError(
+            f"{model} is a {next(iter(config.architectures or []))}, which holds several encoders: this command is "
+            "for models that are pruned as a whole (inspect, prune and report take --part)"
+        )
     return config
 
 
