@@ -38,7 +38,7 @@ from hf_vitprune.errors import (
 from hf_vitprune.methods import OneShotSettings
 from hf_vitprune.spec.architecture import Architecture
 from plans import pruning_plans
-from tiny import LargestTensor, make, relative_error, reset_weights
+from tiny import LargestTensor, make, relative_error, reset_weights, run_python
 from tiny_composites import COMPOSITES, captioner, dual, llava, outputs, pixels, vip_llava
 
 UNITS: dict[str, list[str]] = {
@@ -339,3 +339,14 @@ def test_the_language_model_is_not_touched() -> None:
 
 def plan_of(model: Any) -> PruningPlan:
     return PruningPlan.random(model, 0.4, UNITS["all"])
+
+
+def test_the_zero_shot_example() -> None:
+    """A few steps: every line is there, and the cost is what was asked for."""
+    root = Path(__file__).parent.parent
+    code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    small = ["--steps", "3", "--images", "32", "--test-images", "40"]
+    printed = run_python(code, str(root / "examples" / "prune_clip_zero_shot.py"), *small).splitlines()
+    assert printed[0].startswith("dense: zero-shot accuracy")
+    shares = [int(line.partition("%")[0]) / 100 for line in printed[1:]]
+    assert len(shares) == 3 and all(0.9 * t < s <= t for s, t in zip(shares, (0.75, 0.5, 0.35), strict=True))
