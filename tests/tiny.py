@@ -291,6 +291,8 @@ def images(batch: int = 2, size: int | tuple[int, int] = SIZE, seed: int = 7) ->
 
 def feed(model: Any, pixels: torch.Tensor) -> dict[str, Any]:
     """What a model takes for images (B, 3, height, width): patches, frames, and what makes random parts repeatable."""
+    while hasattr(model, "get_base_model"):  # a PruningModel, a PeftModel
+        model = model.get_base_model()
     config = getattr(model.config, "vision_config", model.config)
     kind = type(model).__name__.removeprefix("Pruned")
     batch, _, height, width = pixels.shape

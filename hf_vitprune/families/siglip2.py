@@ -40,6 +40,7 @@ class Siglip2Family(PoolingFamily):
 
 SIGLIP2_VISION = Siglip2Family(
     model_type="siglip2_vision_model",
+    reads="patches of images of any shape",
     root="vision_model",
     layers="encoder.layers",
     patch="embeddings.patch_embedding",

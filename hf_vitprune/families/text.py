@@ -19,6 +19,7 @@ from .clip import ClipFamily
 @dataclass(frozen=True)
 class TextFamily(Family):
     part: str = field(default="text", kw_only=True)
+    reads: str = field(default="text", kw_only=True)
     root: str = "text_model"
     layers: str = "encoder.layers"
     patch: str = "embeddings.token_embedding"

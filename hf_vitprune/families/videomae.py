@@ -90,6 +90,7 @@ class VideoMAEFamily(Family):
 
 VIDEOMAE = VideoMAEFamily(
     model_type="videomae",
+    reads="frames of videos",
     root="videomae",
     layers="encoder.layer",
     attention="attention.attention",

@@ -207,7 +207,7 @@ class Architecture:
 
     # ------------------------------------------------------------------ checks
     def check_looks(self, what: str) -> None:
-        """Refuse what runs a model on images where the model reads text.
+        """Refuse what runs a model on images where the model reads something else.
 
         Args:
             what: names it in the error.
@@ -215,9 +215,9 @@ class Architecture:
         Raises:
             UnsupportedModelError: it does.
         """
-        if self.family.part == "text":
+        if self.family.reads != "images":
             raise UnsupportedModelError(
-                f"{what} runs the model on images, and a {self.model_type} reads text: use "
+                f"{what} runs the model on images, and a {self.model_type} reads {self.family.reads}: use "
                 "PruningPlan.magnitude, criteria.magnitude or a method that trains the whole model"
             )
 

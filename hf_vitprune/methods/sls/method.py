@@ -28,6 +28,7 @@ class SLS(DepthMethod):
 
     def __init__(self, config: SLSConfig, model: PreTrainedModel) -> None:
         super().__init__(config, model, config.stages)
+        self.architecture.check_looks("SLS")
         total, device = len(self.architecture.layers), next(model.parameters()).device
         self.floor = checked_floor(self.floor, total, config)
         pooling_for(self.architecture, config.pooling)  # raises

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ...cost.meter import ClosedFormMeter, CostMeter
-from ...errors import InvalidConfigError, InvalidPlanError
+from ...errors import InvalidConfigError, InvalidPlanError, UnsupportedUnitError
 from ...modeling.structure import layer_paths
 from ...plan.layer_plan import PAD, LayerPlan
 from ...plan.plan import PruningPlan
@@ -35,6 +35,11 @@ class VTP(PruningMethod):
 
     def __init__(self, config: VTPConfig, model: PreTrainedModel) -> None:
         super().__init__(config, model)
+        if "attention_out" in config.points and "v" not in self.architecture.units:
+            raise UnsupportedUnitError(
+                f"VTP removes v channels, which a {self.architecture.model_type} model cannot lose: leave "
+                "'attention_out' out of points=(...)"
+            )
         device = next(model.parameters()).device
         for i, paths in enumerate(layer_paths(model, self.architecture)):
             for point, size in gate_sizes(self.architecture, i).items():
