@@ -20,7 +20,7 @@ from hf_vitprune.compensate import PARTS, compensate_plan
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError, InvalidPlanError, UnsupportedModelError
 from hf_vitprune.spec.configs import lineage_of
 from plans import PLANS, each_layer, few, plan_named, pruning_plans, without_scales
-from tiny import CASES, CLASSIFIERS, TEXTS, assert_same, images, make, relative_error, run
+from tiny import CASES, CLASSIFIERS, NO_LOOK, assert_same, images, make, relative_error, run
 from two_compensations import EXPORT, agreed, weights_of
 
 VIT, SWIN, SWIGLU = (f"{name}ForImageClassification" for name in ("ViT", "Swin", "Dinov2"))
@@ -70,7 +70,7 @@ MANY = {VIT: EXACT, SWIN: ["heads", "everything", "padded values", "removed bran
     [
         (case, plan)
         for case in CASES
-        if not (case.startswith(("Swinv2", *TEXTS)) or case == "BeitForImageClassification-shared")  # refused
+        if not (case.startswith(("Swinv2", *NO_LOOK)) or case == "BeitForImageClassification-shared")  # refused
         for plan in MANY.get(case, ["everything"] if case in CLASSIFIERS else ["removed branches"])
     ],
 )

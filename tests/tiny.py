@@ -185,6 +185,8 @@ CASES: dict[str, Case] = {
 NO_IMAGES = "Siglip2ForImageClassification"
 #: what the cases of text towers begin with
 TEXTS = ("CLIPText", "SiglipText", "Siglip2Text")
+#: beginnings of cases that no image runs through as it is: text, patches, frames, random masks
+NO_LOOK = (*TEXTS, "Siglip2", "VideoMAE", "ViTMAE")
 #: peculiar layers, whose every unit is tested by itself
 PECULIAR = [n for n in CASES if n.startswith(("BeitForI", "Data2VecVisionForI", "Swinv2ForI"))]
 #: one classifier a family (and SwiGLU) that takes images: for what does not depend on the head

@@ -103,6 +103,8 @@ class Family:
     extra_tokens: int = 1
     #: attribute of the config that holds the sizes ("vision_config" in two-tower configs)
     sub_config: str | None = None
+    #: task classes that transformers does not load as it saved them: their small models stay Pruned ones
+    not_stock: tuple[str, ...] = ()
     #: what the models read; what runs them on images refuses the rest
     reads: str = "images"
     #: queries and keys meet as their Linears give them: no rotary embedding and no norm in between

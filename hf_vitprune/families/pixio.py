@@ -22,6 +22,7 @@ class PixioFamily(Dinov2Family):
 
 PIXIO = PixioFamily(
     model_type="pixio",
+    not_stock=("Backbone",),  # its two norms change places
     root="pixio",
     config_head_dim=True,
     convolutions=True,

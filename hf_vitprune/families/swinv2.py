@@ -51,6 +51,7 @@ class Swinv2Family(SwinFamily):
 
 SWINV2 = Swinv2Family(
     model_type="swinv2",
+    width_field="embed_dim",
     tiny={"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2, "patch_size": 2},
     root="swinv2",
     layers="encoder.layers",

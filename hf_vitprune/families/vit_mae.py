@@ -49,4 +49,9 @@ class ViTMAEFamily(ViTFamily):
         return {**super().inputs(config, size, device, task), "noise": noise}
 
 
-VIT_MAE = ViTMAEFamily(model_type="vit_mae", root="vit", tiny={"mask_ratio": 0.5})
+VIT_MAE = ViTMAEFamily(
+    model_type="vit_mae",
+    root="vit",
+    reads="images whose patches it masks at random",
+    tiny={"mask_ratio": 0.5},
+)

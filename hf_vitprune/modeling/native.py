@@ -102,6 +102,11 @@ def native_config(architecture: Architecture, config: PreTrainedConfig | None = 
     """
     base = architecture.config if config is None else config
     family = architecture.family
+    if architecture.task in family.not_stock:
+        raise NativeExportError(
+            f"transformers does not load a {architecture.model_type} {architecture.task} as it saved it; keep the "
+            "pruned model as it is"
+        )
     stock_class = type(stock_config(base))
     fields = {k: v for k, v in base.to_dict().items() if k not in _OWN_FIELDS}
     if architecture.depths is not None:

@@ -94,6 +94,10 @@ class LayerPlan:
 
     def keep_channels(self, which: str, channels: Iterable[int]) -> LayerPlan:
         """Keep the same q/k (``which="qk"``) or v channels in every head."""
+        if which not in ("qk", "v"):
+            raise InvalidPlanError(
+                f"channels of heads are 'qk' or 'v', not {which!r}; neurons: replace(layer, mlp=...)"
+            )
         chosen = tuple(sorted(channels))
         rows = tuple(chosen for _ in self.heads)
         return replace(self, qk=rows) if which == "qk" else replace(self, v=rows)

@@ -25,13 +25,15 @@ def sharding_of(model: nn.Module) -> str | None:
         ``fsdp2`` (torch's ``fully_shard``), ``fsdp1``, ``zero3`` (DeepSpeed), ``tensor_parallel`` (tensors spread by
         something else than FSDP2), the name of a class that wraps the model; None for a whole model.
     """
-    modules = list(model.modules())
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []  # whoever looks next says what it is not
     for module in modules:
         kind = type(module)
         if isinstance(module, _WRAPPERS) or kind.__module__.startswith("deepspeed."):
             return kind.__name__
     if any(isinstance(module, FullyShardedDataParallel) for module in modules):
         return "fsdp1"
+    if not modules:
+        return None
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "zero3"
     meshes = {parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)}
