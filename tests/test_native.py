@@ -27,7 +27,9 @@ SWIN = [name for name in CASES if name.startswith("Swin")]
 WHOLE_LAYERS = ["SwinForImageClassification", "SiglipForImageClassification"]
 #: stems of classes whose stock configs honour head_dim (ViT-MAE's decoder would take it, too)
 FREE = ("ViTF", "ViTModel", "ViTMSN", "IJepa", "DeiT", "Dinov2", "Pixio", "Radio")
-FREE_SIZES = [name for name in CASES if name.startswith(FREE)]
+#: transformers does not load it as it saved it
+NOT_STOCK = ("PixioBackbone",)
+FREE_SIZES = [name for name in CASES if name.startswith(FREE) and name not in NOT_STOCK]
 
 
 def pruned(name: str, units: list[str], ratio: float = 0.5, **changes: object) -> PreTrainedModel:
@@ -53,7 +55,7 @@ def without_layers(name: str) -> PreTrainedModel:
     return prune(model, PruningPlan.dense(model).keep_layers([0, 1, 2, 3] if name in SWIN else [0, 2]), stock=False)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_STOCK])
 def test_layers_removed(name: str) -> None:
     small = without_layers(name)
     native = assert_native(small, tolerance=0.0)
@@ -139,7 +141,7 @@ def test_merged_adapters_are_plain() -> None:
     assert_native(tuned.merge_and_unload())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_STOCK])
 def test_prune_gives_what_to_native_gives(name: str) -> None:
     model = make(name)
     plan = PruningPlan.dense(model).keep_layers([0, 1, 2, 3] if name in SWIN else [0, 2])

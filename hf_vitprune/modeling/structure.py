@@ -266,4 +266,7 @@ def materialize(model: PreTrainedModel, device: torch.device) -> None:
             module.input_index = torch.arange(len(index), device=device)  # any choice: there are no weights yet
         if isinstance(module, PrunedAttentionMixin) and module.rotate is not None:
             module.register_channels(module.rotated)
+    with torch.no_grad():
+        for parameter in model.parameters():  # some that stock constructors make of zeros, nobody initialises
+            parameter.zero_()
     model.initialize_weights()

@@ -52,6 +52,10 @@ def check_whole(model: nn.Module) -> None:
         UnsupportedModelError: it is spread over several, or in a wrapper.
     """
     kind = sharding_of(model)
+    if kind in [wrapper.__name__ for wrapper in _WRAPPERS]:
+        raise UnsupportedModelError(
+            f"the model is wrapped in {kind}: pass model.module (accelerator.unwrap_model(model))"
+        )
     if kind is not None:
         raise UnsupportedModelError(
             f"the model is spread over processes, or in a wrapper ({kind}): load it whole on every process (without "
