@@ -58,7 +58,7 @@ def check_family(family: Family) -> None:
     Raises:
         UnsupportedModelError: with the first test that failed, and why.
     """
-    model = _tiny_model(family)
+    model = tiny_model(family)
     inputs = family.inputs(model.config, task=registry.pruned_model_class(type(model)).pruning_task)  # type: ignore
     with torch.no_grad():
         dense = _step(family, "the description of its layers", lambda: PruningPlan.dense(model))
@@ -90,7 +90,7 @@ def _step(family: Family, what: str, run: Any) -> Any:
         raise UnsupportedModelError(f"the family {family.model_type!r} is refused; {what}: {e}{cure}") from e
 
 
-def _tiny_model(family: Family) -> PreTrainedModel:
+def tiny_model(family: Family) -> PreTrainedModel:
     """A random model of the family, with weights large enough for a wrong slice to show."""
     config_class = CONFIG_MAPPING[family.model_type]
     sizes = {name: value for name, value in TINY.items() if family.sub_config or hasattr(config_class, name)}

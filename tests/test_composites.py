@@ -350,3 +350,17 @@ def test_the_zero_shot_example() -> None:
     assert printed[0].startswith("dense: zero-shot accuracy")
     shares = [int(line.partition("%")[0]) / 100 for line in printed[1:]]
     assert len(shares) == 3 and all(0.9 * t < s <= t for s, t in zip(shares, (0.75, 0.5, 0.35), strict=True))
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_stock_hosts_refuse_pruned_towers_and_say_why(name: str, tmp_path: Path) -> None:
+    """Without the attention of one layer, every tensor that is there fits the stock class."""
+    model, _ = dual(name)()
+    plan = PruningPlan.dense(model, part="vision")
+    small = prune(model, plan.with_layers([plan.layers[0].with_mixer("none"), *plan.layers[1:]]))
+    small.save_pretrained(tmp_path)
+    for loose in (False, True):
+        with pytest.raises(Exception, match="pruned with hf_vitprune: import hf_vitprune before loading"):
+            type(model).from_pretrained(tmp_path, ignore_mismatched_sizes=loose)
+    loaded = type(small).from_pretrained(tmp_path)
+    assert all(torch.equal(loaded.state_dict()[key], tensor) for key, tensor in small.state_dict().items())

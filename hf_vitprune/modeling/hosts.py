@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import CheckpointMismatchError
 from ..families import PRUNED_PREFIX, family_of
 from ..utils.modules import put
-from .pretrained import PrunedModelMixin, overridden
+from .pretrained import NOT_STOCK, PrunedModelMixin, overridden
 from .registry import copy_conversions, pruned_model_class
 
 #: classes that make their towers from the class itself -> the Auto classes that map them
@@ -30,7 +30,6 @@ HOSTS = {
 }
 #: put in front of the model type of a host with a pruned tower
 HOST_PREFIX = f"{PRUNED_PREFIX}tower_"
-_NOTE = "holds a tower pruned with hf_vitprune: import hf_vitprune before you load it"
 
 _hosts: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
@@ -42,22 +41,23 @@ class PrunedHostConfigMixin:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers', with the configs of pruned towers as what they are."""
         fields = dict(config_dict)
-        for name, part in config_dict.items():
-            if isinstance(part, dict) and str(part.get("model_type", "")).startswith(PRUNED_PREFIX):
-                part = {k: v for k, v in part.items() if not (k == "hidden_size" and isinstance(v, str))}
-                part.setdefault("hidden_size", (part.get("pruning_config") or {}).get("hidden_size"))
-                fields[name] = CONFIG_MAPPING[part["model_type"]].from_dict(part)
+        for name, part in _pruned_parts(config_dict):
+            fields[name] = CONFIG_MAPPING[part["model_type"]].from_dict(part)
         return super().from_dict(fields, **kwargs)  # type: ignore[misc]
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers'; a stock class that reads the folder stumbles over the note that stands for a width."""
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        path = Path(save_directory) / "config.json"
-        record = json.loads(path.read_text())
-        for part in record.values():
-            if isinstance(part, dict) and str(part.get("model_type", "")).startswith(PRUNED_PREFIX):
-                part["hidden_size"] = _NOTE
-        path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
+        """As transformers'; a sentence stands for the widths of pruned towers, over which stock classes stumble."""
+        config: Any = self
+        fields = json.loads(config.to_json_string(use_diff=use_diff))
+        for name, part in _pruned_parts(fields):
+            part[family_of(getattr(config, name)).width_field] = NOT_STOCK
+        Path(json_file_path).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _pruned_parts(fields: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Names and fields of the pruned towers in a config's fields."""
+    parts = [(name, part) for name, part in fields.items() if isinstance(part, dict)]
+    return [(name, part) for name, part in parts if str(part.get("model_type", "")).startswith(PRUNED_PREFIX)]
 
 
 class PrunedHostMixin:
