@@ -1,0 +1,49 @@
+"""The examples of the documentation run as they stand there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+import toy_method
+from hf_vitprune import PruningPlan, prune
+from hf_vitprune.methods import config_class_of, registry
+from processes import ROOT
+from pruning_runs import arguments
+from tiny import LABELS, images, make
+
+DOCS = ROOT / "docs"
+
+
+def examples(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def test_criteria(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    train = [{"pixel_values": x, "labels": torch.tensor(i % LABELS)} for i, x in enumerate(images(8))]
+    names = {"model": make("ViTForImageClassification"), "train": train}
+    names |= {"MyConfig": toy_method.ToyConfig, "MyMethod": toy_method.Toy}
+    blocks = examples("criteria.md")
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, names)
+    assert 0.3 < float(capsys.readouterr().out.split()[0]) <= 0.5
+    assert [len(entry.mlp) for entry in names["plan"].layers] == [32] * 3
+    assert config_class_of("toy") is toy_method.ToyConfig
+
+
+def test_features(tmp_path: Path) -> None:
+    dense = make("ViTModel")
+    plan = PruningPlan.magnitude(dense, 0.5, units=["mlp"])
+    data = [{"pixel_values": x} for x in images(24)]
+    names = {"dense": dense, "plan": plan, "small": prune(dense, plan), "images": data}
+    names |= {"train": data[:16], "held_out": data[16:]}
+    names["args"] = arguments(tmp_path, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    blocks = examples("features.md")
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert names["done"].best in names["done"].losses

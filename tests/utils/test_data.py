@@ -1,0 +1,82 @@
+"""Labelled images: the built-in digits, folders, and what is wrong with them."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import ViTImageProcessorPil
+
+from hf_vitprune.errors import InvalidDataError
+from hf_vitprune.utils.data import DIGITS, load_images
+from image_folders import image_folder
+
+
+def test_digits_are_the_real_ones_and_split_by_class():
+    images = load_images(DIGITS)
+    assert len(images.train) + len(images.evaluation) == 1797
+    assert images.label_names == [str(i) for i in range(10)]
+    counts = np.bincount(images.evaluation["label"], minlength=10)
+    assert counts.min() >= 34 and counts.sum() == 360
+    first = np.asarray(images.train[0]["image"])
+    assert first.shape == (8, 8) and first.max() == 255
+
+
+def test_the_split_follows_the_seed():
+    same = load_images(DIGITS, seed=1).evaluation["label"]
+    assert same == load_images(DIGITS, seed=1).evaluation["label"]
+    assert same != load_images(DIGITS, seed=2).evaluation["label"]
+
+
+def test_a_folder_of_images_becomes_tensors(tmp_path):
+    images = load_images(str(image_folder(tmp_path / "pets")), eval_share=0.5)
+    assert images.label_names == ["cat", "dog"]
+    train, evaluation = images.processed(ViTImageProcessorPil(size={"height": 16, "width": 16}), cache=True)
+    assert len(train) == len(evaluation) == 6
+    example = train[0]
+    assert example["pixel_values"].shape == (3, 16, 16) and example["labels"] in (0, 1)
+    assert train[0] is example  # kept
+
+
+def test_augmentation_comes_before_the_processor(tmp_path):
+    images = load_images(str(image_folder(tmp_path / "pets")), eval_share=0.5)
+    train, _ = images.processed(ViTImageProcessorPil(size={"height": 16, "width": 16}))
+    plain = train[0]["pixel_values"]
+    train.augment = lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert (train[0]["pixel_values"] - plain.flip(-1)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all"])
+def test_a_missing_folder_is_named(source):
+    with pytest.raises(InvalidDataError, match="no folder"):
+        load_images(source)
+
+
+def test_unknown_splits_are_listed():
+    with pytest.raises(InvalidDataError, match="has no split 'val'; it has train"):
+        load_images(DIGITS, eval_split="val")
+    with pytest.raises(InvalidDataError, match="has no split 'training'"):
+        load_images(DIGITS, train_split="training")
+
+
+def test_a_folder_without_classes_has_no_labels(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    with pytest.raises(InvalidDataError, match="no label column"):
+        load_images(str(tmp_path))
+
+
+def test_some_classes_of_all():
+    images = load_images(DIGITS)
+    some = images.of_classes(["7", "2"])
+    assert some.label_names == ["7", "2"] and set(some.train["label"]) == {0, 1}
+    counts = [images.train["label"].count(number) for number in (7, 2)]
+    assert [some.train["label"].count(number) for number in (0, 1)] == counts
+    assert some.evaluation.features["label"].names == ["7", "2"]
+    first = images.train["label"].index(7)
+    expected = np.asarray(images.train[first]["image"])
+    assert np.array_equal(np.asarray(some.train[some.train["label"].index(0)]["image"]), expected)
+    for names, message in (
+        (["7", "x"], "no class 'x'; its classes are 0, 1"),
+        ([], "no class"),
+        (["7", "7"], "twice"),
+    ):
+        with pytest.raises(InvalidDataError, match=message):
+            images.of_classes(names)
