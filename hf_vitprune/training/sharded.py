@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import Trainer
 
-from ..utils.sharding import whole_state
+from ..utils.processes import broadcast, mean_gradients
+from ..utils.sharding import is_sharded, whole_state
 from .callback import PruningCallback
 from .model import PruningModel
 
@@ -35,8 +37,47 @@ class ShardedTraining(Trainer):
             self._sync_replicated_trainable_parameters(self.model)
         return prepared
 
+    def _sync_replicated_trainable_parameters(self, model: Any) -> None:
+        """As the parent's, for what is not the method's: that is averaged below, all at once, and where it got no
+        gradient on some of the processes, too.
+        """
+        if isinstance(model, PruningModel):
+            broadcast(model.method)
+            model = model.model
+        super()._sync_replicated_trainable_parameters(model)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's; after the last micro-batch of an update the method's gradients are averaged."""
+        loss = super().training_step(*args, **kwargs)
+        gated = isinstance(self.model, PruningModel) and is_sharded(self.model.parameters())
+        if gated and self.accelerator.sync_gradients:
+            mean_gradients(self.model.method.parameters())
+        return loss
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled and isinstance(self.model, PruningModel):
+            _complete(self.optimizer)
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         loaded_sharded = self.is_distributed_loading_by_transformers and isinstance(self.model, PruningModel)
         if state_dict is None and loaded_sharded:
             state_dict = whole_state(self.model)
         super()._save(output_dir, state_dict)
+
+
+def _complete(optimizer: Any) -> None:
+    """Zeros for what the optimizer remembers of parameters that got no gradient so far: as if it had begun with them.
+
+    A sharded checkpoint is only read where it has the state of all.
+    """
+    state = optimizer.state
+    for group in optimizer.param_groups:
+        known: dict[str, Any] = next((state[p] for p in group["params"] if state.get(p)), {})
+        for parameter in group["params"]:
+            if known and parameter.requires_grad and not state.get(parameter):
+                state[parameter] = {
+                    name: torch.zeros_like(value if value.ndim == 0 else parameter)
+                    for name, value in known.items()
+                    if isinstance(value, torch.Tensor)
+                }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -53,6 +53,36 @@ def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
         torch.distributed.all_reduce(tensor)
         tensor /= torch.distributed.get_world_size()
     return tensor
+
+
+@torch.no_grad()
+def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Every process gets the mean of all gradients, of zeros where one has none; None where nobody has any."""
+    learned = [parameter for parameter in parameters if parameter.requires_grad]
+    if not distributed() or not learned:
+        return
+    there = [parameter.grad is not None for parameter in learned]
+    parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learned]
+    flags = torch.tensor(there, dtype=parts[0].dtype, device=parts[0].device)
+    *means, flags = mean_over_processes(torch.cat([*parts, flags])).split([*map(len, parts), len(flags)])
+    for parameter, mean, share in zip(learned, means, flags.tolist(), strict=True):
+        parameter.grad = mean.view_as(parameter).to(parameter.dtype) if share else None
+
+
+@torch.no_grad()
+def mean_statistics(modules: Iterable[nn.Module]) -> None:
+    """Every process gets the mean of the running statistics of all BatchNorms."""
+    held = [
+        statistic
+        for module in modules
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        for statistic in (module.running_mean, module.running_var)
+        if statistic is not None
+    ]
+    if distributed() and held:
+        means = mean_over_processes(torch.cat(held)).split([len(statistic) for statistic in held])
+        for statistic, mean in zip(held, means, strict=True):
+            statistic.copy_(mean)
 
 
 def shared_tensors(own: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

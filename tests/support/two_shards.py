@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import DistributedConfig, ViTForImageClassification
 
-from hf_vitprune import NViTConfig, SLSConfig, VTPConfig, get_pruning_model
+from hf_vitprune import NViTConfig, SLSConfig, SPViTConfig, VTPConfig, get_pruning_model
 from hf_vitprune.utils.sharding import is_sharded, reshard
 from pruning_runs import SMALL_GROUPS, Images, Patterns, state_of, trainer
 
@@ -23,6 +23,7 @@ from pruning_runs import SMALL_GROUPS, Images, Patterns, state_of, trainer
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "vtp": (VTPConfig(target=0.6, sparsity_weight=0.05, gate_learning_rate=0.3, round_to=4), {"max_grad_norm": 0.5}),
     "nvit": (NViTConfig(target=0.5, group_sizes=SMALL_GROUPS, interval=1), {"max_grad_norm": 0.5}),
+    "spvit": (SPViTConfig(target=0.6, gate_learning_rate=0.6, patience=0, round_to=4), {}),
     "sls": (SLSConfig(alpha=0.5, iterations=250, perplexity=3.0), {"train_dataset": Patterns(dtype=torch.float64)}),
 }
 
@@ -33,7 +34,12 @@ def pruning_model(folder: Path, name: str, shards: int = 1) -> Any:
     if name == "sls":
         torch.manual_seed(5)
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    return get_pruning_model(model, RUNS[name][0])
+    model = get_pruning_model(model, RUNS[name][0])
+    if name == "spvit":
+        model.method.double()
+        # the gates of an update are drawn alike in all of its micro-batches
+        model.register_forward_pre_hook(lambda *_: (torch.manual_seed(model.method._step), None)[1])
+    return model
 
 
 def shard_on_cpu(run: Any) -> None:
@@ -51,9 +57,10 @@ def train(
     model: Any, folder: Path, name: str, processes: int, resume: bool = False, plugin: bool = False, **changes: Any
 ) -> Any:
     """Three updates of 8 images."""
+    accumulated = 4 // processes if name == "spvit" else 2  # of a BatchNorm's batches, the division counts
     settings = {"train_dataset": Images(dtype=torch.float64), "max_steps": 3, "optim": "adamw_torch",
-                "learning_rate": 1e-2, "per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 2,
-                **RUNS[name][1], **changes}  # fmt: skip
+                "learning_rate": 1e-2, "per_device_train_batch_size": 8 // processes // accumulated,
+                "gradient_accumulation_steps": accumulated, **RUNS[name][1], **changes}  # fmt: skip
     run = trainer(model, folder, **settings)
     if plugin:
         shard_on_cpu(run)

@@ -19,7 +19,6 @@ from hf_vitprune import (
     OneShotScores,
     PruningCallback,
     PruningPlan,
-    SPViTConfig,
     VTPConfig,
     get_pruning_model,
     prune,
@@ -89,8 +88,8 @@ def test_fsdp2(alone: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (SPViTConfig(target=0.7), "SPViT.*DDP"),
         (NViTConfig(target=0.5, group_sizes=SMALL_GROUPS, criterion="magnitude"), "criterion='magnitude'"),
+        (NViTConfig(target=0.5, group_sizes=SMALL_GROUPS, snapshots=(0.7,), snapshot_folder="."), "snapshots"),
     ],
 )
 def test_methods_that_need_whole_weights(alone: Any, config: Any, message: str) -> None:

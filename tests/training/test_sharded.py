@@ -25,6 +25,8 @@ def launch(folder: Path, *runs: str) -> None:
 def close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
+        if name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            continue
         torch.testing.assert_close(
             actual[name], tensor, rtol=1e-5, atol=1e-7, check_dtype=False, msg=lambda m, name=name: f"{name}: {m}"
         )
@@ -35,7 +37,10 @@ def kept_units(layers: Any) -> list[dict[str, Any]]:
 
 
 def check(folder: Path, name: str, way: str) -> None:
-    """Plan, gates and small model of both processes, against those of one; saved ones load."""
+    """Plan, gates and small model of both processes, against those of one; saved ones load.
+
+    All but running statistics: one process has seen the micro-batches one after the other.
+    """
     model = two_shards.pruning_model(folder, name)
     two_shards.train(model, folder / "one", name, processes=1)
     small = model.export(compensate=False)

@@ -14,6 +14,7 @@ from ...modeling.blocks import read_inputs
 from ...modeling.conv_fold import POSITIONS, FoldedConvolution, fold_heads, mixer_state, mixing_probabilities
 from ...modeling.conv_mixer import ConvMixer, MixerBatchNorm
 from ...spec.layer_shape import KERNELS
+from ...utils.sharding import whole
 
 Grid = tuple[int, int]
 
@@ -21,17 +22,20 @@ Grid = tuple[int, int]
 class Attention:
     """The attention that a layer has now: its modules, and what their names are in the family."""
 
-    def __init__(self, module: nn.Module, v: nn.Module, o: nn.Module, output_name: str, width: int) -> None:
+    def __init__(self, module: nn.Module, v: nn.Linear, o: nn.Linear, output_name: str, width: int) -> None:
         self.module, self.v, self.o = module, v, o
         self.output_name, self.width = output_name, width
 
     def fold(self, table: torch.Tensor, temperature: float, kernel: int) -> FoldedConvolution:
-        """The heads as one convolution; differentiable, and in full precision under autocast too."""
-        v: Any = self.v
-        o: Any = self.o
-        with torch.autocast(v.weight.device.type, enabled=False):
-            shares = mixing_probabilities(table, temperature).to(v.weight.dtype)
-            return fold_heads(v.weight, v.bias, o.weight, shares, kernel)
+        """The heads as one convolution; differentiable, and in full precision under autocast too.
+
+        Sharded weights are gathered, those of this layer alone: every process has to ask.
+        """
+        v, o = whole(self.v.weight), whole(self.o.weight)
+        bias = None if self.v.bias is None else whole(self.v.bias)
+        with torch.autocast(v.device.type, enabled=False):
+            shares = mixing_probabilities(table, temperature).to(v.dtype)
+            return fold_heads(v, bias, o, shares, kernel)
 
 
 class Branches(nn.Module, ABC):
@@ -91,8 +95,7 @@ class SharedBranches(Branches):
             full = folded.weight.new_zeros(shape).index_copy(1, index, folded.weight)
             folded = folded._replace(weight=full)
         bias: Any = attention.o.bias
-        if bias is None:
-            bias = folded.output_weight.new_zeros(attention.width)
+        bias = folded.output_weight.new_zeros(attention.width) if bias is None else whole(bias)
         return mixer_state(folded, self.kernel_norm[kind].state_dict(), bias, attention.output_name)
 
 

@@ -23,6 +23,7 @@ from ...plan.targets import reach_target
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import KERNELS
 from ...utils.batches import ImageBatches
+from ...utils.processes import mean_statistics
 from ..contract import PruningMethod, Stage, Traits
 from .branches import Attention
 from .build import attention_of, checked_linear, convolution_weights, mixer_search
@@ -75,7 +76,7 @@ class SPViT(PruningMethod):
         self._weight = config.cost_weight / (1.0 if config.target_gmacs is None else unit**2)
         self._check_target()
         self._step = self._steps = self._stable = 0
-        self._levels: list[int] = []
+        self._levels = [-1] * len(self.searches)  # of the step before; sharded checkpoints want one size
         self._searched: PruningPlan | None = None
 
     def _add_layer(self, model: PreTrainedModel, i: int, paths: LayerPaths) -> None:
@@ -119,11 +120,6 @@ class SPViT(PruningMethod):
                 "say), or train longer"
             )
 
-    def check_sharded(self) -> None:
-        raise InvalidConfigError(
-            "SPViT makes convolutions of the weights of several Linears, and these are sharded: search with DDP"
-        )
-
     def before_step(self, model: Any, progress: float, gradient_scale: float) -> torch.Tensor | None:
         return self.penalty(progress)
 
@@ -139,6 +135,7 @@ class SPViT(PruningMethod):
         """Anneal, and see whether the architecture still changes."""
         if self.decided:
             return
+        mean_statistics(self.modules())
         self._step, self._steps = step, max_steps
         self._anneal()
         levels = self._levels_now()
