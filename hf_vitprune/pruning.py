@@ -94,9 +94,9 @@ def _prune_part(
         if calibration is not None:
             merged = merged_twin(model, tower.path).get_submodule(tower.path)
             alone = compensate_plan(merged, alone, calibration, compensate)
-        made = prune_peft(model, alone, allow_unchanged=allow_unchanged, part=tower.path)
-        vars(unwrap(made).config).update(feature_layers)
-        return made
+        return prune_peft(
+            model, alone, allow_unchanged=allow_unchanged, part=tower.path, feature_layers=feature_layers
+        )
     small = prune(
         whole.get_submodule(tower.path),
         alone,

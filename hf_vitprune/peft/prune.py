@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 
-from ..errors import AdapterError
+from ..errors import AdapterError, UnsupportedUnitError
 from ..modeling.peft_twin import check_peft_model, merged_twin, peft_model_in, plain_twin, saved_modules, tuner_layers
 from ..plan.plan import PruningPlan
+from ..spec.towers import find_tower
+from ..surgery.composite import with_tower
 from ..surgery.cuts import Cut, find_cuts
 from ..surgery.transplant import check_plan, prune_plain, resized_copy
 from .absorb import absorb, active_of
@@ -20,13 +22,20 @@ from .decide import Decision, altered_weights, decide, shared_tensors
 from .kinds import kind_of
 from .kinds.kind import adapter_tensors
 from .record import pruning_record
-from .tower import cuts_with_tower, under, with_tower
+from .tower import cuts_with_tower, under
 from .verify import verify_layer
 
 logger = logging.getLogger(__name__)
 
 
-def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False, part: str = "") -> Any:
+def prune_peft(
+    model: Any,
+    plan: PruningPlan,
+    *,
+    allow_unchanged: bool = False,
+    part: str = "",
+    feature_layers: dict[str, Any] | None = None,
+) -> Any:
     """Prune a PeftModel: same outputs as ``mask(model, plan)``, adapters still trainable where they can be sliced.
 
     LoRA (rsLoRA, DoRA, lora_bias), AdaLoRA, IA3, LoHa and HiRA are sliced. Other types stay where their layers lose
@@ -41,7 +50,10 @@ def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False, 
         model: a PeftModel.
         plan: for its base, or for the tower at ``part``.
         allow_unchanged: accept a plan that removes nothing.
-        part: path, in the base model, of the tower that the plan is for; adapters elsewhere stay as they are.
+        part: path, in the base model, of the tower that the plan is for; adapters elsewhere stay as they are, and the
+            weights there are shared with the model.
+        feature_layers: fields of the base model's config that say which of the tower's layers it reads, as they are
+            now.
 
     Returns:
         A PeftModel of the same class with adapters of type ``VITPRUNE_<TYPE>`` under the same names; the plain pruned
@@ -50,6 +62,7 @@ def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False, 
     Raises:
         AdapterError: an adapter can be neither sliced nor merged.
         InvalidPlanError: the plan is for another architecture, or removes nothing.
+        UnsupportedUnitError: the plan narrows what the model around the tower reads.
     """
     model = peft_model_in(model)
     check_peft_model(model)
@@ -57,6 +70,11 @@ def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False, 
     for config in configs.values():
         kind_of(config).check_config(config)
     base = model.get_base_model()
+    if part and plan.embedding is not None:
+        raise UnsupportedUnitError(
+            f"the plan narrows the embedding of {part}, and the model around it, which has adapters, reads that; "
+            "leave 'embedding' out of its units"
+        )
     stock = plain_twin(base, part=part)
     tower = stock.get_submodule(part)
     check_plan(tower, plan, allow_unchanged)
@@ -68,7 +86,10 @@ def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False, 
     small_tower = prune_plain(
         whole.get_submodule(part), replace(plan, info={**plan.info, **altered}), allow_unchanged=allow_unchanged
     )
-    small = with_tower(whole, small_tower, part)
+    small = small_tower
+    if part:
+        width = plan.source.hidden_size
+        small = with_tower(whole, find_tower(whole, part), small_tower, width, None, feature_layers)
     flags = [(parameter, parameter.requires_grad) for parameter in small.parameters()]
 
     if decision.kind.name != kind_of(next(iter(configs.values()))).name:
@@ -80,14 +101,16 @@ def prune_peft(model: Any, plan: PruningPlan, *, allow_unchanged: bool = False, 
     if not made:
         logger.warning("nothing is left of the adapters (all merged or on removed layers): this is a plain model")
         return small.train(model.training)
-    result = _inject(model, small, made)
-    _fill_layers(result, decision, made)
-    _fill_weights(result, model, plan, decision, part)
-    _fill_wrappers(result, wrappers, cuts, plan_here)
-    _copy_shared(model, result, decision)
-    _activate(model, result)
-    for parameter, trained in flags:
-        parameter.requires_grad_(trained)
+    try:
+        result = _inject(model, small, made)
+        _fill_layers(result, decision, made)
+        _fill_weights(result, model, plan, decision, part)
+        _fill_wrappers(result, wrappers, cuts, plan_here)
+        _copy_shared(model, result, decision)
+        _activate(model, result)
+    finally:  # PEFT freezes what it wraps, and what lies outside of a tower is the model's own
+        for parameter, trained in flags:
+            parameter.requires_grad_(trained)
     _copy_flags(result, decision, wrappers)
     return result.train(model.training)
 

@@ -86,6 +86,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 def test_the_tower_is_pruned_and_the_rest_stays(name: str, units: list[str]) -> None:
     model = adapted(LoraConfig(r=3, **TARGETS[name]))
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    flags = {n for n, p in model.named_parameters() if p.requires_grad and PART not in n}
     plan = plan_of(units)
     small = prune_peft(model, plan, part=PART)
     assert relative_error(logits(small), logits(masked(model, plan))) < 1e-5
@@ -96,7 +97,9 @@ def test_the_tower_is_pruned_and_the_rest_stays(name: str, units: list[str]) -> 
     assert after.keys() == outside.keys()
     assert all(torch.equal(after[key], outside[key]) for key in after)
     trained = [{n for n, p in m.named_parameters() if p.requires_grad and PART not in n} for m in (model, small)]
-    assert trained[0] == trained[1]
+    assert trained[0] == trained[1] == flags
+    words = "base_model.model.model.language_model.layers.0.mlp.down_proj.weight"
+    assert small.state_dict()[words].data_ptr() == model.state_dict()[words].data_ptr()  # shared, not copied
 
 
 @pytest.mark.parametrize(("kind", "becomes"), [("ia3", "IA3"), ("vera", "LORA"), ("c3a", "C3A")])
