@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..errors import UnsupportedModelError, UnsupportedUnitError
@@ -19,7 +19,7 @@ from ..families.base import pair
 from ..modeling.hosts import host_class
 from ..modeling.norms import mask_norm, norm_width
 from ..modeling.outer import Outer, find_outer, shapes_of
-from ..modeling.pretrained import PrunedModelMixin
+from ..modeling.whole_config import become_host_, config_with
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
 from ..spec.towers import Tower
@@ -69,15 +69,6 @@ def with_tower(
     return whole
 
 
-def become_host_(whole: Any, small: Any) -> None:
-    """Make a model that builds its towers itself, and now holds a pruned one, its twin that loads again, in place."""
-    twin = host_class(type(whole))
-    if isinstance(small, PrunedModelMixin) and twin is not None and type(whole) is not twin:
-        whole.config.__class__ = twin.config_class
-        whole.config.__dict__.pop("model_type", None)
-        whole.__class__ = twin
-
-
 def with_masked_tower(model: Any, tower: Tower, masked: Any, small_config: Any, plan: PruningPlan) -> Any:
     """A model with a full-size tower that computes what the small one does; norms that read it run over what stays."""
     norms: list[str] = []
@@ -93,37 +84,6 @@ def with_masked_tower(model: Any, tower: Tower, masked: Any, small_config: Any, 
         norm, channels = get(whole, path), torch.tensor(kept, device=next(masked.parameters()).device)
         mask_norm(norm, _side_by_side(channels, width, norm_width(norm) or width))
     return whole
-
-
-# ---------------------------------------------------------------------- configs
-def config_with(config: Any, old: PreTrainedConfig, new: PreTrainedConfig) -> Any:
-    """A copy of a model's config with another one in the place of a tower's.
-
-    Raises:
-        UnsupportedModelError: the config does not hold the tower's.
-    """
-    changed = _config_with(config, old, new, lambda value: value is old)
-    if changed is None:  # some models build their tower from a copy of its config
-        wanted = old.to_dict()
-        changed = _config_with(config, old, new, lambda value: type(value) is type(old) and value.to_dict() == wanted)
-    if changed is None:
-        raise UnsupportedModelError(
-            f"the {type(config).__name__} does not hold the config of its {old.model_type} tower: set it to the "
-            "tower's own (model.config.<part>_config = tower.config) before pruning"
-        )
-    return changed
-
-
-def _config_with(config: Any, old: PreTrainedConfig, new: PreTrainedConfig, matches: Any) -> Any:
-    for name, value in vars(config).items():
-        if not isinstance(value, PreTrainedConfig):
-            continue
-        replacement = new if matches(value) else _config_with(value, old, new, matches)
-        if replacement is not None:
-            made = copy.copy(config)
-            made.__dict__[name] = replacement
-            return made
-    return None
 
 
 # ---------------------------------------------------------------------- copies that share

@@ -39,10 +39,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a path, in the place of what is there."""
     parent, _, name = path.rpartition(".")
-    old = model.get_submodule(parent)._modules.get(name)
+    children = model.get_submodule(parent)._modules
+    old = children.get(name)
     if old is not None:
         module.train(old.training)
-    setattr(model.get_submodule(parent), name, module)
+    children[name] = module
 
 
 def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

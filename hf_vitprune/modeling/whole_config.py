@@ -1,0 +1,87 @@
+"""The config of a bigger model follows its tower: when it is pruned there, and when a small one is put in by hand."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..errors import UnsupportedModelError
+from ..families import find_family
+from ..spec.origin import is_pruned
+from .hosts import host_class
+from .pretrained import PrunedModelMixin
+
+logger = logging.get_logger(__name__)
+
+
+def config_with(config: Any, old: PreTrainedConfig, new: PreTrainedConfig) -> Any:
+    """A copy of a model's config with another one in the place of a tower's.
+
+    Raises:
+        UnsupportedModelError: the config does not hold the tower's.
+    """
+    changed = _config_with(config, old, new, lambda value: value is old)
+    if changed is None:  # some models build their tower from a copy of its config
+        wanted = old.to_dict()
+        changed = _config_with(config, old, new, lambda value: type(value) is type(old) and value.to_dict() == wanted)
+    if changed is None:
+        raise UnsupportedModelError(
+            f"the {type(config).__name__} does not hold the config of its {old.model_type} tower: set it to the "
+            "tower's own (model.config.<part>_config = tower.config) before pruning"
+        )
+    return changed
+
+
+def _config_with(config: Any, old: PreTrainedConfig, new: PreTrainedConfig, matches: Any) -> Any:
+    for name, value in vars(config).items():
+        if not isinstance(value, PreTrainedConfig):
+            continue
+        replacement = new if matches(value) else _config_with(value, old, new, matches)
+        if replacement is not None:
+            made = copy.copy(config)
+            made.__dict__[name] = replacement
+            return made
+    return None
+
+
+def become_host_(whole: Any, small: Any) -> None:
+    """Make a model that builds its towers itself, and now holds a pruned one, its twin that loads again, in place."""
+    twin = host_class(type(whole))
+    if isinstance(small, PrunedModelMixin) and twin is not None and type(whole) is not twin:
+        whole.config.__class__ = twin.config_class
+        whole.config.__dict__.pop("model_type", None)
+        whole.__class__ = twin
+
+
+def follow_tower(parent: nn.Module, name: str, new: nn.Module | None) -> None:
+    """A tower takes the place of another (``model.vision_model = prune(model.vision_model, plan)``): set the config.
+
+    torch calls this for every module that is set as an attribute. It does something where one of both is pruned, of
+    one family, and the config of a transformers model holds that of the old one; otherwise the model would be saved
+    with the config of another tower, and loaded with layers of random numbers.
+    """
+    old = parent._modules.get(name)
+    if not (isinstance(new, PreTrainedModel) and isinstance(old, PreTrainedModel) and old is not new):
+        return
+    if not isinstance(parent, PreTrainedModel) or not (is_pruned(old.config) or is_pruned(new.config)):
+        return
+    if new.config is old.config or find_family(old) is None or find_family(old) is not find_family(new):
+        return
+    try:
+        changed = config_with(parent.config, old.config, new.config)
+    except UnsupportedModelError:
+        return  # it is not built from its config
+    if host_class(type(parent)) is None:
+        vars(parent.config).update(vars(changed))  # the models around the parent hold the same config
+    else:
+        parent.config = changed
+        become_host_(parent, new)
+    logger.warning(f"{type(parent).__name__}.{name} is another tower now, and the model's config that of it")
+
+
+register_module_module_registration_hook(follow_tower)

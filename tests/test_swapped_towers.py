@@ -1,0 +1,98 @@
+"""A small tower put into a bigger model by hand: the model's config follows, and it loads as what it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hf_vitprune import PruningPlan, prune, towers, truncate
+from test_composites import UNITS, auto_class, compare
+from tiny import make
+from tiny_composites import Made, dual, llava, outputs, paligemma, upernet_swin
+
+MAKERS: dict[str, Callable[[], Made]] = {
+    "CLIP": dual("CLIP"),
+    "SigLIP": dual("Siglip"),
+    "LLaVA": lambda: llava(-1),
+    "PaliGemma": paligemma,
+    "UperNet": upernet_swin,
+}
+
+
+def narrow(tower: Any) -> Any:
+    return prune(tower, PruningPlan.magnitude(tower, 0.5, units=UNITS["all"]))
+
+
+def shallow(tower: Any) -> Any:
+    return truncate(tower, towers(tower)["vision"].layers - 1)
+
+
+def swapped(name: str, change: Callable[[Any], Any]) -> tuple[Any, dict[str, torch.Tensor], str]:
+    model, inputs = MAKERS[name]()
+    path = next(tower.path for part, tower in towers(model).items() if part != "text")
+    model.set_submodule(path, change(model.get_submodule(path)))
+    return model, inputs, path
+
+
+@pytest.mark.parametrize("set_too", [False, True], ids=["config left", "config set"])
+@pytest.mark.parametrize("change", [narrow, shallow])
+@pytest.mark.parametrize("name", MAKERS)
+def test_saved_is_loaded(name: str, change: Callable[[Any], Any], set_too: bool, tmp_path: Path) -> None:
+    """Whether the user sets the config, as for a tower that is not ours, or does not."""
+    model, inputs, path = swapped(name, change)
+    if set_too:
+        field = "backbone_config" if name == "UperNet" else "vision_config"
+        setattr(model.config, field, model.get_submodule(path).config)
+    model.save_pretrained(tmp_path)
+    loaded = auto_class(MAKERS[name]()[0]).from_pretrained(tmp_path).eval()
+    assert type(loaded) is type(model)
+    state = loaded.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
+    compare(loaded, model, inputs)
+
+
+@pytest.mark.parametrize("name", ["CLIP", "LLaVA"])
+def test_the_dense_tower_put_back(name: str, tmp_path: Path) -> None:
+    model, inputs = MAKERS[name]()
+    before, fields = outputs(model, inputs), copy.deepcopy(model.config.vision_config.to_dict())
+    path = towers(model)["vision"].path
+    dense = model.get_submodule(path)
+    model.set_submodule(path, narrow(dense))
+    assert model.config.vision_config is model.get_submodule(path).config
+    model.set_submodule(path, dense)
+    assert model.config.vision_config.to_dict() == fields
+    model.save_pretrained(tmp_path)
+    loaded = auto_class(MAKERS[name]()[0]).from_pretrained(tmp_path).eval()
+    assert all(torch.allclose(outputs(loaded, inputs)[key], tensor, atol=1e-5) for key, tensor in before.items())
+
+
+def test_the_dense_class_refuses_it(tmp_path: Path) -> None:
+    model, _, _ = swapped("CLIP", narrow)
+    model.save_pretrained(tmp_path)
+    stock = type(MAKERS["CLIP"]()[0])
+    for loose in (False, True):
+        with pytest.raises(Exception, match="load with an Auto class or a Pruned class"):
+            stock.from_pretrained(tmp_path, ignore_mismatched_sizes=loose)
+
+
+def test_what_is_none_of_ours_is_left_alone() -> None:
+    """Towers of which none is pruned, modules of other kinds, and models of the user's own."""
+    model = MAKERS["CLIP"]()[0]
+    before = model.config.vision_config
+    model.vision_model = copy.deepcopy(model.vision_model)
+    model.visual_projection = nn.Linear(32, 512, bias=False)
+    model.vision_model = make("ViTModel")
+    assert model.config.vision_config is before
+    model.vision_model = narrow(make("DeiTModel"))
+    assert model.config.vision_config is before and type(model) is type(MAKERS["CLIP"]()[0])
+    holder = nn.Module()
+    holder.tower = make("ViTModel")
+    holder.tower = narrow(holder.tower)
+    assert not hasattr(holder, "config")
