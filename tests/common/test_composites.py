@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import PreTrainedModel, ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
 
 from hf_vitprune import (
     OneShotScores,
@@ -40,7 +39,7 @@ from hf_vitprune.spec.architecture import Architecture
 from plans import pruning_plans
 from processes import ROOT, run_python
 from tiny import LargestTensor, make, relative_error, reset_weights
-from tiny_composites import COMPOSITES, captioner, dual, llava, outputs, pixels, vip_llava
+from tiny_composites import COMPOSITES, auto_class, captioner, dual, llava, outputs, pixels, vip_llava
 
 UNITS: dict[str, list[str]] = {
     "qk": ["qk"],
@@ -158,17 +157,6 @@ def test_saved_is_loaded(name: str, tmp_path: Path) -> None:
         for key, tensor in first.items():
             assert torch.equal(tensor, second[key])
             assert relative_error(tensor, third[key]) < 1e-6  # kernels differ with the alignment of memory
-
-
-def auto_class(model: PreTrainedModel) -> Any:
-    """The Auto class that maps a model's class."""
-    tasks = ("ImageTextToText", "DepthEstimation", "SemanticSegmentation", "UniversalSegmentation", "Vision2Seq", "")
-    for task in tasks:
-        found = getattr(transformers, f"AutoModelFor{task}" if task else "AutoModel", None)
-        names = {} if found is None else found._model_mapping._model_mapping
-        if type(model).__name__ in names.get(model.config.model_type, ()):
-            return found
-    raise AssertionError(type(model))
 
 
 # ---------------------------------------------------------------------- refusals

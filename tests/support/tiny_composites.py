@@ -252,3 +252,14 @@ def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     """Every floating tensor of the output."""
     torch.manual_seed(0)
     return {name: value for name, value in tensors(model(**inputs)) if value.is_floating_point()}
+
+
+def auto_class(model: Any) -> Any:
+    """The Auto class that maps a model's class."""
+    tasks = ("ImageTextToText", "DepthEstimation", "SemanticSegmentation", "UniversalSegmentation", "Vision2Seq", "")
+    for task in tasks:
+        found = getattr(t, f"AutoModelFor{task}" if task else "AutoModel", None)
+        names = {} if found is None else found._model_mapping._model_mapping
+        if type(model).__name__ in names.get(model.config.model_type, ()):
+            return found
+    raise AssertionError(type(model))
