@@ -11,26 +11,32 @@ command then ends with 1. ``--small`` is for a CPU: the same code on tiny models
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from hf_vitprune import (
     Architecture,
     LatencyTable,
+    NViTConfig,
     OneShotScores,
     PruningPlan,
     PruningTrainer,
+    SPViTConfig,
     VTPConfig,
     count,
     criteria,
@@ -105,39 +111,80 @@ def speed(bench: Bench) -> Iterator[Row]:
 
 
 def training(bench: Bench) -> Iterator[Row]:
-    """Steps of VTP in half precision, and of the model alone."""
+    """Steps of every learned method in half precision, against the model alone."""
     kinds = ("bf16", "fp16") if bench.device.type == "cuda" else ("bf16",)
-    for kind in kinds:
+    methods = {"plain": None, "vtp": VTPConfig(target=0.5), "nvit": NViTConfig(target=0.5),
+               "spvit": SPViTConfig(target=0.7, gate_learning_rate=3)}  # fmt: skip
+    batch, steps = (2, 2) if bench.small else (64, 15)
+    for kind, (name, settings) in product(kinds, methods.items()):
         model = bench.model(bench.middle).train()
-        batch, steps = (2, 2) if bench.small else (64, 12)
         pixels = bench.images(model, batch).cpu()
         rows = [{"pixel_values": x, "labels": i % 10} for i, x in enumerate(pixels)] * steps
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
                 folder, max_steps=steps, per_device_train_batch_size=batch, report_to=[], save_strategy="no",
                 logging_steps=1, disable_tqdm=True, learning_rate=1e-5, use_cpu=bench.device.type == "cpu",
-                **{kind: True},
+                dataloader_num_workers=0 if bench.small else 4, **{kind: True},
             )  # fmt: skip
-            run = PruningTrainer(get_pruning_model(model, VTPConfig(target=0.5)), args, train_dataset=rows)
-            done = run.train()
+            clock = StepClock()
+            if settings is None:
+                run = Trainer(model, args, train_dataset=rows, callbacks=[clock])
+            else:
+                run = PruningTrainer(get_pruning_model(model, settings), args, train_dataset=rows, callbacks=[clock])
+            run.train()
         losses = [row["loss"] for row in run.state.log_history if "loss" in row]
         if not all(torch.tensor(losses).isfinite()):
-            raise RuntimeError(f"{kind}: losses {losses}")
-        yield {"precision": kind, "steps_per_second": done.metrics["train_steps_per_second"], "loss": losses[-1]}
+            raise RuntimeError(f"{name} in {kind}: losses {losses}")
+        yield {"method": name, "precision": kind, "step_ms": clock.median() * 1e3, "loss": losses[-1]}
+
+
+class StepClock(TrainerCallback):
+    """Seconds of every step, data not counted."""
+
+    def __init__(self) -> None:
+        self.begun, self.seconds = 0.0, list[float]()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        synchronize()
+        self.begun = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        synchronize()
+        self.seconds.append(time.monotonic() - self.begun)
+
+    def median(self) -> float:
+        """Without the first steps, which choose kernels and take memory."""
+        return median(self.seconds[min(3, len(self.seconds) - 1) :])
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def attention(bench: Bench) -> Iterator[Row]:
-    """Heads whose queries and values differ in width: which kernels agree, and what each takes."""
+    """Heads whose queries and values differ in width: which kernels take them and agree, and what each takes."""
     model = bench.model(bench.middle)
-    half = bench.pruned(model, 0.5, units=("heads", "qk", "mlp"))
+    kernels = ["MATH"] if bench.small else ["MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"]
     pixels = bench.images(model, 2 if bench.small else 8)
-    with torch.no_grad():
-        expected = half(pixels).logits
-        for kind in ("eager", "sdpa"):
-            half.set_attn_implementation(kind)
-            error = (half(pixels).logits - expected).abs().max() / expected.abs().max()
-            timing = measure_speed({kind: half}, len(pixels), rounds=bench.rounds, dtype=bench.dtype, progress=False)
-            yield {"kernel": kind, "error": float(error), "ms": timing[kind].seconds * 1e3}
+    for width, units in {"qk != v": ("heads", "qk", "mlp"), "qk == v": ("heads", "mlp")}.items():
+        half = bench.pruned(model, 0.5, units=units)
+        with torch.no_grad():
+            half.set_attn_implementation("eager")
+            expected = half(pixels).logits
+            for name in ["eager", *kernels]:
+                half.set_attn_implementation("eager" if name == "eager" else "sdpa")
+                backend = nullcontext() if name == "eager" else sdpa_kernel(getattr(SDPBackend, name))
+                with backend:
+                    small = copy.deepcopy(half).to(bench.dtype)
+                    try:
+                        found = small(pixels.to(bench.dtype)).logits.float()
+                    except RuntimeError as error:  # a kernel that this GPU or width has not got
+                        yield {"widths": width, "kernel": name, "refused": str(error).splitlines()[0]}
+                        continue
+                    timing = measure_speed({name: small}, len(pixels), rounds=bench.rounds, progress=False)
+                difference = float((found - expected).abs().max() / expected.abs().max())
+                yield {"widths": width, "kernel": name, "difference": difference, "ms": timing[name].seconds * 1e3}
 
 
 def compiled(bench: Bench) -> Iterator[Row]:
@@ -219,8 +266,7 @@ def clock(call: Callable[[], Any], bench: Bench) -> float:
     for _ in range(2 * bench.rounds):
         started = time.monotonic()
         call()
-        if bench.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         times.append(time.monotonic() - started)
     return float(torch.tensor(times).median())
 

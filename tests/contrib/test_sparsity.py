@@ -113,6 +113,7 @@ def test_kernels_are_refused_on_a_cpu() -> None:
     assert_same(model.state_dict(), before)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with sparse tensor cores")
 def test_kernels_compute_the_same() -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512}
