@@ -36,7 +36,7 @@ from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import mask, prune
 from hf_vitprune.spec.architecture import Architecture
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tiny models of every family stand there
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))  # the tiny models of every family stand there
 from plans import aligned
 from tiny import CASES, images, make, relative_error, run
 
