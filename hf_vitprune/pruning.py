@@ -6,6 +6,8 @@ Both go through the same cuts (``cuts.py``): ``prune`` gathers along them, ``mas
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from .compensate import compensate_plan
@@ -88,7 +90,7 @@ def _prune_part(
 ) -> Any:
     """A bigger model with its tower pruned by itself; all else is shared with ``model``."""
     whole = unwrap(model)
-    alone = plan.of_part(None)
+    alone = replace(plan.of_part(None), info={**_base_model(whole), **plan.info})
     feature_layers = kept_feature_layers(whole, tower, alone)
     if is_peft(model):
         if calibration is not None:
@@ -106,6 +108,12 @@ def _prune_part(
         stock=stock,
     )
     return with_tower(whole, tower, small, alone.source.hidden_size, alone.embedding, feature_layers)
+
+
+def _base_model(whole: Any) -> dict[str, str]:
+    """Hub id of a bigger model, for the record of its tower; a folder of this machine is nobody else's business."""
+    name = getattr(getattr(whole, "config", None), "_name_or_path", "")
+    return {"base_model": name} if name and not Path(name).exists() else {}
 
 
 def mask(model: Any, plan: PruningPlan) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import ForceOption, ModelArgument, empty_output, say
+from .app import ForceOption, ModelArgument, PartOption, empty_output, say
 
 
 def card(
@@ -16,6 +16,7 @@ def card(
     base_model: Annotated[str | None, typer.Option(help="Hub id of the model it was pruned from.")] = None,
     license: Annotated[str | None, typer.Option(help="License, that of the base model as a rule.")] = None,
     repo_id: Annotated[str | None, typer.Option(help="Where the model will be on the Hub.")] = None,
+    part: PartOption = None,
     force: ForceOption = False,
 ) -> None:
     """Write the model card of a saved model; prints it without --out."""
@@ -23,16 +24,17 @@ def card(
         empty_output(out, force)
 
     import torch
+    from transformers.initialization import no_init_weights
 
     from hf_vitprune.publish.card import model_card
 
-    from .saved import load_config, model_class_of
+    from .saved import load_any_config, model_class_of
 
-    config = load_config(model)
-    with torch.device("meta"):  # a card needs no weights
+    config = load_any_config(model)
+    with torch.device("meta"), no_init_weights():  # a card needs no weights
         skeleton = model_class_of(config)(config)
     hub_id = repo_id or (None if Path(model).exists() else model)
-    text = str(model_card(skeleton, base_model=base_model, license=license, repo_id=hub_id))
+    text = str(model_card(skeleton, base_model=base_model, license=license, repo_id=hub_id, part=part))
     if out is None:
         print(text)
         return

@@ -22,15 +22,20 @@ def export(
     """Save a model as safetensors, with its image processor's settings; refuses shapes that --native cannot hold."""
     empty_output(out, force)
 
+    import torch
+    from transformers.initialization import no_init_weights
     from transformers.utils import cached_file
 
-    from hf_vitprune.modeling.native import native_config, to_native
+    from hf_vitprune.modeling.native import to_native
 
-    from .saved import load_architecture, load_config, model_class_of
+    from .saved import load_any_config, model_class_of
 
-    if native:
-        native_config(load_architecture(model))  # refuse before weights are fetched
-    loaded: Any = model_class_of(load_config(model)).from_pretrained(model)
+    config = load_any_config(model)
+    model_class: Any = model_class_of(config)
+    if native:  # refuse before weights are fetched
+        with torch.device("meta"), no_init_weights():
+            to_native(model_class(config))
+    loaded = model_class.from_pretrained(model)
     result = to_native(loaded) if native else loaded
     result.save_pretrained(out)
     settings = cached_file(model, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)

@@ -32,7 +32,7 @@ def load_config(model: str) -> PreTrainedConfig:
     if holds_towers(config):
         raise UnsupportedModelError(
             f"{model} is a {next(iter(config.architectures or []))}, which holds several encoders: this command is "
-            "for models that are pruned as a whole (inspect, prune and report take --part)"
+            "for models that are pruned as a whole (inspect, prune, report and card take --part)"
         )
     return config
 

@@ -237,7 +237,7 @@ def save_result(
     dataset: str | None,
     base_model: str | None = None,
 ) -> None:
-    """Write the model, its image processor, plan, plot of what was removed, and card (not of a bigger model).
+    """Write the model, its image processor, plan, plot of what was removed, and card.
 
     Args:
         timings: of ``before`` (dense) and ``after``.
@@ -250,8 +250,6 @@ def save_result(
         processor.save_pretrained(folder)
     result.plan.save(folder / "plan.json")
     plot_removed(result.plan, folder / "removed.png")
-    if result.plan.part is not None:
-        return  # cards are of models that prune as a whole
     card = model_card(
         result.model,
         base_model=base_model,
@@ -260,6 +258,7 @@ def save_result(
         after={"accuracy": result.final_accuracy} if result.accuracy else None,
         dataset=dataset,
         timings=timings,
+        part=result.plan.part,
     )
     card.save(folder / "README.md")
 

@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import CheckpointMismatchError
 from ..families import PRUNED_PREFIX, family_of
 from ..utils.modules import put
+from ..utils.upload import upload
 from .pretrained import NOT_STOCK, PrunedModelMixin, overridden
 from .registry import copy_conversions, pruned_model_class
 
@@ -81,6 +82,14 @@ class PrunedHostMixin:
             save_directory, *args, save_original_format=save_original_format, **kwargs
         )
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """As transformers', with a model card unless there is one already; see ``hf_vitprune.push_to_hub``.
+
+        Raises:
+            HubUploadError: the push did not go through.
+        """
+        return upload(self, repo_id, **kwargs)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but only from safetensors, and never with weights of a tower missing or left over.
@@ -127,6 +136,11 @@ def host_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel] | No
     if issubclass(model_class, PrunedHostMixin):
         return model_class
     return _hosts.get(model_class)
+
+
+def stock_host(model_class: type[PreTrainedModel]) -> type[PreTrainedModel] | None:
+    """Inverse of :func:`host_class`; None for another class."""
+    return next((stock for stock, twin in _hosts.items() if twin is model_class), None)
 
 
 def _register() -> None:

@@ -20,6 +20,7 @@ from .blocks import PrunedAttentionMixin, set_attention_sizes
 from .pretrained import PrunedModelMixin
 from .registry import stock_ancestor, stock_model_class
 from .structure import layer_paths
+from .whole_config import become_stock_, set_tower_config_
 
 #: fields of a pruned config that a stock config makes itself, or must not have
 _OWN_FIELDS = (
@@ -43,22 +44,32 @@ def to_native(model: Any) -> PreTrainedModel:
     divides by the square root of the *new* head dimension.
 
     Args:
-        model: a pruned model; a stock one is returned as it is.
+        model: a pruned model, or a bigger one with pruned towers in it; a stock one is returned as it is.
 
     Returns:
         A new model of the dense model's class, with its own copy of the weights, on the same device, in the same
         dtype and training mode. How it was pruned is plain data in its config (``pruning_info``).
 
     Raises:
-        NativeExportError: a stock class cannot hold this shape; the message names the layer and the size.
+        NativeExportError: a stock class cannot hold this shape; the message names the tower, the layer and the size.
     """
     if not isinstance(model, PreTrainedModel):
         advice = "; merge the adapters first (merge_and_unload)" if hasattr(model, "peft_config") else ""
         raise NativeExportError(f"expected a pruned transformers model, got {type(model).__name__}{advice}")
-    if not isinstance(model, PrunedModelMixin):
+    paths = [path for path, module in model.named_modules() if isinstance(module, PrunedModelMixin)]
+    if not paths:
         return model
     made = copy.deepcopy(model)
-    make_stock_(made)
+    for path in paths:
+        tower: Any = made.get_submodule(path)
+        old = tower.config
+        try:
+            make_stock_(tower)
+        except NativeExportError as error:
+            raise NativeExportError(f"{path}: {error}" if path else str(error)) from error
+        if path:
+            set_tower_config_(made, old, tower.config)
+    become_stock_(made)
     return made
 
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..errors import UnsupportedModelError
 from ..families import find_family
 from ..spec.origin import is_pruned
-from .hosts import host_class
+from .hosts import host_class, stock_host
 from .pretrained import PrunedModelMixin
 
 logger = logging.get_logger(__name__)
@@ -58,6 +58,24 @@ def become_host_(whole: Any, small: Any) -> None:
         whole.__class__ = twin
 
 
+def become_stock_(whole: Any) -> None:
+    """Undo :func:`become_host_`, where no pruned tower is left."""
+    stock = stock_host(type(whole))
+    if stock is not None and not any(isinstance(module, PrunedModelMixin) for module in whole.modules()):
+        whole.config.__class__ = stock.config_class
+        whole.config.__dict__.pop("model_type", None)
+        whole.__class__ = stock
+
+
+def set_tower_config_(whole: Any, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    """Put another config in the place of a tower's, in the config that a model and the modules in it hold.
+
+    Raises:
+        UnsupportedModelError: the config does not hold the tower's.
+    """
+    vars(whole.config).update(vars(config_with(whole.config, old, new)))
+
+
 def follow_tower(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     """A tower takes the place of another (``model.vision_model = prune(model.vision_model, plan)``): set the config.
 
@@ -72,15 +90,13 @@ def follow_tower(parent: nn.Module, name: str, new: nn.Module | None) -> None:
         return
     if new.config is old.config or find_family(old) is None or find_family(old) is not find_family(new):
         return
+    if host_class(type(parent)) is not None:  # it gets another class, which is not for others that hold its config
+        parent.config = copy.copy(parent.config)
     try:
-        changed = config_with(parent.config, old.config, new.config)
+        set_tower_config_(parent, old.config, new.config)
     except UnsupportedModelError:
         return  # it is not built from its config
-    if host_class(type(parent)) is None:
-        vars(parent.config).update(vars(changed))  # the models around the parent hold the same config
-    else:
-        parent.config = changed
-        become_host_(parent, new)
+    become_host_(parent, new)
     logger.warning(f"{type(parent).__name__}.{name} is another tower now, and the model's config that of it")
 
 

@@ -18,30 +18,15 @@ from ..families import PRUNED_PREFIX
 from ..families.base import pair
 from ..plan.lineage import lineage_of
 from ..spec.architecture import Architecture, unwrap
-from ..spec.configs import task_of
-from ..spec.origin import dense_of
+from ..spec.origin import dense_of, is_pruned
+from ..spec.towers import Tower, find_tower, towers
+from .purpose import auto_class, pipeline_tag
 from .report import comparison_markdown, human, layer_markdown
 
 if TYPE_CHECKING:
     from ..latency.measure import Timing
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
-#: task suffix of a class -> Auto class that loads it
-AUTO_CLASSES = {
-    "Model": "AutoModel",
-    "ForImageClassification": "AutoModelForImageClassification",
-    "ForImageClassificationWithTeacher": "AutoModelForImageClassification",
-    "ForMaskedImageModeling": "AutoModelForMaskedImageModeling",
-    "Backbone": "AutoBackbone",
-}
-#: task suffix of a class -> task of the Hub
-PIPELINE_TAGS = {
-    "ForImageClassification": "image-classification",
-    "ForImageClassificationWithTeacher": "image-classification",
-    "Model": "image-feature-extraction",
-    "ModelWithProjection": "image-feature-extraction",
-    "Backbone": "image-feature-extraction",
-}
 #: parts of a record's info that say nothing to a reader
 _INTERNAL_INFO = ("base_model", "plan", "altered_weights", "dense", "custom")
 
@@ -60,8 +45,9 @@ def model_card(
     license: str | None = None,
     tags: Sequence[str] = (),
     repo_id: str | None = None,
+    part: str | None = None,
 ) -> ModelCard:
-    """A card for a pruned model, or for its native export.
+    """A card for a pruned model, a bigger one with a pruned tower in it, or for its native export.
 
     Args:
         model: the model; its weights are not read.
@@ -77,10 +63,11 @@ def model_card(
         license: of the base model, when known: a pruned model is a derived work of it.
         tags: more tags, beside ``hf_vitprune``, ``pruning`` and the family.
         repo_id: where the model will be; for the title and the loading example.
+        part: which tower of a bigger model the card is about; by default its only one, or the only pruned one.
 
     Raises:
         InvalidConfigError: metrics without a dataset, or timings without ``before`` and ``after``.
-        UnsupportedModelError: no family is registered for the model.
+        UnsupportedModelError: no family is registered for the model, or several towers are pruned and no ``part``.
     """
     if after and not dataset:
         raise InvalidConfigError("metrics need the name of the dataset they were measured on: pass dataset=...")
@@ -89,11 +76,13 @@ def model_card(
     if dataset and Path(dataset).exists():
         dataset = Path(dataset).resolve().name
     model = unwrap(model)
-    architecture = Architecture.of(model)
-    remembered = lineage_of(model.config)
+    tower = _pruned_tower(model, part)
+    architecture = Architecture.of(model, tower.part if tower.path else None)
+    config = model.get_submodule(tower.path).config
+    remembered = lineage_of(config)
     base_model = _hub_id(base_model or remembered.get("base_model"))
     name = repo_id.split("/")[-1] if repo_id else type(model).__name__
-    task = PIPELINE_TAGS.get(architecture.task)
+    task = pipeline_tag(model)
     data = ModelCardData(
         base_model=base_model,
         datasets=_hub_id(dataset),
@@ -104,21 +93,26 @@ def model_card(
         tags=["hf_vitprune", "pruning", architecture.model_type, *tags],
         eval_results=_eval_results(after or {}, task, dataset, dataset_split),
     )
-    reference = _reference(architecture, dense, model.config)
+    reference = _reference(architecture, dense, config)
     settings = dict(remembered if info is None else info)
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         title=name,
         summary=_summary(architecture, reference, base_model),
-        install=_install(model),
-        snippet=_snippet(model, repo_id),
+        install=_install(config),
+        snippet=_snippet(model, config, repo_id),
         results=_results(architecture, reference, before, after, timings),
         measured_on=_measured_on(dataset if after else None, dataset_split, timings),
         settings=_settings({k: v for k, v in settings.items() if k not in _INTERNAL_INFO}),
         layers=layer_markdown(architecture),
-        image_size=_image_size(architecture),
+        counted_for=_counted_for(architecture),
     )
+
+
+def _pruned_tower(model: Any, part: str | None) -> Tower:
+    pruned = [t for t in towers(model).values() if is_pruned(model.get_submodule(t.path).config)]
+    return pruned[0] if part is None and len(pruned) == 1 else find_tower(model, part)
 
 
 def _hub_id(name: Any) -> str | None:
@@ -135,9 +129,9 @@ def _hub_id(name: Any) -> str | None:
 def _reference(architecture: Architecture, dense: Any, config: PreTrainedConfig) -> Architecture | None:
     """The dense architecture, where it is known and another one."""
     if dense is not None:
-        reference = dense if isinstance(dense, Architecture) else Architecture.of(dense)
+        reference = Architecture.given(dense, architecture.part)
     else:
-        reference = dense_of(config, architecture.task)
+        reference = dense_of(config, architecture.task).replace(part=architecture.part)
     return None if reference == architecture else reference
 
 
@@ -161,7 +155,10 @@ def _eval_results(
 # ---------------------------------------------------------------------- paragraphs
 def _summary(architecture: Architecture, reference: Architecture | None, base_model: str | None) -> str:
     source = f" of [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
-    text = f"A pruned version{source} (`{architecture.model_type}`), made with `hf_vitprune`: "
+    kind = f"`{architecture.model_type}`"
+    if architecture.part is not None:
+        kind = f"its {architecture.part} tower, a {kind}; nothing else is changed"
+    text = f"A pruned version{source} ({kind}), made with `hf_vitprune`: "
     if reference is None:
         return text + f"{human(count(architecture).params)} parameters."
     small, full = count(architecture), count(reference)
@@ -215,25 +212,30 @@ def _settings(info: Mapping[str, Any]) -> str:
     return "\n".join(f"- {key.replace('_', ' ')}: `{text(value)}`" for key, value in info.items() if value is not None)
 
 
-def _install(model: Any) -> str:
-    if model.config.model_type.startswith(PRUNED_PREFIX):
+def _install(config: PreTrainedConfig) -> str:
+    if config.model_type.startswith(PRUNED_PREFIX):
         return "Its layers have sizes of their own, so it needs `pip install hf_vitprune` beside transformers:"
     return "It is a stock transformers model, nothing else is needed:"
 
 
-def _snippet(model: Any, repo_id: str | None) -> str:
-    is_pruned = model.config.model_type.startswith(PRUNED_PREFIX)
-    name = AUTO_CLASSES.get(task_of(model))
-    module = "transformers"
+def _snippet(model: Any, config: PreTrainedConfig, repo_id: str | None) -> str:
+    is_pruned_class = config.model_type.startswith(PRUNED_PREFIX)
+    name, module = auto_class(model), "transformers"
     if name is None:
         name = type(model).__name__
-        module = "hf_vitprune.modeling" if is_pruned else module
-    lines = ["import hf_vitprune  # makes transformers know pruned models"] if is_pruned else []
+        module = "hf_vitprune.modeling" if name.startswith("Pruned") else module
+    lines = ["import hf_vitprune  # makes transformers know pruned models"] if is_pruned_class else []
     return "\n".join(
         [*lines, f"from {module} import {name}", "", f'model = {name}.from_pretrained("{repo_id or "path/to/model"}")']
     )
 
 
-def _image_size(architecture: Architecture) -> str:
-    height, width = pair(architecture.family.sizes_config(architecture.config).image_size)
-    return f"{height} x {width} pixels"
+def _counted_for(architecture: Architecture) -> str:
+    """What multiply-adds are counted for."""
+    config: Any = architecture.family.sizes_config(architecture.config)
+    if architecture.family.part == "text":
+        return f"one text of {config.max_position_embeddings} tokens"
+    if not hasattr(config, "image_size"):
+        return "one image"
+    height, width = pair(config.image_size)
+    return f"one image of {height} x {width} pixels"

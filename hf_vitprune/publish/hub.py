@@ -133,12 +133,19 @@ def _card_beside(model: Any) -> str | None:
     if not (folder / CARD).is_file() or not (folder / "config.json").is_file():
         return None
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    own = getattr(config, "pruning_config", None) or {}
-    if (saved.get("pruning_config") or {}).get("fingerprint") != own.get("fingerprint"):
-        return None
-    if (saved.get("pruning_info") or {}).get("plan") != getattr(config, "pruning_info", {}).get("plan"):
+    if _shape_of(saved) != _shape_of(config.to_dict()):
         return None
     return (folder / CARD).read_text(encoding="utf-8")
+
+
+def _shape_of(fields: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """What a config's fields say of pruned shapes: its own, and those of towers, by the path of their config."""
+    record, info = fields.get("pruning_config") or {}, fields.get("pruning_info") or {}
+    own = {path: (record.get("fingerprint"), info.get("plan"))} if record or info else {}
+    inner = {f"{path}.{name}": value for name, value in fields.items() if isinstance(value, dict)}
+    for name in ("pruning_config", "pruning_info"):
+        inner.pop(f"{path}.{name}", None)
+    return own | {key: shape for name, value in inner.items() for key, shape in _shape_of(value, name).items()}
 
 
 @contextlib.contextmanager

@@ -143,7 +143,12 @@ def test_models_of_other_kinds(tmp_path: Path) -> None:
         tmp_path / "clip"
     )
     assert "clip_vision_model" in printed("inspect", tmp_path / "clip", "--part", "vision")
-    assert "holds several encoders" in refused("card", tmp_path / "clip")
+    assert "choose one with part=" in refused("card", tmp_path / "clip")
+    assert "its vision tower, a `clip_vision_model`" in printed("card", tmp_path / "clip", "--part", "vision")
+    (tmp_path / "layers.json").write_text('{"mixer": [], "mlp_hidden": []}')
+    (tmp_path / "weights.pth").touch()
+    words = ("convert", tmp_path / "weights.pth", tmp_path / "out", "--base", tmp_path / "clip")
+    assert "holds several encoders" in refused(*words, "--layers", tmp_path / "layers.json")
     config = make(VIT).config
     config.architectures = ["NoSuchClass"]
     config.save_pretrained(tmp_path / "class")

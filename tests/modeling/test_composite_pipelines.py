@@ -11,6 +11,7 @@ import torch
 from composite_pipelines import PIPELINES, through_pipeline
 from hf_vitprune import PruningPlan, prune, towers
 from processes import run_python
+from tiny import relative_error
 from tiny_composites import COMPOSITES, auto_class, outputs
 
 UNITS = ["heads", "qk", "v", "mlp"]
@@ -68,3 +69,23 @@ def test_pipelines_look_through_the_small_tower(name: str, saved: Path) -> None:
     PIPELINES[name][1]().save_pretrained(other)
     answer, sums = through_pipeline(name, other)
     assert answer and len(sums[0]) == len(result[1][0]) and sums[0] != result[1][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["CLIP", "DPT", "LLaVA"])
+def test_onnx_export(name: str, tmp_path: Path) -> None:
+    """The whole model by transformers' own exporter, run by onnxruntime."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    model, inputs = COMPOSITES[name]()
+    small = prune(model, PruningPlan.random(model, 0.4, UNITS, part="vision" if name == "CLIP" else None))
+    OnnxExporter().export(small, inputs, config=OnnxConfig(dynamic=False)).save_pretrained(tmp_path)
+    session = onnxruntime.InferenceSession(next(tmp_path.glob("*.onnx")))
+    names = [node.name for node in session.get_outputs()]
+    found = session.run(None, {node.name: inputs[node.name].numpy() for node in session.get_inputs()})
+    expected = outputs(small, inputs)
+    compared = {key: torch.from_numpy(value) for key, value in zip(names, found, strict=True) if key in expected}
+    assert compared
+    for key, tensor in compared.items():
+        assert relative_error(tensor, expected[key]) < 1e-5, key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from hf_vitprune import PruningPlan, prune, towers, truncate
+from hf_vitprune.errors import NativeExportError
+from hf_vitprune.modeling.native import to_native
 from tiny import make, relative_error
 from tiny_composites import Made, auto_class, dual, llava, outputs, paligemma, upernet_swin
 
@@ -71,6 +74,33 @@ def test_the_dense_tower_put_back(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = auto_class(MAKERS[name]()[0]).from_pretrained(tmp_path).eval()
     assert all(torch.allclose(outputs(loaded, inputs)[key], tensor, atol=1e-5) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_native_export(name: str, tmp_path: Path) -> None:
+    """Towers of sizes that stock classes can hold: without this library's classes anywhere in the model."""
+    model, inputs = MAKERS[name]()
+    part = next(part for part in towers(model) if part != "text")
+    plan = PruningPlan.dense(model, part)
+    whole_layers = name in ("UperNet", "SigLIP")  # Swin, and a pooling head that takes its sizes from the config
+    kept = range(len(plan.layers) - whole_layers)
+    thin = [replace(entry, mlp=entry.mlp if whole_layers else entry.mlp[:-8]) for entry in plan.layers]
+    small = prune(model, plan.with_layers(thin).keep_layers(kept), stock=False)
+    assert "pruned" in str(small.config.to_dict())
+    before = copy.deepcopy(small.state_dict())
+    native = to_native(small)
+    assert type(native) is type(model) and type(native.config) is type(model.config)
+    assert not any(type(module).__name__.startswith("Pruned") for module in native.modules())
+    expected = outputs(small, inputs)
+    assert all(relative_error(tensor, expected[key]) < 1e-5 for key, tensor in outputs(native, inputs).items())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in small.state_dict().items())
+    native.save_pretrained(tmp_path)
+    assert '"model_type": "pruned' not in (tmp_path / "config.json").read_text()
+    loaded = outputs(type(model).from_pretrained(tmp_path).eval(), inputs)
+    assert all(relative_error(tensor, expected[key]) < 1e-5 for key, tensor in loaded.items())
+    uneven = prune(model, plan.with_layers([*thin[:-1], plan.layers[-1].with_mixer("none")]), stock=False)
+    with pytest.raises(NativeExportError, match=f"{towers(model)[part].path}: .*layer"):
+        to_native(uneven)
 
 
 def test_the_dense_class_refuses_it(tmp_path: Path) -> None:

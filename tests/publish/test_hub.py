@@ -29,6 +29,7 @@ from hf_vitprune.publish.hub import push_to_hub
 from hub_standin import HubStandIn, hub_environment
 from processes import ROOT
 from tiny import make
+from tiny_composites import COMPOSITES
 
 REPO = "tester/small-vit"
 VIT = "ViTForImageClassification"
@@ -182,6 +183,22 @@ def test_weights_of_an_earlier_push_go(hub: HubStandIn) -> None:
     assert weights == ["model.safetensors"]
 
 
+def test_bigger_models(hub: HubStandIn) -> None:
+    """Of their own class or of ours: weights, config and a card of the tower."""
+    for name, part, title in (("CLIP", "vision", "CLIPModel"), ("DPT", None, "DPTForDepthEstimation")):
+        model = COMPOSITES[name]()[0]
+        small = prune(model, PruningPlan.random(model, 0.4, ["qk", "mlp"], part=part))
+        pushed = f"tester/{name}"
+        if name == "CLIP":
+            small.push_to_hub(pushed, token=hub.token)
+        else:
+            push_to_hub(small, pushed, token=hub.token)
+        files = hub.files(pushed)
+        assert {"config.json", "model.safetensors", "README.md"} <= files.keys()
+        assert "nothing else is changed" in files["README.md"].decode()
+        assert json.loads(files["config.json"])["architectures"][0].endswith(title)
+
+
 def test_branch_and_adapter(hub: HubStandIn) -> None:
     small = small_vit()
     push_to_hub(small, REPO, token=hub.token)
@@ -241,6 +258,7 @@ PUSH = (
     + """
 from hf_vitprune import PruningPlan, prune
 from tiny import make
+from tiny_composites import COMPOSITES
 digests = {}
 for name in ("ViTForImageClassification", "SwinForImageClassification"):
     model = make(name)
