@@ -79,6 +79,65 @@ def run(
 
 
 @app.command()
+def pack(
+    out: Annotated[Path, typer.Argument(help="Folder to write, some 40 MB.")],
+    images: Annotated[int, typer.Option(help="Unlabelled images.")] = 4000,
+    size: Annotated[int, typer.Option(help="Side of the images.")] = 224,
+    each: Annotated[int, typer.Option(help="Drawings of each of 24 classes in gallery and test.")] = 15,
+    cache: Annotated[Path, typer.Option(help="Folder of what is fetched.")] = CACHE,
+) -> None:
+    """Put tower and drawings into a folder for ``recover``, on a machine without a network, say."""
+    from . import drawings, payload, tower
+
+    model, decoder = tower.rebuild(tower.fetch(cache))
+    split = drawings.split(drawings.fetch(cache), size, images, 24, each, as_bytes=True)
+    console.print(f"{payload.pack(out, model, decoder, split) / 2**20:.1f} MiB")
+
+
+@app.command()
+def recover(
+    data: Annotated[Path, typer.Argument(help="Folder that pack has written.")],
+    jobs: Annotated[
+        str, typer.Option(help="With semicolons, in this order.")
+    ] = "latency;short;half;third;plain;stock",
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cuda",
+    budget: Annotated[float, typer.Option(help="Seconds for all; what does not fit is left out.")] = 230,
+    steps: Annotated[int, typer.Option(help="Of a long training; short ones have 400 at most.")] = 2000,
+    size: Annotated[int | None, typer.Option(help="Side of the images; by default each job's own.")] = None,
+    round_to: Annotated[int, typer.Option(help="Kept channels are a multiple of this.")] = 8,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File of rows, which are added.")] = (
+        OUTPUT / "recovered.jsonl"
+    ),
+) -> None:
+    """Pruned towers learn the dense one's features: a row a training, a line of JSON each, written at once."""
+    import time
+    import traceback
+
+    deadline = time.monotonic() + budget
+    from . import payload
+    from .jobs import JOBS
+    from .recovering import Bench
+
+    if unknown := sorted({*jobs.split(";")} - {*JOBS}):
+        raise typer.BadParameter(f"jobs are {', '.join(JOBS)}, not {unknown[0]!r}")
+    model, decoder, split = payload.unpack(data)
+    benches: dict[int, Bench] = {}
+    failed = []
+    for name in jobs.split(";"):
+        own, work = JOBS[name]
+        side = size or own
+        try:
+            if side not in benches:
+                benches[side] = Bench(model, decoder, split, side, device, output, deadline, round_to)
+            work(benches[side], steps)
+        except Exception:  # the other jobs may still do
+            failed.append(name)
+            traceback.print_exc()
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(output: Output = OUTPUT, markdown: Annotated[bool, typer.Option(help="For a README.")] = False) -> None:
     """All rows: cosine of CLS and patches, accuracy in percent, saliency and latency against the dense tower's."""
     found = [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]

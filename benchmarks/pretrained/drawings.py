@@ -20,7 +20,7 @@ MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.
 
 
 class Drawings(NamedTuple):
-    """Images (n, 3, size, size) as the tower takes them, and the number of the folder that each lies in."""
+    """Images (n, 3, size, size), and the number of the folder that each lies in."""
 
     pixels: torch.Tensor
     labels: torch.Tensor
@@ -57,13 +57,21 @@ def fetch(cache: Path) -> Path:
 
 
 def split(
-    folder: Path, size: int, calibration: int, classes: int, each: int, part: str = "test", draw: int = 0
+    folder: Path,
+    size: int,
+    calibration: int,
+    classes: int,
+    each: int,
+    part: str = "test",
+    draw: int = 0,
+    as_bytes: bool = False,
 ) -> Split:
     """The ``classes`` folders with most drawings give ``each`` images to the gallery, to validation and to test, the
     same ones at every call; the ``draw`` of calibration images is from what is left over of all folders.
 
     Args:
         part: whose images the queries are, ``validation`` or ``test``.
+        as_bytes: images are (n, 3, size, size) of bytes, as :func:`normalised` takes them.
 
     Raises:
         ValueError: there are too few drawings.
@@ -84,7 +92,13 @@ def split(
     first = each * (1 + PARTS.index(part))
     gallery = [pair for group in asked for pair in group[:each]]
     queries = [pair for group in asked for pair in group[first : first + each]]
-    return Split(*(_read(pairs, size) for pairs in (rest[:calibration], gallery, queries)))
+    sets = Split(*(_read(pairs, size) for pairs in (rest[:calibration], gallery, queries)))
+    return sets if as_bytes else Split(*(Drawings(normalised(one.pixels), one.labels) for one in sets))
+
+
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
+    """Bytes -> what the tower takes, on the same device."""
+    return (pixels.float() / 255 - MEAN.to(pixels.device)) / STD.to(pixels.device)
 
 
 def _is_small(path: Path) -> bool:
@@ -99,7 +113,7 @@ def _is_small(path: Path) -> bool:
 
 
 def _read(pairs: list[tuple[Path, int]], size: int) -> Drawings:
-    pixels = torch.stack([(torch.from_numpy(_square(path, size)).float() / 255 - MEAN) / STD for path, _ in pairs])
+    pixels = torch.stack([torch.from_numpy(_square(path, size)) for path, _ in pairs])
     return Drawings(pixels, torch.tensor([label for _, label in pairs]))
 
 

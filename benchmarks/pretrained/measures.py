@@ -45,7 +45,7 @@ def probe(
     gallery, queries = (gallery - mean) / spread, (queries - mean) / spread
     targets = nn.functional.one_hot(labels, int(labels.max()) + 1).double()
     targets -= targets.mean(0)
-    damped = gallery.T @ gallery + ridge * len(gallery) * torch.eye(gallery.shape[1], dtype=torch.float64)
+    damped = gallery.T @ gallery + ridge * len(gallery) * torch.eye(gallery.shape[1]).to(gallery)
     found = (queries @ torch.linalg.solve(damped, gallery.T @ targets)).argmax(1)
     return 100 * float((found == truth).double().mean())
 

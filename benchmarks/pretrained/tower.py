@@ -88,7 +88,7 @@ def rebuild(graph: Path) -> tuple[Dinov2Model, Decoder]:
             rest = rest.replace(old, new)
         {"backbone": state, "decoder": head}[kind][rest] = tensor.contiguous()
     state["embeddings.position_embeddings"] = _positions(onnx_graph, tensors, state["embeddings.cls_token"].shape[-1])
-    return _tower(state), _decoder(head)
+    return tower_of(state), decoder_of(head)
 
 
 def _positions(onnx_graph: Any, tensors: dict[str, torch.Tensor], width: int) -> torch.Tensor:
@@ -105,7 +105,8 @@ def _positions(onnx_graph: Any, tensors: dict[str, torch.Tensor], width: int) ->
     return torch.cat([tensors[node.input[0]], patches], 1)
 
 
-def _tower(state: dict[str, torch.Tensor]) -> Dinov2Model:
+def tower_of(state: dict[str, torch.Tensor]) -> Dinov2Model:
+    """The tower of these weights, in eval mode."""
     width, patch = state["embeddings.cls_token"].shape[-1], state["embeddings.patch_embeddings.projection.weight"]
     side = round((state["embeddings.position_embeddings"].shape[1] - 1) ** 0.5)
     model = Dinov2Model(
@@ -122,7 +123,8 @@ def _tower(state: dict[str, torch.Tensor]) -> Dinov2Model:
     return model.eval()
 
 
-def _decoder(head: dict[str, torch.Tensor]) -> Decoder:
+def decoder_of(head: dict[str, torch.Tensor]) -> Decoder:
+    """The decoder of these weights, in eval mode."""
     count = sum(name.startswith("upconv") and name.endswith("weight") for name in head)
     weights = [head[f"upconv{i}.weight"] for i in range(1, count + 1)]
     decoder = Decoder([weights[0].shape[0], *(w.shape[1] for w in weights)])

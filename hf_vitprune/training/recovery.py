@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from ..errors import InvalidConfigError, InvalidDataError
@@ -18,6 +18,8 @@ from ..losses.distillation import DistillationConfig
 from ..methods.base import check_number, check_open_interval
 from ..plan.plan import PruningPlan
 from ..utils.batches import ImageBatches
+from ..utils.crops import random_crops
+from .keep_best import KeepBest
 from .trainer import PruningTrainer
 
 logger = logging.get_logger(__name__)
@@ -36,7 +38,10 @@ class Recovery:
         batch_size: images a step and process.
         held_out: share of the images that are not trained on, by whose loss the best weights are kept, in (0, 1).
         checks: how often that loss is looked at, beside the start.
-        seed: of the order of images.
+        crops: train on random parts of the images, of at least this share of their area, half of them mirrored, in
+            (0, 1]; None: on the images as they are.
+        bf16: student and teacher run in bfloat16 (weights stay in their own type).
+        seed: of the order of images, and of their parts.
     """
 
     steps: int = 300
@@ -45,6 +50,8 @@ class Recovery:
     batch_size: int = 32
     held_out: float = 0.1
     checks: int = 10
+    crops: float | None = None
+    bf16: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,6 +62,8 @@ class Recovery:
         check_number("learning_rate", self.learning_rate)
         check_number("warmup", self.warmup, highest=1)
         check_open_interval("held_out", self.held_out)
+        if self.crops is not None and not 0 < self.crops <= 1:
+            raise InvalidConfigError(f"crops is a share of an image's area, in (0, 1], or None, not {self.crops!r}")
 
 
 @dataclass(frozen=True)
@@ -118,15 +127,17 @@ def recover(
     train_set, judged = _split(images, settings.held_out) if held_out is None else (_all(images), _all(held_out))
     keep = KeepBest()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = PruningTrainer(
+        on_cpu = train_set[0]["pixel_values"].device.type == "cpu"
+        trainer = _CroppingTrainer(
             small,
-            _arguments(settings, folder),
+            _arguments(settings, folder, pin_memory=on_cpu and torch.cuda.is_available()),
             teacher=dense,
             distillation=config,
             train_dataset=train_set,
             eval_dataset=judged,
             data_collator=train_set.images.collate_fn,
             callbacks=[keep, *callbacks],
+            crops=settings.crops,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -136,43 +147,23 @@ def recover(
     return done
 
 
-class KeepBest(TrainerCallback):
-    """Ends a training with the weights of the evaluation that was best; of the start, too, with ``eval_on_start``.
-
-    They are kept in memory, on the CPU. For ``PruningTrainer`` or any ``Trainer`` with ``eval_strategy="steps"``.
+class _CroppingTrainer(PruningTrainer):
+    """A ``PruningTrainer`` that sees random parts of its training images; the same ones when it is resumed.
 
     Args:
-        metric: of the evaluations, which is to be small.
-
-    Attributes:
-        losses: step -> the metric.
-        best: the step of the smallest.
+        crops: smallest share of an image's area; None: images as they are.
     """
 
-    def __init__(self, metric: str = "eval_loss") -> None:
-        self.metric = metric
-        self.losses: dict[int, float] = {}
-        self.best = 0
-        self._weights: dict[str, torch.Tensor] | None = None
+    def __init__(self, *args: Any, crops: float | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.crops = crops
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        found = kwargs["metrics"].get(self.metric)
-        if found is None:
-            raise InvalidConfigError(f"the evaluation has no {self.metric}: there is nothing to choose the best by")
-        least = min(self.losses.values(), default=float("inf"))
-        self.losses[state.global_step] = found
-        if found < least:
-            self.best = state.global_step
-            self._weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        if self._weights is not None:
-            model.load_state_dict(self._weights)
-            self._weights = None
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.crops is not None:
+            inputs = self._prepare_inputs(inputs)
+            seed = self.args.seed * 2**32 + self.state.global_step
+            inputs["pixel_values"] = random_crops(inputs["pixel_values"], self.crops, seed)
+        return super().training_step(model, inputs, *args, **kwargs)
 
 
 class _Unlabelled(Dataset):
@@ -216,7 +207,7 @@ def hold_out(images: int, share: float) -> tuple[list[int], list[int]]:
     return [i for i in range(images) if i not in set(apart)], apart
 
 
-def _arguments(settings: Recovery, folder: str) -> TrainingArguments:
+def _arguments(settings: Recovery, folder: str, pin_memory: bool) -> TrainingArguments:
     return TrainingArguments(
         folder,
         max_steps=settings.steps,
@@ -236,6 +227,8 @@ def _arguments(settings: Recovery, folder: str) -> TrainingArguments:
         report_to=[],
         seed=settings.seed,
         data_seed=settings.seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        bf16=settings.bf16,
+        logging_nan_inf_filter=False,  # it would wait for the device in every step
+        dataloader_pin_memory=pin_memory,
         use_cpu=PartialState().device.type == "cpu",
     )
