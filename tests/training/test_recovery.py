@@ -50,6 +50,24 @@ def test_a_training_that_only_harms_leaves_the_start() -> None:
     assert_same(small.state_dict(), before)
 
 
+def test_random_parts_of_images_are_trained_on_and_whole_ones_judged() -> None:
+    pixels = images(16)
+    found = {}
+    for crops in (None, 0.3):
+        dense, small, _ = pair("ViTModel")
+        done = recover(small, dense, pixels, Recovery(learning_rate=1e-3, crops=crops, **QUICK))
+        assert held_out_loss(small, dense, pixels[[0, 4, 8, 12]]) == pytest.approx(done.losses[done.best], rel=1e-4)
+        found[crops] = done.losses
+    assert found[None][0] == found[0.3][0] and found[None][8] != found[0.3][8]
+
+
+def test_bfloat16_leaves_weights_in_their_own_type() -> None:
+    dense, small, _ = pair("ViTModel")
+    done = recover(small, dense, images(16), Recovery(learning_rate=1e-3, bf16=True, **QUICK))
+    assert done.losses[done.best] < done.losses[0]
+    assert {p.dtype for p in small.parameters()} == {torch.float32}
+
+
 def test_images_to_choose_by_may_be_given() -> None:
     dense, small, _ = pair("ViTModel")
     held_out = images(3, seed=1)
@@ -82,7 +100,12 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(InvalidDataError, match=message):
             recover(small, dense, data, Recovery(**{**QUICK, **changes}))
-    for changes, message in (({"steps": 0}, "steps"), ({"held_out": 1.0}, "held_out"), ({"warmup": 2}, "warmup")):
+    for changes, message in (
+        ({"steps": 0}, "steps"),
+        ({"held_out": 1.0}, "held_out"),
+        ({"warmup": 2}, "warmup"),
+        ({"crops": 0}, "crops"),
+    ):
         with pytest.raises(InvalidConfigError, match=message):
             Recovery(**changes)
     with pytest.raises(InvalidConfigError, match="by features"):
