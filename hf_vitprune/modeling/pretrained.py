@@ -45,7 +45,8 @@ class PrunedConfigMixin:
         """As transformers'; the record of a pruned model may not be missing.
 
         Raises:
-            InvalidArchitectureError: a pruned model's config without its ``pruning_config``.
+            InvalidArchitectureError: a pruned model's config without its ``pruning_config``, or with values that no
+                config of its kind can have.
         """
         stated: Any = cls
         if config_dict.get("model_type") != stated.model_type:  # of a stock checkpoint
@@ -55,7 +56,16 @@ class PrunedConfigMixin:
                 f"the config is of a {stated.model_type} model but has no pruning_config, without which its sizes are "
                 "unknown; fetch config.json again"
             )
-        return super().from_dict(_with_width(config_dict, stated.model_type), **kwargs)  # type: ignore[misc]
+        fields = _with_width(config_dict, stated.model_type)
+        for name, kinds in (("dtype", (str, torch.dtype, dict)), ("architectures", (list, tuple))):
+            if not isinstance(fields.get(name), (*kinds, type(None))):
+                raise InvalidArchitectureError(f"config.json says {name} {fields[name]!r}; fetch it again")
+        try:
+            return super().from_dict(fields, **kwargs)  # type: ignore[misc]
+        except (AttributeError, LookupError, TypeError) as error:
+            raise InvalidArchitectureError(
+                f"config.json holds what no config of a {stated.model_type} can ({error}); fetch it again"
+            ) from error
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
         """As transformers', with a sentence for the residual width, which is in the record too.
@@ -120,8 +130,13 @@ class PrunedModelMixin:
         ambient = torch.empty(0).device
         # nothing to initialise on the meta device, and going through the motions takes longer than the rest of it
         dense_heads = overridden(family.sizes_config(config), family.skeleton_heads(config))
-        with torch.device("meta"), no_init_weights(), dense_heads:
-            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        try:
+            with torch.device("meta"), no_init_weights(), dense_heads:
+                super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        except (ArithmeticError, LookupError, RuntimeError) as error:
+            raise InvalidArchitectureError(
+                f"no {self.dense_class.__name__} can be built from this config: {error}"
+            ) from error
         model: Any = self
         dense_width = Architecture.dense(architecture.config).hidden_size
         with torch.device("meta"):
@@ -252,11 +267,20 @@ def _may_be_missing(key: str) -> bool:
 
 
 def _check_own_head(model: Any, info: dict[str, Any]) -> None:
-    """A checkpoint of this very class has its head, too."""
+    """A checkpoint of this very class has its head, too, and nothing more."""
+    name = type(model).__name__
+    if name not in (model.config.architectures or ()):
+        return
     lost = sorted(key for key in info["missing_keys"] if not _may_be_missing(key))
-    if lost and type(model).__name__ in (model.config.architectures or ()):
+    if lost:
         raise CheckpointMismatchError(
-            f"the checkpoint is of a {type(model).__name__} and lacks {len(lost)} of its tensors (first: {lost[0]})"
+            f"the checkpoint is of a {name} and lacks {len(lost)} of its tensors (first: {lost[0]})"
+        )
+    left = sorted(info["unexpected_keys"])
+    if left:
+        raise CheckpointMismatchError(
+            f"the checkpoint is of a {name}, and config.json leaves no place for {len(left)} of its tensors (first: "
+            f"{left[0]}; num_labels is {model.config.num_labels})"
         )
 
 

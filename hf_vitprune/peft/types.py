@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
+from pathlib import Path
 from typing import Any
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import register_peft_method
+from peft.utils import CONFIG_NAME, register_peft_method
 
 from ..errors import AdapterError
 from ..modeling.peft_twin import is_shared
+from .digest import check_digest, make_digest
 from .enumeration import add_member
 from .heads import fit_heads, recorded_labels, set_labels
 from .kinds import kind_named
@@ -29,11 +32,15 @@ EXCLUDED = ("XLORA",)
 
 
 class PrunedAdapterConfigMixin:
-    """Config with the record of the pruned base (``pruning``)."""
+    """Config with the record of the pruned base (``pruning``), and a digest of all that the adapter computes by."""
 
     pruned_peft_type: str
+    digest: dict[str, Any] | None
 
     def __post_init__(self) -> None:
+        if self.digest is not None:
+            check_digest(vars(self), self.digest)
+            self.digest = None  # of the file: what is changed in memory is meant
         super().__post_init__()  # type: ignore[misc]
         self.peft_type = PeftType(self.pruned_peft_type)
 
@@ -46,6 +53,9 @@ class PrunedAdapterConfigMixin:
             if auto_classes:
                 kwargs["auto_mapping_dict"] = {"base_model_class": auto_classes[0], "parent_library": "transformers"}
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        path = Path(save_directory) / CONFIG_NAME
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**fields, "digest": make_digest(fields)}, indent=2, sort_keys=True))
 
 
 class PrunedTunerMixin:
@@ -106,7 +116,10 @@ def _register(kind: str, config_class: Any, tuner: Any, prefix: str) -> None:
     add_member(name)
     config = dataclasses.make_dataclass(
         f"Pruned{config_class.__name__}",
-        [("pruning", dict, dataclasses.field(default_factory=dict))],
+        [
+            ("pruning", dict, dataclasses.field(default_factory=dict)),
+            ("digest", dict, dataclasses.field(default=None)),
+        ],
         bases=(PrunedAdapterConfigMixin, config_class),
         namespace={"pruned_peft_type": name, "__module__": __name__},
     )

@@ -95,6 +95,8 @@ class Architecture:
             sizes = family.dense_layers(config)
         except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
             raise InvalidArchitectureError(f"no {config.model_type} model has this config: {error!r}") from error
+        if not sizes:
+            raise InvalidArchitectureError(f"no {config.model_type} model has this config: it has no layers")
         depths = family.depths(config)
         shifts = window_shifts(depths, len(sizes))
         layers = tuple(dense_shape(s, shifted) for s, shifted in zip(sizes, shifts, strict=True))

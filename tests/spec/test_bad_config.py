@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from hf_vitprune.errors import InvalidArchitectureError, VitPruneError
+from hf_vitprune.errors import CheckpointMismatchError, InvalidArchitectureError, VitPruneError
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune
 from hf_vitprune.spec.configs import fingerprint
@@ -195,6 +195,24 @@ def test_record_of_another_shape_than_the_rest_of_the_config(saved: Saved) -> No
             assert outcome(saved, name, saved.record, **{name: sizes[name] + change}) == "refused", name
     if "depths" in saved.config:
         assert outcome(saved, "depths", saved.record, depths=[1, 4]) == "refused"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"dtype": 1}, {"dtype": [[1]]}, {"architectures": True}, {"id2label": "cat"}, {"id2label": 10**9}),
+        *({"image_size": []}, {"patch_size": -1}, {"num_channels": -3}),
+    ],
+    ids=str,
+)
+def test_values_outside_the_record_that_no_config_has(saved: Saved, damage: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArchitectureError, match="config"):
+        saved.load(saved.record, **damage)
+
+
+def test_a_head_without_a_place(saved: Saved) -> None:
+    with pytest.raises(CheckpointMismatchError, match=r"no place for 2 .*classifier\.bias; num_labels is 0"):
+        saved.load(saved.record, id2label={}, label2id={})
 
 
 def test_the_undamaged_model_loads(saved: Saved) -> None:
