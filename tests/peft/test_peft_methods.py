@@ -24,9 +24,9 @@ from plans import PLANS
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run, total_loss
 from tiny_adapters import randomize
 
-VIT = "ViTForImageClassification"
+VIT, SWIN = "ViTForImageClassification", "SwinForImageClassification"
 BOTH: dict[str, Any] = {"convpass": ConvpassConfig, "repadapter": RepAdapterConfig}
-FITTING = [(case, kind) for case in CLASSIFIERS for kind in BOTH if "Swin" not in case or kind == "repadapter"]
+FITTING = [(case, kind) for case in CLASSIFIERS for kind in BOTH if "Swinv2" not in case or kind == "repadapter"]
 
 
 def wrap(case: str, kind: str, **settings: Any) -> Any:
@@ -105,6 +105,49 @@ def test_convpass_grids() -> None:
     assert run(model, images(size=32), interpolate_pos_encoding=True)["logits"].isfinite().all()
     with pytest.raises(AdapterError, match="aspect ratio"):
         run(model, images(size=(16, 32)), interpolate_pos_encoding=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shifted", [False, True])
+def test_convpass_by_hand_on_the_whole_grid_of_swin(shifted: bool) -> None:
+    """A 5 x 3 grid of windows of 2: the bypass beside attention sees no windows, no shift and no padding."""
+    model = randomize(wrap(SWIN, "convpass", scale=0.7)).double()
+    adapted = model.get_base_model().swin.encoder.layers[0].blocks[int(shifted)]
+    attention, mlp = adapted.attention, adapted.mlp
+    plain = copy.deepcopy(model).unload().swin.encoder.layers[0].blocks[int(shifted)]
+    x = torch.randn(2, 15, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def bypass(layer: Any, tokens: torch.Tensor) -> torch.Tensor:
+        down, conv, up = (getattr(layer, f"convpass_{name}")["default"] for name in ("down", "conv", "up"))
+        hidden = F.pad(F.gelu(down(tokens)).reshape(2, 5, 3, 4), (0, 0, 1, 1, 1, 1))
+        out = sum(hidden[:, i : i + 5, j : j + 3] @ conv.weight[:, :, i, j].T for i in range(3) for j in range(3))
+        return 0.7 * up(F.gelu((out + conv.bias).reshape(2, 15, 4)))
+
+    plain.mlp = nn.Sequential(nn.Linear(16, 16)).double()  # what is added behind the attention is then known
+    nn.init.zeros_(plain.mlp[0].weight)
+    nn.init.zeros_(plain.mlp[0].bias)
+    attended = plain(x, (5, 3))[0] + bypass(attention, plain.layernorm_before(x))
+    normed = adapted.layernorm_after(attended)
+    expected = attended + mlp.base_layer(normed) + bypass(mlp, normed)
+    assert relative_error(adapted(x, (5, 3))[0], expected) < 1e-12
+    assert attention.place.tokens is None and (plain.shift_size > 0) == shifted
+
+
+def test_convpass_leaves_no_trace_in_swin(tmp_path: Path) -> None:
+    model = randomize(wrap(SWIN, "convpass"))
+    expected, other = run(model), run(model, images(size=(24, 40)))
+    copied = copy.deepcopy(model)
+    hooks = [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
+    assert hooks
+    bare = model.unload()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in bare.modules())
+    assert_same(run(copied), expected)  # a copy looks at its own grids
+    assert relative_error(run(copied, images(size=(24, 40)))["logits"], other["logits"]) == 0
+    with copied.disable_adapter():
+        assert_same(run(copied), run(make(SWIN)))
+    copied.get_base_model().gradient_checkpointing_enable()
+    total_loss(copied.train()).backward()
+    assert all(p.grad is not None for p in copied.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -210,17 +253,19 @@ def test_gates_around_repadapter() -> None:
     assert relative_error(run(gated.eval())["logits"], run(small.eval())["logits"]) < 1e-5
 
 
-@pytest.mark.parametrize("kind", BOTH)
-def test_layers_removed_by_a_method(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "kind", "kept"), [(VIT, "repadapter", 2), (VIT, "convpass", 2), (SWIN, "convpass", 4)]
+)
+def test_layers_removed_by_a_method(case: str, kind: str, kept: int) -> None:
     """Methods that remove layers only take both, and keep the adapters of the layers that stay."""
-    model = randomize(wrap(VIT, kind))
+    model = randomize(wrap(case, kind))
     gated = get_pruning_model(model, SLSConfig()).eval()
-    gated.method.keep(2)  # type: ignore[operator]
-    small = truncate(model, 2)
+    gated.method.keep(kept)  # type: ignore[operator]
+    small = truncate(model, kept)
     assert small.peft_type == f"VITPRUNE_{kind.upper()}"
     assert_same(run(small), run(gated))
-    layers = {name.split("layers.")[1][0] for name in small.state_dict() if f".{kind}_" in name}
-    assert layers == {"0", "1"}
+    layers = {name.partition(f".{kind}_")[0].rpartition(".")[0] for name in small.state_dict() if f".{kind}_" in name}
+    assert len(layers) == kept
 
 
 def test_convpass_refusals() -> None:
@@ -238,7 +283,7 @@ def test_convpass_refusals() -> None:
     with pytest.raises(AdapterError, match="whole layers"):
         get_pruning_model(model, VTPConfig(pruning_ratio=0.4))
     with pytest.raises(AdapterError, match="windows"):
-        get_peft_model(make("SwinForImageClassification"), ConvpassConfig())
+        get_peft_model(make("Swinv2ForImageClassification"), ConvpassConfig())
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -246,9 +291,8 @@ def test_bad_settings(kind: str) -> None:
     for settings in ({"r": 0}, {"r": 2.5}, {"scale": 0}, {"scale": "1"}, {"dropout": 1.0}, {"dropout": None}):
         with pytest.raises(InvalidConfigError):
             BOTH[kind](**settings)
-    for settings in (
-        [{"activation": "none"}] if kind == "convpass" else [{"groups": 0}, {"groups": 3}, {"groups": 2.0}]
-    ):
+    own = [{"activation": "none"}, {"initial": "zeros"}]
+    for settings in own if kind == "convpass" else [{"groups": 0}, {"groups": 3}, {"groups": 2.0}]:
         with pytest.raises(InvalidConfigError):
             BOTH[kind](**settings)
     with pytest.raises(AdapterError, match="attention and MLP"):

@@ -5,7 +5,7 @@ Nothing of the model is replaced: removing the handles gives back what it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,11 +19,9 @@ from ...modeling.conv_mixer import GRID, give_grid, split_tokens
 from ...modeling.structure import get
 from ...spec.architecture import Architecture
 from ...surgery.gates import ForwardOverride, GateHook
+from ...surgery.windows import LayerGrid, NormOutput
 from .branches import Attention, Branches, Grid
 from .gates import LEVELS, MixerGates, NeuronGates, nested
-
-#: (layer, (B, rows * columns, C), grid) -> the same tokens as the layer's attention sees them
-Windows = Callable[[Any, torch.Tensor, Grid], torch.Tensor]
 
 
 class Mixing:
@@ -164,46 +162,24 @@ class _Mix(GateHook):
 
 
 # ---------------------------------------------------------------------- hooks of models with windows
-class _LayerInput(GateHook):
-    """In front of a layer of windows, and behind its norm: keeps the grid, and the tokens before they are cut."""
-
-    def __init__(self) -> None:
-        self.layer: Any = None
-        self.grid: Grid = (0, 0)
-        self.tokens: torch.Tensor | None = None
-
-    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.layer, self.grid = layer, args[1] if len(args) > 1 else kwargs["input_dimensions"]
+class _SearchGrid(LayerGrid, GateHook):
+    def norm_hook(self) -> NormOutput:
+        return _SearchNorm(self)
 
 
-class _NormOutput(GateHook):
-    def __init__(self, place: _LayerInput) -> None:
-        self.place = place
-
-    def __call__(self, norm: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        self.place.tokens = output
+class _SearchNorm(NormOutput, GateHook):
+    pass
 
 
 class _MixWindows(GateHook):
     """Behind an attention in windows: the convolutions run on the whole grid, and are cut into windows after."""
 
-    def __init__(self, search: Mixing, place: _LayerInput, windows: Windows) -> None:
-        self.search, self.place, self.windows = search, place, windows
+    def __init__(self, search: Mixing, place: LayerGrid) -> None:
+        self.search, self.place = search, place
 
     def __call__(self, attention: Any, args: tuple[Any, ...], output: Any) -> Any:
-        place, tokens = self.place, self.place.tokens
-        place.tokens = None
-        assert tokens is not None
-        cut = _Cut(self.windows, place.layer, place.grid)
-        return (self.search.mix(output[0], tokens, place.grid, cut), *output[1:])
-
-
-class _Cut:
-    def __init__(self, windows: Windows, layer: Any, grid: Grid) -> None:
-        self.windows, self.layer, self.grid = windows, layer, grid
-
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.windows(self.layer, tokens, self.grid)
+        place = self.place
+        return (self.search.mix(output[0], place.take(), place.grid, place.cut), *output[1:])
 
 
 def attach_mixers(
@@ -215,12 +191,9 @@ def attach_mixers(
     for i, search in searches.items():
         attention = search.attention.module
         if family.windows is not None:
-            place = _LayerInput()
-            handles += [
-                get(model, paths[i].layer).register_forward_pre_hook(place, with_kwargs=True),
-                get(model, paths[i].norm1).register_forward_hook(_NormOutput(place)),
-                attention.register_forward_hook(_MixWindows(search, place, family.windows)),
-            ]
+            place = _SearchGrid(family.windows)
+            handles += place.attach(get(model, paths[i].layer), get(model, paths[i].norm1))
+            handles.append(attention.register_forward_hook(_MixWindows(search, place)))
         else:
             taken = _TakeGrid()
             handles += [

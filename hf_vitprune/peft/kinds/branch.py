@@ -62,11 +62,18 @@ class BranchConfig(PeftConfig):
 
 
 class Branch(NamedTuple):
-    """An attention or MLP module: the channels that come in, and names of Linears in it that read and write them."""
+    """An attention or MLP module: the channels that come in, and names of Linears in it that read and write them.
+
+    Attributes:
+        layer: path of the layer that it is in.
+        norm: path of the norm in front of an attention; None of an MLP.
+    """
 
     width: int
     readers: tuple[str, ...]
     writer: str
+    layer: str
+    norm: str | None = None
 
 
 def branches(model: Any, architecture: Architecture) -> dict[str, Branch]:
@@ -80,9 +87,11 @@ def branches(model: Any, architecture: Architecture) -> dict[str, Branch]:
         width = architecture.width(i)
         if shape.mixer == "attention":
             readers = inside(paths.attention, paths.q, paths.k, paths.v)
-            found[paths.attention] = Branch(width, readers, inside(paths.attention, paths.o)[0])
+            writer = inside(paths.attention, paths.o)[0]
+            found[paths.attention] = Branch(width, readers, writer, paths.layer, paths.norm1)
         if shape.mlp:
-            found[paths.mlp] = Branch(width, inside(paths.mlp, *paths.fc1), inside(paths.mlp, paths.fc2)[0])
+            readers, writer = inside(paths.mlp, *paths.fc1), inside(paths.mlp, paths.fc2)[0]
+            found[paths.mlp] = Branch(width, readers, writer, paths.layer)
     return found
 
 

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
 
 from ...errors import AdapterError, InvalidConfigError
 from ...spec.architecture import Architecture
+from ...surgery.windows import LayerGrid, Windows
 from ..enumeration import add_peft_method
 from .branch import Branch, BranchConfig, BranchKind, BranchLayer, BranchTuner
 from .kind import register_kind
@@ -25,6 +27,8 @@ NOT_MERGEABLE = (
     "a Convpass bypass is not linear and mixes patches, so no weights of the model can take it in: it cannot be "
     "merged; keep the adapter, which truncate() and save_pretrained() carry along"
 )
+#: first weights of the convolution
+INITIAL = ("identity", "xavier")
 
 
 @dataclass
@@ -33,12 +37,14 @@ class ConvpassConfig(BranchConfig):
 
     Attributes:
         activation: between the parts, by its name in transformers.
+        initial: how the convolution starts: as the ``identity``, or drawn as ``xavier`` has it.
 
     Raises:
         InvalidConfigError: a setting has an impossible value.
     """
 
     activation: str = "gelu"
+    initial: str = "identity"
 
     method_name = "CONVPASS"
 
@@ -48,6 +54,8 @@ class ConvpassConfig(BranchConfig):
             raise InvalidConfigError(
                 f"activation is a name that transformers knows (gelu, ...), not {self.activation!r}"
             )
+        if self.initial not in INITIAL:
+            raise InvalidConfigError(f"initial is one of {', '.join(INITIAL)}, not {self.initial!r}")
 
 
 class ConvpassLayer(BranchLayer):
@@ -63,6 +71,14 @@ class ConvpassLayer(BranchLayer):
         family, config = architecture.family, architecture.config
         self.extra_tokens = family.extra_tokens_of(config)
         self.grid = family.grid(config, None)
+        self.place: LayerGrid | None = None
+        self.handles: list[RemovableHandle] = []
+
+    def watch(self, model: nn.Module, windows: Windows) -> None:
+        """In a layer of windows: find the whole grid, for as long as the adapter is there."""
+        norm = None if self.branch.norm is None else model.get_submodule(self.branch.norm)
+        self.place = LayerGrid(windows)
+        self.handles = self.place.attach(model.get_submodule(self.branch.layer), norm)
 
     def make_adapter(self, name: str, config: Any) -> None:
         down, up = nn.Linear(self.width, config.r), nn.Linear(config.r, self.width)
@@ -70,7 +86,9 @@ class ConvpassLayer(BranchLayer):
         nn.init.xavier_uniform_(down.weight)
         for tensor in (down.bias, conv.bias, conv.weight, up.weight, up.bias):
             nn.init.zeros_(tensor)  # type: ignore[arg-type]
-        if not conv.weight.is_meta:
+        if config.initial == "xavier":
+            nn.init.xavier_uniform_(conv.weight)
+        elif not conv.weight.is_meta:
             with torch.no_grad():
                 conv.weight[:, :, 1, 1] = torch.eye(config.r)
         self.convpass_down[name], self.convpass_conv[name], self.convpass_up[name] = down, conv, up
@@ -78,13 +96,16 @@ class ConvpassLayer(BranchLayer):
         self.dropout[name] = config.dropout
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the branch's; ``hidden_states`` (images, tokens, width)."""
+        """As the branch's; ``hidden_states`` (images, tokens, width), or windows of them in front of an attention."""
         output = self.base_layer(hidden_states, *args, **kwargs)
+        place = self.place if self.branch.norm is not None else None
+        tokens = hidden_states if place is None else place.take()
         if self.disable_adapters:
             return output
         features = output[0] if isinstance(output, tuple) else output
         for name in self.active():
-            features = features + self.bypass(name, hidden_states).to(features.dtype)
+            added = self.bypass(name, tokens)
+            features = features + (added if place is None else place.cut(added)).to(features.dtype)
         return (features, *output[1:]) if isinstance(output, tuple) else features
 
     def bypass(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -94,9 +115,8 @@ class ConvpassLayer(BranchLayer):
         assert isinstance(down, nn.Linear) and isinstance(conv, nn.Conv2d)
         hidden = activate(down(hidden_states.to(down.weight.dtype)))
         extra, patches = hidden[:, : self.extra_tokens], hidden[:, self.extra_tokens :]
-        rows, columns = patch_grid(patches.shape[1], self.grid)
-        grid = patches.transpose(1, 2).unflatten(2, (rows, columns))
-        patches = conv(grid).flatten(2).transpose(1, 2)
+        grid = patch_grid(patches.shape[1], self.grid) if self.place is None else self.place.grid
+        patches = conv(patches.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
         extra = F.linear(extra, conv.weight[:, :, 1, 1], conv.bias)
         hidden = activate(torch.cat([extra, patches], dim=1))
         return self.scale[name] * up(F.dropout(hidden, self.dropout[name], self.training))
@@ -130,11 +150,31 @@ class ConvpassModel(BranchTuner):
     tuner_layer_cls = layer_class = ConvpassLayer
 
     def check_model(self, architecture: Architecture) -> None:
-        if architecture.depths is not None:
+        if architecture.depths is not None and architecture.family.windows is None:
             raise AdapterError(
                 f"Convpass convolves over the grid of patches, and the attention of {architecture.model_type} sees "
                 "windows of it; use RepAdapter or LoRA there"
             )
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key)
+        windows, made = self.architecture.family.windows, getattr(parent, target_name)
+        if windows is not None and made.place is None:
+            made.watch(self.model, windows)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        for handle in getattr(child, "handles", ()):  # of an adapter that is taken off
+            handle.remove()
+        super()._replace_module(parent, child_name, new_module, child)
 
     def _check_merge_allowed(self) -> None:
         raise AdapterError(NOT_MERGEABLE)
