@@ -143,6 +143,9 @@ class ModelArguments:
     drop_path: float = field(
         default=0.0, metadata={"help": "chance of the last layer's branches to be dropped, in both stages (DeiT: 0.1)"}
     )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "rate of a layer as a share of the rate of the one behind it; 1: all alike"}
+    )
     native: bool = field(default=False, metadata={"help": "save a stock model, where the pruned shape allows it"})
 
 
@@ -259,8 +262,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     for line in run.announcement(count(model).macs, len(train_set), model_args, training_args):
         print(line)
-    sets = {"train_dataset": train_set, "eval_dataset": eval_set, "compute_metrics": accuracy_of}
-    sets["augmentation"] = run.augmentation
+    sets: dict[str, Any] = {"train_dataset": train_set, "eval_dataset": eval_set, "compute_metrics": accuracy_of}
+    sets |= {"augmentation": run.augmentation, "layer_decay": model_args.layer_decay}
     ema = EmaCallback(model_args.ema_decay) if model_args.ema_decay else None
     if model_args.revit_hidden_size is not None:
         return train_from_scratch(model, processor, sets, run, model_args, data_args, training_args)

@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 
 from ..errors import InvalidConfigError
 from ..training.trainer import PruningTrainer
+from .layer_rates import check_layer_decay, decay_by_layer
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,26 @@ class AugmentedTrainer(PruningTrainer):
 
     Args:
         augmentation: what is done to them; None: nothing.
+        layer_decay: every layer learns at this share of the rate of the one behind it; 1: all alike.
+
+    Raises:
+        InvalidConfigError: ``layer_decay`` is no such share; or as ``PruningTrainer``.
     """
 
-    def __init__(self, *args: Any, augmentation: Augmentation | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, augmentation: Augmentation | None = None, layer_decay: float = 1.0, **kwargs: Any
+    ) -> None:
+        check_layer_decay(layer_decay)
         super().__init__(*args, **kwargs)
-        self.augmentation = augmentation
+        self.augmentation, self.layer_decay = augmentation, layer_decay
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As the parent's, with a rate for each layer."""
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        decay_by_layer(optimizer, self.model, self.layer_decay)
+        return optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         """As the parent's, which counts labels: it sees the mixed ones."""
