@@ -4,6 +4,7 @@
     python -m benchmarks.compare run --methods nvit --tasks digits --budgets 0.3 --seeds 0
     python -m benchmarks.compare report
     python -m benchmarks.compare draw                     # what mixes the tokens of every layer
+    python -m benchmarks.compare scratch                  # DeiT against ReViT without pruning, as in NViT's paper
 
 A dense model is trained for every family, task and seed (``models.py``), and kept. Every method gets a copy, a
 fraction of its MACs, and so many optimizer steps for pruning and fine-tuning together (``methods/``). A run is a JSON
@@ -105,3 +106,26 @@ def draw(
             architecture = Architecture.from_dict(record["architecture"])
             path = plot_architecture(architecture, folder / f"{name_of(record)}.png")
             console.print(f"{path}: {' '.join(shape.mixer for shape in architecture.layers)}", soft_wrap=True)
+
+
+@app.command()
+def scratch(
+    shapes: Annotated[str, typer.Option(help="With commas: deit-t, revit-t, deit-s, revit-s.")] = "deit-t,revit-t",
+    tasks: Annotated[str, typer.Option(help="With commas: digits, dsprites_loc, dsprites_ori.")] = "dsprites_loc",
+    layers: Annotated[int, typer.Option(help="The published models have 12.")] = 6,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 400,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 16,
+    seeds: Annotated[str, typer.Option(help="With commas.")] = "0,1,2",
+    output: Output = OUTPUT,
+) -> None:
+    """Train DeiT's shape and ReViT's from scratch: sizes, cost and accuracy. Runs that are there are not repeated."""
+    from .report import scratch_table
+    from .scratch import Training
+
+    trainings = [
+        Training(shape, task, layers, steps, batch_size, int(seed))
+        for task in tasks.split(",")
+        for seed in seeds.split(",")
+        for shape in shapes.split(",")
+    ]
+    print(markdown_table(scratch_table([training.run(output) for training in trainings])))

@@ -47,6 +47,28 @@ def table_of(records: Iterable[dict[str, Any]], measure: str = "accuracy") -> li
     return [headings, *rows]
 
 
+def scratch_table(records: Iterable[dict[str, Any]]) -> list[list[str]]:
+    """Headings, and a row a task, number of steps and shape of models that were trained from scratch."""
+    rows: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for record in records:
+        rows.setdefault((record["task"], record["steps"], record["shape"]), []).append(record)
+    headings = ["task", "steps", "shape", "weights", "MACs", "accuracy"]
+    return [
+        headings,
+        *(
+            [
+                task,
+                str(steps),
+                shape,
+                f"{same[0]['weight_params'] / 1e6:.2f}M",
+                f"{same[0]['macs'] / 1e6:.1f}M",
+                _cell([record["accuracy"] for record in same]),
+            ]
+            for (task, steps, shape), same in rows.items()
+        ),
+    ]
+
+
 def _cell(values: list[float]) -> str:
     if not values:
         return NOTHING

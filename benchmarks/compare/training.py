@@ -31,6 +31,7 @@ def fit(
     schedule: str = "cosine",
     teacher: Any = None,
     distillation: DistillationConfig | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> None:
     """Train a model or PruningModel in place for so many updates.
 
@@ -46,7 +47,7 @@ def fit(
             folder,
             max_steps=steps,
             learning_rate=learning_rate,
-            per_device_train_batch_size=BATCH_SIZE,
+            per_device_train_batch_size=batch_size,
             weight_decay=WEIGHT_DECAY,
             lr_scheduler_type={"cosine": "cosine", "constant": "constant_with_warmup"}[schedule],
             warmup_steps=0.1,

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
-from benchmarks.compare import models, runs
+from benchmarks.compare import models, runs, scratch
 from benchmarks.compare.cli import app
 from benchmarks.compare.methods import METHODS, baselines, method_named
 from benchmarks.compare.methods.depgraph import plan_of_budget
@@ -61,6 +61,22 @@ def test_runs_are_done_once_and_reported(tmp_path: Path, monkeypatch: pytest.Mon
     drawn = CliRunner().invoke(app, ["draw", "--methods", "nvit", "--output", str(tmp_path)], catch_exceptions=False)
     (picture,) = (tmp_path / "figures").iterdir()
     assert picture.name in drawn.output and picture.stat().st_size > 5000 and "attention" in drawn.output
+
+
+def test_shapes_are_trained_from_scratch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "load_task", tiny_task)
+    command = ["scratch", "--layers", "4", "--steps", "1", "--batch-size", "4", "--seeds", "0", "-o", str(tmp_path)]
+    first, again = (CliRunner().invoke(app, command, catch_exceptions=False) for _ in range(2))
+    assert again.output in first.output  # which has progress bars beside it
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in again.output.splitlines()[2:]]
+    assert [row[1:3] for row in rows] == [["1", "deit-t"], ["1", "revit-t"]]
+    # 4 x 12 x 192^2, the patches of 16 numbers and four classes; 17 tokens see each other
+    weights = 48 * 192**2 + 16 * 192 + 4 * 192
+    assert rows[0][3] == f"{weights / 1e6:.2f}M"
+    ends, middle = 2 * 192 * (10 * 80 + 3 * 192), 2 * 192 * (4 * 80 + 6 * 192)
+    assert rows[1][3] == f"{(2 * ends + 2 * middle + 20 * 192) / 1e6:.2f}M"
+    with pytest.raises(InvalidConfigError, match="shapes are deit-t"):
+        scratch.Training("deit-b", "digits", 4, 1, 4, 0)
 
 
 def test_registered_methods_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
