@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Adapt a vision transformer to a task with LoRA, keep the layers that the task needs (SLS), retrain, save adapters.
+"""Adapt a vision transformer to a task with adapters, keep the layers that it needs (SLS), retrain, save the adapters.
 
     python examples/run_sls_peft.py --output_dir /tmp/sls                     # digits, on a small ViT made for it
     accelerate launch examples/run_sls_peft.py --dataset beans --output_dir beans-adapter \
         --model_name_or_path google/vit-base-patch16-224-in21k --alpha 0.3 --schedule CLR
+    python examples/run_sls_peft.py --recipe sls-convpass --task eurosat --dataset EUROSAT --output_dir eurosat-adapter
 
 A plain ``Trainer`` does the training; ``PruningCallback`` scores the layers at its end. What is saved is the adapter
 of the kept layers, the head and the number of layers: the backbone is shared by all tasks. Started again with
@@ -23,6 +24,7 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     HfArgumentParser,
@@ -34,10 +36,22 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_vitprune import PruningCallback, SLSConfig, count, get_pruning_model
-from hf_vitprune.contrib.retraining import retrain
+from hf_vitprune.contrib.drop_path import attach_drop_path
+from hf_vitprune.contrib.recipe import Run
+from hf_vitprune.contrib.retraining import fresh_adapters, retrain
+from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune.peft import ConvpassConfig, RepAdapterConfig
+from hf_vitprune.spec.architecture import unwrap
 from hf_vitprune.utils.data import DIGITS, LabelledImages, load_images
 from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
 from hf_vitprune_cli.workflow import Schedule, accuracy_of, evaluate
+
+#: kind of adapters -> class of its settings, and what they are by default
+ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lora": (LoraConfig, {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}),
+    "convpass": (ConvpassConfig, {"r": 8}),
+    "repadapter": (RepAdapterConfig, {"r": 8}),
+}
 
 
 @dataclass
@@ -66,8 +80,17 @@ class ModelArguments:
         },
     )
     source_epochs: float = field(default=15.0, metadata={"help": "epochs of that first training"})
-    lora_rank: int = field(default=8, metadata={"help": "rank of the adapters"})
-    lora_targets: str = field(default="q_proj,v_proj", metadata={"help": "modules that get adapters"})
+    recipe: str | None = field(
+        default=None, metadata={"help": "name of a published run in examples/recipes, whose settings are the defaults"}
+    )
+    task: str | None = field(default=None, metadata={"help": "of VTAB-1k, whose adapter settings a recipe takes"})
+    adapter: str = field(default="lora", metadata={"help": f"kind of adapters: {', '.join(ADAPTERS)}"})
+    adapter_config: str = field(
+        default="{}", metadata={"help": 'JSON of their settings, e.g. {"r": 4, "target_modules": ["q_proj"]}'}
+    )
+    drop_path: float = field(
+        default=0.0, metadata={"help": "chance of the last layer's branches to be dropped in training"}
+    )
     alpha: float = field(default=0.3, metadata={"help": "the threshold as a share of the last layer's score"})
     sls_config: str = field(default="{}", metadata={"help": 'JSON of further settings of SLS, e.g. {"fast": true}'})
     schedule: str = field(default="CLR", metadata={"help": "retraining: CLR, FT, TFS, or none"})
@@ -99,23 +122,31 @@ def load_backbone(args: ModelArguments, images: LabelledImages, training: Traini
 
 
 def adapted(backbone: str, args: ModelArguments, label_names: list[str]) -> Any:
-    """The backbone with a new head and LoRA adapters."""
+    """The backbone with a new head and adapters."""
+    own = hasattr(AutoConfig.from_pretrained(backbone), "drop_path_rate")  # the others are hooked while they train
     base = AutoModelForImageClassification.from_pretrained(
         backbone,
         id2label=dict(enumerate(label_names)),
         label2id={name: i for i, name in enumerate(label_names)},
         ignore_mismatched_sizes=True,
+        **({"drop_path_rate": args.drop_path} if own else {}),
     )
-    targets = args.lora_targets.split(",")
-    config = LoraConfig(
-        r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=targets, modules_to_save=["classifier"]
-    )
-    return get_peft_model(base, config)
+    if args.adapter not in ADAPTERS:
+        raise InvalidConfigError(f"--adapter is one of {', '.join(ADAPTERS)}, not {args.adapter}")
+    kind, settings = ADAPTERS[args.adapter]
+    settings = {**settings, "modules_to_save": ["classifier"], **json.loads(args.adapter_config)}
+    return get_peft_model(base, kind(**settings))
 
 
-def stage_arguments(args: TrainingArguments, stage: str) -> TrainingArguments:
-    """The user's arguments with an output folder of the stage's own."""
-    record = {**args.to_dict(), "output_dir": str(Path(args.output_dir) / stage), "push_to_hub": False}
+def dropping_paths(model: Any, rate: float) -> list[Any]:
+    """Handles of hooks that drop paths; none where the model does so by itself."""
+    return [] if hasattr(unwrap(model).config, "drop_path_rate") else attach_drop_path(model, rate)
+
+
+def stage_arguments(args: TrainingArguments, stage: str, run: Run, name: str) -> TrainingArguments:
+    """The user's arguments with an output folder of the stage's own, and what the recipe says of it."""
+    changes = {"output_dir": str(Path(args.output_dir) / stage), "push_to_hub": False, **run.stage(name, args)}
+    record = {**args.to_dict(), **changes}
     known = {name for name, f in TrainingArguments.__dataclass_fields__.items() if f.init}
     return TrainingArguments(**{name: value for name, value in record.items() if name in known})
 
@@ -127,7 +158,9 @@ def last_checkpoint(args: TrainingArguments, stage: TrainingArguments) -> str | 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))  # type: ignore[arg-type]
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+    recipes = Path(__file__).parent / "recipes"
+    run, arguments = Run.of(sys.argv[1:] if argv is None else argv, recipes, adapters=True)
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
     images = load_images(
         data_args.dataset, train_split=data_args.train_split, eval_split=data_args.eval_split, seed=training_args.seed
     )
@@ -139,12 +172,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if limit is not None:
             dataset.dataset = dataset.dataset.select(range(min(limit, len(dataset))))
     dense = count(model)
+    for line in run.announcement(dense.macs, len(train_set), model_args, training_args):
+        print(line)
 
     # 1. adapt; at the end the callback scores the layers from the top and decides
     pruning_model = get_pruning_model(model, SLSConfig(alpha=model_args.alpha, **json.loads(model_args.sls_config)))
-    learning = stage_arguments(training_args, "adapt")
+    learning = stage_arguments(training_args, "adapt", run, "learn")
     learner = Trainer(pruning_model, learning, train_dataset=train_set, callbacks=[PruningCallback()])
+    handles = dropping_paths(pruning_model, model_args.drop_path)
     learner.train(resume_from_checkpoint=last_checkpoint(training_args, learning))
+    for handle in handles:
+        handle.remove()
     selection = pruning_model.method.selection
 
     # 2. truncate: still a PeftModel, over the kept layers only
@@ -153,11 +191,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     # 3. retrain adapters and head
     if model_args.schedule != "none":
-        again = stage_arguments(training_args, "retrain")
+        again = stage_arguments(training_args, "retrain", run, "tune")
+        if model_args.schedule == "TFS":
+            small = fresh_adapters(small, again.seed)
+        handles = dropping_paths(small, model_args.drop_path)
         trainer = retrain(
             small,
             again,
-            model_args.schedule,
+            "CLR" if model_args.schedule == "TFS" else model_args.schedule,  # the same rates
             epochs=model_args.retrain_epochs,
             trainer_class=Trainer,
             resume_from_checkpoint=last_checkpoint(training_args, again),
@@ -165,6 +206,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             eval_dataset=eval_set,
             compute_metrics=accuracy_of,
         )
+        for handle in handles:
+            handle.remove()
         small = trainer.model
         accuracy["retrained"] = trainer.evaluate()["eval_accuracy"]
 

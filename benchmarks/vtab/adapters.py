@@ -15,7 +15,7 @@ from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.families import family_of
 from hf_vitprune.peft import ConvpassConfig, RepAdapterConfig
 
-from .published import initialise_as_published, published_adapter
+from .published import published_adapter
 
 HEAD = "classifier"
 QUERY_VALUE = ["q_proj", "v_proj"]
@@ -131,9 +131,7 @@ def adapt(model: Any, peft: str, *, rank: int, steps: int, seed: int, published_
     torch.manual_seed(seed)
     own = None if published_for is None else published_adapter(check_peft(peft), published_for, rank, HEAD)
     if own is not None:
-        adapted = get_peft_model(model, own)
-        initialise_as_published(adapted, peft, str(published_for))
-        return adapted
+        return get_peft_model(model, own)
     if check_peft(peft) in ADAPTERS:
         return get_peft_model(model, ADAPTERS[peft](rank, steps))
     return set_trainable(model, peft)

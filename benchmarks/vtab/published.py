@@ -6,20 +6,17 @@ and the last incomplete batch, clips nothing, and its cosine ends at 1e-5.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune.contrib import recipe as recipes
 from hf_vitprune.peft import ConvpassConfig, RepAdapterConfig
 
 from .settings import Recipe
 
-#: task -> scale of either adapter, and whether Convpass's convolution starts as Xavier's draws (else: as the identity)
-TASKS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "published_settings.json").read_text())
+FOLDER = Path(__file__).parents[2] / "examples" / "recipes"
+ADAPTERS: dict[str, Any] = {"convpass": ConvpassConfig, "repadapter": RepAdapterConfig}
 
 
 def published_recipe(recipe: Recipe) -> Recipe:
@@ -28,23 +25,12 @@ def published_recipe(recipe: Recipe) -> Recipe:
 
 
 def published_adapter(peft: str, task: str, rank: int, head: str) -> Any:
-    """Config of an adapter whose scale is published for the task; None for other adaptations, which have none.
+    """Config of an adapter as the recipe has it for the task; None for other adaptations, which have no settings.
 
     Raises:
         InvalidConfigError: the task is not one of the nineteen.
     """
-    if peft not in ("convpass", "repadapter"):
+    if peft not in ADAPTERS:
         return None
-    if task not in TASKS:
-        raise InvalidConfigError(f"nothing is published for {task!r}: --published is for the nineteen of VTAB-1k")
-    common: dict[str, Any] = {"r": rank, "scale": TASKS[task][peft], "modules_to_save": [head]}
-    return ConvpassConfig(activation="quick_gelu", **common) if peft == "convpass" else RepAdapterConfig(**common)
-
-
-def initialise_as_published(model: Any, peft: str, task: str) -> None:
-    """Draw Convpass's convolutions where the published run does."""
-    if peft != "convpass" or not TASKS[task]["xavier"]:
-        return
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and "convpass_conv" in name:
-            nn.init.xavier_uniform_(module.weight)
+    recipe = recipes.Recipe.load(FOLDER, f"sls-{peft}").for_task(task)
+    return ADAPTERS[peft](**{**recipe.arguments["adapter_config"], "r": rank, "modules_to_save": [head]})

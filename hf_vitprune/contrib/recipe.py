@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from .augment import Augmentation, AugmentationConfig, RandomCrop, check_availab
 PEAK, REACHED = 312e12, 0.35
 #: operations of a multiply-add; of a training step as multiples of a forward pass: forward, and backward twice
 OPERATIONS, TRAINING, INFERENCE = 2, 3, 1
+#: where the weights are frozen, and gradients of activations are all that goes back
+ADAPTING = 2
 STAGES = ("learn", "tune", "scratch")
 
 
@@ -36,6 +38,7 @@ class Recipe:
         augmentation: settings of :class:`~hf_vitprune.contrib.augment.AugmentationConfig`; None: no augmentation.
         tuned_share: multiply-adds of the small model, as a share of the dense one's, for the calculation of hours.
         notes: where it departs from what was published, or guesses.
+        tasks: settings of the adapter that differ by task, beside those in ``arguments``; a task is then to be named.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Recipe:
     augmentation: dict[str, Any] | None = None
     tuned_share: float = 1.0
     notes: tuple[str, ...] = ()
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path, name: str) -> Recipe:
@@ -68,6 +72,20 @@ class Recipe:
         if not isinstance(record, dict) or record.keys() - known_fields or not {"published", "batch"} <= record.keys():
             raise InvalidConfigError(f"{path} has other entries than {', '.join(sorted(known_fields))}")
         return cls(name=name, **{**record, "notes": tuple(record.get("notes", ()))})
+
+    def for_task(self, task: str | None) -> Recipe:
+        """With the adapter's settings of the task.
+
+        Raises:
+            InvalidConfigError: the recipe has none for it; or it has tasks, and none is named.
+        """
+        if not self.tasks and task is None:
+            return self
+        if task not in self.tasks:
+            what = "name a task" if task is None else f"nothing is published for {task!r}"
+            raise InvalidConfigError(f"{self.name}: {what}; tasks are {', '.join(self.tasks) or 'not told apart'}")
+        settings = {**self.arguments.get("adapter_config", {}), **self.tasks[task]}
+        return replace(self, arguments={**self.arguments, "adapter_config": settings})
 
     def command_line(self) -> list[str]:
         """Its arguments as the example script takes them."""
@@ -101,18 +119,21 @@ class Recipe:
         return settings
 
 
-def gpu_hours(images: int, epochs: float, student_macs: float, teacher_macs: float = 0.0) -> float:
+def gpu_hours(
+    images: int, epochs: float, student_macs: float, teacher_macs: float = 0.0, training: int = TRAINING
+) -> float:
     """Hours of one A100 at 35 % of its bf16 peak: operations of training the student, and of running the teachers.
 
-    ``images * epochs * 2 * (3 * student + teachers) / (0.35 * 312e12 * 3600)``.
+    ``images * epochs * 2 * (training * student + teachers) / (0.35 * 312e12 * 3600)``.
 
     Args:
         images: of the training set.
         epochs: over it.
         student_macs: multiply-adds of one image, forward.
         teacher_macs: of all teachers together.
+        training: forward passes that a step is worth; 2 where the weights are frozen under adapters.
     """
-    operations = images * epochs * OPERATIONS * (TRAINING * student_macs + INFERENCE * teacher_macs)
+    operations = images * epochs * OPERATIONS * (training * student_macs + INFERENCE * teacher_macs)
     return operations / (PEAK * REACHED * 3600)
 
 
@@ -147,18 +168,27 @@ class Run:
     augmentation: Augmentation | None = None
 
     @classmethod
-    def of(cls, arguments: list[str], folder: Path) -> tuple[Run, list[str]]:
+    def of(cls, arguments: list[str], folder: Path, adapters: bool = False) -> tuple[Run, list[str]]:
         """The run of a command line, and the command line with the recipe's arguments in front.
 
+        Args:
+            arguments: of the command line.
+            folder: of the recipes.
+            adapters: whether the script trains adapters.
+
         Raises:
-            InvalidConfigError: there is no such recipe in ``folder``, or its augmentation needs what is not here.
+            InvalidConfigError: there is no such recipe in ``folder``, it is for another script, or its augmentation
+                needs what is not here.
         """
         given = {word[2:].split("=")[0] for word in arguments if word.startswith("--")}
-        joined = next((word for word in arguments if word.startswith("--recipe=")), None)
-        if joined is None and "--recipe" not in arguments[:-1]:
+        name = _value("--recipe", arguments)
+        if name is None:
             return cls(None, given), arguments
-        name = joined.partition("=")[2] if joined else arguments[arguments.index("--recipe") + 1]
         recipe = Recipe.load(folder, name)
+        if ("adapter" in recipe.arguments) != adapters:
+            script = "run_image_classification_pruning" if adapters else "run_sls_peft"
+            raise InvalidConfigError(f"recipe {name} is for examples/{script}.py")
+        recipe = recipe.for_task(_value("--task", arguments))
         if recipe.augmentation is not None:
             check_available()
         return cls(recipe, given), [*recipe.command_line(), *arguments]
@@ -201,18 +231,31 @@ class Run:
         if recipe is None:
             return []
         lines = [f"{recipe.name}: {recipe.published}", *(f"  - {note}" for note in recipe.notes)]
-        convnet = forward_macs(options.teacher_name_or_path) if options.teacher_name_or_path else 0.0
+        teacher = getattr(options, "teacher_name_or_path", None)
+        convnet = forward_macs(teacher) if teacher else 0.0
+        adapted = hasattr(options, "adapter")
         total = 0.0
         for stage in STAGES:
             if not getattr(recipe, stage):
                 continue
             epochs = self.stage(stage, args).get("num_train_epochs", args.num_train_epochs)
-            own = stage == "tune" and options.distillation != "none"
-            own = own or (stage == "learn" and options.method == "nvit")  # the unpruned model teaches
-            other = convnet if stage != "learn" or options.teacher_stages == "both" else 0.0
+            # the unpruned model teaches
+            own = not adapted and (options.distillation != "none" if stage == "tune" else options.method == "nvit")
+            other = convnet if adapted or stage != "learn" or options.teacher_stages == "both" else 0.0
             student = macs * (recipe.tuned_share if stage == "tune" else 1.0)
-            hours = gpu_hours(images, epochs, student, other + macs * own)
+            training = ADAPTING if adapted else TRAINING
+            hours = gpu_hours(images, epochs, student, other + macs * own, training)
             total += hours
             lines.append(f"  {stage}: {epochs:g} epochs of {images:,} images, {hours:,.3g} GPU hours")
         lines.append(f"  about {total:,.3g} hours of an A100 at {REACHED:.0%} of its bf16 peak, by calculation")
         return lines
+
+
+def _value(option: str, arguments: list[str]) -> str | None:
+    """What is given for an option, as ``--option value`` or ``--option=value``."""
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if word == option:
+            return following
+        if word.startswith(option + "="):
+            return word.partition("=")[2]
+    return None

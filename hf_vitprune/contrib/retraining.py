@@ -3,7 +3,8 @@
 Three schedules, for the same number of epochs:
 
 - ``CLR`` (cyclic learning-rate restarting, Le and Hua, 2021): from the weights as they are, warm-up to the peak rate
-  of the first training, then cosine decay.
+  of the first training, then cosine decay, to the lowest rate of the first training where that was a
+  ``cosine_with_min_lr``.
 - ``FT`` (fine-tuning, as Renda et al., 2020, and Le and Hua compare it): from the weights as they are, at one small
   rate. Their rate is the first training's last; a cosine ends at zero, so that it is a share of the peak here.
 - ``TFS`` (training from scratch): the rates of ``CLR``, from fresh adapters and a fresh head on the pretrained layers
@@ -62,11 +63,15 @@ def retraining_arguments(
     changed = copy.copy(args)
     if epochs is not None:
         changed.num_train_epochs, changed.max_steps = epochs, -1
+    kind = type(args.lr_scheduler_type)
     if schedule == "FT":
         changed.learning_rate = args.learning_rate * share
-        changed.lr_scheduler_type, changed.warmup_steps = type(args.lr_scheduler_type)("constant"), 0
+        changed.lr_scheduler_type, changed.warmup_steps = kind("constant"), 0
+    elif args.lr_scheduler_type == kind("cosine_with_min_lr"):
+        changed.warmup_steps = warm_up
+        return changed
     else:
-        changed.lr_scheduler_type, changed.warmup_steps = type(args.lr_scheduler_type)("cosine"), warm_up
+        changed.lr_scheduler_type, changed.warmup_steps = kind("cosine"), warm_up
     changed.lr_scheduler_kwargs = None
     return changed
 

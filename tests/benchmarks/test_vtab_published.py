@@ -12,9 +12,11 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from benchmarks.vtab import training
 from benchmarks.vtab.adapters import adapt
-from benchmarks.vtab.published import TASKS, published_recipe
+from benchmarks.vtab.published import FOLDER, published_recipe
 from benchmarks.vtab.settings import Machine, Recipe, Settings
 from benchmarks.vtab.tasks import VTAB
+from hf_vitprune.contrib.recipe import Recipe as PublishedRun
+from hf_vitprune.contrib.retraining import fresh_adapters
 from hf_vitprune.errors import InvalidConfigError
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32}
@@ -38,13 +40,16 @@ class Examples(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def test_every_task_has_its_scales() -> None:
-    assert {task.name for task in VTAB} == TASKS.keys()
-    for task, row in TASKS.items():
-        for peft in ("convpass", "repadapter"):
+    scales = {}
+    for peft in ("convpass", "repadapter"):
+        tasks = PublishedRun.load(FOLDER, f"sls-{peft}").tasks
+        assert {task.name for task in VTAB} == tasks.keys()
+        for task in tasks:
             config = adapt(model(), peft, rank=2, steps=4, seed=0, published_for=task).peft_config["default"]
-            assert config.scale == row[peft]
+            scales[peft, task] = config.scale
             assert peft != "convpass" or config.activation == "quick_gelu"
-    assert (TASKS["dsprites_loc"]["convpass"], TASKS["smallnorb_azi"]["repadapter"]) == (100, 10)
+    assert [scales["convpass", task] for task in ("dsprites_loc", "dtd", "eurosat", "cifar")] == [100, 0.01, 10, 0.1]
+    assert [scales["repadapter", task] for task in ("smallnorb_azi", "dtd", "caltech101")] == [10, 1, 5]
 
 
 def test_the_convolution_starts_as_published() -> None:
@@ -52,10 +57,13 @@ def test_the_convolution_starts_as_published() -> None:
     identity[:, :, 1, 1] = torch.eye(2)
     for task, drawn in (("kitti", True), ("eurosat", False)):
         adapted = adapt(model(), "convpass", rank=2, steps=4, seed=0, published_for=task)
-        weights = [m.weight for n, m in adapted.named_modules() if "convpass_conv.default" in n]
-        assert weights and all(torch.equal(w, identity) != drawn for w in weights)
-        # Xavier's bound: sqrt(6 / (18 + 18))
-        assert all(w.abs().max() <= 1.0 for w in weights)
+        for one in (adapted, fresh_adapters(adapted, seed=1)):  # --retraining tfs starts so, too
+            weights = [m.weight for n, m in one.named_modules() if "convpass_conv.default" in n]
+            assert weights and all(torch.equal(w, identity) != drawn for w in weights)
+            # Xavier's bound: sqrt(6 / (18 + 18)), a deviation of 1 / sqrt(18)
+            values = torch.stack(weights).detach() if drawn else torch.zeros(1)
+            assert values.abs().max() <= (6 / 36) ** 0.5
+            assert not drawn or abs(float(values.std()) * 18**0.5 - 1) < 0.15
     plain = adapt(model(), "convpass", rank=2, steps=4, seed=0)
     assert plain.peft_config["default"].scale == 1.0
     assert adapt(model(), "lora", rank=2, steps=4, seed=0, published_for="kitti").peft_config["default"].r == 2

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import PeftConfig
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, SwinConfig, SwinForImageClassification
 
 from hf_vitprune.contrib import augment
@@ -23,7 +24,7 @@ RECIPES = EXAMPLES / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.json"))
 LABELS = [str(i) for i in range(10)]
 #: run by `make test`; the others by `make test-all`
-QUICK = {"spvit-swin-ti-distilled", "revit-t"}
+QUICK = {"spvit-swin-ti-distilled", "revit-t", "sls-convpass"}
 SIZES: dict[str, Any] = {"image_size": 16, "num_labels": 10}
 
 
@@ -53,6 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_changes(name: str, folder: Path) -> list[Any]:
     """What a recipe cannot have on tiny data: its model, its teacher, its batch, and numbers in 10^9 multiply-adds."""
     recipe = Recipe.load(RECIPES, name)
+    if recipe.tasks:
+        return ["--model_name_or_path", folder / "vit", "--task", "eurosat", "--retrain_epochs", "1"]
     kinds = {"nvit": "deit", "revit": "one_head", "vtp": "vit", "spvit": "swin" if "swin" in name else "vit"}
     kind = kinds[name.partition("-")[0]]
     words: list[Any] = ["--model_name_or_path", folder / kind]
@@ -74,7 +77,8 @@ def tiny_changes(name: str, folder: Path) -> list[Any]:
 def test_it_starts_and_takes_two_steps(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = EXAMPLES / "run_image_classification_pruning.py"
+    published = Recipe.load(RECIPES, name)
+    script = EXAMPLES / ("run_sls_peft.py" if published.tasks else "run_image_classification_pruning.py")
     arguments = [
         *(script, "--recipe", name, "--output_dir", tmp_path, "--dataset", "digits", "--max_train_samples", "64"),
         *("--max_eval_samples", "16", "--max_steps", "2", "--per_device_train_batch_size", "16"),
@@ -84,15 +88,20 @@ def test_it_starts_and_takes_two_steps(
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     runpy.run_path(str(script), run_name="__main__")
     output = capsys.readouterr().out
-    assert Recipe.load(RECIPES, name).published in output and "hours of an A100" in output
+    assert published.published in output and "hours of an A100" in output
+    if published.tasks:
+        summary = json.loads(output[output.index('{\n  "kept_layers"') :])
+        assert set(summary["accuracy"]) == {"adapted", "truncated", "retrained"}
+        assert PeftConfig.from_pretrained(tmp_path / "adapter").scale == published.tasks["eurosat"]["scale"]
+        return
     summary = json.loads(output[output.rindex("{\n") :])
     assert 0 <= summary["accuracy"] <= 1
-    assert ("accuracy_of_average" in summary) == ("ema_decay" in Recipe.load(RECIPES, name).arguments)
+    assert ("accuracy_of_average" in summary) == ("ema_decay" in published.arguments)
     assert (tmp_path / "model.safetensors").exists()
 
 
 def test_every_recipe_is_whole() -> None:
-    assert len(NAMES) == 22
+    assert len(NAMES) == 24
     for name in NAMES:
         recipe = Recipe.load(RECIPES, name)
         assert "arXiv" in recipe.published and recipe.notes
@@ -100,7 +109,10 @@ def test_every_recipe_is_whole() -> None:
         for stage in (recipe.learn, recipe.tune, recipe.scratch):
             if stage:  # the DeiT-based codes clip nothing, Swin's clips at 5
                 assert stage["max_grad_norm"] == (5.0 if "swin" in name else 0.0)
-        assert recipe.augmentation is not None and AugmentationConfig(**recipe.augmentation).cutmix == 1.0
+        if recipe.tasks:
+            assert recipe.augmentation is None and len(recipe.tasks) == 19
+        else:
+            assert recipe.augmentation is not None and AugmentationConfig(**recipe.augmentation).cutmix == 1.0
 
 
 def test_hours_by_hand() -> None:
@@ -109,6 +121,22 @@ def test_hours_by_hand() -> None:
     assert hours == pytest.approx(1281167 * 300 * 6 * 17.56e9 / 109.2e12 / 3600, rel=1e-12)
     assert hours == pytest.approx(103.0, abs=0.1)
     assert gpu_hours(1000, 1, 3e9, 9e9) == pytest.approx(2 * gpu_hours(1000, 1, 3e9))
+
+
+def test_settings_of_a_task() -> None:
+    recipe = Recipe.load(RECIPES, "sls-convpass")
+    kitti = recipe.for_task("kitti").arguments["adapter_config"]
+    assert kitti == {"r": 8, "activation": "quick_gelu", "scale": 10, "initial": "xavier"}
+    run, words = Run.of(["--recipe=sls-convpass", "--task=kitti"], RECIPES, adapters=True)
+    assert json.loads(words[words.index("--adapter_config") + 1]) == kitti and run.given == {"recipe", "task"}
+    with pytest.raises(InvalidConfigError, match="sls-convpass: name a task; tasks are caltech101"):
+        Run.of(["--recipe", "sls-convpass"], RECIPES, adapters=True)
+    with pytest.raises(InvalidConfigError, match="nothing is published for 'beans'"):
+        recipe.for_task("beans")
+    with pytest.raises(InvalidConfigError, match=r"sls-convpass is for examples/run_sls_peft\.py"):
+        Run.of(["--recipe", "sls-convpass", "--task", "kitti"], RECIPES)
+    with pytest.raises(InvalidConfigError, match=r"vtp-40 is for examples/run_image_classification_pruning\.py"):
+        Run.of(["--recipe", "vtp-40"], RECIPES, adapters=True)
 
 
 def test_stages_batches_and_refusals(tmp_path: Path) -> None:

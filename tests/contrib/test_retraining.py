@@ -46,6 +46,16 @@ def test_cyclic_restarts_warm_up_to_the_peak_and_decay(schedule: str, tmp_path: 
     assert rates[-1] < 0.001
 
 
+def test_a_lowest_rate_stays(tmp_path: Path) -> None:
+    """Cosine from 0.1 at step 2 of 20 to 0.02: at step 11, half of the way, 0.06; fine-tuning has none."""
+    floor = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.02}}
+    args = arguments(tmp_path, max_steps=20, learning_rate=0.1, logging_strategy="no", **floor)
+    rates = Rates()
+    retrain(truncate(lora_model(), 2), args, "CLR", train_dataset=Patterns(), callbacks=[rates])
+    assert rates.seen[2] == pytest.approx(0.1) and rates.seen[11] == pytest.approx(0.06) and min(rates.seen[3:]) > 0.02
+    assert retraining_arguments(args, "FT").lr_scheduler_kwargs in (None, {})
+
+
 def test_fine_tuning_is_at_one_small_rate(tmp_path: Path) -> None:
     assert retrained(truncate(lora_model(), 2), tmp_path, "FT")[1] == pytest.approx([0.001] * 20)
     assert retrained(make(VIT), tmp_path, "FT", share=0.5)[1] == pytest.approx([0.05] * 20)

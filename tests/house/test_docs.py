@@ -47,3 +47,10 @@ def test_features(tmp_path: Path) -> None:
     for block in blocks:
         exec(block, names)
     assert names["done"].best in names["done"].losses
+
+
+def test_the_paper_index_names_files_that_are_there() -> None:
+    text = (DOCS / "paper_index.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.(?:py|json))", text))
+    homes = [ROOT, ROOT / "hf_vitprune", ROOT / "tests", ROOT / "benchmarks" / "vtab"]
+    assert len(named) > 30 and not [name for name in named if not any((home / name).is_file() for home in homes)]
