@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -40,6 +40,19 @@ class Examples(Dataset[dict[str, torch.Tensor]]):
         return {"pixel_values": self.pixels[index], "labels": self.labels[index]}
 
 
+class Unlabelled(Dataset[dict[str, torch.Tensor]]):
+    """The images of a set, without their labels."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.examples.pixels[index]}
+
+
 @dataclass(frozen=True)
 class Task:
     """One data set. ``test`` gives the numbers of a report; whatever is chosen is chosen on ``validation``.
@@ -51,9 +64,13 @@ class Task:
     name: str
     classes: int
     image_size: int
-    train: Examples
+    train: Examples | Unlabelled
     validation: Examples
     test: Examples
+
+    def unlabelled(self) -> Task:
+        """The same with the labels of its training images thrown away."""
+        return self if isinstance(self.train, Unlabelled) else replace(self, train=Unlabelled(self.train))
 
 
 def _digits() -> Task:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from hf_vitprune import DistillationConfig, PruningTrainer
+from hf_vitprune import DistillationConfig, PruningPlan, PruningTrainer
 from hf_vitprune.errors import InvalidDataError
 from hf_vitprune_cli.workflow import use_quiet_progress
 
-from .tasks import Examples, Task
+from .tasks import Examples, Task, Unlabelled
 
 BATCH_SIZE, WEIGHT_DECAY = 64, 0.05
 #: of the fine-tuning that every method ends with
@@ -32,16 +32,23 @@ def fit(
     teacher: Any = None,
     distillation: DistillationConfig | None = None,
     batch_size: int = BATCH_SIZE,
+    plan: PruningPlan | None = None,
 ) -> None:
     """Train a model or PruningModel in place for so many updates.
+
+    Without labels, it learns the hidden states of its teacher (a PruningModel by default those of itself at the
+    start), and nothing else.
 
     Args:
         schedule: of the learning rate, after a warm-up over a tenth of the steps: ``cosine`` or ``constant``.
         teacher, distillation: as :class:`PruningTrainer` has them.
+        plan: what a model with fewer residual channels than its teacher was pruned by; for features.
 
     Raises:
         InvalidDataError: the loss is not finite at the end.
     """
+    if isinstance(task.train, Unlabelled):
+        distillation = DistillationConfig(kind="features", plan=plan)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -67,10 +74,11 @@ def fit(
         raise InvalidDataError(f"{what}: the loss is {loss}; the training diverged")
 
 
-def tune(small: Any, teacher: Any, task: Task, steps: int, seed: int) -> Any:
-    """Fine-tune a pruned model against the dense one; gives it back."""
+def tune(small: Any, teacher: Any, task: Task, steps: int, seed: int, plan: PruningPlan | None = None) -> Any:
+    """Fine-tune a pruned model against the dense one; gives it back. ``plan``: as in :func:`fit`."""
     what = f"fine-tuning, {steps} steps"
-    fit(small, task, steps, TUNE_LEARNING_RATE, seed, what=what, teacher=teacher, distillation=TUNE_DISTILLATION)
+    learned = {"teacher": teacher, "distillation": TUNE_DISTILLATION, "plan": plan}
+    fit(small, task, steps, TUNE_LEARNING_RATE, seed, what=what, **learned)
     return small.eval()
 
 

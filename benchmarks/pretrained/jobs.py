@@ -10,13 +10,13 @@ import torch
 
 from hf_vitprune.training.recovery import Recovery
 
+from .draws import SHARES, draw
 from .recovering import Bench
 
 #: about what two CPU cores do in half an hour, at 140 x 140 in float32
 SHORT_STEPS = 400
 #: smallest share of an image that is trained on
 CROPS = 0.35
-SHARES = (0.75, 0.6, 0.5, 0.35, 0.25)
 
 
 def latency(bench: Bench, steps: int) -> None:
@@ -90,7 +90,7 @@ def stock(bench: Bench, steps: int) -> None:
     _long(bench, steps, [(f"stock 0.5, {name}", start, rate) for name, start, rate in starts])
 
 
-#: name -> (side of the images, what is done)
+#: name -> (side of the images, what is done with the steps of a long training)
 JOBS: dict[str, tuple[int, Callable[[Bench, int], None]]] = {
     "latency": (224, latency),
     "short": (140, short),
@@ -98,4 +98,5 @@ JOBS: dict[str, tuple[int, Callable[[Bench, int], None]]] = {
     "third": (224, third),
     "plain": (224, plain),
     "stock": (224, stock),
+    **{f"draw{number}": (140, lambda bench, steps, number=number: draw(bench, number)) for number in range(3)},
 }

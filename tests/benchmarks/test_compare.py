@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
@@ -16,7 +17,7 @@ from benchmarks.compare.cli import app
 from benchmarks.compare.methods import METHODS, baselines, method_named
 from benchmarks.compare.methods.depgraph import plan_of_budget
 from benchmarks.compare.report import table_of
-from benchmarks.compare.tasks import Examples, Task
+from benchmarks.compare.tasks import Examples, Task, Unlabelled
 from hf_vitprune import PruningPlan, count, prune, register_method
 from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.methods import registry
@@ -45,7 +46,7 @@ def test_rounded_plans_land_on_the_budget(family: str, budget: float, monkeypatc
 def test_runs_are_done_once_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "load_task", tiny_task)
     monkeypatch.setattr(models, "STEPS", 2)
-    methods = [name for name in METHODS if name in ("magnitude", "nvit")]
+    methods = [name for name in METHODS if name in ("magnitude", "nvit", "nvit-features")]
     arguments = ["run", "--tasks", "tiny", "--methods", ",".join(methods), "--budgets", "0.5", "--steps", "4"]
     arguments += ["--seeds", "0", "--output", str(tmp_path)]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
@@ -108,3 +109,16 @@ def test_table_has_mean_and_deviation_over_seeds() -> None:
         ["vit, 9", "magnitude", "25.0"],
         ["vit, 9", "nvit", "60.0 ± 14.1"],
     ]
+
+
+def test_labels_are_thrown_away_where_features_are_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
+    original = Unlabelled.__getitem__
+    monkeypatch.setattr(Unlabelled, "__getitem__", lambda *args: (seen.append({*original(*args)}), original(*args))[1])
+    monkeypatch.setattr(Examples, "__getitem__", lambda *args: pytest.fail("a labelled example was read"))
+    model = AutoModelForImageClassification.from_config(models.FAMILIES["vit"](tiny_task()))
+    head = model.classifier.weight.clone()
+    small = method_named("vtp-features")(model, tiny_task(), 0.5, 16, 0)
+    assert count(small).macs / count(model).macs == pytest.approx(0.5, rel=runs.TOLERANCE)
+    assert seen and all(names == {"pixel_values"} for names in seen)
+    assert torch.equal(small.classifier.weight.cpu(), head)

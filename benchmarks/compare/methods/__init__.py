@@ -9,7 +9,7 @@ method joins with a function in a file of this folder and a line in :data:`METHO
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from hf_vitprune.errors import InvalidConfigError
@@ -41,6 +41,21 @@ METHODS: dict[str, Method] = {
     "spvit-multi-path": multi_path,
     "spvit-random-search": random_search,
 }
+
+
+def _unlabelled(method: Method) -> Method:
+    """The method on the same images without labels: features of the dense model are all that it learns from."""
+
+    @wraps(method)
+    def run(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
+        return method(model, task.unlabelled(), budget, steps, seed)
+
+    return run
+
+
+#: of those that need no labels
+FEATURES = "-features"
+METHODS |= {name + FEATURES: _unlabelled(METHODS[name]) for name in ("magnitude", "vtp", "nvit", "spvit")}
 
 
 def method_named(name: str) -> Method:

@@ -31,7 +31,7 @@ def nvit(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
         schedule="constant",
         distillation=wrapped.method.traits.distillation,
     )
-    return tune(wrapped.export(compensate=False), model, task, steps - first, seed)
+    return tune(wrapped.export(compensate=False), model, task, steps - first, seed, wrapped.plan())
 
 
 def vtp(model: Any, task: Task, budget: float, steps: int, seed: int, sparsity_weight: float = 1e-4) -> Any:
@@ -56,4 +56,4 @@ def _learned(config: PruningConfig, model: Any, task: Task, steps: int, seed: in
     wrapped = get_pruning_model(copy.deepcopy(model), config)
     first = max(1, round(SHARE * steps))
     fit(wrapped, task, first, LEARNING_RATE, seed, what=f"{config.method_name}, {first} steps")
-    return tune(wrapped.export(compensate=False), model, task, steps - first, seed)
+    return tune(wrapped.export(compensate=False), model, task, steps - first, seed, wrapped.plan())
