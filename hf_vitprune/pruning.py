@@ -22,6 +22,7 @@ from .surgery.composite import with_masked_tower, with_tower
 from .surgery.read_layers import kept_feature_layers, layers_read
 from .surgery.reload import load_pruned
 from .surgery.transplant import empty_like, mask_plain, prune_plain
+from .utils.offload import check_present
 from .utils.sharding import check_whole
 
 __all__ = ["load_pruned", "mask", "prune", "truncate"]
@@ -39,7 +40,9 @@ def prune(
     """A new, physically small model: same task head, same outputs as ``mask(model, plan)``.
 
     Args:
-        model: stock or pruned transformers model, or a PeftModel over one (its adapters are sliced with it).
+        model: stock or pruned transformers model, or a PeftModel over one (its adapters are sliced with it). Weights
+            that ``from_pretrained(folder, device_map=...)`` left on the disk or in CPU memory are read a layer at a
+            time.
         plan: what stays; made for this model or one of the same architecture.
         calibration: unlabelled images (a tensor, data set, list or loader; about 128 are enough), from which the
             loss of what is removed is made up for; None: weights are sliced and nothing else.
@@ -67,12 +70,16 @@ def prune(
     check_whole(model)
     tower = find_tower(model, plan.part)
     if tower.path:
+        check_present(model, "pruning a tower inside of a bigger model")
         return _prune_part(model, tower, plan, calibration, compensate, allow_unchanged, stock)
+    if is_peft(model):
+        check_present(model, "pruning adapters with their model")
+    given = plan.weights.keys()
     if calibration is not None:
         plan = compensate_plan(model, plan, calibration, compensate)
     if is_peft(model):
         return prune_peft(model, plan, allow_unchanged=allow_unchanged)
-    small = prune_plain(unwrap(model), plan, allow_unchanged=allow_unchanged)
+    small = prune_plain(unwrap(model), plan, allow_unchanged=allow_unchanged, given_away=plan.weights.keys() - given)
     if stock:
         with contextlib.suppress(NativeExportError):  # it stays what it is
             make_stock_(small)
@@ -126,6 +133,7 @@ def mask(model: Any, plan: PruningPlan) -> Any:
         InvalidPlanError: the plan is for another architecture.
         AdapterError: an adapter cannot be merged.
     """
+    check_present(model, "mask")
     tower = find_tower(model, plan.part)
     whole = merged_twin(model, tower.path) if is_peft(model) else unwrap(model)
     if not tower.path:

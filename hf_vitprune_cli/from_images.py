@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.latency.measure import device_name, measure_speed
 from hf_vitprune.methods import OneShotScores, OneShotSettings
 from hf_vitprune.methods.oneshot import check_target
+from hf_vitprune.modeling.streamed import load_streamed
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune
 from hf_vitprune.publish.report import comparison_table
@@ -26,7 +28,7 @@ from hf_vitprune.training.recovery import Recovery, hold_out, recover
 from hf_vitprune.utils.data import read_folder
 
 from .app import say
-from .saved import load_any_config, model_class_of
+from .saved import load_any_config, load_config, model_class_of
 from .workflow import NamedProgress, PrunedResult, model_row, save_result
 
 #: images that are drawn from the folder; more change little
@@ -46,6 +48,7 @@ def prune_from_images(
     batch_size: int,
     recovery: Recovery | None = None,
     part: str | None = None,
+    stream: bool = False,
 ) -> None:
     """Prune, save, and print what came of it.
 
@@ -61,6 +64,7 @@ def prune_from_images(
         batch_size: images a forward pass.
         recovery: train the small model on the features of the dense one; None: no training.
         part: which tower of a bigger model; its only one by default.
+        stream: leave the dense layers on the disk, and measure no latency.
 
     Raises:
         InvalidDataError: too few images to train on some and hold others out.
@@ -72,9 +76,12 @@ def prune_from_images(
             raise InvalidConfigError("features are learned by one process: start it without torchrun, or prune first")
         state = PartialState(cpu=not torch.accelerator.is_available())
     first = state is None or state.is_main_process
-    dense: Any = model_class_of(load_any_config(model)).from_pretrained(model).eval()
-    if state is not None:
-        dense.to(state.device)
+    copies = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    device = torch.device("cpu") if state is None else state.device
+    if stream:
+        dense = load_streamed(model_class_of(load_config(model)), model, copies=copies.name, device=device)
+    else:
+        dense = model_class_of(load_any_config(model)).from_pretrained(model).eval().to(device)
     processor = _processor(model, images is not None)
     check_target(Architecture.of(dense, part), OneShotSettings(), round_to=round_to, **goal)
     recovered = None
@@ -106,7 +113,7 @@ def prune_from_images(
         plan = scores.plan(round_to=round_to, **goal)
         small = prune(dense, scores.compensate(dense, plan))
     if first:
-        _finish(model, out, dense, small, plan, processor)
+        _finish(model, out, dense, small, plan, processor, measured=not stream)
         seen = f"{scores.images} unlabelled images" + (f" seen when {scores_file} was made" if images is None else "")
         how = "without training" if recovered is None else "and trained on the dense model's features"
         say(f"saved to {out}: pruned {how}, from {seen}")
@@ -117,15 +124,16 @@ def prune_from_images(
         state.destroy_process_group()
 
 
-def _finish(model: str, out: Path, dense: Any, small: Any, plan: PruningPlan, processor: Any) -> None:
+def _finish(model: str, out: Path, dense: Any, small: Any, plan: PruningPlan, processor: Any, measured: bool) -> None:
     """Measure, save, and print a table."""
     towers = {key: tower_module(one, plan.part) for key, one in (("dense", dense), ("pruned", small))}
-    timings = measure_speed(towers, batch_size=8)
-    rows = [model_row(key, one, None, timings[key]) for key, one in towers.items()]
+    timings = measure_speed(towers, batch_size=8) if measured else {}
+    rows = [model_row(key, one, None, timings.get(key)) for key, one in towers.items()]
     macs, params = (rows[1][key] / rows[0][key] for key in ("macs", "params"))
-    pair = {"before": timings["dense"], "after": timings["pruned"]}
+    pair = {"before": timings["dense"], "after": timings["pruned"]} if measured else None
     save_result(out, PrunedResult(small, plan, {}, macs, params), processor, pair, dataset=None, base_model=model)
-    Console().print(comparison_table(rows, title=f"{model}, measured on {device_name()}, batch 8"))
+    where = f", measured on {device_name()}, batch 8" if measured else ""
+    Console().print(comparison_table(rows, title=f"{model}{where}"))
 
 
 def _processor(model: str, needed: bool) -> Any:

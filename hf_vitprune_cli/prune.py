@@ -65,6 +65,9 @@ def prune(
     ] = None,
     batch_size: Annotated[int, _training("Images a step, or a forward pass.", min=1)] = 32,
     new_head: Annotated[bool, _training("A new classifier, for the data's classes.", "--new-head")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read layers from the disk one at a time: for models larger than memory.")
+    ] = False,
     part: PartOption = None,
     force: ForceOption = False,
 ) -> None:
@@ -80,6 +83,11 @@ def prune(
         empty_output(path, force)
     if part is not None and data is not None:
         raise typer.BadParameter("--part is for a tower of a bigger model, which is pruned with --images or --scores")
+    if stream and (data is not None or train == Train.features or part is not None):
+        raise typer.BadParameter(
+            "--stream reads a layer at a time, which a training cannot (--data, --train features), and prunes whole "
+            "models (no --part)"
+        )
     table = None if target_metric in ("macs", "params") else Path(target_metric)
     goal = {
         "target": target,
@@ -104,6 +112,7 @@ def prune(
             round_to=round_to,
             batch_size=batch_size,
             part=part,
+            stream=stream,
             recovery=recovery if train == Train.features else None,
         )
         return

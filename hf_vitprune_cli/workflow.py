@@ -215,7 +215,7 @@ def compare(
     return rows, timings
 
 
-def model_row(name: str, model: Any, accuracy: float | None, timing: Timing) -> dict[str, Any]:
+def model_row(name: str, model: Any, accuracy: float | None, timing: Timing | None) -> dict[str, Any]:
     """A row of ``comparison_table``."""
     cost = count(model)
     return {
@@ -223,8 +223,8 @@ def model_row(name: str, model: Any, accuracy: float | None, timing: Timing) -> 
         "accuracy": accuracy,
         "params": cost.params,
         "macs": cost.macs,
-        "latency_ms": timing.seconds * 1e3,
-        "speedup": timing.speedup,
+        "latency_ms": None if timing is None else timing.seconds * 1e3,
+        "speedup": None if timing is None else timing.speedup,
     }
 
 
@@ -232,7 +232,7 @@ def save_result(
     folder: Path,
     result: PrunedResult,
     processor: Any,
-    timings: dict[str, Timing],
+    timings: dict[str, Timing] | None,
     *,
     dataset: str | None,
     base_model: str | None = None,
@@ -240,7 +240,7 @@ def save_result(
     """Write the model, its image processor, plan, plot of what was removed, and card.
 
     Args:
-        timings: of ``before`` (dense) and ``after``.
+        timings: of ``before`` (dense) and ``after``, where they were measured.
         dataset: what the accuracies were measured on; None where there are none.
         base_model: Hub id of the dense model.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..families import LayerPaths
 from ..modeling.peft_twin import whole_shadow
+from ..utils.offload import Waiting
 from .fits import Branch
 from .moments import Statistics, precise_device
 
@@ -49,6 +51,9 @@ def inputs_of(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...
 class Layer:
     """One layer: a shadow of the model's own (its tensors, no hooks), called as the model calls it.
 
+    Weights that wait outside of the model are there while the layer runs as a whole. All else here takes them from
+    inside of :meth:`present`.
+
     Parts go by their names in ``LayerPaths`` (``fc1.0`` and ``fc1.1`` for gate and up), which are the same in the
     dense layer and in what is left of it.
 
@@ -56,8 +61,15 @@ class Layer:
         paths: part -> path in the model; parts that the family has not got are absent.
     """
 
-    def __init__(self, module: nn.Module, paths: LayerPaths, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        paths: LayerPaths,
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+        waiting: Waiting | None = None,
+    ) -> None:
         self.module = module
+        self._waiting = waiting
         self._names = paths
         named = {k: v for k, v in paths._asdict().items() if isinstance(v, str)}
         self.paths = {**named, **{f"fc1.{j}": path for j, path in enumerate(paths.fc1)}}
@@ -65,6 +77,10 @@ class Layer:
         self._args, self._kwargs = call
         self._order: torch.Tensor | None = None
         self._order_of = self
+
+    def present(self) -> contextlib.AbstractContextManager[None]:
+        """All of its weights are in memory inside."""
+        return contextlib.nullcontext() if self._waiting is None else self._waiting.present()
 
     def part(self, name: str) -> Any:
         """A module of the layer."""

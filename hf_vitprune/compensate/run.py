@@ -10,12 +10,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import InvalidPlanError, UnsupportedModelError
+from ..errors import InvalidPlanError
 from ..modeling.peft_twin import plain_part
 from ..plan.plan import PruningPlan
 from ..surgery.cuts import Cut, find_cuts
 from ..surgery.transplant import check_plan, prune_plain
 from ..utils.batches import ImageBatches
+from ..utils.offload import StateDict, device_of
 from ..utils.processes import shard
 from .attention import compensate_attention
 from .mlp import compensate_mlp
@@ -76,7 +77,7 @@ def compensate_plan(
     streams = Streams(*walks, bare, batches, settings)
     ledger = Ledger(lossy=plan.embedding is not None)
     entries = _layers(streams, ledger)
-    compensate_head(dense, small, streams, ledger)
+    compensate_head(walks[0].model, small, streams, ledger)
     for note in ledger.notes:
         logger.warning(f"compensation: {note}")
     final = plan.with_layers(
@@ -92,11 +93,7 @@ def _check(model: PreTrainedModel, plan: PruningPlan, reference: Any) -> None:
             "the plan folds factors into what stays, and does not say what those of the removed units were: use "
             'PruningModel.export(calibration=...), which knows them, or compensate="none"'
         )
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1:
-        raise UnsupportedModelError(
-            f"compensation needs the model on one device, not on {', '.join(sorted(map(str, devices)))}"
-        )
+    device_of(model, "compensation")
 
 
 def _check_weights(plan: PruningPlan, cuts: dict[str, Cut]) -> None:
@@ -118,18 +115,26 @@ def _layers(streams: Streams, ledger: Ledger) -> list[Any]:
         dense = streams.dense_walk.layers[entry.index]
         site = Site(streams, ledger, small, dense, entry, plan.source.layers[entry.index])
         streams.enter(entry.index)
-        if entry.mixer != "none":
-            if entry.replaces_mixer(site.source):
-                ledger.lossy = True
-                ledger.note(f"the {entry.mixer} mixer of layer {entry.index} keeps the weights that the plan gives it")
-            if entry.mixer == "attention":
-                compensate_attention(site)
-            else:
-                streams.small[:] = [small.after_attention(hidden) for hidden in streams.small]
-        if entry.mlp:
-            compensate_mlp(site)
+        with dense.present():
+            _compensate(site)
         entries.append(site.entry)
     return entries
+
+
+def _compensate(site: Site) -> None:
+    entry, streams = site.entry, site.streams
+    if entry.mixer != "none":
+        if entry.replaces_mixer(site.source):
+            site.ledger.lossy = True
+            site.ledger.note(
+                f"the {entry.mixer} mixer of layer {entry.index} keeps the weights that the plan gives it"
+            )
+        if entry.mixer == "attention":
+            compensate_attention(site)
+        else:
+            streams.small[:] = [site.small.after_attention(hidden) for hidden in streams.small]
+    if entry.mlp:
+        compensate_mlp(site)
 
 
 def _note_unreached(streams: Streams, ledger: Ledger) -> None:
@@ -154,6 +159,6 @@ def _summary(settings: Compensation, batches: ImageBatches, ledger: Ledger) -> d
 
 def _changed(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan) -> dict[str, torch.Tensor]:
     """The small model's tensors that are not slices of the model's."""
-    state, tensors = model.state_dict(), small.state_dict()
+    state, tensors = StateDict(model), small.state_dict()
     cuts = find_cuts(model, small, plan).items()
     return {name: tensors[name] for name, cut in cuts if not torch.equal(cut.take(state[cut.source]), tensors[name])}

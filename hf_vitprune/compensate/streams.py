@@ -33,7 +33,7 @@ class Streams:
         for batch in batches:
             self.dense.append(dense.start(batch))
             self.small.append(small.start(batch))
-        self.device = dense.first.device
+        self.device = dense.device
         self.kept = None if plan.embedding is None else torch.tensor(plan.embedding, device=self.device)
         self.position = 0
         self._stage = [0, 0]
@@ -64,10 +64,11 @@ class Streams:
             layer, shape = self.dense_walk.layers[index], self.plan.source.layers[index]
             self._enter(index, 0)
             if "layers" in self.settings.parts or self.position in self.branches:
-                if is_mlp and shape.mlp:
-                    self.dense[:] = [layer.after_mlp(hidden) for hidden in self.dense]
-                elif not is_mlp and shape.mixer != "none":
-                    self.dense[:] = [layer.after_attention(hidden) for hidden in self.dense]
+                with layer.present():
+                    if is_mlp and shape.mlp:
+                        self.dense[:] = [layer.after_mlp(hidden) for hidden in self.dense]
+                    elif not is_mlp and shape.mixer != "none":
+                        self.dense[:] = [layer.after_attention(hidden) for hidden in self.dense]
             self.position += 1
 
     def next_position(self, branch: int) -> int:

@@ -14,6 +14,8 @@ from ..modeling.peft_twin import whole_shadow
 from ..modeling.structure import finish_mixers, layer_paths
 from ..spec.architecture import Architecture
 from ..utils.batches import run_images
+from ..utils.modules import set_tensor
+from ..utils.offload import StateDict, Waiting, device_of
 from .layer import Layer, inputs_of
 
 
@@ -21,7 +23,8 @@ class Walk:
     """The layers of a model, and what lies before and between them.
 
     Args:
-        model: a plain transformers model; it is neither changed nor moved.
+        model: a plain transformers model; it is neither changed nor moved. Of weights that wait outside of it, those
+            of the layers are fetched when a layer is run, and all others at once.
         architecture: of it.
         batch: a first batch of ``ImageBatches``: tells how the model calls its layers.
 
@@ -39,8 +42,9 @@ class Walk:
         self.model: Any = whole_shadow(model).eval()
         finish_mixers(self.model, architecture.family)  # the shadow has lost the hook
         self.architecture = architecture
-        self.first = next(model.parameters())
+        self.device = device_of(model, "running layers one by one")
         self._paths = layer_paths(model, architecture)
+        waiting = self._fetch(StateDict(model))
         root = architecture.family.encoder_path(model)
         names = architecture.layer_names()
         outputs = architecture.family.output_names(len(names), architecture.depths)
@@ -48,10 +52,18 @@ class Walk:
         self._bridges = bridges[: architecture.stages[-1]]  # none behind the last layer, into stages that are empty
         calls = self._record(batch)
         self.layers = [
-            Layer(self.model.get_submodule(paths.layer), paths, calls[paths.layer]) for paths in self._paths
+            Layer(self.model.get_submodule(paths.layer), paths, calls[paths.layer], weights)
+            for paths, weights in zip(self._paths, waiting, strict=True)
         ]
         self._bridge_calls = [calls[path] for path in self._bridges]
         self._check(self.start(batch)[:1])
+
+    def _fetch(self, state: StateDict) -> list[Waiting]:
+        layers = tuple(f"{paths.layer}." for paths in self._paths)
+        for name in state.waiting():
+            if not name.startswith(layers):
+                set_tensor(self.model, name, state[name])
+        return [Waiting(state, paths.layer, self.model.get_submodule(paths.layer)) for paths in self._paths]
 
     @torch.no_grad()
     def _check(self, hidden: torch.Tensor) -> None:
@@ -60,13 +72,14 @@ class Walk:
         for i, (layer, shape) in enumerate(zip(self.layers, self.architecture.layers, strict=True)):
             for below in range(stages[i - 1] if i else 0, stages[i]):
                 hidden = self.bridge(below, hidden)
-            out = layer.run(hidden)
             steps = hidden
-            if shape.mixer == "attention" and layer.has("q"):  # a masked model may have another mixer there
-                steps = layer.past("o", hidden, layer.context(hidden))
-            elif shape.mixer != "none":
-                steps = layer.after_attention(hidden)
-            steps = layer.after_mlp(steps) if shape.mlp else steps
+            with layer.present():
+                out = layer.run(hidden)
+                if shape.mixer == "attention" and layer.has("q"):  # a masked model may have another mixer there
+                    steps = layer.past("o", hidden, layer.context(hidden))
+                elif shape.mixer != "none":
+                    steps = layer.after_attention(hidden)
+                steps = layer.after_mlp(steps) if shape.mlp else steps
             share, rounding = (0.05, 0.01) if out.element_size() < 4 else (1e-3, 1e-5)
             if float((steps - out).norm()) > share * float((out - hidden).norm()) + rounding * float(out.norm()):
                 raise UnsupportedModelError(

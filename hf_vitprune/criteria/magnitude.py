@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..utils.offload import StateDict
 from .scores import UnitScores, UnitSums, model_to_score
 
 
@@ -22,9 +23,10 @@ def magnitude(model: Any, part: str | None = None) -> UnitScores:
         ScoresError: a weight is not finite.
     """
     base, architecture, paths = model_to_score(model, part)
-    weights = dict(base.named_parameters())
+    weights, state = dict(base.named_parameters()), StateDict(base)
     squares = UnitSums(architecture, paths, weights)
-    for name, weight in weights.items():
+    for name in weights:
+        weight = weights[name]
         if weight.ndim > 1 and name.endswith(".weight") and squares.layer_of(name) is not None:
-            squares.add(name, weight.detach().double().square())
+            squares.add(name, state[name].detach().double().square())
     return UnitScores(architecture, {name: values.sqrt() for name, values in squares.sums.items()}, "magnitude")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,7 @@ from ..modeling.structure import layer_paths
 from ..plan.layer_plan import PAD
 from ..plan.plan import PruningPlan
 from ..spec.units import Axis, set_name, unit_table
+from ..utils.offload import input_device
 
 
 @dataclass
@@ -56,14 +57,22 @@ def _along(axis: int, vector: torch.Tensor, ndim: int) -> torch.Tensor:
 
 
 def small_state(
-    big_state: Mapping[str, torch.Tensor], model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan
+    big_state: Mapping[str, torch.Tensor],
+    model: PreTrainedModel,
+    small: PreTrainedModel,
+    plan: PruningPlan,
+    given_away: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """State dict of the small model, cut out of ``big_state`` (keys of ``model``).
+
+    Args:
+        given_away: new weights of the plan that need not be copied.
 
     Raises:
         InvalidPlanError: a new weight of the plan has no place or another shape.
     """
-    state = {name: cut.take(big_state[cut.source]) for name, cut in find_cuts(model, small, plan).items()}
+    cuts = find_cuts(model, small, plan)
+    state = {name: cut.take(big_state[cut.source]) for name, cut in cuts.items() if name not in plan.weights}
     state.update(_input_indices(big_state, model, small, plan))
     state.update(_qk_indices(big_state, model, small, plan))
     expected = small.state_dict()
@@ -72,15 +81,16 @@ def small_state(
         raise InvalidPlanError(
             f"the plan makes new mixers and lacks {len(missing)} of their weights (first: {missing[0]})"
         )
+    held = model.state_dict()
     for name, tensor in plan.weights.items():
         if name not in expected or expected[name].shape != tensor.shape:
             shape = tuple(expected[name].shape) if name in expected else None
             raise InvalidPlanError(
                 f"the plan's new weight {name} is {tuple(tensor.shape)}, the small model has {shape}"
             )
-        like = state.get(name, expected[name])
-        device = next(iter(big_state.values())).device if like.device.type == "meta" else like.device
-        state[name] = tensor.to(device, like.dtype, copy=True)
+        like = held[cuts[name].source] if name in cuts else expected[name]
+        device = input_device(model) if like.device.type == "meta" else like.device
+        state[name] = tensor.to(device, like.dtype, copy=name not in given_away)
     return state
 
 
@@ -172,7 +182,7 @@ def _input_indices(
     """Values of the small model's ``input_index`` buffers: the residual channels its parts read."""
     old_paths, new_paths = layer_paths(model, plan.source), layer_paths(small, plan.architecture)
     expected = small.state_dict()
-    device = next(model.parameters()).device
+    device = input_device(model)
     values: dict[str, torch.Tensor] = {}
     for entry, new in zip(plan.layers, new_paths, strict=True):
         old = old_paths[entry.index]

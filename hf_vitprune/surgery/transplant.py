@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,30 @@ from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
 from ..spec.configs import lineage_of
 from ..utils.modules import meta_copy, named_tensors, owner
+from ..utils.offload import StateDict
 from .cuts import Cut, find_cuts, small_state
 from .gates import strip_gates
 
 
 def prune_plain(
-    model: PreTrainedModel, plan: PruningPlan, *, allow_unchanged: bool = False, checked: bool = False
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    *,
+    allow_unchanged: bool = False,
+    checked: bool = False,
+    given_away: Collection[str] = (),
 ) -> Any:
     """``pruning.prune`` of a model without adapters: a copy of the live model, cut in place, as its pruned twin.
 
     Modules, attributes and hooks stay; only tensors that carry a removed unit are replaced. ``checked``: the plan is
     known to fit; for masked models, in which other mixers stand than their config says.
+    ``given_away``: new weights of the plan that nobody else uses, so that the small model need not copy them.
     """
     if not checked:
         check_plan(model, plan, allow_unchanged)
     small = resized_copy(model, plan)
-    small.load_state_dict(small_state(model.state_dict(), model, small, plan), strict=True, assign=True)
+    state = small_state(StateDict(model), model, small, plan, given_away)
+    small.load_state_dict(state, strict=True, assign=True)
     tie(small, model)
     return small
 

@@ -22,6 +22,7 @@ from ..surgery.composite import check_host
 from ..surgery.read_layers import layers_needed, layers_read
 from ..utils.batches import ImageBatches
 from ..utils.modules import get
+from ..utils.offload import check_present
 from ..utils.processes import broadcast
 from ..utils.sharding import gathered, is_sharded, whole, whole_root
 from .checkpoints import Checkpoints
@@ -48,6 +49,7 @@ def get_pruning_model(model: Any, config: PruningConfig, part: str | None = None
             its parameters are spread over processes in a way that cannot be pruned.
         UnreachableTargetError: the target lies under what the settings allow.
     """
+    check_present(model, "training")
     check_model(model)
     if isinstance(model, PruningModel):
         raise InvalidConfigError("the model is a PruningModel already; unload() or export() it first")

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from transformers import default_data_collator
 
-from ..errors import InvalidDataError
+from ..errors import CheckpointMismatchError, InvalidDataError
 
 
 class ImageBatches:
@@ -183,7 +183,7 @@ def run_images(model: Any, batch: Mapping[str, Any]) -> Any:
     }
     try:
         return model(pixel_values=images, **kwargs)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, CheckpointMismatchError):
         raise
     except (ValueError, RuntimeError, AssertionError) as error:
         reason = str(error).rstrip(".") + _cure(model, kwargs)

@@ -95,10 +95,26 @@ def follow_sizes(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = weight.shape
 
 
+#: what accelerate's ``dispatch_model`` puts into the module that it is given; forwards go into all of them
+_DISPATCHED = ("hf_device_map", "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
+
+
+def forget_dispatch(module: nn.Module) -> None:
+    """Take the hook of a device map out of a module, in place; not out of what is inside."""
+    if "_hf_hook" not in module.__dict__:
+        return
+    for name in ("_hf_hook", *_DISPATCHED):
+        module.__dict__.pop(name, None)
+    own = module.__dict__.pop("_old_forward", None)
+    module.__dict__.pop("forward", None)
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+        module.__dict__["forward"] = own  # somebody's, from before
+
+
 def meta_copy(model: nn.Module, replaced: dict[int, Any] | None = None) -> Any:
     """A deep copy with modules, attributes and hooks, whose parameters and saved buffers are on the meta device.
 
-    Buffers that are not saved are copied with their values.
+    Buffers that are not saved are copied with their values; hooks of device maps are not copied.
 
     Args:
         model: what to copy.
@@ -106,6 +122,8 @@ def meta_copy(model: nn.Module, replaced: dict[int, Any] | None = None) -> Any:
     """
     memo: dict[int, Any] = dict(replaced or {})
     for module in model.modules():
+        if "_hf_hook" in module.__dict__:
+            memo[id(module.__dict__["_hf_hook"])] = None  # it may hold the weights
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
                 empty = torch.empty_like(parameter, device="meta")
@@ -116,4 +134,6 @@ def meta_copy(model: nn.Module, replaced: dict[int, Any] | None = None) -> Any:
     keep_alive = list(memo.values())  # ids of what is replaced stay taken while the copy is made
     made = copy.deepcopy(model, memo)
     del keep_alive
+    for module in made.modules():
+        forget_dispatch(module)
     return made

@@ -18,7 +18,7 @@ from ...spec.layer_shape import LayerShape
 from ...utils.batches import ImageBatches
 from ...utils.processes import shard, shared_tensors
 from .folds import neurons_left, packed, value_errors, values_left
-from .probe import Probe
+from .probe import Changes, Probe
 from .settings import OneShotSettings
 
 
@@ -39,6 +39,7 @@ class Measurement:
         few = next(iter(ImageBatches(batches, settings.probe_images, settings.probe_images)))
         self.probe = Probe(self.walk, few)
         self.tensors: dict[str, torch.Tensor] = {}
+        self._probed: list[tuple[str, float]] = []  # name of a tensor, and the error of the branch
 
     def run(self) -> dict[str, torch.Tensor]:
         rank, processes = shard()
@@ -57,15 +58,21 @@ class Measurement:
                 self.probe.advance(i)
                 bar.update()
         bar.close()
-        self.tensors = shared_tensors(self.tensors, self.walk.first.device)
+        self.tensors = shared_tensors(self.tensors, self.walk.device)
         return self.tensors
 
     def _solve(self, index: int, moments: dict[str, Statistics]) -> None:
         layer, shape = self.walk.layers[index], self.architecture.layers[index]
-        if shape.mixer == "attention":
-            self._attention(index, layer, shape, moments)
-        if shape.mlp:
-            self._mlp(index, layer, moments["fc2"])
+        with layer.present():
+            if shape.mixer == "attention":
+                self._attention(index, layer, shape, moments)
+            if shape.mlp:
+                self._mlp(index, layer, moments["fc2"])
+        seen: dict[str, list[list[float]]] = {}
+        for (name, lost), error in zip(self._probed, self.probe.errors(index), strict=True):
+            seen.setdefault(name, []).append([lost, error])
+        self._probed = []
+        self._keep(index, **{name: torch.tensor(rows).double() for name, rows in seen.items()})
 
     # ------------------------------------------------------------------ statistics
     def _pass(self, index: int, owner: int) -> dict[str, Statistics]:
@@ -79,7 +86,7 @@ class Measurement:
             parts = {"q": width, "k": width, "o": shape.heads * shape.v_dim}
         if shape.mlp:
             parts["fc2"] = shape.mlp
-        moments = {part: Moments(size, 0, self.walk.first.device) for part, size in parts.items()}
+        moments = {part: Moments(size, 0, self.walk.device) for part, size in parts.items()}
         for b, hidden in enumerate(self.hidden):
             trace = layer.trace(hidden)
             tokens = token_weights(self.architecture, self.settings.token_share, hidden)
@@ -95,6 +102,11 @@ class Measurement:
             for part, sums in moments.items()
         }
 
+    def _probe(self, layer: int, name: str, lost: torch.Tensor, changes: Changes) -> None:
+        """See what a change of a layer, by which its branch loses ``lost``, does to the output."""
+        self.probe.change(layer, changes)
+        self._probed.append((f"{name}_seen", float(lost)))
+
     def _keep(self, layer: int, **tensors: torch.Tensor) -> None:
         self.tensors |= {f"{layer}.{name}": tensor.detach().to("cpu") for name, tensor in tensors.items()}
 
@@ -106,14 +118,11 @@ class Measurement:
         order = gone.tolist() + sorted({*heads} - {*gone.tolist()})
         ranks = self.settings.ranks(size)
         errors = value_errors(branch, order, size, ranks, ridge)
-        seen = []
         for j in probed(len(ranks)):
             down, fit = values_left(branch, heads, size, ranks[j], ridge)
-            seen.append([float(errors[-1, j]), self.probe.error(index, {"o": (fit.weight @ down, fit.bias)})])
+            self._probe(index, "values", errors[-1, j], {"o": (fit.weight @ down, fit.bias)})
         strength = (branch.effect.square().sum(0) * branch.stats.xx.diagonal()).view(shape.heads, -1)
-        self._keep(
-            index, heads=torch.tensor(order), values=errors, values_seen=torch.tensor(seen).double(), v=strength
-        )
+        self._keep(index, heads=torch.tensor(order), values=errors, v=strength)
         if self.settings.statistics:
             self._keep(index, **packed("context", branch.stats))
         if self.architecture.family.plain_qk:
@@ -129,17 +138,14 @@ class Measurement:
         left = squares.flip(1).cumsum(1).flip(1)  # what goes when this and all later directions go
         ranks = self.settings.ranks(size)
         lost = torch.stack([left[:, rank] if rank < size else torch.zeros_like(left[:, 0]) for rank in ranks])
-        seen = []
         for j in probed(len(ranks)):
             maps = (
                 nn.functional.pad(some, (0, 0, 0, size - ranks[j])) for some in qk_maps(second[0], second[1], ranks[j])
             )
             changed = {part: one.through(m) for part, one, m in zip("qk", (query, key), maps, strict=True)}
-            seen.append([float(lost[j].sum()), self.probe.error(index, changed)])
+            self._probe(index, "queries", lost[j].sum(), changed)
         strength = second.diagonal(dim1=2, dim2=3).prod(0)
-        self._keep(
-            index, queries=lost, queries_seen=torch.tensor(seen).double(), query_key=second.float(), qk=strength
-        )
+        self._keep(index, queries=lost, query_key=second.float(), qk=strength)
 
     def _mlp(self, index: int, layer: Layer, stats: Statistics) -> None:
         branch = layer.branch("fc2", stats)
@@ -147,16 +153,14 @@ class Measurement:
         gone, found = obs(branch.effect, stats.xx, 1, ridge=self.settings.ridge, block=max(32, size // 16))
         errors = torch.cat([found.new_zeros(1), found])
         order = gone.tolist() + sorted({*range(size)} - {*gone.tolist()})
-        seen = []
         for count in (size // 2, size // 16):
             if count:
                 kept = sorted(order[size - count :])
                 fit = neurons_left(branch, kept, self.settings.ridge)
                 weight = torch.zeros_like(branch.weight)
                 weight[:, kept] = fit.weight
-                seen.append([float(errors[size - count]), self.probe.error(index, {"fc2": (weight, fit.bias)})])
-        seen_tensor = torch.tensor(seen).double()
-        self._keep(index, neurons=torch.tensor(order), neuron_errors=errors, neurons_seen=seen_tensor)
+                self._probe(index, "neurons", errors[size - count], {"fc2": (weight, fit.bias)})
+        self._keep(index, neurons=torch.tensor(order), neuron_errors=errors)
         if self.settings.statistics:
             self._keep(index, **packed("hidden", stats))
 

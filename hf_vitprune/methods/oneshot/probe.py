@@ -37,7 +37,8 @@ class Probe:
         names = [layer.paths["layer"] for layer in walk.layers]
         for name in names:  # behind the layers, the model goes on as always
             self._readout.get_submodule(name).forward = self._last if name == names[-1] else self._skip
-        self._expected = self._read(self._on(self.hidden, 0))
+        self._expected = self._read(self._on([self.hidden], 0)[0])
+        self._changed: list[torch.Tensor] = []
 
     def _skip(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return (hidden, None) if self._tuples else hidden
@@ -50,11 +51,12 @@ class Probe:
         outputs = read_outputs(run_images(self._readout, self.batch), self._special)
         return hidden.flatten(1).double() if outputs is None else outputs
 
-    def _on(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
-        """The stream before layer ``start``, run on behind the last one."""
+    def _on(self, streams: list[torch.Tensor], start: int) -> list[torch.Tensor]:
+        """Streams before layer ``start``, run on behind the last one; of the layers one at a time is in memory."""
         for i in range(start, len(self._stages)):
-            hidden = self.walk.layers[i].run(self._bridged(hidden, i))
-        return hidden
+            with self.walk.layers[i].present():
+                streams = [self.walk.layers[i].run(self._bridged(hidden, i)) for hidden in streams]
+        return streams
 
     def _bridged(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
         for below in range(self._stages[layer - 1] if layer else 0, self._stages[layer]):
@@ -65,14 +67,18 @@ class Probe:
         """Take the stream past a layer: the next one is up for changes."""
         self.hidden = self.walk.layers[layer].run(self._bridged(self.hidden, layer))
 
-    def error(self, layer: int, changes: Changes) -> float:
-        """Relative squared error of the output with other weights in the layer that is up."""
+    def change(self, layer: int, changes: Changes) -> None:
+        """Other weights in the layer that is up."""
         other = self.walk.layers[layer].copy()
         for part, tensors in changes.items():
             other.replace(part, *tensors)
-        hidden = other.run(self._bridged(self.hidden, layer))
-        outputs = self._read(self._on(hidden, layer + 1))
-        return float((outputs - self._expected).square().sum() / self._expected.square().sum())
+        self._changed.append(other.run(self._bridged(self.hidden, layer)))
+
+    def errors(self, layer: int) -> list[float]:
+        """Relative squared error of the output for each change of the layer since the last call."""
+        streams, self._changed = self._on(self._changed, layer + 1), []
+        lost = [(self._read(hidden) - self._expected).square().sum() for hidden in streams]
+        return [float(one / self._expected.square().sum()) for one in lost]
 
 
 def read_outputs(output: Any, special: int = 0) -> torch.Tensor | None:

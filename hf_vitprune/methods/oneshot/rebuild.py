@@ -13,11 +13,13 @@ from ...compensate.fits import Branch, Projection
 from ...compensate.layer import Layer
 from ...errors import InvalidPlanError
 from ...families import LayerPaths
+from ...modeling.peft_twin import whole_shadow
 from ...modeling.structure import get, layer_paths
 from ...plan.layer_plan import LayerPlan
 from ...plan.plan import PruningPlan
 from ...spec.layer_shape import LayerShape
 from ...surgery.transplant import check_plan
+from ...utils.offload import StateDict, Waiting
 from .folds import columns, neurons_left, unpacked, values_left
 from .settings import OneShotSettings
 
@@ -30,13 +32,17 @@ def rebuilt(
     _check(plan)
     paths, names = (layer_paths(model, architecture) for architecture in (plan.source, plan.architecture))
     weights: dict[str, torch.Tensor] = {}
+    state = StateDict(model)
     for entry, small in zip(plan.layers, names, strict=True):
-        layer = Layer(get(model, paths[entry.index].layer), paths[entry.index], ((), {}))
+        path = paths[entry.index].layer
+        shadow = whole_shadow(get(model, path))
+        layer = Layer(shadow, paths[entry.index], ((), {}), Waiting(state, path, shadow))
         new = _Rebuilt(layer, small, of_layer(tensors, entry.index), settings.ridge)
         shape = plan.source.layers[entry.index]
-        if entry.mixer == "attention":
-            new.attention(entry, shape)
-        new.mlp(entry, shape)
+        with layer.present():
+            if entry.mixer == "attention":
+                new.attention(entry, shape)
+            new.mlp(entry, shape)
         weights |= new.weights
     info = {**plan.info, "compensation": {"from": "statistics", "ridge": settings.ridge}}
     return replace(plan, weights=weights, info=info)

@@ -18,6 +18,7 @@ from ...modeling.peft_twin import is_peft, plain_part
 from ...plan.plan import PruningPlan
 from ...spec.architecture import Architecture
 from ...utils.batches import ImageBatches
+from ...utils.offload import StateDict, device_of
 from ...utils.processes import shard
 from ...utils.sharding import check_whole
 from .choose import best_plan
@@ -86,8 +87,7 @@ class OneShotScores:
         settings = settings or OneShotSettings()
         base, architecture = plain_part(model, part)
         architecture.check_looks("one-shot scoring")
-        if len({parameter.device for parameter in base.parameters()}) > 1:
-            raise UnsupportedModelError("scoring needs the model on one device")
+        device_of(base, "one-shot scoring")
         batches = ImageBatches(images, settings.batch_size, settings.images, shard=shard())
         tensors = Measurement(base, batches, settings).run()
         return cls(architecture, fingerprint(base), settings, batches.images, tensors, name)
@@ -224,7 +224,9 @@ class OneShotScores:
 def fingerprint(model: Any) -> str:
     """Digest of names, kinds and values of a model's weights."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    state = StateDict(model)
+    for name in sorted(state):
+        tensor: Any = state[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
