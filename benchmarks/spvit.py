@@ -91,20 +91,28 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the samples.")] = None,
 ) -> None:
     """Time and memory of search steps."""
-    samples = interleaved({side: step_of(made(model, side), batch_size) for side in SIDES}, rounds)
+    models = {side: made(model, side) for side in SIDES}
+    sizes = {side: sum(p.numel() for p in one.parameters() if p.requires_grad) for side, one in models.items()}
+    samples = interleaved({side: step_of(one, batch_size) for side, one in models.items()}, rounds)
     peaks = {side: peak(model, side, batch_size, memory_steps) for side in SIDES} if memory_steps else {}
     table = Table(title=f"training steps of {model}, batch {batch_size}, on {device_name()}")
-    for column in ("", "step (s)", "against plain", "peak memory (MB)", "against plain"):
+    for column in ("", "trained parameters", "step (s)", "against plain", "peak memory (MB)", "against plain"):
         table.add_column(column)
     for side in SIDES:
         ratio = statistics.median(b / a for a, b in zip(samples["plain"], samples[side], strict=True))
-        row = [side, f"{statistics.median(samples[side]):.3f}", f"{ratio:.3f}"]
+        row = [side, f"{sizes[side] / 1e6:.2f}M", f"{statistics.median(samples[side]):.3f}", f"{ratio:.3f}"]
         if peaks:
             row += [f"{peaks[side] / 1e6:.0f}", f"{peaks[side] / peaks['plain']:.3f}"]
         table.add_row(*row)
     Console().print(table)
     if json_file is not None:
-        record = {"device": device_name(), "torch": torch.__version__, "samples": samples, "peaks": peaks}
+        record = {
+            "device": device_name(),
+            "torch": torch.__version__,
+            "samples": samples,
+            "peaks": peaks,
+            "parameters": sizes,
+        }
         json_file.write_text(json.dumps(record, indent=2))
 
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.compare run                      # ViT on digits and dSprites, all methods, three seeds
     python -m benchmarks.compare run --methods nvit --tasks digits --budgets 0.3 --seeds 0
-    python -m benchmarks.compare report
+    python -m benchmarks.compare report                   # --costs: parameters, and seconds of searches
     python -m benchmarks.compare draw                     # what mixes the tokens of every layer
     python -m benchmarks.compare scratch                  # DeiT against ReViT without pruning, as in NViT's paper
+    python -m benchmarks.compare layers                   # SLS's score and a probe's accuracy, layer by layer
 
 A dense model is trained for every family, task and seed (``models.py``), and kept. Every method gets a copy, a
 fraction of its MACs, and so many optimizer steps for pruning and fine-tuning together (``methods/``). A run is a JSON
@@ -73,12 +74,14 @@ def report(
     output: Output = OUTPUT,
     validation: Annotated[bool, typer.Option(help="Accuracy on the images that settings are chosen by.")] = False,
     markdown: Annotated[bool, typer.Option(help="For a README.")] = False,
+    costs: Annotated[bool, typer.Option("--costs", help="Parameters and searches of every method, too.")] = False,
 ) -> None:
     """Accuracy in percent, mean and deviation over the seeds."""
-    from .report import table_of
+    from .report import costs_of, table_of
     from .runs import records
 
-    cells = table_of(records(output), "validation" if validation else "accuracy")
+    measure = "validation" if validation else "accuracy"
+    cells = costs_of(records(output), measure) if costs else table_of(records(output), measure)
     if markdown:
         print(markdown_table(cells))
         return
@@ -129,3 +132,24 @@ def scratch(
         for shape in shapes.split(",")
     ]
     print(markdown_table(scratch_table([training.run(output) for training in trainings])))
+
+
+@app.command()
+def layers(
+    families: Annotated[str, typer.Option(help="Models, with commas: vit, swin.")] = "vit",
+    tasks: Annotated[str, typer.Option(help="With commas: digits, dsprites_loc, dsprites_ori.")] = "dsprites_loc",
+    images: Annotated[int, typer.Option(help="That scores are made of, and that probes are tested on.")] = 1000,
+    seeds: Annotated[str, typer.Option(help="With commas.")] = "0,1,2",
+    output: Output = OUTPUT,
+) -> None:
+    """SLS's score and a linear probe's accuracy, layer by layer of the dense models, and their rank correlation."""
+    from .layers import analysed
+    from .report import layers_table
+
+    rows = [
+        analysed(family, task, int(seed), images, output)
+        for family in families.split(",")
+        for task in tasks.split(",")
+        for seed in seeds.split(",")
+    ]
+    print(markdown_table(layers_table(rows)))

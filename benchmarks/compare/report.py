@@ -47,6 +47,40 @@ def table_of(records: Iterable[dict[str, Any]], measure: str = "accuracy") -> li
     return [headings, *rows]
 
 
+def costs_of(records: Iterable[dict[str, Any]], measure: str = "accuracy") -> list[list[str]]:
+    """Headings, and a row a model, task, budget, number of steps and method: what it reaches, keeps and took to find.
+
+    Raises:
+        InvalidDataError: there is nothing to show.
+    """
+    rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        key = tuple(record[name] for name in ("family", "task", "budget", "steps", "method"))
+        rows.setdefault(key, []).append(record)
+    if not rows:
+        raise InvalidDataError("there are no finished runs to report on")
+    table = [["model", "task", "MACs", "steps", "method", "seeds", "accuracy", "parameters", "search, s"]]
+    for (family, task, budget, steps, method), same in sorted(rows.items()):
+        seconds = [record["search_seconds"] for record in same if record["search_seconds"] is not None]
+        accuracy, parameters = (_cell([record[name] for record in same]) for name in (measure, "params_ratio"))
+        took = f"{fmean(seconds):.1f}" if seconds else NOTHING
+        table.append([family, task, f"{budget:.0%}", str(steps), method, str(len(same)), accuracy, parameters, took])
+    return table
+
+
+def layers_table(records: Iterable[dict[str, Any]]) -> list[list[str]]:
+    """Headings, and a row a model: score / accuracy in percent of every layer, and the rank correlation of the two."""
+    rows = []
+    for record in records:
+        pairs = zip(record["scores"].values(), record["probe_accuracy"].values(), strict=True)
+        correlation = NOTHING if record["correlation"] is None else f"{record['correlation']:.2f}"
+        layers = [f"{score:.2f} / {100 * accuracy:.1f}" for score, accuracy in pairs]
+        rows.append([record["family"], record["task"], str(record["seed"]), *layers, correlation])
+    most = max(len(row) for row in rows) - 4
+    numbers = [f"layer {number}" for number in range(1, most + 1)]
+    return [["model", "task", "seed", *numbers, "rank correlation"], *rows]
+
+
 def scratch_table(records: Iterable[dict[str, Any]]) -> list[list[str]]:
     """Headings, and a row a task, number of steps and shape of models that were trained from scratch."""
     rows: dict[tuple[str, int, str], list[dict[str, Any]]] = {}

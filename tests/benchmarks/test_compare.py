@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
-from benchmarks.compare import models, runs, scratch
+from benchmarks.compare import layers, models, runs, scratch
 from benchmarks.compare.cli import app
 from benchmarks.compare.methods import METHODS, baselines, method_named
 from benchmarks.compare.methods.depgraph import plan_of_budget
-from benchmarks.compare.report import table_of
+from benchmarks.compare.report import costs_of, table_of
 from benchmarks.compare.tasks import Examples, Task, Unlabelled
 from hf_vitprune import PruningPlan, count, prune, register_method
 from hf_vitprune.errors import InvalidConfigError
@@ -80,6 +80,23 @@ def test_shapes_are_trained_from_scratch_once(tmp_path: Path, monkeypatch: pytes
         scratch.Training("deit-b", "digits", 4, 1, 4, 0)
 
 
+def test_layers_of_dense_models_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "load_task", tiny_task)
+    monkeypatch.setattr(models, "STEPS", 1)
+    command = ["layers", "--tasks", "tiny", "--images", "40", "--seeds", "0", "-o", str(tmp_path)]
+    shown: list[str] = []
+    again: list[str] = []
+    for row in (shown, again):
+        output = CliRunner().invoke(app, command, catch_exceptions=False).output
+        row += [cell.strip() for cell in output.strip().splitlines()[-1].split("|")[1:-1]]
+        (path,) = (tmp_path / "layers").iterdir()
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "correlation": None}))
+    assert len(record["scores"]) == 6
+    assert shown[8] == f"{record['scores']['6']:.2f} / {100 * record['probe_accuracy']['6']:.1f}"
+    assert again == [*shown[:-1], "–"]  # it was read
+
+
 def test_registered_methods_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidConfigError, match="methods are random, .*truncation; not toy"):
         method_named("toy")
@@ -122,3 +139,17 @@ def test_labels_are_thrown_away_where_features_are_learned(monkeypatch: pytest.M
     assert count(small).macs / count(model).macs == pytest.approx(0.5, rel=runs.TOLERANCE)
     assert seen and all(names == {"pixel_values"} for names in seen)
     assert torch.equal(small.classifier.weight.cpu(), head)
+
+
+def test_costs_are_means_over_seeds() -> None:
+    base = {"family": "vit", "task": "t", "budget": 0.5, "steps": 9, "method": "spvit"}
+    one = {**base, "accuracy": 0.5, "validation": 0.6, "params_ratio": 0.4, "search_seconds": 3.0}
+    other = {**one, "accuracy": 0.7, "params_ratio": 0.42, "search_seconds": 4.0}
+    nvit = {**one, "method": "nvit", "search_seconds": None}
+    heads, *rows = costs_of([one, nvit, other])
+    assert heads[-3:] == ["accuracy", "parameters", "search, s"]
+    assert rows == [
+        ["vit", "t", "50%", "9", "nvit", "1", "50.0", "40.0", "–"],
+        ["vit", "t", "50%", "9", "spvit", "2", "60.0 ± 14.1", "41.0 ± 1.4", "3.5"],
+    ]
+    assert costs_of([one], "validation")[1][6] == "60.0"
