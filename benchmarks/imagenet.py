@@ -2,9 +2,12 @@
 
     python -m benchmarks.imagenet MODEL IMAGENET/val                  # a model folder or Hub id; pruned ones too
     python -m benchmarks.imagenet MODEL IMAGENET/val --batch-size 256 --workers 12 --device cuda
+    python -m benchmarks.imagenet MODEL IMAGENET/val --classes examples/imagenet100.txt
+    python -m benchmarks.imagenet MODEL uoft-cs/cifar100              # the evaluation images of a data set of the Hub
 
-The folder has a sub-folder a class. Sorted by name (ImageNet's are synset ids), they are the model's classes 0, 1, ...
-Every image counts once, whatever the batch size and the order. Other resolutions keep the ratio of 256 to 224.
+The folder has a sub-folder a class. Sorted by name (ImageNet's are synset ids), or in the order of ``--classes``, they
+are the model's classes 0, 1, ... Every image counts once, whatever the batch size and the order. Other resolutions keep
+the ratio of 256 to 224.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Bi
 
 import hf_vitprune  # noqa: F401  registers pruned models
 from hf_vitprune.errors import InvalidDataError
+from hf_vitprune.utils.data import load_images
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
 #: shorter side of an image as a multiple of the crop
@@ -36,15 +40,20 @@ class ImageFolder(Dataset[tuple[torch.Tensor, int]]):
     Args:
         folder: the one.
         processor: of the images.
+        classes: names of the sub-folders to use, in the model's order; None: all, sorted.
 
     Raises:
-        InvalidDataError: there are no classes or no images.
+        InvalidDataError: there are no classes or no images, or not those that are named.
     """
 
-    def __init__(self, folder: Path, processor: Any) -> None:
+    def __init__(self, folder: Path, processor: Any, classes: Sequence[str] | None = None) -> None:
         if not folder.is_dir():
             raise InvalidDataError(f"{folder} is no folder; give one with a sub-folder of images a class")
-        self.classes = sorted(one.name for one in folder.iterdir() if one.is_dir())
+        self.classes = sorted(one.name for one in folder.iterdir() if one.is_dir()) if classes is None else [*classes]
+        lacking = [name for name in self.classes if not (folder / name).is_dir()]
+        if lacking or len(set(self.classes)) < len(self.classes):
+            what = f"lacks {len(lacking)}, {lacking[0]} among them" if lacking else "is asked for one of them twice"
+            raise InvalidDataError(f"{folder} has a sub-folder a class, and {what}")
         self.files = [
             (path, number)
             for number, name in enumerate(self.classes)
@@ -65,6 +74,30 @@ class ImageFolder(Dataset[tuple[torch.Tensor, int]]):
         return pixels, label
 
 
+class EvaluationImages(Dataset[tuple[torch.Tensor, int]]):
+    """The images that a data set of the Hub (or the built-in digits) is evaluated on.
+
+    Args:
+        source: its name.
+        processor: of the images.
+
+    Raises:
+        InvalidDataError: it has no images, labels or evaluation split.
+    """
+
+    def __init__(self, source: str, processor: Any) -> None:
+        images = load_images(source)
+        self.classes, self.rows = images.label_names, images.evaluation
+        self.columns, self.processor = (images.image_column, images.label_column), processor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = (self.rows[index][column] for column in self.columns)
+        return self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0], label
+
+
 def processor_for(model: Any, path: str) -> BitImageProcessorPil:
     """Resize, crop and normalise for a model; mean and deviation are those of its own image processor, at ``path``."""
     own = AutoImageProcessor.from_pretrained(path)
@@ -81,7 +114,11 @@ def processor_for(model: Any, path: str) -> BitImageProcessorPil:
 
 @torch.inference_mode()
 def accuracies(
-    model: Any, dataset: ImageFolder, batch_size: int = 64, workers: int = 0, order: Sequence[int] | None = None
+    model: Any,
+    dataset: ImageFolder | EvaluationImages,
+    batch_size: int = 64,
+    workers: int = 0,
+    order: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Correct answers among the first one and five, counted image by image.
 
@@ -100,8 +137,8 @@ def accuracies(
     """
     if model.config.num_labels != len(dataset.classes):
         raise InvalidDataError(
-            f"the model has {model.config.num_labels} classes and the folder {len(dataset.classes)}: classes are the "
-            "sub-folders in the order of their names, all of them"
+            f"the model has {model.config.num_labels} classes and the data {len(dataset.classes)}: classes are all "
+            "sub-folders in the order of their names, or those that --classes names"
         )
     device = next(model.parameters()).device
     model.eval()
@@ -119,14 +156,20 @@ def accuracies(
 
 def main(
     model: Annotated[str, typer.Argument(help="Model folder or Hub id.")],
-    folder: Annotated[Path, typer.Argument(help="Folder with a sub-folder a class.")],
+    data: Annotated[str, typer.Argument(help="Folder with a sub-folder a class, or a data set of the Hub.")],
+    classes: Annotated[Path | None, typer.Option(help="File with the sub-folders to use, one a line.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 64,
     workers: Annotated[int, typer.Option(help="Processes that read images.")] = 4,
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
 ) -> None:
-    """Top-1 and top-5 accuracy on a folder of ImageNet's layout."""
+    """Top-1 and top-5 accuracy on a folder of ImageNet's layout, or on a data set of the Hub."""
     loaded = AutoModelForImageClassification.from_pretrained(model).to(device)
-    dataset = ImageFolder(folder, processor_for(loaded, model))
+    processor = processor_for(loaded, model)
+    dataset: ImageFolder | EvaluationImages
+    if Path(data).is_dir() or classes is not None:
+        dataset = ImageFolder(Path(data), processor, None if classes is None else classes.read_text().split())
+    else:
+        dataset = EvaluationImages(data, processor)
     print(json.dumps(accuracies(loaded, dataset, batch_size, workers), indent=2))
 
 

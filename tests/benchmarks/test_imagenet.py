@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 from typer.testing import CliRunner
 
-from benchmarks.imagenet import ImageFolder, accuracies, main, processor_for
+from benchmarks.imagenet import EvaluationImages, ImageFolder, accuracies, main, processor_for
 from hf_vitprune import PruningPlan, prune
 from hf_vitprune.errors import InvalidDataError
 
@@ -97,12 +97,40 @@ def test_command_on_a_pruned_model(place: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout) == accuracies(small, dataset)
 
 
+def test_some_classes_and_other_data(place: Path, tmp_path: Path) -> None:
+    """The classes that a file names, in its order; and the images of a data set that is no folder."""
+    model, dataset = loaded(place)
+    names = ["n00000004", "n00000001", *dataset.classes[5:], "n00000000", "n00000002", "n00000003"]
+    (tmp_path / "classes.txt").write_text("\n".join(names[:3]) + "\n")
+    some = ImageFolder(place / "val", dataset.processor, names[:3])
+    # classes of 3, 3 and 4 images, in the order of the file
+    assert [(path.parent.name, label) for path, label in some.files] == [
+        *[("n00000004", 0)] * 3, *[("n00000001", 1)] * 3, *[("n00000005", 2)] * 4,
+    ]  # fmt: skip
+    turned = accuracies(model, ImageFolder(place / "val", dataset.processor, names))
+    assert turned != accuracies(model, dataset) and turned["images"] == len(dataset)
+    ten = ViTForImageClassification(
+        type(model.config)(**{**model.config.to_dict(), "num_labels": 10, "id2label": None})
+    )
+    digits = EvaluationImages("digits", dataset.processor)
+    order = range(12)
+    result = accuracies(ten, digits, order=list(order))
+    ranks = []
+    for pixels, label in (digits[i] for i in order):
+        logits = ten.eval()(pixels[None]).logits[0]
+        ranks.append(int((logits > logits[label]).sum()))
+    assert result == {"images": 12, "top1": sum(r < 1 for r in ranks) / 12, "top5": sum(r < 5 for r in ranks) / 12}
+
+
 def test_what_it_refuses(place: Path, tmp_path: Path) -> None:
     model, dataset = loaded(place)
     with pytest.raises(InvalidDataError, match="is no folder"):
         ImageFolder(tmp_path / "none", None)
     with pytest.raises(InvalidDataError, match="no images in sub-folders"):
         ImageFolder(tmp_path, None)
+    for names, message in ((["n00000000", "n1"], "lacks 1, n1 among them"), (["n00000000"] * 2, "one of them twice")):
+        with pytest.raises(InvalidDataError, match=message):
+            ImageFolder(place / "val", None, names)
     dataset.classes.pop()
-    with pytest.raises(InvalidDataError, match="7 classes and the folder 6"):
+    with pytest.raises(InvalidDataError, match="7 classes and the data 6"):
         accuracies(model, dataset)

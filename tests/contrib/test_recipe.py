@@ -12,6 +12,7 @@ import pytest
 from peft import PeftConfig
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, SwinConfig, SwinForImageClassification
 
+from hf_vitprune import SPViTConfig, VTPConfig
 from hf_vitprune.contrib import augment
 from hf_vitprune.contrib.augment import AugmentationConfig
 from hf_vitprune.contrib.recipe import Recipe, Run, gpu_hours
@@ -113,6 +114,20 @@ def test_every_recipe_is_whole() -> None:
             assert recipe.augmentation is None and len(recipe.tasks) == 19
         else:
             assert recipe.augmentation is not None and AugmentationConfig(**recipe.augmentation).cutmix == 1.0
+
+
+SIZES_OF = {"ti": "tiny", "s": "small", "b": "base"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("spvit", "vtp"))])
+def test_a_recipe_has_the_published_settings_of_its_method(name: str) -> None:
+    settings = Recipe.load(RECIPES, name).arguments["method_config"]
+    if name.startswith("vtp"):  # scores learn at the weights' rate
+        assert VTPConfig(**settings) == VTPConfig.published(0.4 if "40" in name else 0.2)
+        return
+    _, family, size, *more = name.split("-")
+    published = "-".join([family, SIZES_OF[size], *(part for part in more if part != "distilled")])
+    assert SPViTConfig(**settings) == SPViTConfig.published(published)
 
 
 def test_hours_by_hand() -> None:

@@ -72,13 +72,13 @@ def test_what_gates_learn_from_the_mixed_output(drawn: tuple[int, ...]) -> None:
 def test_what_gates_learn_from_the_cost() -> None:
     """1 x 1: 2048 multiply-adds, 3 x 3: 8192 more, attention: 11840 more than that; all on."""
     for rule, expected in (("shared", (22080, 20032, 11840)), ("topmost", (0, 0, 11840))):
-        model = spvit(gate_gradients=rule)
+        model = spvit(gate_gradients=rule).double()
         model.method.cost.expected().backward()
         probability = 1 / (1 + math.exp(-1.5))
         soft = 1 / (1 + math.exp(0.5 - probability))
         slope = soft * (1 - soft) * probability * (1 - probability) / count(model.model).macs
         gradient = model.method.gates["layer1_mixer"].score.grad
-        assert gradient.tolist() == pytest.approx([value * slope for value in expected], rel=1e-5)
+        assert gradient.tolist() == pytest.approx([value * slope for value in expected], rel=1e-12)
 
 
 def test_samples_are_of_the_logistic_relaxation() -> None:
