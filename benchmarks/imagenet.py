@@ -6,8 +6,8 @@
     python -m benchmarks.imagenet MODEL uoft-cs/cifar100              # the evaluation images of a data set of the Hub
 
 The folder has a sub-folder a class. Sorted by name (ImageNet's are synset ids), or in the order of ``--classes``, they
-are the model's classes 0, 1, ... Every image counts once, whatever the batch size and the order. Other resolutions keep
-the ratio of 256 to 224.
+are the model's classes 0, 1, ... Every image counts once, whatever the batch size and the order. Other resolutions
+keep the ratio of 256 to 224.
 """
 
 from __future__ import annotations
