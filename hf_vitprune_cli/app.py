@@ -86,3 +86,12 @@ def empty_output(path: Path, force: bool) -> Path:
     if taken and not force:
         raise FileExistsError(f"{path} is there already; choose another place, or add --force to overwrite it")
     return path
+
+
+#: what a training that was cut off leaves in the folder to write, and the file in it that is written last
+UNFINISHED, SETTINGS = "unfinished", "settings.json"
+
+
+def is_unfinished(out: Path) -> bool:
+    """Whether a folder holds a training that was cut off."""
+    return (out / UNFINISHED / SETTINGS).is_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from hf_vitprune.utils.data import read_folder
 
 from .app import say
 from .saved import load_any_config, load_config, model_class_of
+from .unfinished import Unfinished
 from .workflow import NamedProgress, PrunedResult, model_row, save_result
 
 #: images that are drawn from the folder; more change little
@@ -52,6 +54,8 @@ def prune_from_images(
 ) -> None:
     """Prune, save, and print what came of it.
 
+    With ``recovery``, a run that is cut off leaves in ``out`` what the same run, started again, goes on with.
+
     Started by torchrun or ``accelerate launch``, every process sees a part of the images; the first one writes.
 
     Args:
@@ -68,7 +72,7 @@ def prune_from_images(
 
     Raises:
         InvalidDataError: too few images to train on some and hold others out.
-        InvalidConfigError: ``recovery`` on several processes.
+        InvalidConfigError: ``recovery`` on several processes; ``out`` has what another run has left.
     """
     state = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -84,37 +88,43 @@ def prune_from_images(
         dense = model_class_of(load_any_config(model)).from_pretrained(model).eval().to(device)
     processor = _processor(model, images is not None)
     check_target(Architecture.of(dense, part), OneShotSettings(), round_to=round_to, **goal)
-    recovered = None
-    if images is not None:
-        drawn = read_folder(images, processor, NUM_IMAGES if recovery is None else NUM_TRAINED)
-        training, apart = hold_out(len(drawn), recovery.held_out) if recovery else (list(range(len(drawn))), [])
-        pixels = drawn[training[:: -(-len(training) // NUM_CALIBRATED)]]
-        settings = OneShotSettings(images=None, batch_size=batch_size, statistics=scores_file is not None)
-        scores = OneShotScores.measure(dense, pixels, settings, name=model, part=part)
-        if scores_file is not None and first:
-            scores.save(scores_file)
-        plan = scores.plan(round_to=round_to, **goal)
-        small = prune(dense, plan, calibration=pixels, compensate=Compensation(images=None, batch_size=batch_size))
-        if recovery is not None:
-            progress = [NamedProgress("learning features")]
-            learned = drawn[training]
-            recovered = recover(
-                tower_module(small, plan.part),
-                tower_module(dense, plan.part),
-                learned,
-                recovery,
-                held_out=drawn[apart],
-                plan=plan.of_part(None),
-                callbacks=progress,
-            )
-    else:
+    asked: dict[str, Any] = {"model": model, "part": part, "round_to": round_to, "batch_size": batch_size, **goal}
+    recovered = kept = None
+    if images is None:
         scores = OneShotScores.load(scores_file or "")
         scores.check(dense)
         plan = scores.plan(round_to=round_to, **goal)
         small = prune(dense, scores.compensate(dense, plan))
+        seen = f"{scores.images} unlabelled images seen when {scores_file} was made"
+    else:
+        drawn = read_folder(images, processor, NUM_IMAGES if recovery is None else NUM_TRAINED)
+        training, apart = hold_out(len(drawn), recovery.held_out) if recovery else (list(range(len(drawn))), [])
+        pixels = drawn[training[:: -(-len(training) // NUM_CALIBRATED)]]
+        seen = f"{len(pixels)} unlabelled images"
+        if recovery is not None:
+            asked |= {"images": images.resolve(), "number": len(drawn), "recovery": asdict(recovery)}
+            kept = Unfinished(out, asked)
+        if kept is not None and kept.has_start:
+            say(f"going on with the training that {kept.folder} was left by")
+            plan, small = kept.load(dense)
+        else:
+            plan, small = _one_shot(dense, pixels, scores_file, first, asked, goal)
+        if kept is not None and recovery is not None:
+            kept.save(plan, small)
+            recovered = recover(
+                tower_module(small, plan.part),
+                tower_module(dense, plan.part),
+                drawn[training],
+                recovery,
+                held_out=drawn[apart],
+                plan=plan.of_part(None),
+                callbacks=[NamedProgress("learning features")],
+                folder=kept.folder,
+            )
     if first:
         _finish(model, out, dense, small, plan, processor, measured=not stream)
-        seen = f"{scores.images} unlabelled images" + (f" seen when {scores_file} was made" if images is None else "")
+        if kept is not None:
+            kept.remove()
         how = "without training" if recovered is None else "and trained on the dense model's features"
         say(f"saved to {out}: pruned {how}, from {seen}")
         if recovered is not None:
@@ -122,6 +132,20 @@ def prune_from_images(
     if state is not None:
         state.wait_for_everyone()
         state.destroy_process_group()
+
+
+def _one_shot(
+    dense: Any, pixels: Any, scores_file: Path | None, writes: bool, asked: dict[str, Any], goal: dict[str, Any]
+) -> tuple[PruningPlan, Any]:
+    """The plan by the scores, and the model compensated from the same images."""
+    batch_size = asked["batch_size"]
+    settings = OneShotSettings(images=None, batch_size=batch_size, statistics=scores_file is not None)
+    scores = OneShotScores.measure(dense, pixels, settings, name=asked["model"], part=asked["part"])
+    if scores_file is not None and writes:
+        scores.save(scores_file)
+    plan = scores.plan(round_to=asked["round_to"], **goal)
+    compensation = Compensation(images=None, batch_size=batch_size)
+    return plan, prune(dense, plan, calibration=pixels, compensate=compensation)
 
 
 def _finish(model: str, out: Path, dense: Any, small: Any, plan: PruningPlan, processor: Any, measured: bool) -> None:

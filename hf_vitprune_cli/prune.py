@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import ForceOption, ModelArgument, OutArgument, PartOption, empty_output
+from .app import UNFINISHED, ForceOption, ModelArgument, OutArgument, PartOption, empty_output, is_unfinished
 
 
 def _grouped(panel: str, help: str, *names: str, **settings: Any) -> Any:
@@ -74,13 +75,17 @@ def prune(
     """Prune a vision model, or (without labels) a tower of a bigger one, and save a model folder.
 
     With --data: learn what to prune, prune, fine-tune. With --images: without labels, and without training unless
-    --train features, in seconds to minutes. With --scores of an earlier run: to another target, in seconds.
+    --train features, in seconds to minutes; the same command goes on with a training that was cut off. With --scores
+    of an earlier run: to another target, in seconds.
     """
     method = _method(method, data, images, scores)
     train = _train(train, data, images, steps)
     written = [out] if images is None or scores is None else [out, scores]
-    for path in written:
-        empty_output(path, force)
+    if force:
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    if not (train == Train.features and is_unfinished(out)):
+        for path in written:
+            empty_output(path, force)
     if part is not None and data is not None:
         raise typer.BadParameter("--part is for a tower of a bigger model, which is pruned with --images or --scores")
     if stream and (data is not None or train == Train.features or part is not None):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import InvalidConfigError
@@ -13,21 +15,32 @@ from ..errors import InvalidConfigError
 class KeepBest(TrainerCallback):
     """Ends a training with the weights of the evaluation that was best; of the start, too, with ``eval_on_start``.
 
-    They are kept in memory, on the CPU. For ``PruningTrainer`` or any ``Trainer`` with ``eval_strategy="steps"``.
+    For ``PruningTrainer`` or any ``Trainer`` with ``eval_strategy="steps"``. A training that is resumed finds the best
+    weights again where ``folder`` is given.
 
     Args:
         metric: of the evaluations, which is to be small.
+        folder: where the weights are kept, until the training is over; None: in memory, on the CPU.
 
     Attributes:
         losses: step -> the metric.
         best: the step of the smallest.
     """
 
-    def __init__(self, metric: str = "eval_loss") -> None:
+    def __init__(self, metric: str = "eval_loss", folder: str | Path | None = None) -> None:
         self.metric = metric
+        self.folder = None if folder is None else Path(folder)
         self.losses: dict[int, float] = {}
         self.best = 0
         self._weights: dict[str, torch.Tensor] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What was seen before the checkpoint that a training is resumed from."""
+        rows = [] if self.folder is None else [row for row in state.log_history if self.metric in row]
+        self.losses = {int(row["step"]): row[self.metric] for row in rows}
+        self.best = min(self.losses, key=lambda step: (self.losses[step], step), default=0)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -39,11 +52,29 @@ class KeepBest(TrainerCallback):
         self.losses[state.global_step] = found
         if found < least:
             self.best = state.global_step
-            self._weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            if self.folder is None:
+                self._weights = weights
+            else:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_file(weights, self._file(self.best))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Older ones are of no use any more: there is a checkpoint that knows of the best."""
+        if self.folder is not None:
+            for path in self.folder.glob("best-*.safetensors"):
+                if path != self._file(self.best):
+                    path.unlink()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        if self.folder is not None and self.losses:
+            self._weights = load_file(self._file(self.best))
         if self._weights is not None:
             model.load_state_dict(self._weights)
             self._weights = None
+
+    def _file(self, step: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"best-{step}.safetensors"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..errors import InvalidConfigError, InvalidDataError
@@ -99,6 +102,7 @@ def recover(
     distillation: DistillationConfig | None = None,
     plan: PruningPlan | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    folder: str | Path | None = None,
 ) -> Recovered:
     """Train a pruned model, in place, on the dense one's features; it ends with the best of its weights.
 
@@ -115,6 +119,8 @@ def recover(
         distillation: another loss, or other layers, of ``kind="features"``.
         plan: what ``small`` was pruned by; needed where its residual stream is narrower.
         callbacks: for the Trainer (a progress bar, say; it has none of its own).
+        folder: for checkpoints, one a check; a training that was cut off goes on from there when it is called again
+            with the same arguments, as if nothing had happened. None: there are none.
 
     Raises:
         InvalidDataError: too few images to hold any out, or not for these models.
@@ -125,12 +131,12 @@ def recover(
     if config.kind != "features":
         raise InvalidConfigError(f"a recovery is by features, without labels, not by {config.kind!r} distillation")
     train_set, judged = _split(images, settings.held_out) if held_out is None else (_all(images), _all(held_out))
-    keep = KeepBest()
-    with tempfile.TemporaryDirectory() as folder:
+    keep = KeepBest(folder=folder)
+    with contextlib.nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory() as place:
         on_cpu = train_set[0]["pixel_values"].device.type == "cpu"
         trainer = _CroppingTrainer(
             small,
-            _arguments(settings, folder, pin_memory=on_cpu and torch.cuda.is_available()),
+            _arguments(settings, str(place), folder is not None, pin_memory=on_cpu and torch.cuda.is_available()),
             teacher=dense,
             distillation=config,
             train_dataset=train_set,
@@ -140,7 +146,8 @@ def recover(
             crops=settings.crops,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        before = None if folder is None or not Path(folder).is_dir() else get_last_checkpoint(str(folder))
+        trainer.train(resume_from_checkpoint=before)
     small.eval()
     done = Recovered(dict(keep.losses), keep.best, len(judged))
     logger.info(done.one_line)
@@ -207,7 +214,8 @@ def hold_out(images: int, share: float) -> tuple[list[int], list[int]]:
     return [i for i in range(images) if i not in set(apart)], apart
 
 
-def _arguments(settings: Recovery, folder: str, pin_memory: bool) -> TrainingArguments:
+def _arguments(settings: Recovery, folder: str, saves: bool, pin_memory: bool) -> TrainingArguments:
+    each = max(1, settings.steps // settings.checks)
     return TrainingArguments(
         folder,
         max_steps=settings.steps,
@@ -218,9 +226,11 @@ def _arguments(settings: Recovery, folder: str, pin_memory: bool) -> TrainingArg
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         eval_strategy="steps",
-        eval_steps=max(1, settings.steps // settings.checks),
+        eval_steps=each,
         eval_on_start=True,
-        save_strategy="no",
+        save_strategy="steps" if saves else "no",
+        save_steps=each,
+        save_total_limit=1,
         logging_strategy="no",
         remove_unused_columns=False,
         disable_tqdm=True,

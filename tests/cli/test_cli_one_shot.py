@@ -15,16 +15,18 @@ from sklearn.datasets import load_digits
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
+    TrainerState,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
 
-from command_line import misused, printed, refused
+from command_line import call, misused, printed, refused
 from hf_vitprune import PruningPlan, count
 from hf_vitprune.errors import InvalidDataError
 from hf_vitprune.utils.data import read_folder
 from hf_vitprune_cli import from_images
+from hf_vitprune_cli.workflow import NamedProgress
 from processes import ROOT, run, run_on_two
 from tiny import make, reset_weights
 
@@ -176,6 +178,33 @@ def test_a_backbone_is_trained_on_features_and_never_ends_worse(
     assert ("no training step was better" in text) == (rate == 10.0)
     small = AutoModel.from_pretrained(tmp_path / "small")
     assert count(small).macs <= 0.6 * count(dense).macs
+
+
+def test_a_training_that_was_cut_off_goes_on(
+    folder: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(from_images, "NUM_CALIBRATED", 4)
+    make("Dinov2Model").save_pretrained(tmp_path / "dense")
+    PROCESSOR.save_pretrained(tmp_path / "dense")
+    options = ("--images", folder, "--train", "features", "--steps", 20, "--batch-size", 8, "--learning-rate", 1e-3)
+    command = ("prune", tmp_path / "dense")
+    printed(*command, tmp_path / "whole", *options)
+
+    def dies(self: NamedProgress, args: object, state: TrainerState, *rest: object, **others: object) -> None:
+        if state.global_step == 13:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NamedProgress, "on_step_end", dies)
+        assert call(*command, tmp_path / "out", *options).exit_code != 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["unfinished"]
+    message = refused(*command, tmp_path / "out", *options, "--target", 0.6)
+    assert "other settings (target: 0.5, not 0.6)" in message and "--force" in message
+    monkeypatch.setattr(from_images.OneShotScores, "measure", None)  # nothing is scored again
+    assert "going on with the training" in printed(*command, tmp_path / "out", *options)
+    assert not (tmp_path / "out" / "unfinished").exists()
+    same = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out")]
+    assert same[0].keys() == same[1].keys() and all(torch.equal(same[0][key], same[1][key]) for key in same[0])
 
 
 def test_no_images_to_hold_out(model: Path, folder: Path, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_vitprune import DistillationConfig, PruningPlan, prune
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError
@@ -110,3 +113,42 @@ def test_bad_input() -> None:
             Recovery(**changes)
     with pytest.raises(InvalidConfigError, match="by features"):
         recover(small, dense, images(4), distillation=DistillationConfig("soft"))
+
+
+class Dies(TrainerCallback):
+    """Ends a training in the middle."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("dies", [1, 5, 7])
+def test_cut_off_and_resumed_is_as_if_never_cut_off(dies: int, tmp_path: Path) -> None:
+    settings = Recovery(learning_rate=3e-3, crops=0.3, **QUICK)
+    dense, small, _ = pair("ViTModel")
+    start, pixels = state_of(small), images(16)
+    done = recover(small, dense, pixels, settings)
+    again = copy.deepcopy(small)
+    again.load_state_dict(start)
+    with pytest.raises(KeyboardInterrupt):
+        recover(again, dense, pixels, settings, folder=tmp_path, callbacks=[Dies(dies)])
+    again.load_state_dict(start)
+    resumed = recover(again, dense, pixels, settings, folder=tmp_path)
+    assert resumed == done
+    assert_same(again.state_dict(), small.state_dict())
+
+
+def test_the_best_weights_are_found_again(tmp_path: Path) -> None:
+    """The best is the start, which the checkpoint that a training goes on from has not got."""
+    settings = Recovery(learning_rate=10.0, **QUICK)
+    dense, small, _ = pair("ViTModel")
+    before, pixels = state_of(small), images(16)
+    with pytest.raises(KeyboardInterrupt):
+        recover(small, dense, pixels, settings, folder=tmp_path, callbacks=[Dies(7)])
+    done = recover(small, dense, pixels, settings, folder=tmp_path)
+    assert done.best == 0
+    assert_same(small.state_dict(), before)
