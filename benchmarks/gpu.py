@@ -5,7 +5,7 @@
 Speed-up against MACs (dense, half, quarter; batch 1, 8, 64), bf16 and fp16 training steps, attention whose q/k and v
 differ in width, 2:4 kernels, torch.compile and CUDA graphs, a latency table against the clock, one-shot pruning with
 compensation in seconds. Random weights: none of this depends on them. A part that fails is a row that says so, and the
-command then ends with 1. ``--small`` is for a CPU: the same code on tiny models. It has not met a GPU yet.
+command then ends with 1. ``--small`` is for a CPU: the same code on tiny models.
 """
 
 from __future__ import annotations
@@ -255,8 +255,8 @@ def latency(bench: Bench) -> Iterator[Row]:
 
 #: in the order in which they run while there is time
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    "speed": speed, "one_shot": one_shot, "training": training, "attention": attention, "compiled": compiled,
-    "sparse": sparse, "latency": latency,
+    "speed": speed, "training": training, "attention": attention, "compiled": compiled, "sparse": sparse,
+    "one_shot": one_shot, "latency": latency,
 }  # fmt: skip
 
 
@@ -283,18 +283,26 @@ def run(out: Path, small: bool, budget: float) -> int:
         rows = results.setdefault(name, [])
         if time.monotonic() - started > budget:
             rows.append({"skipped": "no time left"})
-            continue
+            part = nothing
         try:
             rows.extend(part(bench))
         except Exception as error:  # told in the result, and by the exit code
             failed += 1
             rows.append({"failed": f"{type(error).__name__}: {error}", "where": traceback.format_exc(limit=-3)})
+        record = {"device": device_name(bench.device), "torch": torch.__version__, "small": small, "parts": results}
+        write(out, record)  # a run that is cut off leaves what it has
         print(f"{name}: {time.monotonic() - started:.0f} s so far", file=sys.stderr)
-    record = {"device": device_name(bench.device), "torch": torch.__version__, "small": small, "parts": results}
+    return failed
+
+
+def nothing(bench: Bench) -> Iterator[Row]:
+    return iter(())
+
+
+def write(out: Path, record: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "gpu.json").write_text(json.dumps(record, indent=1))
     (out / "gpu.md").write_text(tables(record))
-    return failed
 
 
 def tables(record: dict[str, Any]) -> str:

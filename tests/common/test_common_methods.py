@@ -230,6 +230,29 @@ def test_every_gate_learns(case: str, method: str) -> None:
         assert relative_error(score.grad, grad) < 1e-9
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith(("SLS", "Truncation"))])
+def test_everything_moves_with_the_model(method: str) -> None:
+    """A Trainer moves the model after it was wrapped: a tensor that stays behind fails on a GPU only."""
+    model = wrapped(VIT, method)
+    moved = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    seen: set[int] = set()
+
+    def left_behind(value: Any, path: str) -> list[str]:
+        if id(value) in seen:
+            return []
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            return [] if id(value) in moved else [path]
+        if isinstance(value, (list, tuple)):
+            return [name for i, item in enumerate(value) for name in left_behind(item, f"{path}[{i}]")]
+        if isinstance(value, dict):
+            return [name for key, item in value.items() for name in left_behind(item, f"{path}.{key}")]
+        ours = type(value).__module__.startswith("hf_vitprune") or isinstance(value, torch.nn.Module)
+        return left_behind(vars(value), path) if ours and hasattr(value, "__dict__") else []
+
+    assert left_behind(model.method, "method") == []
+
+
 @pytest.mark.parametrize("method", FIRST)
 def test_a_copy_has_gates_of_its_own(method: str) -> None:
     model = wrapped(VIT, method)

@@ -46,6 +46,7 @@ class NViT(PruningMethod):
     """
 
     config: NViTConfig
+    divisors: torch.Tensor
     distillation = DistillationConfig(kind="kl", weight=100.0, temperature=3.0)
     traits = Traits(decides_by="gradients", zeroes_weights=True, distillation=distillation)
 
@@ -58,7 +59,8 @@ class NViT(PruningMethod):
             self.traits = replace(self.traits, decides_by="steps")
         self.scores = RunningScores(len(self.trajectory.order), config.momentum, config.reference, device)
         self.masks = make_masks(self.architecture, self.sets[0].layer is None, device)
-        self._divisors = divisors(self.architecture, self.sets, config.reference)
+        parts = divisors(self.architecture, self.sets, config.reference)
+        self.register_buffer("divisors", parts.to(device), persistent=False)
         self._meter = config.meter(self.architecture)
         self._sums: TaylorSums | None = None
         self._zeroed: ZeroedWeights | None = None
@@ -130,7 +132,7 @@ class NViT(PruningMethod):
         if self._sums is None or self.decided or self.reached:
             return
         sums = self._sums.take(gradient_scale)
-        sums = sums / self._divisors.to(sums.device, sums.dtype)
+        sums = sums / self.divisors.to(sums.dtype)
         self.scores.add(sums.square() if self.config.criterion == "squared_taylor" else sums.abs())
 
     def after_step(self, model: Any, step: int, max_steps: int) -> None:

@@ -41,7 +41,6 @@ class SearchCost:
         mixers: Mapping[int, MixerGates],
         neurons: Mapping[int, NeuronGates],
         meter: CostMeter,
-        device: torch.device,
         gradients: str,
     ) -> None:
         self.total = meter.total(architecture)
@@ -66,8 +65,8 @@ class SearchCost:
         self.lowest = rest / self.total
         self._gradients = gradients
         self._mixers, self._neurons = list(mixers.values()), list(neurons.values())
-        # double: fractions of 1e-9 are a multiply-add of a large model
-        self._steps = torch.tensor(steps, dtype=torch.float64, device=device) / self.total
+        # no tensor: a model moves to its device after this
+        self._steps = [[step / self.total for step in row] for row in steps]
         self._lines = lines
 
     def expected(self) -> torch.Tensor:
@@ -79,7 +78,8 @@ class SearchCost:
         if self._mixers:
             likelier = torch.stack([gates.likelier() for gates in self._mixers])
             on = products(likelier) if self._gradients == "shared" else nested(likelier, self._gradients)
-            cost = cost + (on * self._steps).sum()
+            # double: fractions of 1e-9 are a multiply-add of a large model
+            cost = cost + (on * torch.tensor(self._steps, dtype=torch.float64, device=on.device)).sum()
         for gates, (slope, fixed) in zip(self._neurons, self._lines, strict=True):
             neurons = gates.likelier().sum(dtype=torch.float64)
             cost = cost + neurons * slope + (neurons.detach() > 0).double() * fixed
@@ -92,6 +92,6 @@ class SearchCost:
             levels: of every searched mixer, an index of ``LEVELS``.
             counts: neurons of every searched MLP.
         """
-        mixers = sum(sum(row[:level]) for row, level in zip(self._steps.tolist(), levels, strict=True))
+        mixers = sum(sum(row[:level]) for row, level in zip(self._steps, levels, strict=True))
         neurons = sum(n * slope + (n > 0) * fixed for n, (slope, fixed) in zip(counts, self._lines, strict=True))
         return self.lowest + mixers + neurons

@@ -69,7 +69,7 @@ class SPViT(PruningMethod):
         mixers = {i: search.gates for i, search in self.searches.items()}
         neurons = {i: columns.gates for i, columns in self._columns.items()}
         self._meter = config.meter(self.architecture)
-        self.cost = SearchCost(self.architecture, mixers, neurons, self._meter, self._device, config.gate_gradients)
+        self.cost = SearchCost(self.architecture, mixers, neurons, self._meter, config.gate_gradients)
         unit = 1e9 / self.cost.total
         self.target = config.target if config.target is not None else (config.target_gmacs or 0.0) * unit
         # the weight of a squared difference: in units of the whole model, or of 10^9 multiply-adds
