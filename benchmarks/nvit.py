@@ -3,8 +3,9 @@
     python benchmarks/nvit.py overhead              # a training step with scores against a plain one
     python benchmarks/nvit.py shape                 # wall-clock of the published .54 shape against its MACs
     python benchmarks/nvit.py latency --table FILE  # the measured ratio of a latency target of 0.5, ViT-S/16
+    python benchmarks/nvit.py sizes                 # weights of DeiT-B when it is cut to the published MACs, at random
 
-Every number is a ratio between sides that take turns in one run, medians of the rounds. Weights are random. ``--json
+Every time is a ratio between sides that take turns in one run, medians of the rounds. Weights are random. ``--json
 FILE`` keeps the samples.
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, ViTConfig, ViTForImageClassification
 
 from hf_vitprune import Architecture, LatencyTable, NViTConfig, build, count, get_pruning_model, mask
 from hf_vitprune.latency.measure import device_name, measure_speed
@@ -32,6 +33,8 @@ HEADS = (2, 4, 4, 10, 10, 10, 6, 10, 12, 6, 8, 10)
 QK = (8, 24, 40, 48, 56, 56, 48, 48, 56, 32, 24, 40)
 V = (8, 64, 48, 64, 64, 64, 64, 64, 64, 64, 56, 64)
 MLP = (944, 800, 1440, 2240, 2432, 2384, 2448, 2496, 1840, 1488, 1184, 1056)
+#: multiply-adds of the published models
+PUBLISHED_MACS = {"NViT-B": 6.8e9, "NViT-H": 6.2e9, "NViT-S": 4.2e9, "NViT-T": 1.3e9}
 
 
 def config_of(width: int, heads: int) -> ViTConfig:
@@ -141,9 +144,23 @@ def latency(table_file: Path, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def sizes() -> list[dict[str, Any]]:
+    """DeiT-B with two heads, groups removed at random down to the multiply-adds that the paper prints."""
+    model = DeiTForImageClassificationWithTeacher(DeiTConfig(num_labels=1000))
+    dense = count(model).macs
+    rows = []
+    for name, macs in PUBLISHED_MACS.items():
+        wrapped = get_pruning_model(model, NViTConfig(target=macs / dense, criterion="random", eta=0))
+        wrapped.decide()
+        cost = count(wrapped.plan().architecture)
+        wrapped.unload()
+        rows.append({"what": name, "weights, 10^6": cost.weight_params / 1e6, "MACs, 10^9": cost.macs / 1e9})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["overhead", "shape", "latency"])
+    parser.add_argument("what", choices=["overhead", "shape", "latency", "sizes"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--width", type=int, default=384, help="of the model whose training step is timed")
@@ -157,6 +174,7 @@ def main() -> None:
         "overhead": lambda: overhead(args.rounds, args.batch_size, args.width, args.heads),
         "shape": lambda: shape(args.rounds, args.batch_size),
         "latency": lambda: latency(args.table, args.rounds),
+        "sizes": sizes,
     }[args.what]()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(*columns, title=f"{device_name()}, {torch.get_num_threads()} threads")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import ViTConfig
 
-from benchmarks.nvit import config_of, published
+from benchmarks.nvit import config_of, published, sizes
 from hf_vitprune import Architecture, count
 
 
@@ -34,3 +34,11 @@ def test_five_times_fewer_parameters_with_2_to_4_sparsity() -> None:
     config: ViTConfig = config_of(768, 12)
     dense, small = count(Architecture.dense(config)), count(published(config))
     assert dense.weight_params / (small.weight_params / 2) == pytest.approx(5.06, abs=0.01)
+
+
+@pytest.mark.slow
+def test_published_sizes_go_with_the_published_costs() -> None:
+    """NViT-B to T have 34, 30, 21 and 6.9M weights at 6.8, 6.2, 4.2 and 1.3G; so has DeiT-B cut at random."""
+    rows = sizes()
+    assert [row["weights, 10^6"] for row in rows] == pytest.approx([34, 30, 21, 6.9], rel=0.08)
+    assert [row["MACs, 10^9"] for row in rows] == pytest.approx([6.8, 6.2, 4.2, 1.3], rel=0.05)
