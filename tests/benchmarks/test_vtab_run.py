@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from dataclasses import replace
 from io import StringIO
@@ -15,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification
 from typer.testing import CliRunner
 
 from benchmarks.vtab import experiment, files, training
@@ -28,72 +27,14 @@ from benchmarks.vtab.experiment import Experiment
 from benchmarks.vtab.local import Local, run_local
 from benchmarks.vtab.pretrain import Backbone, pretrain, source_images
 from benchmarks.vtab.pruning import Pruned
-from benchmarks.vtab.settings import Machine, Recipe, Run, Settings
+from benchmarks.vtab.settings import Recipe, Run, Settings
 from benchmarks.vtab.store import Store
-from benchmarks.vtab.sweep import run_sweep, runs_of
+from benchmarks.vtab.sweep import runs_of
 from benchmarks.vtab.tasks import TASKS, find_task
 from hf_vitprune import SLSConfig, count, select_layers, truncate
-from hf_vitprune.errors import InvalidConfigError, InvalidDataError, InvalidPlanError, MissingExtraError, VitPruneError
+from hf_vitprune.errors import InvalidConfigError, VitPruneError
 from processes import run_on_two
-from vtab_data import write_task
-
-MACHINE = Machine(cpu=True)
-SIZES = {"train800": 32, "val200": 8, "test": 12}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stand-in for kitti: 4 classes of noise, told apart by brightness."""
-    folder = tmp_path_factory.mktemp("data")
-    write_task(folder / "kitti", sizes=SIZES)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A "pretrained" model with a head for other classes."""
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=16,
-        num_attention_heads=2,
-        num_hidden_layers=3,
-        intermediate_size=32,
-        image_size=16,
-        patch_size=8,
-        num_labels=7,
-    )
-    folder = tmp_path_factory.mktemp("source")
-    ViTForImageClassification(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def settings(source: Path) -> Settings:
-    return Settings(
-        model=str(source),
-        recipe=Recipe(epochs=2, warmup_epochs=1, learning_rate=1e-2, batch_size=8),
-        rank=2,
-        any_size=True,
-        selection=False,
-        speed_batch=2,
-        speed_rounds=1,
-    )
-
-
-def sweep(settings: Settings, runs: list[Run], root: Path, output: Path) -> str:
-    """What the console was told."""
-    text = StringIO()
-    assert not run_sweep(settings, runs, root, output, MACHINE, Console(file=text, width=200))
-    return text.getvalue()
-
-
-def results(output: Path) -> dict[str, Any]:
-    """Name of a run -> what does not depend on the clock."""
-    timed = ("cost", "seconds_to_prune", "seconds_to_retrain", "decision")
-    return {
-        path.stem: {k: v for k, v in json.loads(path.read_text())["results"]["last_epoch"].items() if k not in timed}
-        for path in (output / "runs").glob("*.json")
-    }
+from vtab_runs import MACHINE, results, sweep
 
 
 # ---------------------------------------------------------------------- whole sweeps
@@ -345,89 +286,6 @@ def test_the_whole_way_without_a_download(tmp_path: Path, monkeypatch: pytest.Mo
     assert "small ViT pretrained here" in report.output and "64 of 797 test images" in report.output
     with pytest.raises(VitPruneError, match="pretrained with other sizes"):
         run_local(replace(tiny, source_images=65), ["digits"], tmp_path, MACHINE, Console(file=text))
-
-
-# ---------------------------------------------------------------------- refused
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("prune", "no pruning 'prune'; there are none, sls, truncate"),
-        ("sls:beta=1", "sls has no option 'beta'; it has alpha"),
-        ("sls:alpha=1", "alpha of sls is a number between 0 and 1, not '1'"),
-        ("truncate:k=0", "k of truncate is a number of layers, random or sls"),
-        ("depgraph:ratio=x", "ratio of depgraph"),
-        ("none:k=1", "none has no option 'k'; it has none"),
-    ],
-)
-def test_choices_that_are_none(text: str, message: str) -> None:
-    with pytest.raises(InvalidConfigError, match=message):
-        Choice.parse(text)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"alpha": 1.0}, "alpha must lie strictly between 0 and 1"),
-        ({"preprocessing": "none"}, "preprocessing is one of literature, checkpoint"),
-        ({"preprocessing": "checkpoint", "image_size": 32}, "leave image_size out"),
-        ({"retraining": "lrr"}, "retraining is one of clr, ft, tfs"),
-        ({"test_limit": 0}, "test_limit is at least 1"),
-    ],
-)
-def test_settings_that_are_impossible(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InvalidConfigError, match=message):
-        Settings(**changes)
-    with pytest.raises(InvalidConfigError, match="10 warm-up epochs do not fit into 10"):
-        Recipe(epochs=10)
-
-
-def test_what_a_sweep_refuses_before_it_starts(
-    root: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = runs_of(["kitti"], ["lora"], ["none"], [0])
-    with pytest.raises(InvalidDataError, match="--any-size"):
-        sweep(replace(settings, any_size=False), runs, root, tmp_path)
-    with pytest.raises(InvalidConfigError, match="no adaptation 'bitfit'; there are lora, dora"):
-        runs_of(["kitti"], ["bitfit"], ["none"], [0])
-    monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(MissingExtraError, match="pip install torch-pruning"):
-        sweep(settings, runs_of(["kitti"], ["lora"], ["none", "depgraph"], [0]), root, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_results_of_other_settings_are_not_mixed(root: Path, settings: Settings, tmp_path: Path) -> None:
-    Store(tmp_path).claim(settings)
-    Store(tmp_path).claim(settings)
-    other = replace(settings, rank=4, recipe=replace(settings.recipe, epochs=3))
-    with pytest.raises(InvalidConfigError, match=r"rank was 2 and is 4; recipe was .*'epochs': 2.*Use another --out"):
-        sweep(other, runs_of(["kitti"], ["lora"], ["none"], [0]), root, tmp_path)
-    assert Store(tmp_path).settings() == settings
-
-
-def test_a_run_that_cannot_be_done_does_not_stop_the_others(root: Path, settings: Settings, tmp_path: Path) -> None:
-    settings = replace(settings, retraining_epochs=0)
-    runs = runs_of(["kitti"], ["linear"], ["truncate:k=3", "truncate:k=1"], [0])
-    failed = run_sweep(settings, runs, root, tmp_path, MACHINE, Console(file=StringIO()))
-    ((run, error),) = failed
-    assert (
-        run == runs[0] and isinstance(error, InvalidPlanError) and "not among the depths of this model" in str(error)
-    )
-    assert [Store(tmp_path).finished(run) for run in runs] == [False, True]
-
-
-def test_models_that_are_none(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidConfigError, match="does not take images of 32 x 32"):
-        load_pretrained(str(source), 4, 0, image_size=32)
-    shutil.copytree(source, tmp_path / "deeper")
-    config = json.loads((tmp_path / "deeper" / "config.json").read_text())
-    (tmp_path / "deeper" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
-    with pytest.raises(InvalidConfigError, match="no whole pretrained model: it lacks vit.layers.3"):
-        load_pretrained(str(tmp_path / "deeper"), 4, 0)
-
-
-def test_a_batch_that_cannot_be_shared(tmp_path: Path) -> None:
-    with pytest.raises(InvalidConfigError, match="batch of 64 cannot be shared by 3 processes"):
-        MACHINE.arguments(Recipe(), 0, str(tmp_path), processes=3)
 
 
 # ---------------------------------------------------------------------- commands

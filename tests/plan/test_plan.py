@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from dataclasses import replace
@@ -15,13 +14,10 @@ from transformers import BertConfig, BertModel, ResNetConfig, ResNetForImageClas
 
 from hf_vitprune.cost import count
 from hf_vitprune.errors import (
-    InvalidArchitectureError,
     InvalidPlanError,
     UnsupportedModelError,
     UnsupportedUnitError,
-    VitPruneError,
 )
-from hf_vitprune.modeling.native import to_native
 from hf_vitprune.plan.plan import PAD, PruningPlan
 from hf_vitprune.pruning import mask, prune, truncate
 from hf_vitprune.spec.architecture import Architecture
@@ -311,17 +307,6 @@ def test_backbone_keeps_the_layers_whose_outputs_it_gives() -> None:
     assert small.out_features == ["stage1", "stage2"] and len(run(small)) == 2
 
 
-# ---------------------------------------------------------------------- files
-@pytest.mark.parametrize("plan_name", ["padded values", "removed branches", "narrow inputs", "scaled", "layers"])
-def test_saved_plans_come_back(plan_name: str, tmp_path: Path) -> None:
-    plan = plan_named(plan_name, make("SwinForImageClassification"))
-    plan = replace(plan, info={"method": "test", "ratio": 0.5})
-    plan.save(tmp_path / "plan.json")
-    loaded = PruningPlan.load(tmp_path / "plan.json")
-    assert loaded == plan and loaded.info == plan.info
-    assert loaded.architecture == plan.architecture and loaded.source.config.to_dict() == plan.source.config.to_dict()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_new_weights_replace_sliced_ones(dtype: torch.dtype, tmp_path: Path) -> None:
     model = make(VIT).to(dtype)
@@ -353,97 +338,6 @@ def test_new_weights_without_a_place(weights: dict[str, torch.Tensor]) -> None:
     for carry_out in (prune, mask):
         with pytest.raises(InvalidPlanError, match="new weight"):
             carry_out(model, plan)
-
-
-def test_damaged_plan_files(tmp_path: Path) -> None:
-    """Any single value of a plan's JSON replaced by nonsense: refused, or still a plan for the same model."""
-    plan = replace(plan_named("narrow inputs", make(VIT)), weights={"classifier.bias": torch.zeros(5)})
-    record = json.loads(json.dumps(plan.to_dict()))
-    refused = 0
-    for path in paths_in(record):
-        for junk in (None, -3, 2.5, "x", [], {}, [[]], 10**9, True):
-            damaged = copy.deepcopy(record)
-            parent: Any = damaged
-            for key in path[:-1]:
-                parent = parent[key]
-            parent[path[-1]] = junk
-            try:
-                PruningPlan.from_dict(damaged)
-            except VitPruneError as error:
-                assert len(str(error)) > 20
-                refused += 1
-    assert refused > 300
-    (tmp_path / "plan.json").write_text("{not json")
-    with pytest.raises(InvalidPlanError, match="not JSON"):
-        PruningPlan.load(tmp_path / "plan.json")
-
-
-def paths_in(record: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths to the values of a plan's JSON; of lists the first element only, and nothing below the dense config."""
-    items = list(record.items()) if isinstance(record, dict) else list(enumerate(record))[:1]
-    found = []
-    for key, value in items:
-        found.append((*before, key))
-        if isinstance(value, (dict, list)) and key not in ("config", "info"):
-            found += paths_in(value, (*before, key))
-    return found
-
-
-# ---------------------------------------------------------------------- truncation
-@pytest.mark.parametrize("case", CLASSIFIERS)
-def test_truncate_keeps_the_first_layers(case: str) -> None:
-    model = make(case)
-    total = len(Architecture.of(model).layers)
-    small = truncate(model, total - 1)
-    plan = PruningPlan.dense(model).keep_layers(range(total - 1))
-    assert len(Architecture.of(small).layers) == total - 1
-    assert relative_error(run(small)["logits"], run(mask(model, plan))["logits"]) < 1e-5
-    for name, parameter in small.named_parameters():
-        assert torch.equal(parameter, model.get_parameter(name)), name
-
-
-@pytest.mark.parametrize("k", [0, -1, 3, 4, 1.0, True, None, "2"])
-def test_truncate_to_an_impossible_depth(k: Any) -> None:
-    with pytest.raises(InvalidPlanError, match="1..2"):
-        truncate(make(VIT), k)
-
-
-@pytest.mark.parametrize("case", ["SwinForImageClassification", "SwinForMaskedImageModeling"])
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
-def test_truncated_swin_keeps_the_patch_merging_of_empty_stages(case: str, k: int, tmp_path: Path) -> None:
-    model = make(case)  # stages of 2 and 3
-    small = truncate(model, k)
-    depths = (min(k, 2), max(k - 2, 0))
-    assert Architecture.of(small).depths == depths and tuple(small.config.depths) == depths
-    assert count(small).params == sum(p.numel() for p in small.parameters())
-    by_hand = copy.deepcopy(model)
-    for stage, depth in zip(by_hand.swin.encoder.layers, depths, strict=True):
-        del stage.blocks[depth:]
-    outputs, expected = run(small), run(by_hand)
-    name = "logits" if "logits" in outputs else "reconstruction"
-    assert torch.equal(outputs[name], expected[name])
-    small.save_pretrained(tmp_path)
-    assert torch.equal(run(type(small).from_pretrained(tmp_path))[name], outputs[name])
-    plan = PruningPlan.dense(model).keep_layers(range(k))
-    compensated = run(prune(model, plan, calibration=images(16, seed=2)))[name]
-    assert (compensated - run(model)[name]).norm() <= 1.01 * (outputs[name] - run(model)[name]).norm()
-
-
-def test_a_stock_swin_with_an_empty_stage_is_pruned_like_any_other(tmp_path: Path) -> None:
-    model = to_native(truncate(make("SwinForImageClassification"), 2))
-    assert model.config.depths == [2, 0]
-    small = prune(model, PruningPlan.magnitude(model, 0.5, units=["mlp"], round_to=1))
-    small.save_pretrained(tmp_path)
-    again = type(small).from_pretrained(tmp_path)
-    assert torch.equal(run(again)["logits"], run(small)["logits"])
-    plan = PruningPlan.magnitude(model, 0.5, units=["mlp"], round_to=1)
-    assert relative_error(run(small)["logits"], run(mask(model, plan))["logits"]) < 1e-5
-
-
-def test_a_stage_below_others_is_never_empty() -> None:
-    plan = PruningPlan.dense(make("SwinForImageClassification"))
-    with pytest.raises(InvalidArchitectureError, match="only the last stages can be empty"):
-        plan.keep_layers([2, 3]).architecture  # noqa: B018
 
 
 def test_padded_channels_are_zero() -> None:

@@ -11,6 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_vitprune.peft import ConvpassConfig, RepAdapterConfig
+from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import mask, prune
+from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune.spec.configs import lineage_of
+from tiny import assert_same, relative_error, run, total_loss
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj")
 INWARD = ("fc2", "down_proj", "o_proj")
@@ -71,3 +76,30 @@ def adapted(model: PreTrainedModel, kind: str | peft.PeftConfig, seed: int = 3) 
     """A PeftModel in eval mode."""
     config = CONFIGS[kind](model) if isinstance(kind, str) else kind
     return randomize(peft.get_peft_model(model, config), seed).eval()
+
+
+def state_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def base_info(model: Any) -> dict[str, Any]:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return lineage_of(inner.config)
+
+
+def check(model: Any, plan: PruningPlan, merged: int = 0, trains: bool = True) -> Any:
+    """Prune; compare with the masked model; the original is untouched, and the adapters still train."""
+    before, flags = state_of(model), {n: p.requires_grad for n, p in model.named_parameters()}
+    random_state = torch.get_rng_state()
+    small = prune(model, plan, allow_unchanged=True)
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert relative_error(run(small)["logits"], run(mask(model, plan))["logits"]) < 1e-5
+    assert_same(state_of(model), before)
+    assert flags == {n: p.requires_grad for n, p in model.named_parameters()}
+    assert sum(map(len, base_info(small).get("merged_adapters", {}).values())) == merged
+    assert Architecture.of(small) == plan.architecture
+    trained = {name: p for name, p in small.named_parameters() if p.requires_grad}
+    if trained and trains:
+        total_loss(small).backward()
+        assert not [name for name, p in trained.items() if p.grad is None or not p.grad.isfinite().all()]
+    return small
