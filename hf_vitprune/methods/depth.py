@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from ..errors import InvalidConfigError, InvalidDataError, InvalidPlanError
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture, unwrap
-from ..surgery.gates import DepthGate, attach_depth_gate
+from ..surgery.gates import DepthGate
+from ..surgery.points import attach_depth_gate
 from ..utils.batches import ImageBatches, fixed_randomness, run_images
 from ..utils.modes import evaluating
 from .base import PruningConfig

@@ -1,4 +1,4 @@
-"""Learned scores and hard masks at points of a stock model: attached by hooks, removed without trace."""
+"""Factors that units are multiplied by: learned scores, hard masks, the number of layers that take part."""
 
 from __future__ import annotations
 
@@ -6,14 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
-
-from ..modeling.structure import get_wrapped, layer_paths
-from ..spec.architecture import Architecture
-
-#: places of a layer where features can be multiplied by a gate, bottom to top
-POINTS = ("attention_in", "attention_out", "mlp_in", "mlp_hidden")
 
 
 class _GatedFeatures(torch.autograd.Function):
@@ -120,140 +112,30 @@ class DepthGate(nn.Module):
         self.decided = bool(state.item())
 
 
-def gate_name(layer: int, point: str) -> str:
-    """Name of a gate in a ModuleDict (which allows no dots)."""
-    return f"layer{layer}_{point}"
+class UnitMask(nn.Module):
+    """A factor of 0 or 1 for every unit of a place; costs nothing while all are 1.
 
+    The mask follows from what a method keeps in its own buffers, so checkpoints do not hold it.
 
-def gate_sizes(architecture: Architecture, layer: int) -> dict[str, int]:
-    """Units at every point of a layer; points of removed branches are absent."""
-    shape, width = architecture.layers[layer], architecture.width(layer)
-    sizes = {}
-    if shape.mixer == "attention":
-        sizes["attention_in"] = shape.attention_in or width
-        sizes["attention_out"] = shape.heads * shape.v_dim
-    if shape.mlp:
-        sizes["mlp_in"] = shape.mlp_in or width
-        sizes["mlp_hidden"] = shape.mlp
-    return sizes
-
-
-def attach_gates(model: PreTrainedModel, architecture: Architecture, gates: nn.ModuleDict) -> list[RemovableHandle]:
-    """Hook every gate into ``model`` (the transformers model, its Linears possibly wrapped by PEFT).
-
-    Returns:
-        Handles; removing them all leaves the model as it was.
+    Attributes:
+        mask: (units,).
     """
-    handles = []
-    for i, paths in enumerate(layer_paths(model, architecture)):
-        places = {
-            "attention_in": (paths.norm1, paths.attention),
-            "attention_out": (paths.o, None),
-            "mlp_in": (paths.norm2, paths.mlp),
-            "mlp_hidden": (paths.fc2, None),
-        }
-        for point, (path, reader) in places.items():
-            name = gate_name(i, point)
-            if name not in gates:
-                continue
-            module = get_wrapped(model, path)
-            if reader is not None and architecture.family.post_norm:
-                module, reader = get_wrapped(model, reader), None
-            if reader is None:
-                handles.append(module.register_forward_pre_hook(Before(gates[name])))
-            else:
-                after = After(gates[name], _unwrapped(get_wrapped(model, reader)))
-                handles.append(module.register_forward_hook(after))
-    return handles
 
+    mask: torch.Tensor
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module under PEFT's wrappers."""
-    while "base_layer" in module._modules:
-        module = module.get_submodule("base_layer")
-    return module
+    def __init__(self, units: int, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(units, device=device), persistent=False)
+        self.kept = units
 
+    def set(self, alive: torch.Tensor) -> None:
+        """Keep the units marked in ``alive`` (units,)."""
+        self.mask.copy_(alive)
+        self.kept = int(alive.sum())
 
-def attach_depth_gate(model: PreTrainedModel, architecture: Architecture, gate: DepthGate) -> list[RemovableHandle]:
-    """Make every layer that takes no part hand on its input.
+    @property
+    def active(self) -> bool:
+        return self.kept < len(self.mask)
 
-    Returns:
-        Handles; removing them all leaves the model as it was.
-    """
-    layers = [model.get_submodule(paths.layer) for paths in layer_paths(model, architecture)]
-    return [layer.register_forward_hook(_Skipped(gate, i), with_kwargs=True) for i, layer in enumerate(layers)]
-
-
-def strip_gates(model: nn.Module) -> None:
-    """Remove the gate hooks that a copy of a gated model brought along."""
-    for module in model.modules():
-        for hooks, with_kwargs in (
-            (module._forward_hooks, module._forward_hooks_with_kwargs),
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-        ):
-            for key in [k for k, hook in hooks.items() if isinstance(hook, GateHook)]:
-                del hooks[key]
-                with_kwargs.pop(key, None)
-        override = module.__dict__.get("forward")
-        if isinstance(override, ForwardOverride):
-            override.remove()
-
-
-class GateHook:
-    """A hook that a method puts on a model: an object, not a closure, so that a copy of the model has its own."""
-
-
-class ForwardOverride(GateHook):
-    """Stands in front of a module's forward, where a hook would compute too much; subclasses are called instead."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module
-
-    def attach(self) -> ForwardOverride:
-        """Take the module's place; itself, as a handle."""
-        self.module.forward = self
-        return self
-
-    def remove(self) -> None:
-        """Give the module its own forward back."""
-        if self.module.__dict__.get("forward") is self:
-            del self.module.forward
-
-
-class Before(GateHook):
-    """Multiplies what goes into a module."""
-
-    def __init__(self, gate: nn.Module) -> None:
-        self.gate = gate
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self.gate(args[0]), *args[1:])
-
-
-class After(GateHook):
-    """Multiplies what comes out of a module: of a model that was pruned before, the channels that ``reader`` reads."""
-
-    def __init__(self, gate: nn.Module, reader: nn.Module) -> None:
-        self.gate, self.reader = gate, reader
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        index = getattr(self.reader, "input_index", None)
-        if index is None:
-            return self.gate(output)
-        return output.index_copy(-1, index, self.gate(output.index_select(-1, index)).to(output.dtype))
-
-
-class _Skipped(GateHook):
-    """Replaces what comes out of a layer that takes no part by what went in; its parameters get gradients of zero."""
-
-    def __init__(self, gate: DepthGate, layer: int) -> None:
-        self.gate, self.layer = gate, layer
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.gate.decided:
-            return output
-        hidden = args[0] if args else kwargs["hidden_states"]
-        # chosen on the device: reading the flag here would make the host wait for it in every layer
-        if isinstance(output, tuple):
-            return (torch.where(self.gate.kept[self.layer], output[0], hidden), *output[1:])
-        return torch.where(self.gate.kept[self.layer], output, hidden)
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features * self.mask.to(features.dtype) if self.active else features

@@ -27,7 +27,7 @@ from ..spec.configs import lineage_of
 from ..utils.modules import meta_copy, named_tensors, owner
 from ..utils.offload import StateDict
 from .cuts import Cut, find_cuts, small_state
-from .gates import strip_gates
+from .hooks import strip_gates
 
 
 def prune_plain(

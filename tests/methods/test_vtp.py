@@ -15,8 +15,9 @@ from hf_vitprune.errors import (
     InvalidPlanError,
     UnsupportedModelError,
 )
+from hf_vitprune.methods.vtp.config import POINTS
 from hf_vitprune.plan.plan import PAD
-from hf_vitprune.surgery.gates import POINTS, Gate, _GatedFeatures
+from hf_vitprune.surgery.gates import Gate, _GatedFeatures
 from pruning_runs import VIT, gated, lora_model, scatter_scores, state_of, trainer
 from tiny import assert_same, images, make, relative_error, run, total_loss
 

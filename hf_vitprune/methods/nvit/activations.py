@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ...errors import MissingGradientsError
 from ...modeling.structure import get_wrapped, layer_paths
 from ...spec.architecture import Architecture
-from ...surgery.gates import GateHook
+from ...surgery.hooks import GateHook
 from ...utils.processes import mean_over_processes
 from .scores import LayerSums
 from .units import UnitSet

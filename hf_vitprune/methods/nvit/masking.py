@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from ...plan.plan import PruningPlan
 from ...spec.architecture import Architecture
 from ...surgery.cuts import find_cuts
-from ...surgery.masks import EMBEDDING, UnitMask, mask_name
+from ...surgery.gates import UnitMask
+from ...surgery.points import EMBEDDING, POINTS, point_name
 from ...surgery.transplant import empty_like
 from ...utils.sharding import everywhere, is_sharded
 from .units import UnitSet
@@ -22,12 +23,13 @@ def set_masks(masks: nn.ModuleDict, architecture: Architecture, sets: Sequence[U
     kept = {(one.layer, one.kind): alive[one.places] for one in sets}
     for i, shape in enumerate(architecture.layers):
         heads = kept.get((i, "heads"), torch.ones(shape.heads, dtype=torch.bool))
-        for place, kind, size in (("queries", "qk", shape.qk_dim), ("attention_out", "v", shape.v_dim)):
+        for place, size in (("queries", shape.qk_dim), ("attention_out", shape.v_dim)):
+            kind = POINTS[place].unit
             channels = kept.get((i, kind), torch.ones(size, dtype=torch.bool))
             channels = channels.repeat(size // len(channels))  # rotary pairs go together
-            _set(masks, mask_name(i, place), (heads[:, None] & channels[None]).flatten())
+            _set(masks, point_name(i, place), (heads[:, None] & channels[None]).flatten())
         if (i, "mlp") in kept:
-            _set(masks, mask_name(i, "mlp_hidden"), kept[i, "mlp"])
+            _set(masks, point_name(i, "mlp_hidden"), kept[i, "mlp"])
     if (None, EMBEDDING) in kept:
         _set(masks, EMBEDDING, kept[None, EMBEDDING])
 

@@ -18,7 +18,7 @@ from ...losses.distillation import DistillationConfig
 from ...modeling.peft_twin import is_peft
 from ...plan.plan import PruningPlan
 from ...spec.units import set_name
-from ...surgery.masks import attach_masks, make_masks
+from ...surgery.points import attach, make_masks
 from ...utils.batches import ImageBatches
 from ...utils.processes import broadcast, is_first_process
 from ..contract import PruningMethod, Stage, Traits
@@ -84,7 +84,7 @@ class NViT(PruningMethod):
             )
 
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
-        handles = attach_masks(model, self.architecture, self.masks)
+        handles = attach(model, self.architecture, self.masks)
         if self.traits.decides_by == "gradients":
             weights = WeightSums(model, self.architecture, self.sets)
             if weights.trained:

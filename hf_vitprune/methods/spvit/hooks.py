@@ -18,7 +18,7 @@ from ...families import Family, LayerPaths
 from ...modeling.conv_mixer import GRID, give_grid, split_tokens
 from ...modeling.structure import get
 from ...spec.architecture import Architecture
-from ...surgery.gates import ForwardOverride, GateHook
+from ...surgery.hooks import ForwardOverride, GateHook
 from ...surgery.windows import LayerGrid, NormOutput
 from .branches import Attention, Branches, Grid
 from .gates import LEVELS, MixerGates, NeuronGates, nested

@@ -14,7 +14,7 @@ from ...errors import InvalidConfigError, InvalidPlanError
 from ...modeling.structure import get, layer_paths
 from ...plan.plan import PruningPlan
 from ...spec.layer_shape import KERNELS
-from ...surgery.gates import ForwardOverride
+from ...surgery.hooks import ForwardOverride
 from ...utils.batches import ImageBatches
 from ..base import PruningConfig
 from ..contract import PruningMethod, Traits

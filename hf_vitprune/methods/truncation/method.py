@@ -15,7 +15,8 @@ from ...errors import InvalidConfigError, InvalidDataError
 from ...plan.plan import PruningPlan
 from ...plan.targets import reach_target
 from ...spec.architecture import Architecture, unwrap
-from ...surgery.gates import DepthGate, attach_depth_gate
+from ...surgery.gates import DepthGate
+from ...surgery.points import attach_depth_gate
 from ...utils.batches import ImageBatches, run_images
 from ...utils.modes import evaluating
 from ..depth import DepthMethod, class_numbers

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InvalidConfigError
-from ...surgery.gates import POINTS
+from ...surgery import points
 from ..base import PruningConfig, check_number, check_open_interval
+
+#: of the paper: in front of every Linear, so that queries and keys keep their width
+POINTS = tuple(name for name in points.POINTS if name != "queries")
 
 
 @dataclass

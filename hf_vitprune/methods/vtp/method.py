@@ -18,14 +18,13 @@ from ...plan.plan import PruningPlan
 from ...plan.ranking import Ranking
 from ...plan.select import best, rounded
 from ...plan.targets import reach_target
-from ...surgery.gates import Gate, attach_gates, gate_name, gate_sizes
+from ...surgery.gates import Gate
+from ...surgery.points import POINTS, attach, point_name, point_sizes
 from ...utils.batches import ImageBatches
 from ..contract import PruningMethod
 from .config import VTPConfig
 
 _Sets = dict[str, torch.Tensor]
-#: point of a gate -> what its scores scale in a plan
-TARGETS = {"attention_in": "attention_in", "attention_out": "v", "mlp_in": "mlp_in", "mlp_hidden": "mlp"}
 
 
 class VTP(PruningMethod):
@@ -42,9 +41,9 @@ class VTP(PruningMethod):
             )
         device = next(model.parameters()).device
         for i, paths in enumerate(layer_paths(model, self.architecture)):
-            for point, size in gate_sizes(self.architecture, i).items():
+            for point, size in point_sizes(self.architecture, i).items():
                 if point in config.points and config.gates_layer(paths.layer):
-                    self.gates[gate_name(i, point)] = Gate(size, device)
+                    self.gates[point_name(i, point)] = Gate(size, device)
         if not self.gates:
             raise InvalidConfigError(
                 f"no layer path matches target_modules={config.target_modules!r} without matching "
@@ -54,7 +53,7 @@ class VTP(PruningMethod):
             self.choose()  # an unreachable target says so before any training
 
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
-        return attach_gates(model, self.architecture, self.gates)
+        return attach(model, self.architecture, self.gates)
 
     # ------------------------------------------------------------------ training
     def before_step(self, model: Any, progress: float, gradient_scale: float) -> torch.Tensor | None:
@@ -91,10 +90,10 @@ class VTP(PruningMethod):
         return plan.with_layers(self._all_scores(entry) for entry in plan.layers)
 
     def _all_scores(self, entry: LayerPlan) -> LayerPlan:
-        for point, target in TARGETS.items():
-            name = gate_name(entry.index, point)
+        for place, point in POINTS.items():
+            name = point_name(entry.index, place)
             if name in self.gates:
-                entry = self._with_scores(entry, target, name, range(len(self._gates()[name].score)))
+                entry = self._with_scores(entry, point.unit, name, range(len(self._gates()[name].score)))
         return entry
 
     # ------------------------------------------------------------------ decision
@@ -152,8 +151,8 @@ class VTP(PruningMethod):
         return plan.with_layers(self._layer(entry, above, scores) for entry in plan.layers).validated()
 
     def _layer(self, entry: LayerPlan, above: _Sets, scores: _Sets) -> LayerPlan:
-        for point, target in (("attention_in", "attention_in"), ("mlp_in", "mlp_in"), ("mlp_hidden", "mlp")):
-            name = gate_name(entry.index, point)
+        for point in ("attention_in", "mlp_in", "mlp_hidden"):
+            name, target = point_name(entry.index, point), POINTS[point].unit
             if name in above:
                 count = rounded(int(above[name].sum()), len(above[name]), self.config.round_to)
                 kept = best(scores[name], count)
@@ -161,7 +160,7 @@ class VTP(PruningMethod):
                 changes: dict[str, Any] = {target: None if dense_input else kept}
                 entry = replace(entry, **changes)
                 entry = self._scaled(entry, target, name, kept)
-        name = gate_name(entry.index, "attention_out")
+        name = point_name(entry.index, "attention_out")
         if name in above:
             entry = self._heads(entry, above[name], scores[name])
             rows = [h * self.architecture.layers[entry.index].v_dim for h in entry.heads]
@@ -207,7 +206,7 @@ class VTP(PruningMethod):
                 ("mlp_in", entry.mlp_in),
                 ("mlp_hidden", entry.mlp),
             ):
-                name = gate_name(entry.index, point)
+                name = point_name(entry.index, point)
                 if name in kept:
                     kept[name][slice(None) if units is None else list(units)] = True
         return kept
