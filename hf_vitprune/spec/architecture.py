@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..errors import InvalidArchitectureError, UnsupportedModelError
 from ..families import Family, family_of
-from .configs import checked_depths, fingerprint, stock_config, task_of
+from .configs import checked_depths, fingerprint, make_config, stock_config, task_of
 from .layer_shape import (
     LayerShape,
     check_shape,
@@ -93,7 +93,7 @@ class Architecture:
         family = family_of(config)
         try:
             sizes = family.dense_layers(config)
-        except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InvalidArchitectureError(f"no {config.model_type} model has this config: {error!r}") from error
         if not sizes:
             raise InvalidArchitectureError(f"no {config.model_type} model has this config: it has no layers")
@@ -292,7 +292,8 @@ class Architecture:
         if part is not None and not isinstance(part, str):
             raise InvalidArchitectureError(f"part is the name of a tower, got {part!r}")
         fields = dict(record["config"])
-        config = _make_config(fields.pop("model_type", None), fields)
+        config = make_config(fields.pop("model_type", None), fields)
+        cls.dense(config)  # refuses one of no model
         layers = tuple(LayerShape(**row) for row in rows)
         return cls(config, layers, record["hidden_size"], checked_depths(depths), task, part).validated()
 
@@ -374,28 +375,7 @@ def read_record(config: PreTrainedConfig, record: Any, task: str) -> Architectur
     return architecture
 
 
-def _make_config(model_type: Any, fields: dict[str, Any]) -> PreTrainedConfig:
-    """A stock config from JSON.
-
-    Raises:
-        InvalidArchitectureError: transformers refuses the fields, or no model can be made from them.
-    """
-    if not isinstance(model_type, str):
-        raise InvalidArchitectureError(f"the config's model_type is {model_type!r}")
-    try:
-        config = AutoConfig.for_model(model_type, **fields)
-        Architecture.dense(config)
-    except UnsupportedModelError:
-        raise
-    except Exception as error:  # whatever a damaged field breaks
-        raise InvalidArchitectureError(f"no {model_type} model has this config: {error}") from error
-    return config
-
-
 def _possible(depths: tuple[int, ...], layers: int) -> bool:
     """Whether stages of these depths have so many layers, and none above an empty one."""
     filled = [depth for depth in depths if depth > 0]
     return sum(depths) == layers and list(depths[: len(filled)]) == filled and min(depths) >= 0
-
-
-# ---------------------------------------------------------------------- small helpers

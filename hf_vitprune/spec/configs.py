@@ -7,7 +7,7 @@ import hashlib
 import json
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import InvalidArchitectureError
@@ -101,3 +101,17 @@ def _checked_dense_sizes(dense: Any, family: Family, config: PreTrainedConfig) -
     if not own_head_dim and dense.get("hidden_size", 0) % dense.get("num_attention_heads", 1):
         raise InvalidArchitectureError(f"pruning_config: dense width and heads of {dense} do not divide")
     return dense
+
+
+def make_config(model_type: Any, fields: dict[str, Any]) -> PreTrainedConfig:
+    """A stock config from JSON.
+
+    Raises:
+        InvalidArchitectureError: transformers refuses the fields.
+    """
+    if not isinstance(model_type, str):
+        raise InvalidArchitectureError(f"the config's model_type is {model_type!r}")
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # whatever a damaged field breaks
+        raise InvalidArchitectureError(f"no {model_type} model has this config: {error}") from error
