@@ -19,30 +19,30 @@ SHARES = (0.75, 0.6, 0.5, 0.35, 0.25)
 
 
 class Setting(NamedTuple):
-    """A method at a share of the MACs, from so many images, with a ridge."""
+    """A method at a share of the MACs, from so many images, with a ridge and a share of the CLS tokens in the fits."""
 
     method: str
     share: float
     images: int
     ridge: float = Compensation.ridge
+    token_share: float | None = Compensation.token_share
 
 
 def settings() -> Iterator[Setting]:
     """All of them, those that most depends on first; neighbours share their scores."""
-    for share in SHARES:
-        yield Setting("one-shot", share, 512)
-    for method in ("magnitude, compensated", "depth, compensated", "magnitude"):
-        for share in SHARES:
-            yield Setting(method, share, 512)
+    fits = [(1e-2, 0.3), (1e-3, 0.1), (1e-2, 0.1), (1e-1, 0.1), (1e-2, 0.03), (1e-1, 0.3), (1e-3, None)]
     for share in (0.5, 0.35):
-        for ridge in (1e-2, 1e-1):
-            yield Setting("one-shot", share, 512, ridge)
-    for images in (128, 2048, 32):
+        yield Setting("one-shot", share, 512)
+        yield from (Setting("one-shot", share, 512, *fit) for fit in fits)
+    for images in (2048, 128):
         for share in (0.5, 0.35):
             yield Setting("one-shot", share, images)
-            if images == 128:
-                for ridge in (1e-2, 1e-1):
-                    yield Setting("one-shot", share, images, ridge)
+            yield from (Setting("one-shot", share, images, *fit) for fit in fits[:4])
+    for share in (0.75, 0.6, 0.25):
+        yield Setting("one-shot", share, 512)
+    for method in ("magnitude, compensated", "depth, compensated", "magnitude"):
+        yield from (Setting(method, share, 512) for share in SHARES)
+    yield from (Setting("one-shot", share, 32) for share in (0.5, 0.35))
 
 
 def draw(bench: Bench, number: int, wanted: Iterator[Setting] | None = None) -> None:
@@ -62,7 +62,7 @@ def draw(bench: Bench, number: int, wanted: Iterator[Setting] | None = None) -> 
             print(f"draw {number}: stopped before {one}", flush=True)
             return
         clock = time.monotonic()
-        known = methods(functools.partial(scores, one.images), bench.round_to, one.ridge)
+        known = methods(functools.partial(scores, one.images), bench.round_to, one.ridge, one.token_share)
         images = bench.training[order[: one.images]]
         small = known[one.method](bench.model, images, one.share, bench.size)
         seconds = time.monotonic() - clock

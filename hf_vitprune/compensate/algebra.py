@@ -104,6 +104,20 @@ def value_map(cov: torch.Tensor, output: torch.Tensor, rank: int) -> torch.Tenso
     return vt[:rank] @ inverse
 
 
+def balance(values: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Factors of value channels, and divisors of what reads them, with which the weights of both are equally long.
+
+    Low rank leaves channels of variance one, whose values are long and whose readers short: an optimizer whose steps
+    know no scale, such as Adam's, would all but overwrite the short ones.
+
+    Args:
+        values: (channels, inputs).
+        output: (outputs, channels).
+    """
+    factors = (output.norm(dim=0) / values.norm(dim=1)).sqrt()
+    return torch.where(factors.isfinite() & (factors > 0), factors, 1.0)
+
+
 def obs(
     weights: torch.Tensor, cov: torch.Tensor, keep: int, group: int = 1, ridge: float = 1e-3, block: int = 32
 ) -> tuple[torch.Tensor, torch.Tensor]:

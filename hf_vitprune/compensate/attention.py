@@ -8,7 +8,7 @@ import torch
 
 from ..modeling.blocks import PrunedAttentionMixin
 from ..utils.mixing import mix_into
-from .algebra import obs
+from .algebra import balance, obs
 from .fits import Branch
 from .layer import Layer
 from .moments import Moments, Statistics
@@ -111,14 +111,18 @@ def _values(site: Site, inputs: Inputs, moved: bool) -> list[torch.Tensor] | Non
     whole = _whole(site, stats)
     branch = whole._replace(weight=whole.weight[:, site.head_rows])
     start = branch.weight @ down.T
+    flat: list[int] = []
     if rotate:
         places = [[j * len(row) + p for p in real(row)] for j, row in enumerate(entry.v)]
         rows = [row if len(row) < size else [] for row in places]  # a head that keeps all stays as it is
         turned, worth = branch.low_rank(size, rows)
         flat = [place for row in rows for place in row]
         down[flat], start[:, flat] = turned[flat], worth[:, flat]
-    _write_values(site, inputs, down)
     fit = Branch(stats.through(down), start, whole.scale).refit(settings.ridge)
+    factors = balance(down[flat] @ inputs.weights(site, "v")[0][site.head_rows], fit.weight[:, flat])
+    down[flat] *= factors[:, None]
+    fit.weight[:, flat] /= factors
+    _write_values(site, inputs, down)
     site.write("o", fit.weight, fit.bias)
     site.record("attention", fit)
     return [context @ down.T.to(context) for context in contexts]

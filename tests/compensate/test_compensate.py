@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from compensated import distance, fits, logits, pixels
-from hf_vitprune import Architecture, Compensation, PruningPlan, mask, prune
+from hf_vitprune import Architecture, Compensation, OneShotScores, PruningPlan, mask, prune
 from hf_vitprune.compensate import PARTS, compensate_plan
 from hf_vitprune.spec.configs import lineage_of
 from plans import PLANS, each_layer, few, plan_named, pruning_plans, without_scales
@@ -373,3 +373,19 @@ def test_a_plan_with_factors_follows_its_reference() -> None:
         dict(prune(model, made).state_dict()),
         dict(prune(reference, compensate_plan(reference, bare, pixels())).state_dict()),
     )
+
+
+def balanced(small: PreTrainedModel, path: str) -> bool:
+    """Whether value channels and what reads them have weights of one length."""
+    values, output = (small.get_submodule(f"{path}.{name}").weight for name in ("v_proj", "o_proj"))
+    return torch.allclose(values.norm(dim=1), output.norm(dim=0), rtol=1e-3)
+
+
+def test_low_rank_values_and_their_readers_are_equally_long() -> None:
+    model, calibration = make("Dinov2Model"), images(64, seed=1)
+    small = prune(model, PruningPlan.random(model, 0.5, ("v",)), calibration=calibration)
+    scores = OneShotScores.measure(model, calibration)
+    again = prune(model, scores.compensate(model, scores.plan(0.6)))
+    assert all(balanced(small, f"encoder.layer.{layer}.attention") for layer in range(3))
+    assert balanced(again, "encoder.layer.2.attention")
+    assert not balanced(model, "encoder.layer.2.attention")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...compensate.algebra import qk_maps
+from ...compensate.algebra import balance, qk_maps
 from ...compensate.fits import Branch, Projection
 from ...compensate.layer import Layer
 from ...errors import InvalidPlanError
@@ -96,8 +96,10 @@ class _Rebuilt:
                 self._write(part, *Projection(whole.weight[heads], whole.bias[heads]).through(mix.to(whole.weight)))
         if rank < shape.v_dim or len(heads) < shape.heads:
             down, fit = values_left(self._branch("o", "context"), heads, shape.v_dim, rank, self.ridge)
-            self._write("v", *(down @ tensor[columns(heads, shape.v_dim)] for tensor in self.layer.weights("v")))
-            self._write("o", fit.weight, fit.bias)
+            weight, bias = (tensor[columns(heads, shape.v_dim)] for tensor in self.layer.weights("v"))
+            factors = balance(down @ weight, fit.weight)
+            self._write("v", factors[:, None] * (down @ weight), factors * (down @ bias))
+            self._write("o", fit.weight / factors, fit.bias)
 
     def mlp(self, entry: LayerPlan, shape: LayerShape) -> None:
         if len(entry.mlp) < shape.mlp:
