@@ -24,7 +24,7 @@ from ..utils.batches import ImageBatches
 from ..utils.modules import get
 from ..utils.offload import check_present
 from ..utils.processes import broadcast
-from ..utils.sharding import gathered, is_sharded, whole, whole_root
+from ..utils.sharding import all_finite, gathered, is_sharded, shaped, whole_root
 from .checkpoints import Checkpoints
 from .exporting import export_plan
 from .forward import class_with, signature_of, takes_loss_kwargs
@@ -277,7 +277,7 @@ class PruningModel(Checkpoints):
                 "with PruningTrainer, with Trainer(..., callbacks=[PruningCallback()]), or call before_step() and "
                 "after_step() around every optimizer.step() of your own loop"
             )
-        broken = [name for name, p in self.model.named_parameters() if not bool(whole(p.isfinite().all()))]
+        broken = [name for name, p in self.model.named_parameters() if not all_finite(p)]
         if broken:
             raise InvalidPlanError(
                 f"{len(broken)} tensors of the model are not finite ({broken[0]}, ...): the training diverged. Look "

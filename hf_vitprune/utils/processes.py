@@ -47,12 +47,16 @@ def broadcast(module: nn.Module) -> None:
             torch.distributed.broadcast(tensor.data, src=0)
 
 
-def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """The mean of every process's tensor; itself without others."""
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of every process's tensor, in place; itself without others."""
     if distributed():
         torch.distributed.all_reduce(tensor)
-        tensor /= torch.distributed.get_world_size()
     return tensor
+
+
+def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of every process's tensor, in place; itself without others."""
+    return sum_over_processes(tensor).div_(shard()[1])
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..errors import UnsupportedModelError
 from .processes import is_first_process
@@ -41,7 +41,8 @@ def sharding_of(model: nn.Module) -> str | None:
         return None
     parallel = getattr(getattr(model, "config", None), "distributed_config", None)
     others = [getattr(parallel, f"{name}_size", None) or 1 for name in ("tp", "ep", "pp")]
-    fully = any(isinstance(module, FSDPModule) for module in modules)
+    rows = all(p.dim == 0 for q in model.parameters() if isinstance(q, DTensor) for p in q.placements if isinstance(p, Shard))
+    fully = rows and any(isinstance(module, FSDPModule) for module in modules)
     return "fsdp2" if fully and max(others) == 1 and len(meshes) == 1 else "tensor_parallel"
 
 
@@ -64,13 +65,45 @@ def check_whole(model: nn.Module) -> None:
 
 
 def is_sharded(tensors: Iterable[Any]) -> bool:
-    """Whether a process holds only its part of one of the tensors."""
-    return any(isinstance(tensor, DTensor) for tensor in tensors)
+    """Whether a process holds only its part of one of the tensors (FSDP2, ZeRO-3)."""
+    return any(isinstance(tensor, DTensor) or hasattr(tensor, "ds_id") for tensor in tensors)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """A tensor with all of its parts; of one that is spread, every process has to ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if not hasattr(tensor, "ds_id"):
+        return tensor
+    if tensor.numel() == tensor.ds_numel:  # ZeRO-3 leaves small ones whole
+        return tensor.detach().clone()
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([tensor]):
+        return tensor.detach().clone()
+
+
+@torch.no_grad()
+def all_finite(parameter: Any) -> bool:
+    """Whether no part of a parameter is infinite or no number; of one that is spread, every process has to ask."""
+    if not hasattr(parameter, "ds_id"):
+        return bool(whole(parameter.isfinite().all()))
+    wrong = (~parameter.ds_tensor.isfinite().all()).float()
+    torch.distributed.all_reduce(wrong)
+    return not wrong.item()
+
+
+@contextlib.contextmanager
+def shaped(model: nn.Module) -> Iterator[None]:
+    """Parameters that ZeRO-3 has cut to pieces show their shapes for a while, without values."""
+    cut = [(p, p.data) for p in model.parameters() if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
+    try:
+        for parameter, data in cut:
+            parameter.data = data.new_zeros(()).expand(parameter.ds_shape)
+        yield
+    finally:
+        for parameter, data in cut:
+            parameter.data = data
 
 
 def spread_like(tensor: Tensor, pattern: Tensor) -> Tensor:
@@ -78,13 +111,6 @@ def spread_like(tensor: Tensor, pattern: Tensor) -> Tensor:
     if not isinstance(pattern, DTensor) or isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(tensor.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)
-
-
-def everywhere(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """A whole tensor, which every process has, to compute with one that is spread as ``pattern`` is."""
-    assert isinstance(pattern, DTensor)
-    mesh = pattern.device_mesh
-    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -126,7 +152,7 @@ def whole_root(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def gathered(model: nn.Module, shared: Any = None) -> Any:
-    """A whole copy of a model that FSDP2 has sharded, on the CPU. All processes have to call this.
+    """A whole copy of a model that is spread over processes, on the CPU. All processes have to call this.
 
     Tensors are gathered one by one: no process but the first ever has more than one of them whole.
 
@@ -135,14 +161,14 @@ def gathered(model: nn.Module, shared: Any = None) -> Any:
         shared: something in it that both are to have.
 
     Returns:
-        The copy, without a trace of FSDP2; None on all but the first process.
+        The copy, without a trace of FSDP2 or DeepSpeed; None on all but the first process.
     """
     reshard(model)
     copies: dict[int, Any] = {} if shared is None else {id(shared): shared}
     for parameter in model.parameters():
-        full = whole(parameter.detach())
+        full = whole(parameter).detach()
         if is_first_process():
-            full = full.to("cpu", copy=not isinstance(parameter, DTensor))
+            full = full.to("cpu", copy=not is_sharded([parameter]))
             copies[id(parameter)] = nn.Parameter(full, requires_grad=parameter.requires_grad)
     if not is_first_process():
         return None
@@ -155,10 +181,11 @@ def gathered(model: nn.Module, shared: Any = None) -> Any:
     return made
 
 
-#: what torch and transformers keep in the modules of a sharded model
+#: what torch, transformers and DeepSpeed keep in the modules of a sharded model
 _TRACES = (
     "_mesh_manager", "_device_mesh", "_is_distributed_loading_by_transformers", "_tp_size", "_fsdp_size",
-    "_is_fsdp_managed_module",
+    "_is_fsdp_managed_module", "_original_parameters", "_external_params", "all_parameters", "pre_bwd_fn",
+    "post_bwd_fn", "applied_pre_backward_ref_cnt",
 )  # fmt: skip
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_state_dict_pre_hooks", "_state_dict_hooks",
@@ -181,11 +208,13 @@ def _plain(model: nn.Module) -> Iterator[None]:
             if isinstance(module, FSDPModule):
                 module.__class__ = kind.__mro__[kind._orig_cls_mro_index]  # type: ignore[attr-defined]
             for name in attributes:
-                if name in _TRACES or "composable" in str(name):
+                if name in _TRACES or "composable" in str(name) or str(name).startswith("ds_"):
                     del module.__dict__[name]
+            if "_original_parameters" in attributes:
+                module.__dict__["_parameters"] = dict(attributes["_parameters"])
         for held, items in hooks:
             for key, hook in items:
-                if _of_torch(hook):
+                if _of_an_engine(hook):
                     del held[key]
         yield
     finally:
@@ -201,7 +230,7 @@ def _plain(model: nn.Module) -> Iterator[None]:
                 config.distributed_config = parallel[key]
 
 
-def _of_torch(hook: Any) -> bool:
+def _of_an_engine(hook: Any) -> bool:
     hook = getattr(hook, "hook", hook)
     hook = getattr(hook, "func", getattr(hook, "__func__", hook))
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed")
+    return str(getattr(hook, "__module__", "")).startswith(("torch.distributed", "deepspeed"))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ...plan.plan import PruningPlan
@@ -14,7 +16,8 @@ from ...surgery.cuts import find_cuts
 from ...surgery.gates import UnitMask
 from ...surgery.points import EMBEDDING, POINTS, point_name
 from ...surgery.transplant import empty_like
-from ...utils.sharding import everywhere, is_sharded
+from ...utils.pieces import is_spread, piece_of
+from ...utils.sharding import shaped
 from .units import UnitSet
 
 
@@ -53,25 +56,41 @@ class ZeroedWeights:
     """
 
     def __init__(self, model: PreTrainedModel, plan: PruningPlan) -> None:
-        self.places: list[tuple[nn.Parameter, int, torch.Tensor]] = []
+        self.whole: list[tuple[nn.Parameter, int, torch.Tensor]] = []
+        self.pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
         parameters = dict(model.named_parameters())
-        for cut in find_cuts(model, empty_like(model, plan), plan).values():
-            parameter = parameters.get(cut.source)
-            if parameter is None or not parameter.requires_grad:
-                continue
-            for axis, kept in cut.index.items():
-                removed = torch.ones(parameter.shape[axis], dtype=torch.bool)
-                removed[kept] = False
-                if removed.any():
-                    self.places.append((parameter, axis, removed.nonzero().squeeze(1).to(parameter.device)))
+        with shaped(model):
+            cuts = find_cuts(model, empty_like(model, plan), plan).values()
+            found = [(parameters[cut.source], cut.index) for cut in cuts if cut.source in parameters]
+            sizes = [parameter.shape for parameter, _ in found]
+        for (parameter, index), shape in zip(found, sizes, strict=True):
+            removed = {axis: _others(kept, shape[axis]).to(parameter.device) for axis, kept in index.items()}
+            removed = {axis: places for axis, places in removed.items() if len(places)}
+            if removed and parameter.requires_grad:
+                self._add(parameter, shape, removed)
+
+    def _add(self, parameter: Any, shape: torch.Size, removed: dict[int, torch.Tensor]) -> None:
+        if not isinstance(parameter, DTensor) and parameter.shape == shape:
+            self.whole += [(parameter, axis, places) for axis, places in removed.items()]
+        piece = piece_of(parameter) if is_spread([parameter]) else None
+        if piece is not None:
+            kept = torch.ones(shape, dtype=torch.bool, device=parameter.device)
+            for axis, places in removed.items():
+                kept.index_fill_(axis, places, False)
+            mine = piece.part_of(kept).clone()
+            self.pieces += [(values, mine) for values in piece.places]
 
     @torch.no_grad()
     def apply(self) -> None:
         """Set them to zero."""
-        for parameter, axis, removed in self.places:
-            if not is_sharded([parameter]):
-                parameter.index_fill_(axis, removed, 0.0)
-                continue
-            kept = torch.ones(parameter.shape[axis], dtype=parameter.dtype, device=removed.device)
-            kept[removed] = 0.0
-            parameter.mul_(everywhere(kept.view(-1, *[1] * (parameter.ndim - axis - 1)), parameter))
+        for parameter, axis, places in self.whole:
+            parameter.index_fill_(axis, places, 0.0)
+        for values, kept in self.pieces:
+            values.mul_(kept)
+
+
+def _others(kept: torch.Tensor, size: int) -> torch.Tensor:
+    """The numbers under ``size`` that are not among ``kept``."""
+    rest = torch.ones(size, dtype=torch.bool)
+    rest[kept] = False
+    return rest.nonzero().squeeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -13,7 +14,8 @@ from ...families import LayerPaths
 from ...modeling.structure import get_wrapped, layer_paths
 from ...spec.architecture import Architecture
 from ...spec.units import channels_per_unit
-from ...utils.sharding import whole
+from ...utils.pieces import is_spread, piece_of
+from ...utils.processes import sum_over_processes
 from .units import UnitSet
 
 #: divisors of the published code; the 12 of heads is twice what its formula says
@@ -97,22 +99,28 @@ class WeightSums:
         return all(module.weight.requires_grad for module in self.modules.values())
 
     def take(self, gradient_scale: float) -> torch.Tensor:
+        """As :class:`TaylorSums`. Of weights that are spread over processes, each sums up its pieces, and what is then
+        summed over the processes is no more than this vector.
+        """
         kinds = {(one.layer, one.kind) for one in self.sets}
         parts: dict[tuple[int | None, str], torch.Tensor] = {}
-        embedding = self._rows(self.patch, self._products(self.patch)) if self.with_embedding else None
+        embedding = self._rows(self.patch, self._terms(self.patch), self.stem_axis) if self.with_embedding else None
         for i, layer in enumerate(self.layers):
-            products = {path: self._products(path) for path in self._needed(i, layer)}
-            rows = {path: self._rows(path, product) for path, product in products.items()}
+            terms = {path: self._terms(path) for path in self._needed(i, layer)}
+            rows = {path: self._rows(path, own) for path, own in terms.items()}
             for kind in ("heads", "qk", "v", "mlp"):
                 if (i, kind) in kinds:
                     parts[i, kind] = layer.units(kind, rows.__getitem__)
             if embedding is not None:
                 readers, writers = _sides(layer)
-                embedding = embedding + sum(whole(products[path].sum(0)) for path in readers)
+                embedding = embedding + sum(terms[path].over(1) for path in readers)
                 embedding = embedding + sum(rows[path] for path in writers)
         if embedding is not None:
             parts[None, "embedding"] = embedding
-        return torch.cat([parts[one.layer, one.kind] for one in self.sets]) * gradient_scale
+        taken = torch.cat([parts[one.layer, one.kind] for one in self.sets])
+        if is_spread(module.weight for module in self.modules.values()):
+            taken = sum_over_processes(taken)
+        return taken * gradient_scale
 
     def _needed(self, index: int, layer: LayerSums) -> list[str]:
         """Linears whose gradients the sets of this layer (and the embedding) take."""
@@ -125,25 +133,47 @@ class WeightSums:
         needed += [paths.v] if kinds & {"heads", "v"} else []
         return needed + (list(paths.fc1) if "mlp" in kinds else [])
 
-    def _products(self, path: str) -> torch.Tensor:
-        """(outputs, inputs) weight times gradient, in single precision at least."""
-        weight = self.modules[path].weight
-        if weight.grad is None:
+    def _terms(self, path: str) -> _Terms:
+        terms = _Terms(self.modules[path].weight)
+        if terms.lack_gradients:
             raise MissingGradientsError(
                 f"{path}.weight has no gradient when the optimizer is about to step, and NViT scores by gradients. "
                 "Either the weight was frozen after get_pruning_model (wrap the model again), or the optimizer works "
                 "in the backward pass and drops gradients at once: use one that keeps them until its step"
             )
-        precise = torch.promote_types(weight.dtype, torch.float32)
-        products = weight.detach().to(precise) * weight.grad.to(precise)
-        return (products.movedim(self.stem_axis, 0) if path == self.patch else products).flatten(1)
+        return terms
 
-    def _rows(self, path: str, products: torch.Tensor) -> torch.Tensor:
+    def _rows(self, path: str, terms: _Terms, axis: int = 0) -> torch.Tensor:
+        """(outputs,) of a Linear's weight and bias."""
         bias = getattr(self.modules[path], "bias", None)
-        sums = products.sum(1)
-        if bias is not None and bias.grad is not None:
-            sums = sums + bias.detach().to(sums.dtype) * bias.grad.to(sums.dtype)
-        return whole(sums)  # of sharded weights, no more than this vector has moved
+        sums = terms.over(axis)
+        return sums if bias is None else sums + _Terms(bias).over(0)
+
+
+class _Terms:
+    """A parameter times its gradient, as far as this process has it; in single precision at least.
+
+    Attributes:
+        lack_gradients: there is a piece of it here, without a gradient.
+    """
+
+    def __init__(self, parameter: Any) -> None:
+        self._shape = getattr(parameter, "ds_shape", parameter.shape)
+        self._precise = torch.promote_types(parameter.dtype, torch.float32)
+        self._device = parameter.device
+        self._piece = piece = piece_of(parameter)
+        self.lack_gradients = piece is not None and piece.gradient is None
+        if piece is not None and piece.gradient is not None:
+            self._terms = piece.values.to(self._precise) * piece.gradient.to(self._precise)
+            if piece.copies > 1:
+                self._terms /= piece.copies
+
+    def over(self, axis: int) -> torch.Tensor:
+        """Sums over rows (0) or columns (1) of the whole parameter; zeros where there is nothing here."""
+        if self._piece is not None and not self.lack_gradients:
+            return self._piece.over(axis, self._terms)
+        size = math.prod(self._shape[1:]) if axis else self._shape[0]
+        return torch.zeros(size, dtype=self._precise, device=self._device)
 
 
 def _sides(layer: LayerSums) -> tuple[list[str], list[str]]:
