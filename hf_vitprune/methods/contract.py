@@ -113,11 +113,14 @@ class PruningMethod(nn.Module):
             InvalidConfigError: the method cannot do its work in such a training.
         """
 
-    def check_sharded(self) -> None:
-        """Called when the training of a model begins whose weights are sharded over processes (FSDP2).
+    def check_sharded(self, how: str) -> None:
+        """Called when the training of a model begins that is spread over processes.
+
+        Args:
+            how: ``fsdp2`` or ``zero3``: the weights are sharded; ``zero1`` or ``zero2``: gradients and optimizer are.
 
         Raises:
-            InvalidConfigError: the method needs them whole.
+            InvalidConfigError: the method cannot do its work so.
         """
 
     def check_images(self, model: Any, images: ImageBatches) -> None:

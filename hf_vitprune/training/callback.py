@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
@@ -37,6 +36,8 @@ class PruningCallback(TrainerCallback):
 
     Attributes:
         gradient_scale: what undoes the clipping of the current gradients; ``PruningTrainer`` sets it.
+        by_engine: DeepSpeed's engine calls :meth:`before_step`, as it takes backward pass and step in one.
+        checked: ``PruningTrainer`` has called :meth:`check_images`, as no pass may begin inside of the model now.
 
     Raises:
         InvalidConfigError: when training begins: the model is no PruningModel, its gates are not in the optimizer or
@@ -50,20 +51,23 @@ class PruningCallback(TrainerCallback):
         self._penalty: torch.Tensor | None = None
         self._logged: set[str] = set()
         self.gradient_scale: float | None = None
+        self.by_engine = False
+        self.checked = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         method = pruning_model_of(model).method
-        check_setup(args)
+        check_setup(args, model)
         check_model(model)
-        check_trainer(model, ours=self.gradient_scale is not None)
+        check_trainer(args, model, ours=self.gradient_scale is not None)
         model.guided = True
         _check_checkpointing(args, model)
         self._check_clipping(args, method)
         method.check_training(args, state.max_steps)
-        _check_optimizer(kwargs.get("optimizer"), method)
-        if not isinstance(model, FSDPModule):  # accelerate shards it, and PruningTrainer has called this before
+        if not self.by_engine:  # its optimizer has flat tensors of all
+            _check_optimizer(kwargs.get("optimizer"), method)
+        if not self.checked:
             self.check_images(kwargs.get("train_dataloader"), pruning_model_of(model))
         if method.decided:
             model.tuned = True
@@ -80,7 +84,13 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         scale = 1.0 if self.gradient_scale is None else self.gradient_scale
-        self._penalty = pruning_model_of(model).before_step(state.global_step, state.max_steps, scale)
+        if not self.by_engine:
+            self._penalty = pruning_model_of(model).before_step(state.global_step, state.max_steps, scale)
+
+    def before_step(self, model: Any, state: TrainerState) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """Between backward pass and step, of gradients that are not clipped; what to add to those of the gates."""
+        self._penalty, gradients = pruning_model_of(model).regularise(state.global_step, state.max_steps)
+        return gradients
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def get_pruning_model(model: Any, config: PruningConfig, part: str | None = None
     check_model(model)
     if isinstance(model, PruningModel):
         raise InvalidConfigError("the model is a PruningModel already; unload() or export() it first")
-    return PruningModel(model, config, part)
+    with shaped(model) if isinstance(model, torch.nn.Module) else contextlib.nullcontext():
+        return PruningModel(model, config, part)
 
 
 class PruningModel(Checkpoints):
@@ -217,15 +219,27 @@ class PruningModel(Checkpoints):
         Returns:
             The penalty (its gradient has been added, do not add it to the loss), None where there is none.
         """
+        penalty, gradients = self.regularise(step, max_steps, gradient_scale)
+        for parameter, grad in gradients:
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        return penalty
+
+    def regularise(
+        self, step: int, max_steps: int, gradient_scale: float = 1.0
+    ) -> tuple[torch.Tensor | None, list[tuple[torch.nn.Parameter, torch.Tensor]]]:
+        """As :meth:`before_step`; the penalty's gradients are left to the caller.
+
+        Returns:
+            The penalty, and what to add to the gradient of which gate.
+        """
         self.guided = True
         method = self.method
         penalty = method.before_step(self.scored, step / max(max_steps, 1), gradient_scale)
         if penalty is None:
-            return None
+            return None, []
         parameters = method.gate_parameters()
-        for parameter, grad in zip(parameters, torch.autograd.grad(penalty, parameters), strict=True):
-            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-        return penalty.detach()
+        gradients = torch.autograd.grad(penalty, parameters)
+        return penalty.detach(), list(zip(parameters, gradients, strict=True))
 
     def after_step(self, step: int, max_steps: int) -> None:
         """To be called right after ``optimizer.step()``, with the same numbers as :meth:`before_step`."""

@@ -16,12 +16,8 @@ from ..peft.kinds.convpass import ConvpassLayer
 from ..spec.architecture import unwrap
 from ..utils.modules import get
 from ..utils.sharding import is_sharded, sharding_of
+from .zero import check_zero
 
-#: what DeepSpeed does to the calls that pruning needs
-_DEEPSPEED = (
-    "pruning does not work under DeepSpeed, whose engine owns the gradients and steps inside of backward(): leave "
-    "deepspeed out and use DDP (torchrun, or accelerate launch without deepspeed)"
-)
 _FSDP1 = (
     "pruning needs whole gradients, and FSDP1 flattens them: use FSDP2 (fsdp_version: 2 in accelerate's config, "
     "fsdp_config={'version': 2} in TrainingArguments, or from_pretrained(distributed_config=DistributedConfig("
@@ -33,18 +29,20 @@ _DATA_PARALLEL = (
 )
 _MODELS = {
     "fsdp1": _FSDP1,
-    "zero3": _DEEPSPEED + ", or load the model without DeepSpeed's ZeRO-3",
     "tensor_parallel": (
         "the model's tensors are spread over processes by tensor, expert or pipeline parallelism, and units of heads "
         "and neurons with them: load it whole (without tp_plan, tp_size or distributed_config)"
     ),
     "DataParallel": _DATA_PARALLEL + ", and wrap model.module",
-    "DeepSpeedEngine": _DEEPSPEED + ", and wrap engine.module",
+    "DeepSpeedEngine": (
+        "the model is in a DeepSpeed engine already, whose step a method could not look into: wrap engine.module, and "
+        "train it with PruningTrainer and TrainingArguments(deepspeed=...)"
+    ),
 }
 
 
 def check_model(model: Any) -> None:
-    """A model whose parameters are whole or sharded by FSDP2, and an environment in which they stay so.
+    """A model whose parameters are whole, or sharded by FSDP2 or ZeRO-3, and an environment in which they stay so.
 
     Raises:
         InvalidConfigError: naming what to use instead.
@@ -55,21 +53,31 @@ def check_model(model: Any) -> None:
         parallel = getattr(getattr(model, "config", None), "distributed_config", None)
         if getattr(parallel, "fsdp_cpu_offload", False):
             raise InvalidConfigError("gates stay on the device: load the model without fsdp_cpu_offload")
-    elif kind is not None:
+    elif kind not in (None, "zero3"):
         raise InvalidConfigError(
             _MODELS.get(kind, f"the model is in a {kind} already: wrap model.module, the Trainer does the rest")
         )
 
 
-def check_setup(args: TrainingArguments) -> None:
+def check_setup(args: TrainingArguments, model: Any) -> None:
     """Gates need whole gradients on every process, and one model for each.
+
+    Args:
+        args: of the training.
+        model: a PruningModel.
 
     Raises:
         InvalidConfigError: naming what to use instead.
     """
     _check_environment()
-    if args.deepspeed or getattr(args, "deepspeed_plugin", None) is not None:
-        raise InvalidConfigError(_DEEPSPEED)
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None:
+        check_zero(plugin, model)
+    elif sharding_of(model) == "zero3":
+        raise InvalidConfigError(
+            "the model was cut to pieces by DeepSpeed's ZeRO-3, and these arguments know nothing of it: give them "
+            "deepspeed=<the config>"
+        )
     if args.fsdp:
         _check_plugin(dict(getattr(args, "fsdp_plugin_args", None) or {}))
     parallel = getattr(args, "parallelism_config", None)
@@ -81,8 +89,6 @@ def check_setup(args: TrainingArguments) -> None:
 
 def _check_environment() -> None:
     """What ``accelerate launch`` says in environment variables alone."""
-    if _flag("ACCELERATE_USE_DEEPSPEED"):
-        raise InvalidConfigError(_DEEPSPEED)
     if _flag("ACCELERATE_USE_FSDP"):
         _check_plugin(
             {
@@ -118,22 +124,27 @@ def _check_plugin(settings: dict[str, Any]) -> None:
         )
 
 
-def check_trainer(model: Any, ours: bool) -> None:
+def check_trainer(args: TrainingArguments, model: Any, ours: bool) -> None:
     """A sharded model, and gates that are not, with the Trainer that knows of both.
 
     Args:
+        args: of the training.
         model: a PruningModel in training.
         ours: the Trainer is a PruningTrainer.
 
     Raises:
         InvalidConfigError: it is not, or the method cannot do its work.
     """
-    if not is_sharded(model.parameters()):
+    zero = getattr(args, "deepspeed_plugin", None) is not None
+    if not zero and not is_sharded(model.parameters()):
         return
-    model.method.check_sharded()
+    if not zero:
+        model.method.check_sharded("fsdp2")
     if not ours:
         raise InvalidConfigError(
-            "under FSDP2 a plain Trainer would shard the gates, or save checkpoints of one process's part: use "
+            "a plain Trainer would let DeepSpeed step before the method has seen a gradient: use PruningTrainer"
+            if zero
+            else "under FSDP2 a plain Trainer would shard the gates, or save checkpoints of one process's part: use "
             "PruningTrainer"
         )
 

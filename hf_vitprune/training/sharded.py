@@ -1,4 +1,4 @@
-"""A Trainer whose PruningModel may be sharded by FSDP2: gates stay whole, checkpoints too."""
+"""A Trainer whose PruningModel may be spread over processes, by FSDP2 or ZeRO: gates stay whole."""
 
 from __future__ import annotations
 
@@ -11,30 +11,40 @@ from ..utils.processes import broadcast, mean_gradients
 from ..utils.sharding import is_sharded, whole_state
 from .callback import PruningCallback
 from .model import PruningModel
+from .zero import SteppingEngine, keep_whole
 
 
 class ShardedTraining(Trainer):
-    """What a ``Trainer`` leaves out for a model that FSDP2 has sharded.
+    """What a ``Trainer`` leaves out for a model that is spread over processes.
 
     A model that was sharded when it was loaded (``DistributedConfig(fsdp_size=N)``): its checkpoints hold whole
     tensors. A Trainer does not resume from them. One that accelerate shards (``fsdp_version: 2``): gates and masks
-    are left out, their gradients averaged once a step; its checkpoints are accelerate's, and resumable.
+    are left out, their gradients averaged once a step; its checkpoints are accelerate's, and resumable. DeepSpeed
+    (ZeRO): the method looks at the gradients before the engine steps; checkpoints are DeepSpeed's, and resumable.
     """
 
     model: Any
 
     def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """As the parent's. A method's parameters, masks and scores are not to be sharded."""
-        by_accelerate = self.is_fsdp_enabled and isinstance(self.model, PruningModel)
-        if by_accelerate:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, PruningCallback):  # once sharded, no pass may begin inside of the model
-                    callback.check_images(train_dataloader, self.model)
-            plugin = self.accelerator.state.fsdp_plugin
-            plugin.ignored_modules = [*(plugin.ignored_modules or []), self.model.method]
+        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not spread or not isinstance(self.model, PruningModel):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        model, method = self.model, self.model.method
+        callback = next(c for c in self.callback_handler.callbacks if isinstance(c, PruningCallback))
+        callback.check_images(train_dataloader, model)
+        callback.checked = True  # once sharded, no pass may begin inside of the model
+        if self.is_deepspeed_enabled:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            keep_whole(self.deepspeed, method.parameters())
+            engine = SteppingEngine(self.deepspeed, lambda: callback.before_step(model, self.state))
+            self.accelerator.deepspeed_engine_wrapped = engine
+            callback.by_engine = True
+            return prepared
+        plugin = self.accelerator.state.fsdp_plugin
+        plugin.ignored_modules = [*(plugin.ignored_modules or []), method]
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if by_accelerate:
-            self._sync_replicated_trainable_parameters(self.model)
+        self._sync_replicated_trainable_parameters(self.model)
         return prepared
 
     def _sync_replicated_trainable_parameters(self, model: Any) -> None:
@@ -49,8 +59,8 @@ class ShardedTraining(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's; after the last micro-batch of an update the method's gradients are averaged."""
         loss = super().training_step(*args, **kwargs)
-        gated = isinstance(self.model, PruningModel) and is_sharded(self.model.parameters())
-        if gated and self.accelerator.sync_gradients:
+        gated = isinstance(self.model, PruningModel) and not self.is_deepspeed_enabled
+        if gated and self.accelerator.sync_gradients and is_sharded(self.model.parameters()):
             mean_gradients(self.model.method.parameters())
         return loss
 

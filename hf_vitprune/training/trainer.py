@@ -76,7 +76,7 @@ class PruningTrainer(ShardedTraining):
         self.lessons: list[Lesson] = []
         super().__init__(model=model, args=args, **kwargs)
         if self._gated:
-            check_setup(self.args)
+            check_setup(self.args, self.model)
             self._put_callback_first()
         if is_classifier(self.model) and not self.label_names:
             self.label_names = ["labels"]  # DeiT's two-headed classifier takes none by itself
@@ -125,7 +125,8 @@ class PruningTrainer(ShardedTraining):
     def _clip_grad_norm(self, model: Any) -> Any:
         """As the parent's; methods that score by gradients learn what the clipping has multiplied them by."""
         norm = super()._clip_grad_norm(model)
-        if self._gated and pruning_model_of(self.model).method.traits.decides_by == "gradients":
+        by_gradients = self._gated and pruning_model_of(self.model).method.traits.decides_by == "gradients"
+        if by_gradients and not self.is_deepspeed_enabled:
             factor = self.args.max_grad_norm / (float(norm) + 1e-6)  # as torch.nn.utils.clip_grad_norm_
             self._pruning_callback.gradient_scale = 1 / factor if 0 < factor < 1 else 1.0
         return norm

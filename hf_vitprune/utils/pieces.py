@@ -66,7 +66,9 @@ def piece_of(parameter: nn.Parameter) -> Piece | None:
         return _of_zero12(parameter)
     gradient = parameter.grad
     if not isinstance(parameter, DTensor):
-        return Piece(parameter.shape, 0, parameter.detach().flatten(), None if gradient is None else gradient.flatten())
+        return Piece(
+            parameter.shape, 0, parameter.detach().flatten(), None if gradient is None else gradient.flatten()
+        )
     mesh, rank, parts, copies = parameter.device_mesh, 0, 1, 1
     for axis, placement in enumerate(parameter.placements):
         if isinstance(placement, Shard):

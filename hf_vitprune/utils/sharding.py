@@ -36,12 +36,13 @@ def sharding_of(model: nn.Module) -> str | None:
         return None
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "zero3"
-    meshes = {parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)}
+    spread = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    meshes = {parameter.device_mesh for parameter in spread}
     if not meshes:
         return None
     parallel = getattr(getattr(model, "config", None), "distributed_config", None)
     others = [getattr(parallel, f"{name}_size", None) or 1 for name in ("tp", "ep", "pp")]
-    rows = all(p.dim == 0 for q in model.parameters() if isinstance(q, DTensor) for p in q.placements if isinstance(p, Shard))
+    rows = all(p.dim == 0 for tensor in spread for p in tensor.placements if isinstance(p, Shard))
     fully = rows and any(isinstance(module, FSDPModule) for module in modules)
     return "fsdp2" if fully and max(others) == 1 and len(meshes) == 1 else "tensor_parallel"
 
@@ -96,7 +97,8 @@ def all_finite(parameter: Any) -> bool:
 @contextlib.contextmanager
 def shaped(model: nn.Module) -> Iterator[None]:
     """Parameters that ZeRO-3 has cut to pieces show their shapes for a while, without values."""
-    cut = [(p, p.data) for p in model.parameters() if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
+    parameters: Iterable[Any] = model.parameters()
+    cut = [(p, p.data) for p in parameters if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
     try:
         for parameter, data in cut:
             parameter.data = data.new_zeros(()).expand(parameter.ds_shape)

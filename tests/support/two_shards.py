@@ -13,11 +13,12 @@ import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from transformers import DistributedConfig, ViTForImageClassification
 
 from hf_vitprune import NViTConfig, SLSConfig, SPViTConfig, VTPConfig, get_pruning_model
 from hf_vitprune.utils.sharding import is_sharded, reshard
-from pruning_runs import SMALL_GROUPS, Images, Patterns, state_of, trainer
+from pruning_runs import SMALL_GROUPS, Images, Patterns, arguments, state_of, trainer
 
 #: name of a run -> method's config, settings of the Trainer
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -27,10 +28,20 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sls": (SLSConfig(alpha=0.5, iterations=250, perplexity=3.0), {"train_dataset": Patterns(dtype=torch.float64)}),
 }
 
+#: in single precision, AdamW would make steps of a gradient's noise
+SINGLE_PRECISION = {"adam_epsilon": 1e-4}
 
-def pruning_model(folder: Path, name: str, shards: int = 1) -> Any:
+
+def zero(stage: int, **changes: Any) -> dict[str, Any]:
+    """A config of DeepSpeed; at stage 3 only what is smaller than a Linear stays whole."""
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    small = {"stage3_param_persistence_threshold": 8} if stage == 3 else {}
+    return {"zero_optimization": {"stage": stage, **small}, **dict.fromkeys(sizes, "auto"), **changes}
+
+
+def pruning_model(folder: Path, name: str, shards: int = 1, dtype: torch.dtype = torch.float64) -> Any:
     parallel = {} if shards == 1 else {"distributed_config": DistributedConfig(fsdp_size=shards)}
-    model = ViTForImageClassification.from_pretrained(folder / "dense", dtype=torch.float64, **parallel)
+    model = ViTForImageClassification.from_pretrained(folder / "dense", dtype=dtype, **parallel)
     if name == "sls":
         torch.manual_seed(5)
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
@@ -57,8 +68,9 @@ def train(
     model: Any, folder: Path, name: str, processes: int, resume: bool = False, plugin: bool = False, **changes: Any
 ) -> Any:
     """Three updates of 8 images."""
+    dtype = next(p.dtype for n, p in model.named_parameters() if "classifier" in n)
     accumulated = 4 // processes if name == "spvit" else 2  # of a BatchNorm's batches, the division counts
-    settings = {"train_dataset": Images(dtype=torch.float64), "max_steps": 3, "optim": "adamw_torch",
+    settings = {"train_dataset": Images(dtype=dtype), "max_steps": 3, "optim": "adamw_torch",
                 "learning_rate": 1e-2, "per_device_train_batch_size": 8 // processes // accumulated,
                 "gradient_accumulation_steps": accumulated, **RUNS[name][1], **changes}  # fmt: skip
     run = trainer(model, folder, **settings)
@@ -68,25 +80,43 @@ def train(
     return run
 
 
+def check_pieces(model: Any, way: str) -> None:
+    """Nobody has the model whole, and everybody has the method's tensors."""
+    reshard(model)  # what lies outside of the layers stays whole after a forward pass
+    held = total = 0
+    for parameter in model.model.parameters():
+        if hasattr(parameter, "ds_id"):
+            held, total = held + parameter.numel() + parameter.ds_tensor.numel(), total + parameter.ds_numel
+        else:
+            local = parameter.to_local() if is_sharded([parameter]) else parameter
+            held, total = held + local.numel(), total + parameter.numel()
+    if way not in ("zero1", "zero2"):
+        assert held < 0.6 * total
+    assert all(p.numel() == getattr(p, "ds_numel", p.numel()) for p in model.method.parameters())
+    assert not any(isinstance(t, DTensor) for t in (*model.method.parameters(), *model.method.buffers()))
+
+
 def sharded_run(out: Path, name: str, way: str) -> None:
-    """Trained through and, by accelerate's plugin, resumed after two steps; what is left on every process."""
-    shards = 1 if way == "plugin" else 2
+    """Trained through and, where checkpoints are sharded, resumed after two steps; what is left on every process."""
     results = []
-    parts = ("through", "resumed") if way == "plugin" else ("through",)
+    parts = ("through",) if way == "native" else ("through", "resumed")
     for part in parts:
-        model = pruning_model(out, name, shards)
         folder = out / f"{name}.{way}"
-        saving = {"save_strategy": "steps"} if len(parts) > 1 and part == "through" else {}
-        run = train(model, folder, name, 2, resume=part == "resumed", plugin=way == "plugin", **saving)
-        reshard(model)  # what lies outside of the layers stays whole after a forward pass
-        mine = sum(p.to_local().numel() if is_sharded([p]) else p.numel() for p in model.model.parameters())
-        assert mine < 0.6 * sum(p.numel() for p in model.model.parameters())  # nobody has the model whole
-        assert not is_sharded(model.method.parameters()) and not is_sharded(model.method.buffers())
+        changes = {"save_strategy": "steps"} if len(parts) > 1 and part == "through" else {}
+        if way.startswith("zero"):
+            changes |= {"deepspeed": zero(int(way[-1])), **SINGLE_PRECISION}
+        # what the arguments say decides how from_pretrained loads
+        alive = arguments(folder, **{k: v for k, v in changes.items() if k == "deepspeed"})
+        dtype = torch.float32 if way.startswith("zero") else torch.float64
+        model = pruning_model(out, name, shards=2 if way == "native" else 1, dtype=dtype)
+        del alive
+        run = train(model, folder, name, 2, resume=part == "resumed", plugin=way == "plugin", **changes)
+        check_pieces(model, way)
         run.save_model(str(out / f"{name}.{way}.{part}"))
         small = model.export(compensate=False)
-        assert (small is None) == (run.args.process_index > 0)
+        assert (small is None) == (run.args.process_index > 0 and way not in ("zero1", "zero2"))
         results.append({"plan": model.plan().to_dict()["layers"], "gates": state_of(model.method)})
-        if small is not None:
+        if small is not None and run.args.process_index == 0:
             save_file(state_of(small), out / f"{name}.{way}.{part}.safetensors")
     rank = os.environ["RANK"]
     for part, result in zip(parts, results, strict=True):

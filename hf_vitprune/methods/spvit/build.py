@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...errors import UnsupportedModelError
+from ...errors import InvalidConfigError, UnsupportedModelError
 from ...families import LayerPaths
 from ...modeling.conv_mixer import ConvMixer
 from ...modeling.structure import get
@@ -92,6 +92,17 @@ def convolution_weights(
             made = branches[entry.index].weights(entry.mixer, attentions[entry.index])
             weights |= {f"{paths[entry.index].attention}.{name}": tensor for name, tensor in made.items()}
     return weights
+
+
+def refuse_zero(how: str) -> None:
+    """Raises:
+    InvalidConfigError: the model is trained under DeepSpeed.
+    """
+    if how != "fsdp2":
+        raise InvalidConfigError(
+            "SPViT uses weights outside of their Linears, and other branches on every process, which DeepSpeed does "
+            "not follow: use FSDP2 or DDP"
+        )
 
 
 def checked_linear(model: PreTrainedModel, path: str) -> nn.Linear:

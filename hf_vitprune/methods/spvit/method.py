@@ -26,7 +26,7 @@ from ...utils.batches import ImageBatches
 from ...utils.processes import mean_statistics
 from ..contract import PruningMethod, Stage, Traits
 from .branches import Attention
-from .build import attention_of, checked_linear, convolution_weights, mixer_search
+from .build import attention_of, checked_linear, convolution_weights, mixer_search, refuse_zero
 from .config import SPViTConfig
 from .cost import SearchCost
 from .gates import LEVELS, Annealing, NeuronGates
@@ -119,6 +119,9 @@ class SPViT(PruningMethod):
                 f"steps none turns over. Raise gate_learning_rate (to {4 * config.initial_score / max_steps:.2g}, "
                 "say), or train longer"
             )
+
+    def check_sharded(self, how: str) -> None:
+        refuse_zero(how)
 
     def before_step(self, model: Any, progress: float, gradient_scale: float) -> torch.Tensor | None:
         return self.penalty(progress)

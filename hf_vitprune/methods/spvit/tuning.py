@@ -19,7 +19,7 @@ from ...utils.batches import ImageBatches
 from ..base import PruningConfig
 from ..contract import PruningMethod, Traits
 from .branches import Attention, Branches
-from .build import attention_of, convolution_weights, shared_branches
+from .build import attention_of, convolution_weights, refuse_zero, shared_branches
 from .config import check_positive
 from .gates import LEVELS
 from .hooks import FixedMixer, attach_mixers
@@ -96,6 +96,9 @@ class SPViTTuning(PruningMethod):
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
         handles: list[Any] = [_NotAttended(get(model, self._paths[i].attention)).attach() for i in self._mixers]
         return handles + attach_mixers(model, self.architecture, self._mixers, self._paths)
+
+    def check_sharded(self, how: str) -> None:
+        refuse_zero(how)
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
         """Nothing is left to decide."""
