@@ -96,6 +96,13 @@ class DepthMethod(PruningMethod):
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
         return attach_depth_gate(model, self.architecture, self.depth)
 
+    def check_sharded(self, how: str) -> None:
+        if how == "zero3" and self.traits.decides_by != "config":
+            raise InvalidConfigError(
+                f"{self.config.method_name} runs images through the model outside of the training, where ZeRO-3's "
+                "engine gathers no weights: use stage 2, or FSDP2"
+            )
+
     def check_images(self, model: Any, images: ImageBatches) -> None:
         """Two images are looked at: their labels, and whether the model takes them."""
         if self.traits.decides_by == "config":

@@ -15,6 +15,7 @@ from ..methods import PruningMethod, Stage
 from ..utils.batches import ImageBatches
 from .model import PruningModel
 from .setup import check_model, check_setup, check_trainer
+from .zero import restore_precision
 
 logger = logging.get_logger(__name__)
 
@@ -125,6 +126,8 @@ class PruningCallback(TrainerCallback):
     ) -> None:
         pruning_model = pruning_model_of(model)
         pruning_model.training_images = _images_of(kwargs.get("train_dataloader"))
+        if self.by_engine:
+            restore_precision(pruning_model.method.parameters())
         pruning_model.decide(self.images)
         numbers = {name: n for name, n in pruning_model.method.logs().items() if name not in self._logged}
         if numbers:

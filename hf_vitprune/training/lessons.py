@@ -14,7 +14,7 @@ from ..losses.distillation import DistillationConfig, Teacher, distillation_term
 from ..losses.features import FeatureTeacher
 from ..surgery.hooks import strip_gates
 from .model import PruningModel
-from .setup import check_teacher
+from .setup import check_given_teacher, check_teacher
 
 #: a kind of distillation with its teacher
 Lesson = tuple[DistillationConfig, Teacher]
@@ -52,6 +52,7 @@ def lessons_of(distillation: Any, teacher: Any, student: Any) -> list[Lesson]:
         if model is None and not isinstance(student, PruningModel):
             raise InvalidConfigError("distillation needs a teacher: pass teacher=<the unpruned model>")
         model = _ungated_copy(student) if model is None else model
+        check_given_teacher(model)
         if config.kind == "features":
             lessons.append((config, FeatureTeacher(model, student, config)))
         else:

@@ -155,10 +155,24 @@ def check_teacher(model: Any) -> None:
     Raises:
         InvalidConfigError: it is sharded.
     """
+    check_given_teacher(model)
     if is_sharded(model.parameters()):
         raise InvalidConfigError(
             "a sharded model is not copied to be its own teacher: give teacher=<the same model, loaded a second time "
             "with the same distributed_config>"
+        )
+
+
+def check_given_teacher(model: Any) -> None:
+    """A teacher that can run outside of the trained model's engine.
+
+    Raises:
+        InvalidConfigError: ZeRO-3 has cut it to pieces.
+    """
+    if isinstance(model, nn.Module) and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise InvalidConfigError(
+            "ZeRO-3 has cut the teacher to pieces, and only the trained model's engine puts such together: load "
+            "teacher=<the unpruned model> before TrainingArguments(deepspeed=...) are made"
         )
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ..errors import InvalidConfigError
 from ..utils.processes import broadcast, mean_gradients
 from ..utils.sharding import is_sharded, whole_state
 from .callback import PruningCallback
 from .model import PruningModel
-from .zero import SteppingEngine, keep_whole
+from .zero import SteppingEngine, keep_whole, take_type_of
 
 
 class ShardedTraining(Trainer):
@@ -26,7 +27,16 @@ class ShardedTraining(Trainer):
     model: Any
 
     def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        """As the parent's. A method's parameters, masks and scores are not to be sharded."""
+        """As the parent's. A method's parameters, masks and scores are not to be sharded.
+
+        Raises:
+            InvalidConfigError: the arguments ask for DeepSpeed, and accelerate has not heard of it.
+        """
+        if getattr(self.args, "deepspeed_plugin", None) is not None and not self.is_deepspeed_enabled:
+            raise InvalidConfigError(
+                "accelerate runs this training without DeepSpeed, as it does on CPUs under ACCELERATE_USE_CPU: leave "
+                "that out, or deepspeed"
+            )
         spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not spread or not isinstance(self.model, PruningModel):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -35,6 +45,7 @@ class ShardedTraining(Trainer):
         callback.check_images(train_dataloader, model)
         callback.checked = True  # once sharded, no pass may begin inside of the model
         if self.is_deepspeed_enabled:
+            take_type_of(model.model, method.parameters())
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             keep_whole(self.deepspeed, method.parameters())
             engine = SteppingEngine(self.deepspeed, lambda: callback.before_step(model, self.state))

@@ -155,6 +155,8 @@ class PruningTrainer(ShardedTraining):
         finally:
             for parameter in gates:
                 parameter.requires_grad_(True)
+        if self.is_fsdp_enabled:  # of a group without parameters, sharded checkpoints lose the settings
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}  # optimizer_cls_and_kwargs
         gates = [p for p in gates if id(p) not in held]
         if gates:

@@ -65,6 +65,27 @@ def keep_whole(engine: Any, parameters: Iterable[Any]) -> None:
     missing[0].all_gather(missing)
 
 
+def take_type_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Give parameters the type of a model's that ZeRO-3 has cut to pieces already: it wants one type of all."""
+    types = {p.dtype for p in model.parameters() if hasattr(p, "ds_id")}
+    for parameter in parameters:
+        for kind in types:
+            parameter.data = parameter.data.to(kind)
+
+
+@torch.no_grad()
+def restore_precision(parameters: Iterable[nn.Parameter]) -> None:
+    """After a training in half precision: what the optimizer has stepped, in single precision.
+
+    Every process has to call this.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = safe_get_full_fp32_param(parameter).to(parameter.device)
+
+
 class SteppingEngine(DeepSpeedEngineWrapper):
     """accelerate's wrapper, that lets somebody look at the gradients before the engine steps.
 

@@ -91,11 +91,11 @@ def _of_zero3(parameter: Any) -> Piece | None:
     if count <= 0:
         return None
     trained = parameter.requires_grad and hasattr(parameter, "_z3_optimizer")
-    values = safe_get_local_fp32_param(parameter) if trained else parameter.ds_tensor
+    values = (safe_get_local_fp32_param(parameter) if trained else parameter.ds_tensor).detach()
     gradient = safe_get_local_grad(parameter) if trained else None
     values = values.flatten()[:count]
     gradient = None if gradient is None else gradient.flatten()[:count]
-    return Piece(parameter.ds_shape, start, values, gradient, (values, parameter.ds_tensor.flatten()[:count]))
+    return Piece(parameter.ds_shape, start, values, gradient, (values, parameter.ds_tensor.data.flatten()[:count]))
 
 
 def _of_zero12(parameter: Any) -> Piece | None:
@@ -110,4 +110,5 @@ def _of_zero12(parameter: Any) -> Piece | None:
         gradient = None
     if gradient is not None and len(gradient) != address.numel:
         gradient = gradient[address.start : address.start + address.numel]
-    return Piece(parameter.shape, address.start, mapping.hp_fragment, gradient, (mapping.hp_fragment,))
+    values = mapping.hp_fragment.detach()
+    return Piece(parameter.shape, address.start, values, gradient, (values,))

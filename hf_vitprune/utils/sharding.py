@@ -78,9 +78,9 @@ def whole(tensor: Any) -> Tensor:
         return tensor
     if tensor.numel() == tensor.ds_numel:  # ZeRO-3 leaves small ones whole
         return tensor.detach().clone()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([tensor]):
+    with deepspeed.zero.GatheredParameters([tensor]):
         return tensor.detach().clone()
 
 

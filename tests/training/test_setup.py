@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -19,14 +20,17 @@ from hf_vitprune import (
     OneShotScores,
     PruningCallback,
     PruningPlan,
+    PruningTrainer,
+    SLSConfig,
     VTPConfig,
     get_pruning_model,
     prune,
 )
 from hf_vitprune.errors import InvalidConfigError, UnsupportedModelError
 from hf_vitprune.training.setup import check_teacher
+from hf_vitprune.training.zero import check_zero
 from hf_vitprune.utils.sharding import sharding_of
-from pruning_runs import SMALL_GROUPS, VIT, gated
+from pruning_runs import SMALL_GROUPS, VIT, gated, nvit, spvit
 from tiny import images, make
 
 CONFIG = VTPConfig(pruning_ratio=0.4)
@@ -116,11 +120,62 @@ def test_tensor_parallel(alone: Any) -> None:
     refused(model, "load it whole")
 
 
-def test_zero3() -> None:
-    model = make(VIT)
-    model.classifier.weight.ds_id = 0
-    assert sharding_of(model) == "zero3"
-    refused(model, "DeepSpeed.*ZeRO-3")
+def test_zero3_without_its_arguments() -> None:
+    model = gated()
+    weight = model.model.classifier.weight
+    weight.ds_id, weight.ds_numel = 0, weight.numel()
+    assert sharding_of(model.model) == "zero3"
+    with pytest.raises(InvalidConfigError, match="ZeRO-3.*deepspeed=<the config>"):
+        begin(model)
+    for check in (lambda: check_teacher(model), lambda: PruningTrainer(gated(), teacher=model.model)):
+        with pytest.raises(InvalidConfigError, match="before TrainingArguments"):
+            check()
+
+
+def zero(stage: int = 2, **settings: Any) -> Any:
+    optimisation = {"stage": stage, **settings.pop("zero_optimization", {})}
+    return SimpleNamespace(hf_ds_config=HfDeepSpeedConfig({"zero_optimization": optimisation, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (zero(stage=0), "stage 0.*is DDP"),
+        (zero(optimizer={"type": "AdamW"}), "leave 'optimizer' out"),
+        (zero(scheduler={"type": "WarmupLR"}), "leave 'scheduler' out"),
+        (zero(3, zero_optimization={"offload_param": {"device": "cpu"}}), "leave offload_param"),
+        (zero(zero_optimization={"offload_optimizer": {"device": "nvme"}}), "leave offload_optimizer"),
+        (zero(3, zero_optimization={"zero_hpz_partition_size": 4}), "zero_hpz_partition_size=4"),
+        (zero(fp16={"enabled": True}), "use bf16"),
+        (zero(tensor_parallel={"autotp_size": 2}), "autotp_size"),
+    ],
+)
+def test_zero_is_refused_by_setting(plugin: Any, message: str) -> None:
+    with pytest.raises(InvalidConfigError, match=message):
+        check_zero(plugin, gated())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_is_refused_by_method(stage: int) -> None:
+    plugin = zero(stage, bf16={"enabled": "auto"})
+    check_zero(plugin, gated())
+    check_zero(plugin, nvit())
+    with pytest.raises(InvalidConfigError, match="SPViT.*FSDP2 or DDP"):
+        check_zero(plugin, spvit())
+    layers = get_pruning_model(make(VIT), SLSConfig())
+    if stage < 3:
+        check_zero(plugin, layers)
+        check_zero(plugin, nvit(criterion="magnitude"))
+        return
+    with pytest.raises(InvalidConfigError, match="SLS.*use stage 2, or FSDP2"):
+        check_zero(plugin, layers)
+    with pytest.raises(InvalidConfigError, match="criterion='magnitude'"):
+        check_zero(plugin, nvit(criterion="magnitude"))
+
+
+def test_a_plain_trainer_under_zero() -> None:
+    with pytest.raises(InvalidConfigError, match="use PruningTrainer"):
+        begin(gated(), deepspeed_plugin=zero())
 
 
 class DeepSpeedEngine(nn.Module):
@@ -145,7 +200,6 @@ def test_ddp(alone: Any) -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed.*DDP"),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP1.*fsdp_version: 2"),
         ({**FSDP2, "FSDP_VERSION": "1"}, "FSDP1.*fsdp_version: 2"),
         ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "leave fsdp_offload_params"),
@@ -175,8 +229,7 @@ def test_fsdp2_of_the_launcher_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"deepspeed": "zero3.json"}, "DeepSpeed.*DDP"),
-        ({"deepspeed_plugin": object()}, "DeepSpeed.*DDP"),
+        ({"deepspeed_plugin": zero(stage=0)}, "stage 0.*is DDP"),
         ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 1}}, "FSDP1.*fsdp_version: 2"),
         ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2, "cpu_offload": True}}, "leave fsdp_offload_params"),
         ({"parallelism_config": SimpleNamespace(tp_size=2)}, "tensor, expert"),

@@ -1,4 +1,4 @@
-"""FSDP2 on two processes ends like one process with the same global batch."""
+"""FSDP2 and ZeRO on two processes end like one process with the same global batch."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ def launch(folder: Path, *runs: str) -> None:
     run_on_two(str(SUPPORT / "two_shards.py"), str(folder), *runs)
 
 
-def close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+#: what one process that sees the micro-batches one after the other has otherwise
+UNLIKE = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], single: bool) -> None:
+    """All but running statistics and, in single precision, the numbers that SLS decided by: its maps are chaotic."""
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        if name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+        if name.endswith((*UNLIKE, "found_bits") if single else UNLIKE):
             continue
         torch.testing.assert_close(
-            actual[name],
-            tensor,
-            rtol=1e-5,
-            atol=1e-5 if tensor.dtype == torch.float32 else 1e-7,
-            check_dtype=False,
+            actual[name], tensor, rtol=1e-5, atol=1e-5 if single else 1e-7, check_dtype=False,
             msg=lambda m, name=name: f"{name}: {m}",
-        )
+        )  # fmt: skip
 
 
 def kept_units(layers: Any) -> list[dict[str, Any]]:
@@ -42,10 +43,7 @@ def kept_units(layers: Any) -> list[dict[str, Any]]:
 
 
 def check(folder: Path, name: str, way: str) -> None:
-    """Plan, gates and small model of both processes, against those of one; saved ones load.
-
-    All but running statistics: one process has seen the micro-batches one after the other.
-    """
+    """Plan, gates and small model of both processes, against those of one; saved ones load."""
     single = way.startswith("zero")
     model = two_shards.pruning_model(folder, name, dtype=torch.float32 if single else torch.float64)
     changes = two_shards.SINGLE_PRECISION if single else {}
@@ -56,9 +54,9 @@ def check(folder: Path, name: str, way: str) -> None:
         for rank in (0, 1):
             plan = json.loads((folder / f"{stem}.{rank}.json").read_text())
             assert kept_units(plan) == kept_units(model.plan().to_dict()["layers"])
-            close(load_file(folder / f"{stem}.gates.{rank}.safetensors"), state_of(model.method))
-        close(load_file(folder / f"{stem}.safetensors"), state_of(small))
-        if name != "sls":
+            close(load_file(folder / f"{stem}.gates.{rank}.safetensors"), state_of(model.method), single)
+        close(load_file(folder / f"{stem}.safetensors"), state_of(small), single)
+        if name not in two_shards.ADAPTERS:
             loaded = AutoModelForImageClassification.from_pretrained(folder / stem)
             assert {n: t.shape for n, t in loaded.state_dict().items()} == {
                 n: t.shape for n, t in small.state_dict().items()
@@ -76,3 +74,14 @@ def test_every_method_on_both_kinds_of_sharding(tmp_path: Path) -> None:
     launch(tmp_path, *(f"{name}:{way}" for name, way in runs))
     for name, way in runs:
         check(tmp_path, name, way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero(stage: int, tmp_path: Path) -> None:
+    """DeepSpeed, with and without adapters; weights are cut where they are loaded at stage 3."""
+    pytest.importorskip("deepspeed")
+    names = [name for name in two_shards.RUNS if name.startswith(("vtp", "nvit")) or (name == "sls" and stage < 3)]
+    launch(tmp_path, *(f"{name}:zero{stage}" for name in names))
+    for name in names:
+        check(tmp_path, name, f"zero{stage}")
