@@ -149,6 +149,13 @@ class PruningMethod(nn.Module):
         """
         return None
 
+    def gradients_of(self, penalty: torch.Tensor | None) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """What a regulariser adds to the gradient of which gate; nothing for None."""
+        if penalty is None:
+            return []
+        parameters = self.gate_parameters()
+        return list(zip(parameters, torch.autograd.grad(penalty, parameters), strict=True))
+
     def after_step(self, model: Any, step: int, max_steps: int) -> None:
         """Called after the optimizer's step.
 

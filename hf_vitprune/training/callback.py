@@ -90,8 +90,9 @@ class PruningCallback(TrainerCallback):
 
     def before_step(self, model: Any, state: TrainerState) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
         """Between backward pass and step, of gradients that are not clipped; what to add to those of the gates."""
-        self._penalty, gradients = pruning_model_of(model).regularise(state.global_step, state.max_steps)
-        return gradients
+        penalty = pruning_model_of(model).regularise(state.global_step, state.max_steps)
+        self._penalty = None if penalty is None else penalty.detach()
+        return pruning_model_of(model).method.gradients_of(penalty)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

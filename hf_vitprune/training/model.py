@@ -219,27 +219,15 @@ class PruningModel(Checkpoints):
         Returns:
             The penalty (its gradient has been added, do not add it to the loss), None where there is none.
         """
-        penalty, gradients = self.regularise(step, max_steps, gradient_scale)
-        for parameter, grad in gradients:
+        penalty = self.regularise(step, max_steps, gradient_scale)
+        for parameter, grad in self.method.gradients_of(penalty):
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-        return penalty
+        return None if penalty is None else penalty.detach()
 
-    def regularise(
-        self, step: int, max_steps: int, gradient_scale: float = 1.0
-    ) -> tuple[torch.Tensor | None, list[tuple[torch.nn.Parameter, torch.Tensor]]]:
-        """As :meth:`before_step`; the penalty's gradients are left to the caller.
-
-        Returns:
-            The penalty, and what to add to the gradient of which gate.
-        """
+    def regularise(self, step: int, max_steps: int, gradient_scale: float = 1.0) -> torch.Tensor | None:
+        """As :meth:`before_step`, with a penalty whose gradients are left to the caller."""
         self.guided = True
-        method = self.method
-        penalty = method.before_step(self.scored, step / max(max_steps, 1), gradient_scale)
-        if penalty is None:
-            return None, []
-        parameters = method.gate_parameters()
-        gradients = torch.autograd.grad(penalty, parameters)
-        return penalty.detach(), list(zip(parameters, gradients, strict=True))
+        return self.method.before_step(self.scored, step / max(max_steps, 1), gradient_scale)
 
     def after_step(self, step: int, max_steps: int) -> None:
         """To be called right after ``optimizer.step()``, with the same numbers as :meth:`before_step`."""
