@@ -1,9 +1,10 @@
-"""Zero-shot accuracy of a small CLIP, dense and with its image tower pruned without labels.
+"""Zero-shot accuracy of a small CLIP or SigLIP, dense and with its image tower pruned without labels.
 
 A CLIP-shaped model learns captions of rendered shapes (colour, shape, place) from scratch; then its image tower is
 pruned to shares of its multiply-adds, from unlabelled images, and all 36 captions are told apart again:
 
     python examples/prune_clip_zero_shot.py --steps 600
+    python examples/prune_clip_zero_shot.py --model siglip --seed 0 1 2
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import argparse
 from typing import Any
 
 import torch
-from transformers import CLIPConfig, CLIPModel
+from torch.nn import functional
+from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from hf_vitprune import OneShotScores, count, prune
 from hf_vitprune.publish.zero_shot import zero_shot_accuracy
@@ -56,49 +58,65 @@ def rendered(count: int, seed: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": images, "labels": labels}
 
 
-def trained(steps: int, seed: int) -> CLIPModel:
+VISION = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6}
+VISION |= {"image_size": SIZE, "patch_size": 8}
+TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"vocab_size": len(WORDS), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def untrained(name: str) -> Any:
+    if name == "clip":
+        return CLIPModel(CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=64))
+    return SiglipModel(SiglipConfig(vision_config=VISION, text_config={**TEXT, "projection_size": 96}))
+
+
+def trained(name: str, steps: int, seed: int) -> Any:
     torch.manual_seed(seed)
-    vision = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6}
-    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = CLIPConfig(
-        vision_config={**vision, "image_size": SIZE, "patch_size": 4},
-        text_config={**text, "vocab_size": len(WORDS), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-        projection_dim=64,
-    )
-    model = CLIPModel(config).train()
+    model = untrained(name).train()
     captions = tokenizer([TEMPLATE.format(name) for name in NAMES])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         batch = rendered(64, seed=1000 * seed + step + 1)
         logits = model(pixel_values=batch["pixel_values"], **captions).logits_per_image
-        torch.nn.functional.cross_entropy(logits, batch["labels"]).backward()
+        if name == "clip":
+            loss = functional.cross_entropy(logits, batch["labels"])
+        else:  # every pair of image and caption is right or wrong by itself
+            right = functional.one_hot(batch["labels"], len(NAMES))
+            loss = -functional.logsigmoid(logits * (2 * right - 1)).sum(-1).mean()
+        loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     return model.eval()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=600, help="training steps of the dense model")
-    parser.add_argument("--images", type=int, default=512, help="unlabelled images that pruning sees")
-    parser.add_argument("--test-images", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    dense, test = trained(args.steps, args.seed), rendered(args.test_images, seed=10**6 + args.seed)
+def tried(name: str, steps: int, seed: int, unlabelled: int, test_images: int) -> None:
+    dense, test = trained(name, steps, seed), rendered(test_images, seed=10**6 + seed)
 
     def accuracy(model: Any) -> float:
         return zero_shot_accuracy(model, tokenizer, test, NAMES, TEMPLATE)
 
     print(f"dense: zero-shot accuracy {accuracy(dense):.1%}, {count(dense, part='vision').macs / 1e6:.1f}M MACs")
-    images = rendered(args.images, seed=2 * 10**6 + args.seed)["pixel_values"]
+    images = rendered(unlabelled, seed=2 * 10**6 + seed)["pixel_values"]
     scores = OneShotScores.measure(dense, images, part="vision")
     for target in (0.75, 0.5, 0.35):
         plan = scores.plan(target)
         plain, fitted = prune(dense, plan), prune(dense, plan, calibration=images)
         kept = count(fitted, part="vision").macs / count(dense, part="vision").macs
         print(f"{kept:.0%} of the MACs: {accuracy(fitted):.1%} one-shot, {accuracy(plain):.1%} by slices alone")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=("clip", "siglip"), default="clip")
+    parser.add_argument("--steps", type=int, default=600, help="training steps of the dense model")
+    parser.add_argument("--images", type=int, default=512, help="unlabelled images that pruning sees")
+    parser.add_argument("--test-images", type=int, default=1000)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
+    args = parser.parse_args()
+    for seed in args.seed:
+        tried(args.model, args.steps, seed, args.images, args.test_images)
 
 
 if __name__ == "__main__":
