@@ -1,9 +1,9 @@
 """Peak memory while the tower of a vision-language model is pruned: the language model is not copied.
 
-    python -m benchmarks.composite_memory --parameters 1e9 --dtype bfloat16
+    python -m benchmarks.composite_memory --parameters 1.1e9 --dtype bfloat16
 
-A LLaVA of random weights (a language model of so many parameters, and a CLIP-shaped tower) is pruned in a process of its
-own; what is printed is its resident memory with the model loaded, the peak while it is pruned, and both sizes.
+A LLaVA of zeros (a language model of so many parameters, and a CLIP-shaped tower) is pruned in a process of its own;
+what is printed is its resident memory with the model loaded, the peak while it is pruned, and both sizes.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parameters", type=float, default=1.1e9, help="of the language model")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--adapters", action="store_true", help="a PeftModel: LoRA on the language model and the tower")
+    parser.add_argument(
+        "--adapters", action="store_true", help="LoRA on the language model and the tower"
+    )
     parser.add_argument("--here", action="store_true", help="in this process; print JSON")
     args = parser.parse_args()
     if args.here:

@@ -3,8 +3,8 @@
     python -m benchmarks.llava_loss --seed 0 1 2
 
 A LLaVA-shaped model learns to write captions of rendered shapes (those of ``examples/prune_clip_zero_shot.py``) from
-scratch. Then the layer of its tower that nobody reads is dropped, the rest is pruned to shares of the multiply-adds from
-unlabelled images, and the loss on the words of captions of other images is measured again (nats a word).
+scratch. Then the layer of its tower that nobody reads is dropped, the rest is pruned to shares of the multiply-adds
+from unlabelled images, and the loss on the words of captions of other images is measured again (nats a word).
 """
 
 from __future__ import annotations
@@ -68,7 +68,10 @@ def tried(steps: int, seed: int, unlabelled: int, test_images: int) -> None:
     whole, test_seed = trained(steps, seed), 10**6 + 1000 * seed
     dense = truncate(whole, "unused")
     share = count(dense).macs / count(whole).macs
-    print(f"dense: loss {loss_of(whole, test_images, test_seed):.4f}; without the layer that nobody reads ({share:.0%} ", end="")
+    print(
+        f"dense: loss {loss_of(whole, test_images, test_seed):.4f}; without the layer that nobody reads ({share:.0%} ",
+        end="",
+    )
     print(f"of the MACs): {loss_of(dense, test_images, test_seed):.4f}")
     images = captioned(unlabelled, seed=2 * 10**6 + seed)
     scores = OneShotScores.measure(dense, images)

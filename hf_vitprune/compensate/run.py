@@ -63,7 +63,7 @@ def compensate_plan(
     check_plan(base, plan, allow_unchanged=True)
     if settings is None:
         return plan
-    plan.source.check_looks("compensation")
+    plan.source.check_looks("compensation", at_images=False)
     _check(base, plan, reference)
     if plan.removes_nothing:
         return plan
@@ -71,7 +71,8 @@ def compensate_plan(
     bare = plan.with_layers(replace(entry, scales={}) for entry in plan.layers)
     small = prune_plain(dense, bare, checked=True)  # a reference may be a masked model
     _check_weights(plan, find_cuts(dense, small, bare))
-    batches = ImageBatches(calibration, settings.batch_size, settings.images, shard=shard())
+    form = plan.source.family.form(plan.source.config)
+    batches = ImageBatches(calibration, settings.batch_size, settings.images, shard=shard(), form=form)
     first = next(iter(ImageBatches(batches, settings.batch_size)))
     walks = Walk(dense, plan.source, first), Walk(small, plan.architecture, first)
     streams = Streams(*walks, bare, batches, settings)

@@ -38,13 +38,13 @@ def activation(model: Any, images: Any, part: str | None = None) -> UnitScores:
         ScoresError: an activation is not finite.
     """
     base, architecture, paths = model_to_score(model, part)
-    architecture.check_looks("the activation criterion")
+    architecture.check_looks("the activation criterion", at_images=False)
     count = 0
     meter = _Magnitudes()
     handles = [handle for i, path in enumerate(paths) for handle in _attach(base, architecture, i, path, meter)]
     try:
         with evaluating(base):
-            for batch in batches_of(images):
+            for batch in batches_of(images, architecture.family.form(architecture.config)):
                 count += len(batch["pixel_values"])
                 run_images(base, batch)
     finally:

@@ -9,47 +9,53 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import InvalidDataError
-from ..utils.batches import ImageBatches
+from ..utils.batches import Form, ImageBatches
 
 
-def batches_of(data: Any) -> Iterator[dict[str, Any]]:
+def batches_of(data: Any, form: Form | None = None) -> Iterator[dict[str, Any]]:
     """One pass over the batches.
 
     Args:
         data: an iterable of batches: mappings with ``pixel_values`` (batch, channels, height, width) and ``labels``
             where there are any, or pairs of both; a DataLoader (its size of batches, in the order of the data unless
             it streams); or anything that ``ImageBatches`` takes, 64 images a batch.
+        form: what the model takes, as in ``ImageBatches``.
 
     Raises:
         InvalidDataError: there are no images, or they cannot be read.
     """
     count = 0
-    for batch in _batches(data):
+    for batch in _batches(data, form):
         count += 1
         yield batch
     if not count:
         raise InvalidDataError("there are no images to score with")
 
 
-def _batches(data: Any) -> Iterable[dict[str, Any]]:
+def _batches(data: Any, form: Form | None) -> Iterable[dict[str, Any]]:
     streams = isinstance(data, DataLoader) and isinstance(data.dataset, IterableDataset)
-    batched = isinstance(data, (list, tuple)) and len(data) > 0 and _is_batch(data[0])
+    batched = isinstance(data, (list, tuple)) and len(data) > 0 and _is_batch(data[0], form)
     if streams or batched or isinstance(data, Iterator):
-        return (checked for batch in data for checked in _checked(batch))
-    if isinstance(data, ImageBatches):
+        return (checked for batch in data for checked in _checked(batch, form))
+    if isinstance(data, ImageBatches) and form in (None, data.form):
         return data
-    return ImageBatches(data, (data.batch_size if isinstance(data, DataLoader) else None) or 64)
+    return ImageBatches(data, (getattr(data, "batch_size", None)) or 64, form=form)
 
 
-def _is_batch(item: Any) -> bool:
+def _is_batch(item: Any, form: Form | None) -> bool:
     pixels = item.get("pixel_values") if isinstance(item, Mapping) else item[0] if isinstance(item, tuple) else None
-    return isinstance(pixels, torch.Tensor) and pixels.ndim == 4
+    if not isinstance(pixels, torch.Tensor):
+        return False
+    words = item.get("input_ids") if isinstance(item, Mapping) else None
+    if words is not None:  # an example may hold several images
+        return torch.as_tensor(words).ndim == 2
+    return pixels.ndim >= (4 if form is None else form.axes)
 
 
-def _checked(batch: Any) -> ImageBatches:
+def _checked(batch: Any, form: Form | None) -> ImageBatches:
     """The batch, as the only one of an ``ImageBatches``."""
     if not isinstance(batch, (Mapping, list, tuple)):
         raise InvalidDataError(f"a batch is a mapping, or a pair of images and labels, not {type(batch).__name__}")
     if not isinstance(batch, Mapping):
         batch = dict(zip(("pixel_values", "labels"), batch, strict=False))
-    return ImageBatches(batch, len(batch["pixel_values"]) if "pixel_values" in batch else 1)
+    return ImageBatches(batch, len(batch["pixel_values"]) if "pixel_values" in batch else 1, form=form)

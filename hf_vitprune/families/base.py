@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..errors import InvalidConfigError
+from ..utils.batches import Form
 from ..utils.mixing import InPlaceMixin
 
 #: Every kind of unit that a plan can remove, from the finest to the coarsest.
@@ -107,6 +109,8 @@ class Family:
     not_stock: tuple[str, ...] = ()
     #: what the models read; what runs them on images refuses the rest
     reads: str = "images"
+    #: axes of ``pixel_values``: 4 of images, 5 of videos (frames), 3 of packed patches
+    pixel_axes: int = 4
     #: queries and keys meet as their Linears give them: no rotary embedding and no norm in between
     plain_qk: bool = True
     #: field of the config that states the residual width
@@ -220,6 +224,15 @@ class Family:
                 )
             fields["head_dim"] = head_dim
         return fields
+
+    # ------------------------------------------------------------------ inputs
+    def batches(self, config: PreTrainedConfig, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """A batch as those that layers can be run on one by one: without a mask, the same in every run."""
+        return [batch]
+
+    def form(self, config: PreTrainedConfig) -> Form:
+        """What ``ImageBatches`` has to give to a model of this config."""
+        return Form(self.pixel_axes, partial(self.batches, config))
 
     # ------------------------------------------------------------------ paths
     def encoder_path(self, model: nn.Module) -> str:

@@ -23,6 +23,21 @@ class Siglip2Family(PoolingFamily):
         height, width = pair(image_size)
         return height // c.patch_size, width // c.patch_size
 
+    def batches(self, config: PreTrainedConfig, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """Images of as many patches together, without the padding behind them."""
+        mask = batch.get("pixel_attention_mask")
+        if mask is None:  # the models' forwards want to be told
+            return [{**batch, "pixel_attention_mask": None}]
+        rows = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        constant = {name: value for name, value in batch.items() if name not in rows}
+        lengths = mask.sum(-1)
+        found = []
+        for length in lengths.unique().tolist():
+            own = {name: value[lengths == length] for name, value in rows.items() if name != "pixel_attention_mask"}
+            own["pixel_values"] = own["pixel_values"][:, :length]
+            found.append({**constant, **own, "pixel_attention_mask": None})
+        return found
+
     def inputs(
         self,
         config: PreTrainedConfig,
@@ -41,6 +56,7 @@ class Siglip2Family(PoolingFamily):
 SIGLIP2_VISION = Siglip2Family(
     model_type="siglip2_vision_model",
     reads="patches of images of any shape",
+    pixel_axes=3,
     root="vision_model",
     layers="encoder.layers",
     patch="embeddings.patch_embedding",

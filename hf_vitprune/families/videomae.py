@@ -91,6 +91,7 @@ class VideoMAEFamily(Family):
 VIDEOMAE = VideoMAEFamily(
     model_type="videomae",
     reads="frames of videos",
+    pixel_axes=5,
     root="videomae",
     layers="encoder.layer",
     attention="attention.attention",

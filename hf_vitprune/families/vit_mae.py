@@ -37,6 +37,14 @@ class ViTMAEFamily(ViTFamily):
         encoder: Any = getattr(model, self.root, model)
         mix_into(encoder.embeddings, AnyWidthMixin)
 
+    def batches(self, config: PreTrainedConfig, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """With the random numbers that decide which patches are seen, where the batch has none: always the same."""
+        if "noise" in batch:
+            return [batch]
+        rows, columns = self.grid(config, tuple(batch["pixel_values"].shape[-2:]))
+        generator = torch.Generator().manual_seed(0)
+        return [{**batch, "noise": torch.rand(len(batch["pixel_values"]), rows * columns, generator=generator)}]
+
     def inputs(
         self,
         config: PreTrainedConfig,

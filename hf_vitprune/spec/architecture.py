@@ -208,16 +208,17 @@ class Architecture:
         return {i: shape_to_words(shape) for i, shape in enumerate(self.layers)}
 
     # ------------------------------------------------------------------ checks
-    def check_looks(self, what: str) -> None:
+    def check_looks(self, what: str, at_images: bool = True) -> None:
         """Refuse what runs a model on images where the model reads something else.
 
         Args:
             what: names it in the error.
+            at_images: False: patches, and frames of videos, will do.
 
         Raises:
             UnsupportedModelError: it does.
         """
-        if self.family.reads != "images":
+        if self.family.reads != "images" and (at_images or self.family.part == "text"):
             raise UnsupportedModelError(
                 f"{what} runs the model on images, and a {self.model_type} reads {self.family.reads}: use "
                 "PruningPlan.magnitude, criteria.magnitude or a method that trains the whole model"

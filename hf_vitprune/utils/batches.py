@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,19 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from transformers import default_data_collator
 
 from ..errors import CheckpointMismatchError, InvalidDataError
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a kind of model takes.
+
+    Attributes:
+        axes: of ``pixel_values``: 4 of images, 5 of videos (frames), 3 of packed patches.
+        split: (batch) -> the batches that its layers can be run on one by one, without a mask.
+    """
+
+    axes: int
+    split: Callable[[dict[str, Any]], list[dict[str, Any]]]
 
 
 class ImageBatches:
@@ -34,6 +48,8 @@ class ImageBatches:
         limit: use only this many images, evenly spaced over the data (which may be sorted by class); None: all.
         collate_fn: makes a batch of a list of examples; by default the loader's own, or transformers' collator.
         shard: (rank, processes): every ``processes``-th batch only, from the rank's on.
+        form: what the model takes, where it may be something else than images. Examples that hold several images each
+            (the crops of LLaVA-NeXT) are then taken apart; what is zero all over is padding and left out.
 
     Raises:
         InvalidDataError: there are no images, or they cannot be read in a fixed order.
@@ -46,18 +62,21 @@ class ImageBatches:
         limit: int | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         shard: tuple[int, int] = (0, 1),
+        form: Form | None = None,
     ) -> None:
         if isinstance(data, (ImageBatches, DataLoader)):
             own: Any = data
             data, collate_fn = own.dataset, collate_fn or own.collate_fn
+            form = form or getattr(own, "form", None)
+        self.form = form
         if isinstance(data, torch.Tensor):
-            if data.ndim != 4:
+            if data.ndim not in _axes(form):
                 raise InvalidDataError(
                     f"a tensor of images is (images, channels, height, width), not of shape {tuple(data.shape)}"
                 )
             data = TensorDataset(data)
         if isinstance(data, Mapping):
-            data = _Columns(data)
+            data = _Columns(data, _axes(form))
             collate_fn = collate_fn or data.collate
         if (
             isinstance(data, (IterableDataset, str, bytes))
@@ -95,7 +114,13 @@ class ImageBatches:
         rank, processes = self.shard
         for start in range(rank * self.batch_size, self.images, processes * self.batch_size):
             examples = [self.dataset[i] for i in range(start, min(start + self.batch_size, self.images))]
-            yield _checked(self.collate_fn([_as_mapping(example) for example in examples]))
+            batch = _checked(self.collate_fn([_as_mapping(example) for example in examples]), _axes(self.form))
+            if self.form is None:
+                yield batch
+                continue
+            if batch["pixel_values"].ndim > self.form.axes:
+                batch = _taken_apart(batch)
+            yield from self.form.split(batch)
 
 
 @contextlib.contextmanager
@@ -120,7 +145,27 @@ def _as_mapping(example: Any) -> Any:
     return example
 
 
-def _checked(batch: Any) -> dict[str, Any]:
+def _axes(form: Form | None) -> tuple[int, ...]:
+    return (4,) if form is None else (form.axes, form.axes + 1)
+
+
+def _taken_apart(batch: dict[str, Any]) -> dict[str, Any]:
+    """Examples of several images each, as one batch of them; what is not of the images is left out.
+
+    Raises:
+        InvalidDataError: all of it is padding.
+    """
+    pixels = batch["pixel_values"]
+    kept = (pixels != 0).flatten(2).any(2).flatten()
+    if not kept.any():
+        raise InvalidDataError("all pixel values are zero")
+    every = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.ndim > 1}
+    own = {name: value for name, value in every.items() if value.shape[:2] == pixels.shape[:2] and "ids" not in name}
+    constant = {name: value for name, value in batch.items() if not isinstance(value, torch.Tensor)}
+    return {**constant, **{name: value.flatten(0, 1)[kept] for name, value in own.items()}}
+
+
+def _checked(batch: Any, axes: tuple[int, ...]) -> dict[str, Any]:
     if not isinstance(batch, Mapping) or not isinstance(batch.get("pixel_values"), torch.Tensor):
         given = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise InvalidDataError(
@@ -128,8 +173,9 @@ def _checked(batch: Any) -> dict[str, Any]:
             "through the model's image processor first (hf_vitprune.utils.data.ProcessedImages does)"
         )
     pixels = batch["pixel_values"]
-    if pixels.ndim != 4:
-        raise InvalidDataError(f"pixel_values are (batch, channels, height, width), got {tuple(pixels.shape)}")
+    if pixels.ndim not in axes:
+        wanted = "(batch, channels, height, width)" if 4 in axes else f"of {axes[0]} axes"
+        raise InvalidDataError(f"pixel_values are {wanted}, got {tuple(pixels.shape)}")
     if not torch.isfinite(pixels).all():
         raise InvalidDataError("there are pixel values that are not finite numbers")
     return {name: value for name, value in batch.items() if value is not None}
@@ -138,9 +184,9 @@ def _checked(batch: Any) -> dict[str, Any]:
 class _Columns(Dataset):
     """Images in columns: those with a row an image are split, what holds for all of them goes into every batch."""
 
-    def __init__(self, columns: Mapping[str, Any]) -> None:
+    def __init__(self, columns: Mapping[str, Any], axes: tuple[int, ...]) -> None:
         pixels = columns.get("pixel_values")
-        if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
+        if not isinstance(pixels, torch.Tensor) or pixels.ndim not in axes:
             raise InvalidDataError(
                 "a mapping of columns needs pixel_values, a tensor (images, channels, height, width); it has "
                 f"{', '.join(map(str, columns))} (of several splits of a data set, pass one)"
@@ -185,7 +231,7 @@ def run_images(model: Any, batch: Mapping[str, Any]) -> Any:
         return model(pixel_values=images, **kwargs)
     except (torch.OutOfMemoryError, CheckpointMismatchError):
         raise
-    except (ValueError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         reason = str(error).rstrip(".") + _cure(model, kwargs)
         raise InvalidDataError(
             f"the model does not take images of shape {tuple(images.shape[1:])}: {reason}"

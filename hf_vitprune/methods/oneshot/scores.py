@@ -86,9 +86,10 @@ class OneShotScores:
         check_whole(model)
         settings = settings or OneShotSettings()
         base, architecture = plain_part(model, part)
-        architecture.check_looks("one-shot scoring")
+        architecture.check_looks("one-shot scoring", at_images=False)
         device_of(base, "one-shot scoring")
-        batches = ImageBatches(images, settings.batch_size, settings.images, shard=shard())
+        form = architecture.family.form(architecture.config)
+        batches = ImageBatches(images, settings.batch_size, settings.images, shard=shard(), form=form)
         tensors = Measurement(base, batches, settings).run()
         return cls(architecture, fingerprint(base), settings, batches.images, tensors, name)
 
