@@ -108,9 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parameters", type=float, default=1.1e9, help="of the language model")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument(
-        "--adapters", action="store_true", help="LoRA on the language model and the tower"
-    )
+    parser.add_argument("--adapters", action="store_true", help="LoRA on the language model and the tower")
     parser.add_argument("--here", action="store_true", help="in this process; print JSON")
     args = parser.parse_args()
     if args.here:
