@@ -58,6 +58,7 @@ def test_both_towers_one_after_the_other(name: str, tmp_path: Path) -> None:
 
 FRESH = """
 import sys, torch, transformers
+sys.path.append(sys.argv[2])
 import hf_vitprune
 from test_text_towers import outputs
 from tiny import assert_same
@@ -73,7 +74,7 @@ def test_a_fresh_process_loads_both(tmp_path: Path) -> None:
         small = prune(small, PruningPlan.random(small, 0.4, part=part))
     small.save_pretrained(tmp_path)
     torch.save(outputs(small), tmp_path / "outputs.pt")
-    assert run_python(FRESH, str(tmp_path)).endswith("exact\n")
+    assert run_python(FRESH, str(tmp_path), str(Path(__file__).parent)).endswith("exact\n")
 
 
 def test_which_tower_has_to_be_said() -> None:
