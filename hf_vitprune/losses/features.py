@@ -15,7 +15,8 @@ from ..errors import InvalidConfigError, InvalidDataError, VitPruneError
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture, unwrap
 from ..spec.configs import task_of
-from ..spec.towers import tower_module
+from ..spec.origin import pruned_tower
+from ..spec.towers import Tower, tower_module
 from .distillation import DistillationConfig, Teacher, at_least_float32
 
 #: share of the loss that CLS (and a distillation token) have, beside the patches
@@ -83,16 +84,17 @@ class FeatureReader:
     """Reads hidden states of a tower while its model runs.
 
     Args:
-        model: the whole model; its only tower is read.
+        model: the whole model.
         layers: whose outputs, counted from 1; None: what leaves the tower.
+        part: which tower is read; its only one by default.
 
     Attributes:
         architecture: of the tower.
         points: layer -> path of the module whose output it is; layer 0 is what leaves the tower.
     """
 
-    def __init__(self, model: Any, layers: tuple[int, ...] | None = None) -> None:
-        self.tower: Any = tower_module(model)
+    def __init__(self, model: Any, layers: tuple[int, ...] | None = None, part: str | None = None) -> None:
+        self.tower: Any = tower_module(model, part)
         self.architecture = Architecture.from_config(self.tower.config, task=task_of(self.tower))
         family = self.architecture.family
         root = family.encoder_path(self.tower)
@@ -142,11 +144,12 @@ class FeatureTeacher(Teacher):
     def __init__(self, model: nn.Module, student: nn.Module, config: DistillationConfig) -> None:
         super().__init__(model, student)
         self.config = config
-        whole = FeatureReader(model).architecture
-        small = FeatureReader(student).architecture
+        part = _part_of(student, config)
+        whole = FeatureReader(model, part=part).architecture
+        small = FeatureReader(student, part=part).architecture
         self.pairs = _paired_layers(whole, small, config)
         self.reader, self.student_reader = (
-            FeatureReader(one, None if 0 in layers else layers)
+            FeatureReader(one, None if 0 in layers else layers, part)
             for one, layers in ((model, tuple(self.pairs)), (student, tuple(self.pairs.values())))
         )
         self.kept = _kept_channels(whole, small, config.plan)
@@ -218,6 +221,14 @@ class FeatureTeacher(Teacher):
                 f"{getattr(config, 'image_size', 'unknown')}): {str(error).rstrip('.')}. Put them through its image "
                 "processor, or give both models one that takes them"
             ) from error
+
+
+def _part_of(student: Any, config: DistillationConfig) -> str | None:
+    """Which tower learns: that of a PruningModel or of the plan, else the only one or the only pruned one."""
+    tower = getattr(student, "tower", None)
+    if not isinstance(tower, Tower):
+        tower = pruned_tower(student, None if config.plan is None else config.plan.part)
+    return tower.part if tower.path else None
 
 
 def _paired_layers(whole: Architecture, small: Architecture, config: DistillationConfig) -> dict[int, int]:

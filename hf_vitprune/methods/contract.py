@@ -87,6 +87,11 @@ class PruningMethod(nn.Module):
     def gates(self) -> nn.ModuleDict:
         return self.gates_norm
 
+    @property
+    def narrows(self) -> bool:
+        """Whether the decision may take residual channels away."""
+        return False
+
     def gate_parameters(self) -> list[nn.Parameter]:
         return list(self.gates.parameters())
 

@@ -18,8 +18,7 @@ from ..families import PRUNED_PREFIX
 from ..families.base import pair
 from ..plan.lineage import lineage_of
 from ..spec.architecture import Architecture, unwrap
-from ..spec.origin import dense_of, is_pruned
-from ..spec.towers import Tower, find_tower, towers
+from ..spec.origin import dense_of, pruned_tower
 from .purpose import auto_class, pipeline_tag
 from .report import comparison_markdown, human, layer_markdown
 
@@ -76,7 +75,7 @@ def model_card(
     if dataset and Path(dataset).exists():
         dataset = Path(dataset).resolve().name
     model = unwrap(model)
-    tower = _pruned_tower(model, part)
+    tower = pruned_tower(model, part)
     architecture = Architecture.of(model, tower.part if tower.path else None)
     config = model.get_submodule(tower.path).config
     remembered = lineage_of(config)
@@ -108,11 +107,6 @@ def model_card(
         layers=layer_markdown(architecture),
         counted_for=_counted_for(architecture),
     )
-
-
-def _pruned_tower(model: Any, part: str | None) -> Tower:
-    pruned = [t for t in towers(model).values() if is_pruned(model.get_submodule(t.path).config)]
-    return pruned[0] if part is None and len(pruned) == 1 else find_tower(model, part)
 
 
 def _hub_id(name: Any) -> str | None:

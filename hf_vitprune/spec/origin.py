@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from transformers import PreTrainedConfig
 
 from ..families import family_of
-from .architecture import Architecture
+from .architecture import Architecture, unwrap
 from .configs import lineage_of, stock_config
+from .towers import Tower, find_tower, towers
 
 
 def dense_of(config: PreTrainedConfig, task: str = "ForImageClassification") -> Architecture:
@@ -37,3 +39,14 @@ def dense_of(config: PreTrainedConfig, task: str = "ForImageClassification") -> 
 def is_pruned(config: PreTrainedConfig) -> bool:
     """Whether a config is that of a Pruned class, or of a stock model that pruning made."""
     return getattr(config, "pruning_config", None) is not None or bool(lineage_of(config))
+
+
+def pruned_tower(model: Any, part: str | None = None) -> Tower:
+    """The tower of a part; by default the only one, or the only pruned one.
+
+    Raises:
+        UnsupportedModelError: as :func:`find_tower`.
+    """
+    found = towers(model).values() if part is None else ()
+    pruned = [tower for tower in found if is_pruned(unwrap(model).get_submodule(tower.path).config)]
+    return pruned[0] if len(pruned) == 1 else find_tower(model, part)

@@ -199,6 +199,19 @@ def check_host(model: Any, tower: Tower) -> None:
     with_tower(model, tower, resized_copy(module, plan), source.hidden_size, None)
 
 
+def check_readers(model: Any, tower: Tower) -> None:
+    """Refuse a model around a tower whose residual stream cannot be narrowed, before any work.
+
+    Raises:
+        UnsupportedUnitError: naming who reads it.
+    """
+    module = get(model, tower.path)
+    dense = PruningPlan.dense(Architecture.of(module))
+    width = dense.source.hidden_size
+    small = resized_copy(module, replace(dense, embedding=tuple(range(width // 2))))
+    _readers(model, tower, config_with(model.config, module.config, small.config), width, width // 2)
+
+
 @contextlib.contextmanager
 def _on_meta() -> Iterator[None]:
     with torch.device("meta"), no_init_weights():

@@ -19,7 +19,7 @@ from ..plan.plan import PruningPlan
 from ..pruning import prune
 from ..spec.architecture import Architecture, unwrap
 from ..spec.towers import find_tower
-from ..surgery.composite import check_host
+from ..surgery.composite import check_host, check_readers
 from ..surgery.read_layers import layers_needed, layers_read
 from ..utils.batches import ImageBatches
 from ..utils.modules import get
@@ -126,6 +126,8 @@ class PruningModel(Checkpoints):
                 f"{name} sets weights of a tower to zero, which adapters of a bigger model share: merge them first "
                 "(model.merge_and_unload()), or use another method"
             )
+        if method.narrows:
+            check_readers(base, self.tower)
         method.keep_at_least(*layers_needed(base, self.tower, layers))
         read = layers_read(base, self.tower, layers)
         if read < layers and method.traits.decides_by == "gradients":

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import TrainingArguments
+from transformers import TrainingArguments, default_data_collator
 
 from hf_vitprune import (
+    DistillationConfig,
     NViTConfig,
+    PruningPlan,
     PruningTrainer,
     SLSConfig,
     SPViTConfig,
     TruncationConfig,
     VTPConfig,
+    count,
     get_pruning_model,
     mask,
+    prune,
     towers,
     truncate,
 )
-from hf_vitprune.errors import AdapterError, InvalidConfigError, ResumeError, UnsupportedModelError
+from hf_vitprune.errors import (
+    AdapterError,
+    InvalidConfigError,
+    ResumeError,
+    UnsupportedModelError,
+    UnsupportedUnitError,
+)
 from hf_vitprune.modeling import hosts
 from tiny import relative_error
-from tiny_composites import dual, llava, outputs, paligemma, upernet
+from tiny_composites import dpt, dual, llava, outputs, paligemma, upernet
 
+FEATURES = DistillationConfig(kind="features")
 METHODS: dict[str, Any] = {
     "VTP": VTPConfig(target=0.6, round_to=1),
     "NViT": NViTConfig(target=0.7, interval=1),
@@ -83,6 +96,75 @@ def test_a_tower_learns_by_the_composites_own_loss(make: Any, method: str, tmp_p
     small.save_pretrained(tmp_path / "small")
     loaded = type(model).from_pretrained(tmp_path / "small").eval()
     assert relative_error(outputs(loaded, inputs)["logits"], outputs(small, inputs)["logits"]) < 1e-6
+
+
+def clip_rows(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Pairs of images and captions, without labels."""
+    words, images = inputs["input_ids"], inputs["pixel_values"]
+    return [{"input_ids": words[i % 3], "pixel_values": images[i % 2]} for i in range(8)]
+
+
+def with_loss(rows: list[Any]) -> dict[str, Any]:
+    return {**default_data_collator(rows), "return_loss": True}
+
+
+#: composite -> how it is made, which of its towers learns, and its rows without labels
+TAUGHT: dict[str, Any] = {
+    "LLaVA": (lambda: llava(-1), None, lambda inputs: [{k: v[i % 2] for k, v in inputs.items()} for i in range(8)]),
+    "CLIP": (dual("CLIP"), "vision", clip_rows),
+    "DPT": (dpt, None, lambda inputs: [{"pixel_values": inputs["pixel_values"][i % 2]} for i in range(8)]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [*TAUGHT, "CLIP by its own loss"])
+def test_a_tower_learns_from_its_dense_self(name: str, method: str, tmp_path: Path) -> None:
+    """Without labels; or, in a dual encoder, by the contrastive loss. The export computes what the mask does."""
+    by_itself = "own" in name
+    make, part, rows_of = TAUGHT[name.split()[0]]
+    model, inputs = make()
+    config = METHODS[method]
+    if (name, method) == ("DPT", "NViT"):
+        with pytest.raises(UnsupportedUnitError, match="leave the unit 'embedding' out"):
+            get_pruning_model(model, config)
+        config = replace(config, units=("heads", "qk", "v", "mlp"))
+    pruning_model = get_pruning_model(model, config, part=part)
+    before = copy.deepcopy(model.state_dict())
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-3, report_to=[], save_strategy="no"
+    )
+    settings: dict[str, Any] = {"data_collator": with_loss} if by_itself else {"distillation": FEATURES}
+    rows = rows_of(inputs)
+    PruningTrainer(model=pruning_model, args=args, train_dataset=rows, compensate="none", **settings).train()
+    path = towers(model)[pruning_model.tower.part].path
+    after = pruning_model.unload().state_dict()
+    changed = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+    assert any(key.startswith(f"{path}.") for key in changed)
+    assert by_itself == any(not key.startswith(f"{path}.") for key in changed)
+    small = pruning_model.export(compensate="none").eval()
+    assert 0 < count(small, part=part).macs < count(make()[0], part=part).macs
+    full = mask(model, pruning_model.plan()).eval()
+    ours, theirs = outputs(small, inputs), outputs(full, inputs)
+    key = next(iter(ours))
+    assert relative_error(ours[key], theirs[key]) < 1e-4
+
+
+def test_a_small_tower_of_a_dual_encoder_is_recovered(tmp_path: Path) -> None:
+    """Which of the two towers learns follows from which is pruned."""
+    dense, inputs = dual("CLIP")()
+    small = prune(dense, PruningPlan.random(dense, 0.4, ["mlp"], part="vision"))
+    before = copy.deepcopy(small.state_dict())
+    args = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], save_strategy="no")
+    settings: dict[str, Any] = {"distillation": FEATURES, "train_dataset": clip_rows(inputs)}
+    with pytest.raises(InvalidConfigError, match="share tensors: give a copy.deepcopy"):  # the text tower is one
+        PruningTrainer(model=small, args=args, teacher=dense, **settings)
+    settings["teacher"] = copy.deepcopy(dense)
+    PruningTrainer(model=small, args=args, **settings).train()
+    changed = {key for key, tensor in small.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert changed and all(key.startswith("vision_model.") for key in changed)
+    small = prune(small, PruningPlan.random(small, 0.4, ["mlp"], part="text"))
+    with pytest.raises(UnsupportedModelError, match="choose one with part="):
+        PruningTrainer(model=small, args=args, **settings)
 
 
 def test_adapters_of_a_composite(tmp_path: Path) -> None:

@@ -74,6 +74,10 @@ class NViT(PruningMethod):
         self.refresh()
         self.register_load_state_dict_post_hook(lambda method, _: method.refresh())
 
+    @property
+    def narrows(self) -> bool:
+        return self.sets[0].layer is None
+
     def _check_target(self) -> None:
         """An unreachable target says so before any training."""
         lowest = smallest_ratio(self.architecture, self.sets, self._meter)
