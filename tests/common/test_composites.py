@@ -19,7 +19,9 @@ from hf_vitprune import (
     OneShotScores,
     PruningPlan,
     SLSConfig,
+    VTPConfig,
     count,
+    get_pruning_model,
     mask,
     prune,
     select_layers,
@@ -174,6 +176,10 @@ def test_a_model_without_a_known_tower_lists_what_was_looked_at() -> None:
     assert towers(model) == {}
     for call in (
         lambda: PruningPlan.random(model, 0.5),
+        lambda: PruningPlan.magnitude(model, 0.5),
+        lambda: Architecture.of(model),
+        lambda: OneShotScores.measure(model, pixels()),
+        lambda: get_pruning_model(model, VTPConfig(target=0.5)),
         lambda: count(model),
         lambda: truncate(model, 1),
     ):
@@ -192,6 +198,22 @@ def test_parts_that_do_not_exist() -> None:
     with pytest.raises(InvalidPlanError, match="another shape"):
         prune(other, PruningPlan.random(made("PaliGemma")[0], 0.4, UNITS["all"]))
     assert PruningPlan.from_dict(plan.to_dict()).part == "vision"
+    for call in (
+        lambda: prune(model, plan.of_part("text")),  # of another part
+        lambda: mask(model, plan.of_part("text")),
+    ):
+        with pytest.raises(InvalidPlanError, match="this clip_text_model of 2 layers"):
+            call()
+    for call in (
+        lambda: truncate(model, 1, part="wings"),
+        lambda: count(model, part="wings"),
+        lambda: Architecture.of(model, "wings"),
+        lambda: OneShotScores.measure(model, pixels(), part="wings"),
+        lambda: select_layers(model, {"pixel_values": pixels(), "labels": torch.arange(2)}, part="wings"),
+        lambda: prune(model, plan.of_part("wings")),
+    ):
+        with pytest.raises(UnsupportedModelError, match="has no part 'wings': choose one with part="):
+            call()
 
 
 def test_a_plan_of_the_tower_by_itself_and_of_its_part() -> None:

@@ -11,8 +11,22 @@ import torch
 import transformers
 from transformers import AutoModel
 
-from hf_vitprune import OneShotScores, PruningPlan, count, criteria, mask, prune, towers, truncate
-from hf_vitprune.errors import InvalidConfigError, InvalidPlanError, UnsupportedModelError
+from hf_vitprune import (
+    OneShotScores,
+    PruningPlan,
+    SLSConfig,
+    SPViTConfig,
+    TruncationConfig,
+    count,
+    criteria,
+    get_pruning_model,
+    mask,
+    prune,
+    select_layers,
+    towers,
+    truncate,
+)
+from hf_vitprune.errors import InvalidConfigError, InvalidPlanError, UnsupportedModelError, UnsupportedUnitError
 from hf_vitprune.latency.table import LatencyTable
 from hf_vitprune.spec.architecture import Architecture
 from processes import run_python
@@ -130,3 +144,32 @@ def test_taylor_scores_take_the_loss_of_the_whole_model() -> None:
     assert float(scores["layer 1 mlp"].min()) > 0
     plan = PruningPlan.from_scores(model, scores, ratio=0.4, part="text", round_to=1)
     assert plan.part == "text" and plan.source.model_type == "clip_text_model"
+
+
+def test_layers_of_text() -> None:
+    """Truncation takes them; what chooses layers by images, or makes convolutions of them, says so at once."""
+    model = dual("CLIP")
+    small = get_pruning_model(model, TruncationConfig(layers=2), part="text").export()
+    assert type(small) is type(model) and small.config.text_config.num_hidden_layers == 2
+    assert len(small.vision_model.encoder.layers) == 3
+    assert torch.equal(outputs(small)["image_embeds"], outputs(model)["image_embeds"])
+    labelled = {"pixel_values": images(12), "labels": torch.arange(12) % 2}
+    calls: dict[str, Callable[[], Any]] = {
+        "SLS runs the model on images": lambda: get_pruning_model(model, SLSConfig(), part="text"),
+        "SLS runs": lambda: select_layers(model, labelled, SLSConfig(perplexity=3), part="text"),
+        "truncation by features runs": lambda: get_pruning_model(
+            model, TruncationConfig(layers="features"), part="text"
+        ),
+        "the grid of patches": lambda: get_pruning_model(model, SPViTConfig(target=0.8), part="text"),
+    }
+    for said, call in calls.items():
+        with pytest.raises(UnsupportedModelError, match=said):
+            call()
+    for part in ("text", "vision"):
+        with pytest.raises(InvalidPlanError, match="every one of the 3 layers is read"):
+            truncate(model, "unused", part=part)
+    with pytest.raises(UnsupportedUnitError, match="no prunable unit 'patches'; they have embedding"):
+        PruningPlan.random(model, 0.4, units=["patches"], part="text")
+    scores = criteria.magnitude(model, part="text")
+    with pytest.raises(InvalidConfigError, match="no image size: leave image_size=32 out"):
+        PruningPlan.from_scores(model, scores, target=0.5, part="text", image_size=32)

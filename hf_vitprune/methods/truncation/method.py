@@ -34,6 +34,8 @@ class Truncation(DepthMethod):
     def __init__(self, config: TruncationConfig, model: PreTrainedModel) -> None:
         super().__init__(config, model)
         total = len(self.architecture.layers)
+        if config.by_features:
+            self.architecture.check_looks("truncation by features")
         if config.by_validation or config.by_features:
             self.traits = replace(self.traits, decides_by="held_out_images")
             self.floor = max(self.floor, config.min_layers)
