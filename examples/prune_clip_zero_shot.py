@@ -21,7 +21,7 @@ from hf_vitprune.publish.zero_shot import zero_shot_accuracy
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
 SHAPES = ("disc", "square", "cross")
-PLACES = {"top left": (10, 10), "top right": (10, 22), "bottom left": (22, 10), "bottom right": (22, 22)}
+PLACES = {"top left": (8, 8), "top right": (8, 24), "bottom left": (24, 8), "bottom right": (24, 24)}
 NAMES = [f"{colour} {shape} at the {place}" for colour in COLOURS for shape in SHAPES for place in PLACES]
 TEMPLATE = "a {}"
 WORDS = ["[pad]", "[start]", "[end]", *sorted({word for name in NAMES for word in TEMPLATE.format(name).split()})]
@@ -41,9 +41,9 @@ def rendered(count: int, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(len(NAMES), (count,), generator=generator)
     rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
-    images = 0.3 * torch.randn(count, 3, SIZE, SIZE, generator=generator)
-    jitter = torch.randint(-3, 4, (count, 2), generator=generator)
-    radius = torch.randint(4, 7, (count,), generator=generator)
+    images = 0.1 * torch.randn(count, 3, SIZE, SIZE, generator=generator)
+    jitter = torch.randint(-1, 2, (count, 2), generator=generator)
+    radius = torch.randint(6, 8, (count,), generator=generator)
     for i, label in enumerate(labels.tolist()):
         colour, rest = divmod(label, len(SHAPES) * len(PLACES))
         shape, place = divmod(rest, len(PLACES))
@@ -110,7 +110,7 @@ def tried(name: str, steps: int, seed: int, unlabelled: int, test_images: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=("clip", "siglip"), default="clip")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of the dense model")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of the dense model")
     parser.add_argument("--images", type=int, default=512, help="unlabelled images that pruning sees")
     parser.add_argument("--test-images", type=int, default=1000)
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
