@@ -17,7 +17,9 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,19 +30,33 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_vitprune
 from hf_vitprune.errors import VitPruneError
+from hf_vitprune.families import UNITS
+from hf_vitprune.modeling import registry
 from hf_vitprune.peft import save_pruned_peft
-from hf_vitprune.plan.layer_plan import LayerPlan
+from hf_vitprune.plan.layer_plan import PAD, LayerPlan
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import mask, prune
 from hf_vitprune.spec.architecture import Architecture
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))  # the tiny models of every family stand there
-from plans import aligned
-from tiny import CASES, images, make, relative_error, run
+from plans import aligned, needed_layers
+from tiny import CASES, images, make, relative_error, reset_weights, run
+from toy_families import toy_family
 
+#: toy families, and what is said of them
+TOYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "renamed q": {},
+    "k without bias": {},
+    "RMSNorm": {},
+    "post-norm": {"post_norm": True},
+    "RoPE": {"units": frozenset(UNITS) - {"qk", "v"}, "own_attention": False},
+    "extra keyword": {"units": frozenset(UNITS) - {"qk", "v"}, "own_attention": False},
+}
 app = typer.Typer(add_completion=False, help=__doc__)
 #: what loading may say; anything else is a riddle
 CLEAR = (VitPruneError, OSError, ValueError, SafetensorError, StrictDataclassError)
@@ -56,29 +72,48 @@ def random_plan(source: Architecture, rng: random.Random, keep: tuple[int, ...] 
         rng: draws.
         keep: layers that have to stay (their outputs are given by a backbone).
     """
-    plan, units = PruningPlan.dense(source), source.family.units
+    plan, units = PruningPlan.dense(source), source.units
 
     def some(size: int, least: int = 1) -> tuple[int, ...]:
         return tuple(sorted(rng.sample(range(size), rng.randint(least, size))))
 
+    def rows(heads: int, size: int, pairs: bool) -> tuple[tuple[int, ...], ...]:
+        """Channels that stay, alike in all heads or in each its own, with their other halves behind them."""
+        if pairs:
+            halves = rows(heads, size // 2, False)
+            return tuple((*row, *(c if c == PAD else c + size // 2 for c in row)) for row in halves)
+        if rng.random() < 0.5:
+            return (some(size),) * heads
+        each = [some(size, least=0) for _ in range(heads)]
+        longest = max(1, *map(len, each))
+        return tuple((*row, *[PAD] * (longest - len(row))) for row in each)
+
+    narrow = rng.random() < 0.2
+    whole = rng.random() < 0.6
+
     def layer(entry: LayerPlan) -> LayerPlan:
-        shape = source.layers[entry.index]
+        shape, width = source.layers[entry.index], source.width(entry.index)
         if shape.mixer == "attention":
             for unit, size in (("qk", shape.qk_dim), ("v", shape.v_dim)):
                 if unit in units and rng.random() < 0.5:
-                    entry = entry.keep_channels(unit, some(size))
+                    pairs = unit == "qk" and source.family.qk_pairs
+                    entry = replace(entry, **{unit: rows(shape.heads, size, pairs)})
             if "heads" in units and rng.random() < 0.5:
                 entry = entry.keep_heads(some(shape.heads))
-            if "heads" in units and rng.random() < 0.1:
-                entry = entry.with_mixer("none")
+            if narrow and source.family.own_attention and rng.random() < 0.5:
+                entry = replace(entry, attention_in=some(width))
+            if rng.random() < 0.1:
+                entry = entry.with_mixer(rng.choice(["none", "identity"]))
         if shape.mlp and "mlp" in units and rng.random() < 0.6:
             entry = replace(entry, mlp=some(shape.mlp, least=0))
+        if entry.mlp and narrow and rng.random() < 0.5:
+            entry = replace(entry, mlp_in=some(width))
         return entry
 
     plan = plan.with_layers(layer(entry) for entry in plan.layers)
     if "layers" in units and source.depths is None and rng.random() < 0.4:
         plan = plan.keep_layers(sorted({*some(len(source.layers)), *keep}))
-    if "embedding" in units and rng.random() < 0.4:
+    if "embedding" in units and not (narrow or whole):
         plan = replace(plan, embedding=some(source.hidden_size))
     return plan
 
@@ -91,17 +126,18 @@ def plans(
 ) -> None:
     """Pruned == masked, count == real, saved == loaded, in double precision."""
     _quiet()
-    names = [name for name in CASES if only in name]
+    makers: dict[str, Callable[..., Any]] = {name: partial(make, name) for name in CASES if only in name}
+    makers |= {f"toy {kind}": _toy(kind, **said) for kind, said in TOYS.items() if only in f"toy {kind}"}
+    names = list(makers)
     worst: dict[str, float] = {}
     skipped = failed = 0
     start = time.time()
     for i in range(number):
         name = names[i % len(names)]
         rng = random.Random(f"{seed} {i}")
-        model = make(name, seed=i % 7).double()
-        given = getattr(model.config, "out_indices", None) if name.endswith("Backbone") else None
+        model = makers[name](seed=i % 7).double()
         try:
-            plan = random_plan(Architecture.of(model), rng, tuple(j - 1 for j in given or () if j)).validated()
+            plan = random_plan(Architecture.of(model), rng, needed_layers(model)).validated()
         except VitPruneError:  # units that belong together were drawn apart
             skipped += 1
             continue
@@ -120,6 +156,20 @@ def plans(
     print(f"{number - skipped} plans over {len(names)} classes: worst difference {top:.1e}, {failed} failed")
     if failed or top > 1e-5:
         raise typer.Exit(1)
+
+
+def _toy(kind: str, **said: Any) -> Callable[..., Any]:
+    """Makes models of a toy family, which is registered untested."""
+    family = toy_family(kind, **said)
+    registry.register_family(family)
+    config_class = CONFIG_MAPPING[family.model_type]
+
+    def made(seed: int) -> Any:
+        config = config_class()
+        config._attn_implementation = "eager"  # with sdpa, attention that does not say otherwise is causal
+        return reset_weights(registry.stock_classes(family)[0](config), seed).eval()
+
+    return made
 
 
 def _check_plan(model: Any, plan: PruningPlan, stock: bool, reload: bool) -> float:

@@ -52,7 +52,7 @@ def random_architecture(config: Any, generator: random.Random) -> Architecture:
         return min(dense, step * generator.randint(max(1, steps // 8), steps))
 
     dense = Architecture.dense(config)
-    width = size(dense.hidden_size, 16) if "embedding" in dense.family.units else dense.hidden_size
+    width = size(dense.hidden_size, 16) if "embedding" in dense.units else dense.hidden_size
     layers = tuple(
         LayerShape(
             "attention",

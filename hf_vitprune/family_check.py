@@ -16,6 +16,7 @@ from .cost import count
 from .errors import UnsupportedModelError, VitPruneError
 from .families import UNITS, Family
 from .modeling import registry
+from .modeling.structure import layer_paths
 from .plan.plan import PruningPlan
 from .pruning import mask, prune
 
@@ -52,8 +53,8 @@ def register_family(family: Family) -> None:
 def check_family(family: Family) -> None:
     """Tests of a registered family on a tiny random model of each of its units.
 
-    The uncut twin computes what the stock model does; each unit that it claims can be cut, with the result of a mask;
-    counts are those of the modules; weights go into a fresh model of the small one's config.
+    Norms stand where it says. The uncut twin computes what the stock model does. Each unit that it claims can be cut,
+    with the result of a mask. Counts are those of the modules; a fresh model of the small config takes the weights.
 
     Raises:
         UnsupportedModelError: with the first test that failed, and why.
@@ -62,9 +63,10 @@ def check_family(family: Family) -> None:
     inputs = family.inputs(model.config, task=registry.pruned_model_class(type(model)).pruning_task)  # type: ignore
     with torch.no_grad():
         dense = _step(family, "the description of its layers", lambda: PruningPlan.dense(model))
+        _step(family, "the place of its norms", lambda: _check_norms(family, model, dense, inputs))
         _step(family, "the count of its cost", lambda: _check_count(model, inputs))
         _step(family, "the uncut twin", lambda: _check_plan(model, dense, inputs, changes=False))
-        for unit in (unit for unit in UNITS if unit in family.units):
+        for unit in (unit for unit in UNITS if unit in dense.source.units):
             _step(
                 family,
                 f"the unit {unit!r}",
@@ -119,13 +121,31 @@ def _check_count(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
         raise _Failed(f"{counter.get_total_flops() // 2} multiply-adds are executed, and {cost.macs} counted")
 
 
+def _check_norms(family: Family, model: PreTrainedModel, dense: PruningPlan, inputs: dict[str, Any]) -> None:
+    """Whether the norms run before the branches or after: a mask must silence what writes into the stream."""
+    calls: list[str] = []
+    paths = layer_paths(model, dense.source)[0]
+    parts = {"norm1": paths.norm1, "attention": paths.attention, "norm2": paths.norm2, "fc1": paths.fc1[0]}
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(lambda module, args, name=name: calls.append(name))
+        for name, path in parts.items()
+    ]
+    model(**inputs)
+    for handle in handles:
+        handle.remove()
+    for norm, branch in (("norm1", "attention"), ("norm2", "fc1")):
+        if (calls.index(branch) < calls.index(norm)) != family.post_norm:
+            where = "in front of" if family.post_norm else "behind"
+            raise _Failed(f"{norm} stands {where} the branch: say post_norm={not family.post_norm}")
+
+
 def _check_plan(model: PreTrainedModel, plan: PruningPlan, inputs: dict[str, Any], changes: bool = True) -> None:
     small = prune(model, plan, allow_unchanged=True, stock=False)
-    before, ours, masked = (dict(_tensors(m(**inputs))) for m in (model, small, mask(model, plan)))
-    worst = max(_difference(ours[name], masked[name], plan) for name in ours)
+    before, ours, masked = (dict(tensors_of(m(**inputs))) for m in (model, small, mask(model, plan)))
+    worst = max(difference(ours[name], masked[name], plan) for name in ours)
     if not worst < TOLERANCE:
         raise _Failed(f"the pruned model and the masked one differ by {worst:.1e}")
-    change = max(_difference(masked[name], before[name], plan) for name in before)
+    change = max(difference(masked[name], before[name], plan) for name in before)
     if changes and not change > TOLERANCE:
         raise _Failed("to switch it off changes nothing in the model's output")
     if not changes and not change < TOLERANCE:
@@ -135,11 +155,12 @@ def _check_plan(model: PreTrainedModel, plan: PruningPlan, inputs: dict[str, Any
         raise _Failed(f"the pruned model has {real} parameters, and {count(small).params} are counted")
     fresh: nn.Module = type(small)(small.config).eval()
     fresh.load_state_dict(small.state_dict(), strict=True)
-    if any(not torch.equal(tensor, ours[name]) for name, tensor in _tensors(fresh(**inputs))):
+    if any(not torch.equal(tensor, ours[name]) for name, tensor in tensors_of(fresh(**inputs))):
         raise _Failed("a fresh model of the pruned one's config and weights computes something else")
 
 
-def _tensors(output: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_of(output: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and value of every floating tensor of an output, those in tuples numbered."""
     for key, value in output.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             yield key, value
@@ -147,7 +168,7 @@ def _tensors(output: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield from ((f"{key}.{i}", one) for i, one in enumerate(value) if isinstance(one, torch.Tensor))
 
 
-def _difference(ours: torch.Tensor, theirs: torch.Tensor, plan: PruningPlan) -> float:
+def difference(ours: torch.Tensor, theirs: torch.Tensor, plan: PruningPlan) -> float:
     """Largest difference, relative to the largest value; of the kept residual channels, where there are fewer."""
     if ours.shape != theirs.shape and plan.embedding is not None:
         axis = next(i for i, (a, b) in enumerate(zip(ours.shape, theirs.shape, strict=True)) if a != b)

@@ -57,6 +57,13 @@ class Layer:
     Parts go by their names in ``LayerPaths`` (``fc1.0`` and ``fc1.1`` for gate and up), which are the same in the
     dense layer and in what is left of it.
 
+    Args:
+        module: of the model.
+        paths: of its parts.
+        call: what the model calls it with, behind the hidden states.
+        waiting: its weights, where they are not in memory.
+        sequences: that it gets for an image (windows).
+
     Attributes:
         paths: part -> path in the model; parts that the family has not got are absent.
     """
@@ -67,9 +74,11 @@ class Layer:
         paths: LayerPaths,
         call: tuple[tuple[Any, ...], dict[str, Any]],
         waiting: Waiting | None = None,
+        sequences: int = 1,
     ) -> None:
         self.module = module
         self._waiting = waiting
+        self._sequences = sequences
         self._names = paths
         named = {k: v for k, v in paths._asdict().items() if isinstance(v, str)}
         self.paths = {**named, **{f"fc1.{j}": path for j, path in enumerate(paths.fc1)}}
@@ -103,7 +112,8 @@ class Layer:
 
     def copy(self) -> Layer:
         """Another shadow, whose tensors and sizes can be replaced."""
-        other = Layer(whole_shadow(self.module), self._names, (self._args, self._kwargs))
+        call = self._args, self._kwargs
+        other = Layer(whole_shadow(self.module), self._names, call, sequences=self._sequences)
         other._order_of = self
         return other
 
@@ -154,7 +164,7 @@ class Layer:
     def _reordered(self, context: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         same = self._order_of  # a copy whose sizes were changed cannot run to its end
         if same._order is None:
-            same._order = same._token_order(hidden[:1])
+            same._order = same._token_order(hidden[: self._sequences])
         return context.reshape(len(hidden), -1, context.shape[-1])[:, same._order]
 
     def trace(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -82,13 +82,14 @@ class Site:
 
     def plain_qk(self) -> bool:
         """Whether only the product of q and k matters, as their Linears give them."""
-        family = self.streams.plan.source.family
-        if not family.plain_qk:
+        source = self.streams.plan.source
+        family, plain = source.family, source.family.has_plain_qk(source.config)
+        if not plain:
             self.ledger.note(
                 f"qk: {family.model_type} turns or normalises queries and keys, so that they cannot be rotated; the "
                 "plan's channels are kept as they are"
             )
-        return family.plain_qk
+        return plain
 
     # ------------------------------------------------------------------ weights
     def write(self, part: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:

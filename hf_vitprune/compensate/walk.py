@@ -51,12 +51,13 @@ class Walk:
         bridges = [root + path for path, name in zip(outputs, names, strict=True) if path != name]
         self._bridges = bridges[: architecture.stages[-1]]  # none behind the last layer, into stages that are empty
         calls = self._record(batch)
+        sequences = architecture.family.sequences(architecture.config)
         self.layers = [
-            Layer(self.model.get_submodule(paths.layer), paths, calls[paths.layer], weights)
+            Layer(self.model.get_submodule(paths.layer), paths, calls[paths.layer], weights, sequences)
             for paths, weights in zip(self._paths, waiting, strict=True)
         ]
         self._bridge_calls = [calls[path] for path in self._bridges]
-        self._check(self.start(batch)[:1])
+        self._check(self.start(batch)[:sequences])
 
     def _fetch(self, state: StateDict) -> list[Waiting]:
         layers = tuple(f"{paths.layer}." for paths in self._paths)

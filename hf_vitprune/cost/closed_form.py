@@ -47,8 +47,8 @@ def cost_parts(model: Any, image_size: int | tuple[int, int] | None = None, part
     architecture = Architecture.given(model, part)
     grid = architecture.family.grid(architecture.config, image_size)
     small, parts = layer_tensors(architecture), []
-    for i, (shape, stage) in enumerate(zip(architecture.layers, architecture.stages, strict=True)):
-        parts += layer_parts(architecture, shape, architecture.width(i), stage, grid, f"layer {i}", small[stage])
+    for i, (shape, kind) in enumerate(zip(architecture.layers, architecture.kinds, strict=True)):
+        parts += layer_parts(architecture, shape, architecture.width(i), kind, grid, f"layer {i}", small[kind])
     return [*parts, outer_part(architecture, architecture.hidden_size, image_size)]
 
 
@@ -56,28 +56,29 @@ def layer_parts(
     architecture: Architecture,
     shape: LayerShape,
     width: int,
-    stage: int,
+    kind: int,
     grid: tuple[int, int],
     name: str = "layer",
     small: LayerTensors | None = None,
 ) -> list[Part]:
-    """Mixer and MLP of one layer of any shape, residual width and stage, in models like ``architecture``.
+    """Mixer and MLP of one layer of any shape, residual width and kind, in models like ``architecture``.
 
     Args:
+        kind: ``architecture.kinds[i]``.
         grid: patches down and across, ``family.grid(config, image_size)``.
-        small: small tensors of the stage's layers, where they are known.
+        small: small tensors of layers of this kind, where they are known.
     """
     family = architecture.family
-    small = small or layer_tensors(architecture)[stage]
-    tokens, projected, squares = family.attention_tokens(architecture.config, grid, stage)
+    small = small or layer_tensors(architecture)[kind]
+    tokens, projected, squares = family.attention_tokens(architecture.config, grid, kind)
     mixer = f"{name} attention"
     if shape.mixer == "attention":
         mixing = _attention(small, shape, width, mixer, projected, squares)
         mixing = mixing._replace(
-            macs=mixing.macs + family.other_attention_macs(architecture.config, shape.heads, stage)
+            macs=mixing.macs + family.other_attention_macs(architecture.config, shape.heads, kind)
         )
     else:
-        mixing = _other_mixer(small, shape, width, mixer, family.grid_tokens(grid, stage))
+        mixing = _other_mixer(small, shape, width, mixer, family.grid_tokens(grid, kind))
     return [
         mixing,
         _mlp(small, shape, width, f"{name} mlp", tokens, len(family.fc1_names(architecture.config))),

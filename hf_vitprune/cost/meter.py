@@ -32,20 +32,20 @@ class CostMeter(ABC):
         self._reference_cost: float | None = None
 
     # ------------------------------------------------------------------ parts
-    def layer(self, shape: LayerShape, width: int, stage: int = 0) -> float:
+    def layer(self, shape: LayerShape, width: int, kind: int = 0) -> float:
         """Cost of one layer, in the metric's unit (multiply-adds an image, parameters, seconds a batch).
 
         Args:
             shape: sizes of the layer.
             width: residual width at it (``architecture.width(i)``).
-            stage: its stage (``architecture.stages[i]``); 0 for models without stages.
+            kind: ``architecture.kinds[i]``; 0 where all layers are alike.
 
         Raises:
             LatencyTableError: a latency table does not cover the sizes.
         """
-        key = (shape, width, stage)
+        key = (shape, width, kind)
         if key not in self._layers:
-            self._layers[key] = self._layer_cost(shape, width, stage)
+            self._layers[key] = self._layer_cost(shape, width, kind)
         return self._layers[key]
 
     def outer(self, hidden_size: int) -> float:
@@ -55,7 +55,7 @@ class CostMeter(ABC):
         return self._outer[hidden_size]
 
     @abstractmethod
-    def _layer_cost(self, shape: LayerShape, width: int, stage: int) -> float: ...
+    def _layer_cost(self, shape: LayerShape, width: int, kind: int) -> float: ...
 
     @abstractmethod
     def _outer_cost(self, hidden_size: int) -> float: ...
@@ -64,8 +64,8 @@ class CostMeter(ABC):
     def total(self, architecture: Architecture) -> float:
         """Cost of a model of the reference's kind, in the metric's unit."""
         layers = (
-            self.layer(shape, architecture.width(i), stage)
-            for i, (shape, stage) in enumerate(zip(architecture.layers, architecture.stages, strict=True))
+            self.layer(shape, architecture.width(i), kind)
+            for i, (shape, kind) in enumerate(zip(architecture.layers, architecture.kinds, strict=True))
         )
         return sum(layers) + self.outer(architecture.hidden_size)
 
@@ -85,8 +85,8 @@ class ClosedFormMeter(CostMeter):
         self._image_size = image_size
         self._grid = reference.family.grid(reference.config, image_size)
 
-    def _layer_cost(self, shape: LayerShape, width: int, stage: int) -> float:
-        return sum(map(self._amount, layer_parts(self.reference, shape, width, stage, self._grid)))
+    def _layer_cost(self, shape: LayerShape, width: int, kind: int) -> float:
+        return sum(map(self._amount, layer_parts(self.reference, shape, width, kind, self._grid)))
 
     def _outer_cost(self, hidden_size: int) -> float:
         return self._amount(outer_part(self.reference, hidden_size, self._image_size))

@@ -62,9 +62,10 @@ class LayerTensors(NamedTuple):
 
 
 def layer_tensors(architecture: Architecture) -> list[LayerTensors]:
-    """The small tensors of the dense layers of every stage."""
+    """The small tensors of the dense layers of every kind; those of one stage have the same."""
     key = ("layers", _digest(architecture.config), architecture.task)
-    return _remember(key, lambda: _read_layers(Architecture.dense(architecture.config, architecture.task)))
+    found = _remember(key, lambda: _read_layers(Architecture.dense(architecture.config, architecture.task)))
+    return found if architecture.depths is not None else found * (1 + max(architecture.kinds))
 
 
 def outside(architecture: Architecture, hidden_size: int, size: tuple[int, int] | None) -> Part:
@@ -98,7 +99,9 @@ def _digest(config: PreTrainedConfig) -> str:
 # ---------------------------------------------------------------------- skeletons
 def _skeleton(dense: Architecture, hidden_size: int, empty: bool) -> tuple[Any, list[LayerPaths]]:
     """A model of the dense one's class with the first layer of every stage, or an empty one in its place."""
+    neck = dense.family.has_neck(dense.config, dense.task)  # which reads all layers
     first = [dense.layers[dense.stages.index(stage)] for stage in sorted(set(dense.stages))]
+    first = list(dense.layers) if neck else first
     if empty:
         first = [LayerShape("none", shifted=shape.shifted) for shape in first]
     depths = None
@@ -114,7 +117,7 @@ def _skeleton(dense: Architecture, hidden_size: int, empty: bool) -> tuple[Any, 
 
 def _read_layers(dense: Architecture) -> list[LayerTensors]:
     model, layers = _skeleton(dense, dense.hidden_size, empty=False)
-    return [_read_layer(model, paths, dense) for paths in layers]
+    return [_read_layer(model, paths, dense) for paths in layers[: max(dense.stages) + 1]]
 
 
 def _read_layer(model: nn.Module, paths: LayerPaths, dense: Architecture) -> LayerTensors:
@@ -149,5 +152,7 @@ def _matrices(module: nn.Module) -> list[nn.Parameter]:
     if isinstance(module, nn.MultiheadAttention):
         names: tuple[str, ...] = ("in_proj_weight",)
     else:
-        names = ("weight",) if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ()
+        names = (
+            ("weight",) if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)) else ()
+        )
     return [p for name in names if (p := module._parameters.get(name)) is not None]

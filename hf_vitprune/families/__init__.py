@@ -16,8 +16,10 @@ from .deit import DEIT
 from .dinov2 import DINOV2, DINOV2_WITH_REGISTERS
 from .dinov3 import DINOV3
 from .ijepa import IJEPA
+from .internvl import INTERNVL_VISION
 from .pixio import PIXIO
 from .radio import RADIO
+from .rf_detr import RF_DETR_DINOV2
 from .siglip import SIGLIP, SIGLIP_VISION
 from .siglip2 import SIGLIP2, SIGLIP2_VISION
 from .swin import SWIN
@@ -27,6 +29,7 @@ from .videomae import VIDEOMAE
 from .vit import VIT
 from .vit_mae import VIT_MAE
 from .vit_msn import VIT_MSN
+from .vitpose import VITPOSE_BACKBONE
 
 #: prefix of the ``model_type`` of pruned models
 PRUNED_PREFIX = "pruned_"
@@ -115,6 +118,9 @@ _SHIPPED = (
     BEIT,
     DATA2VEC_VISION,
     SWINV2,
+    INTERNVL_VISION,
+    VITPOSE_BACKBONE,
+    RF_DETR_DINOV2,
     CLIP_TEXT,
     SIGLIP_TEXT,
     SIGLIP2_TEXT,

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from ..errors import InvalidConfigError
 from ..utils.batches import Form
 from ..utils.mixing import InPlaceMixin
+from .features import ReadsFeatures
 
 #: Every kind of unit that a plan can remove, from the finest to the coarsest.
 UNITS = ("qk", "v", "mlp", "heads", "embedding", "layers")
@@ -69,7 +70,7 @@ def pair(size: Any) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(ReadsFeatures):
     """One kind of model, found by ``config.model_type``. Paths are relative to the layer unless said otherwise."""
 
     model_type: str
@@ -113,6 +114,8 @@ class Family:
     pixel_axes: int = 4
     #: queries and keys meet as their Linears give them: no rotary embedding and no norm in between
     plain_qk: bool = True
+    #: norms over the queries, and the keys, of all heads together, below the attention (Identity: there is none)
+    qk_norms: tuple[str, ...] = ()
     #: field of the config that states the residual width
     width_field: str = "hidden_size"
     #: (module, query, key, keyword arguments) -> query and key as they meet, where something turns them in between; it
@@ -183,7 +186,15 @@ class Family:
     # ------------------------------------------------------------------ what cannot be cut
     def units_of(self, config: PreTrainedConfig) -> frozenset[str]:
         """Units that models of this config have."""
-        return self.units
+        return self.units - self.refused_units(config).keys()
+
+    def refused_units(self, config: PreTrainedConfig) -> dict[str, str]:
+        """Units that models of this config cannot lose -> why not, in half a sentence."""
+        return {}
+
+    def has_plain_qk(self, config: PreTrainedConfig) -> bool:
+        """Whether queries and keys of models of this config meet as their Linears give them."""
+        return self.plain_qk
 
     def refused_sizes(self, config: PreTrainedConfig, layers: Sequence[Any]) -> str | None:
         """Why no model can have layers of these shapes (``LayerShape``), naming the layer; None where it can."""
@@ -308,6 +319,10 @@ class Family:
         """Set attributes of a layer that depend on its place in the dense model (window shift)."""
 
     # ------------------------------------------------------------------ cost
+    def kinds(self, config: PreTrainedConfig, stages: list[int]) -> list[int]:
+        """Kind of every layer, by what its attention costs: its stage, where layers of a stage are alike."""
+        return stages
+
     def grid(self, config: PreTrainedConfig, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
         """Patches (down, across) for an image size, the config's own by default."""
         c = self.sizes_config(config)
@@ -315,7 +330,7 @@ class Family:
         patch_h, patch_w = pair(c.patch_size)
         return height // patch_h, width // patch_w
 
-    def attention_tokens(self, config: PreTrainedConfig, grid: tuple[int, int], stage: int) -> tuple[int, int, int]:
+    def attention_tokens(self, config: PreTrainedConfig, grid: tuple[int, int], kind: int) -> tuple[int, int, int]:
         """(tokens through the MLP, tokens through q/k/v/o, sum of squared attention lengths) for one image."""
         n = grid[0] * grid[1] + self.extra_tokens_of(config)
         return n, n, n * n
@@ -323,6 +338,10 @@ class Family:
     def other_attention_macs(self, config: PreTrainedConfig, heads: int, stage: int) -> int:
         """Multiply-adds of an attention for one image besides its projections and its two products."""
         return 0
+
+    def sequences(self, config: PreTrainedConfig) -> int:
+        """Sequences of tokens that layers get for one image: 1, or one a window."""
+        return 1
 
     def grid_tokens(self, grid: tuple[int, int], stage: int) -> int:
         """Patches that a convolution mixes, for one image."""

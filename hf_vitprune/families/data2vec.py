@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .base import LayerPaths
-from .beit import TABLE, BeitFamily
+from .beit import SEGMENTATION, TABLE, BeitFamily
 
 
 def add_biases(module: Any, attention_mask: Any, input_shape: tuple[int, ...], kwargs: dict[str, Any]) -> Any:
@@ -43,6 +43,9 @@ class Data2VecFamily(BeitFamily):
         self, config: PreTrainedConfig, hidden_size: int, num_layers: int, depths: tuple[int, ...] | None
     ) -> None:
         config.hidden_size, config.num_hidden_layers = hidden_size, num_layers
+
+    def has_neck(self, config: PreTrainedConfig, task: str) -> bool:
+        return task == SEGMENTATION
 
     def without_attention(self, layer: nn.Module) -> None:
         """The table of a layer is in its attention."""

@@ -6,26 +6,11 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..utils.mixing import InPlaceMixin, mix_into
 from .base import Family
-
-
-class WideInputMixin(InPlaceMixin):
-    """Pooling head of a narrowed tower: kept channels go back to their places, the removed ones are zero."""
-
-    def widen(self, width: int, kept: int) -> None:
-        self.full_width = width
-        index = torch.arange(kept, device="meta")
-        self.register_buffer("input_index", index)  # type: ignore[attr-defined]
-
-    def forward(self, hidden_state: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        full = hidden_state.new_zeros(*hidden_state.shape[:-1], self.full_width)
-        full = full.index_copy(-1, self.input_index, hidden_state)  # type: ignore[attr-defined]
-        return super().forward(full, *args, **kwargs)  # type: ignore[misc]
+from .wide import WideInputMixin, read_wide
 
 
 @dataclass(frozen=True)
@@ -47,12 +32,8 @@ class PoolingFamily(Family):
 
     def narrow_stream(self, model: nn.Module, width: int, kept: int) -> None:
         tower: Any = getattr(model, self.root, model)
-        if not getattr(tower, "use_head", False) or kept == width:
-            return
-        if isinstance(tower.head, WideInputMixin):  # it was narrowed before
-            width = tower.head.full_width
-        mix_into(tower.head, WideInputMixin)
-        tower.head.widen(width, kept)
+        if getattr(tower, "use_head", False):
+            read_wide(tower.head, WideInputMixin, width, kept)
 
     def uniform_config(
         self, config: PreTrainedConfig, heads: int, head_dim: int, mlp: int, hidden_size: int

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..utils.mixing import InPlaceMixin
-from .base import UNITS, Family, LayerSizes, pair
+from .base import Family, LayerSizes, pair
 
 
 def window_bias(module: Any, attention_mask: Any, input_shape: tuple[int, ...], kwargs: dict[str, Any]) -> Any:
@@ -53,6 +53,9 @@ class SwinFamily(Family):
             heads = config.num_heads[stage]
             sizes += [LayerSizes(width, heads, width // heads, int(config.mlp_ratio * width))] * depth
         return sizes
+
+    def refused_units(self, config: PreTrainedConfig) -> dict[str, str]:
+        return {"embedding": "patch merging mixes the channels of four patches between the stages"}
 
     def depths(self, config: PreTrainedConfig) -> tuple[int, ...]:
         return tuple(config.depths)
@@ -104,8 +107,8 @@ class SwinFamily(Family):
         rows, columns = self.stage_grid(grid, stage)
         return rows * columns
 
-    def attention_tokens(self, config: PreTrainedConfig, grid: tuple[int, int], stage: int) -> tuple[int, int, int]:
-        rows, columns = self.stage_grid(grid, stage)
+    def attention_tokens(self, config: PreTrainedConfig, grid: tuple[int, int], kind: int) -> tuple[int, int, int]:
+        rows, columns = self.stage_grid(grid, kind)
         window = min(config.window_size, rows, columns)
         windows = -(-rows // window) * -(-columns // window)
         return rows * columns, windows * window**2, windows * window**4
@@ -120,7 +123,6 @@ SWIN = SwinFamily(
     width_field="embed_dim",
     layers="encoder.layers",
     bias_table="relative_position_bias.relative_position_bias_table",
-    units=frozenset(UNITS) - {"embedding"},
     extra_tokens=0,
     attention_bias=window_bias,
     convolutions=True,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .base import UNITS, LayerPaths
+from .base import LayerPaths
 from .swin import SwinFamily
 
 #: neurons of the MLP that makes position biases of two coordinates
@@ -19,6 +19,11 @@ HIDDEN = 512
 @dataclass(frozen=True)
 class Swinv2Family(SwinFamily):
     """Queries and keys are divided by their lengths over a whole head, and one view serves them and the values."""
+
+    def refused_units(self, config: PreTrainedConfig) -> dict[str, str]:
+        cosine = "cosine attention divides queries and keys by their lengths over whole heads"
+        view = "the heads of queries, keys and values are made by one view of one size"
+        return {**super().refused_units(config), "qk": cosine, "v": view}
 
     def refused_sizes(self, config: PreTrainedConfig, layers: Sequence[Any]) -> str | None:
         sizes = {dense.head_dim for dense in self.dense_layers(config)}
@@ -61,7 +66,6 @@ SWINV2 = Swinv2Family(
     v="value",
     mlp="intermediate",
     fc1=("dense",),
-    units=frozenset(UNITS) - {"embedding", "qk", "v"},
     extra_tokens=0,
     plain_qk=False,
     post_norm=True,

@@ -55,7 +55,7 @@ class VideoMAEFamily(Family):
     def head_norm(self, task: str) -> str | None:
         return None
 
-    def attention_tokens(self, config: PreTrainedConfig, grid: tuple[int, int], stage: int) -> tuple[int, int, int]:
+    def attention_tokens(self, config: PreTrainedConfig, grid: tuple[int, int], kind: int) -> tuple[int, int, int]:
         n = grid[0] * grid[1] * (config.num_frames // config.tubelet_size)
         return n, n, n * n
 

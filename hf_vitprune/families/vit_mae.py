@@ -25,7 +25,7 @@ class ViTMAEFamily(ViTFamily):
     config_head_dim: bool = False  # stock code would give it to the decoder, too
     convolutions: bool = False
 
-    def attention_tokens(self, config: PreTrainedConfig, grid: tuple[int, int], stage: int) -> tuple[int, int, int]:
+    def attention_tokens(self, config: PreTrainedConfig, grid: tuple[int, int], kind: int) -> tuple[int, int, int]:
         n = int(grid[0] * grid[1] * (1 - config.mask_ratio)) + self.extra_tokens
         return n, n, n * n
 

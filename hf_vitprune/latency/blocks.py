@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..cost.closed_form import count, layer_parts
-from ..errors import InvalidConfigError
+from ..errors import InvalidConfigError, UnsupportedModelError
 from ..families.base import pair
 from ..modeling import build
 from ..modeling.conv_mixer import GRID
@@ -139,9 +139,11 @@ class TimedModel:
 
         Raises:
             InvalidConfigError: an impossible image size.
+            UnsupportedModelError: the model cannot be built from single blocks that stand for all.
         """
         architecture = _architecture_of(model_or_config)
         architecture.check_looks("timing")
+        _check_alike(architecture)
         at, kind = torch.device("cpu"), torch.float32
         if isinstance(model_or_config, nn.Module):
             parameter = next(p for p in model_or_config.parameters() if p.is_floating_point())
@@ -286,6 +288,22 @@ def _effort(dense: Architecture, point: Point, image_size: tuple[int, int]) -> f
     macs = sum(part.macs for part in layer_parts(dense, point.shape(False), width, stage, grid))
     tokens = dense.family.attention_tokens(dense.config, grid, stage)[0]
     return macs + 500 * tokens * width  # norms and residuals have no multiply-adds, but take time
+
+
+def _check_alike(architecture: Architecture) -> None:
+    """Raises:
+    UnsupportedModelError: a block of some sizes does not take the time of another, or the rest needs them all.
+    """
+    dense, name = Architecture.dense(architecture.config, architecture.task), architecture.model_type
+    if dense.kinds != dense.stages:
+        raise UnsupportedModelError(
+            f"layers of the same sizes do not take the same time in a {name} (windows): take target_metric='macs'"
+        )
+    if dense.family.has_neck(dense.config, dense.task):
+        raise UnsupportedModelError(
+            f"a {name} {dense.task} reads the features of several layers and cannot be timed block by block: measure "
+            "the table on the same layers under another head"
+        )
 
 
 def _architecture_of(model_or_config: Any) -> Architecture:

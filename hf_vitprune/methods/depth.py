@@ -23,7 +23,7 @@ from .contract import PruningMethod, Traits
 def fewest_layers(model: Any, stages: int | None = None) -> int:
     """The smallest number of bottom layers that a model can be cut to.
 
-    A backbone keeps every layer whose output it gives, with stages a layer of each.
+    A layer whose output is read by its number stays; of a backbone with stages, a layer of each.
 
     Args:
         model: stock, pruned, PEFT or PruningModel.
@@ -32,11 +32,13 @@ def fewest_layers(model: Any, stages: int | None = None) -> int:
     base = unwrap(model)
     architecture = Architecture.of(base)
     total, depths = len(architecture.layers), architecture.depths
+    if "layers" not in architecture.units:
+        return total
+    if depths is None:
+        return architecture.family.fewest_layers(base.config, architecture.task, total)
     if architecture.task == "Backbone":
-        if depths is not None:
-            return total - depths[-1] + 1
-        return max(1, *(index % (total + 1) for index in base.config.out_indices))
-    return 1 if depths is None or stages is None else sum(depths[:-stages]) + 1
+        return total - depths[-1] + 1
+    return 1 if stages is None else sum(depths[:-stages]) + 1
 
 
 def class_numbers(batch: dict[str, Any]) -> torch.Tensor:
@@ -76,7 +78,9 @@ class DepthMethod(PruningMethod):
         self.floor = 0
         total = len(self.architecture.layers)
         why = "it gives the output of its last layer (out_features)"
-        if self.architecture.task != "Backbone":
+        if "layers" not in self.architecture.units:
+            why = self.architecture.family.refused_units(self.architecture.config).get("layers", "its layers all stay")
+        elif self.architecture.task != "Backbone":
             why = "it has only one" if total == 1 else "its last layer has to stay"
         self.keep_at_least(fewest_layers(model, stages), why)
         device = next(model.parameters()).device

@@ -52,7 +52,8 @@ def read_inputs(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 def set_attention_sizes(attention: Any, shape: LayerShape, scaling: float) -> None:
     """Sizes that stock forwards, kernels and other people's code read on an attention."""
     sizes = {"num_attention_heads": shape.heads, "num_heads": shape.heads, "head_dim": shape.v_dim}
-    sizes |= {"attention_head_size": shape.v_dim, "all_head_size": shape.heads * shape.v_dim}
+    whole = shape.heads * shape.v_dim
+    sizes |= {"attention_head_size": shape.v_dim, "all_head_size": whole, "embed_dim": whole}
     for name, size in {**sizes, "scaling": scaling, "scale": scaling}.items():
         if hasattr(attention, name):
             setattr(attention, name, size)
@@ -98,6 +99,7 @@ class PrunedAttentionMixin(InPlaceMixin):
         self.qk_dim, self.v_dim = shape.qk_dim, shape.v_dim
         self.pruned_scaling = scaling
         self.projections = family.q, family.k, family.v
+        self.qk_norms = family.qk_norms
         self.output_name = family.output_name
         self.bias_function, self.rotate = family.attention_bias, family.rotate
         #: what some layers hand their attention by position, behind the hidden states
@@ -124,6 +126,8 @@ class PrunedAttentionMixin(InPlaceMixin):
         heads = self.pruned_heads
         inputs = read_inputs(module, hidden_states)
         q, k, v = (get(module, name)(inputs) for name in self.projections)
+        if self.qk_norms:
+            q, k = (get(module, name)(x) for name, x in zip(self.qk_norms, (q, k), strict=True))
         query = q.view(*shape, heads, self.qk_dim).transpose(1, 2)
         key = k.view(*shape, heads, self.qk_dim).transpose(1, 2)
         value = v.view(*shape, heads, self.v_dim).transpose(1, 2)

@@ -29,9 +29,8 @@ def config_for(
     for name in ("model_type", "architectures", "auto_map", "transformers_version", "pruning_config", "pruning_info"):
         fields.pop(name, None)
     family = architecture.family
-    stages = {k: fields.pop(k) for k in ("stage_names", "out_features", "out_indices") if k in fields}
-    if architecture.depths is not None and stages:
-        fields["out_features"] = stages["out_features"]  # Swin's stages stay
+    if fields.pop("stage_names", None):
+        fields.pop("out_indices", None)  # they follow from out_features, and these from the depth
     made = pruned_config_class(type(architecture.config))(**fields)
     family.resize_config(made, architecture.hidden_size, len(architecture.layers), architecture.depths)
     made.pruning_config = write_record(architecture, info)

@@ -23,11 +23,16 @@ from ..utils.upload import upload
 from .pretrained import NOT_STOCK, PrunedModelMixin, overridden
 from .registry import copy_conversions, pruned_model_class
 
-#: classes that make their towers from the class itself -> the Auto classes that map them
+#: classes that make their towers, or the configs of these, from one class -> the Auto classes that map them
 HOSTS = {
     "CLIPModel": ("AutoModel", "AutoModelForZeroShotImageClassification"),
     "SiglipModel": ("AutoModel", "AutoModelForZeroShotImageClassification"),
     "Siglip2Model": ("AutoModel", "AutoModelForZeroShotImageClassification"),
+    "InternVLModel": ("AutoModel",),
+    "InternVLForConditionalGeneration": ("AutoModelForImageTextToText",),
+    "RfDetrModel": ("AutoModel",),
+    "RfDetrForObjectDetection": ("AutoModelForObjectDetection",),
+    "RfDetrForInstanceSegmentation": ("AutoModelForInstanceSegmentation",),
 }
 #: put in front of the model type of a host with a pruned tower
 HOST_PREFIX = f"{PRUNED_PREFIX}tower_"
@@ -120,15 +125,17 @@ class PrunedHostMixin:
 
 
 def stock_towers(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
-    """Paths of modules that have the config of a pruned tower and are none."""
-    return [
-        (path, module)
-        for path, module in model.named_modules()
-        if path
-        and isinstance(module, PreTrainedModel)
-        and str(module.config.model_type).startswith(PRUNED_PREFIX)
-        and not isinstance(module, (PrunedModelMixin, PrunedHostMixin))
-    ]
+    """Paths of modules that have the config of a pruned tower and are none; not those inside of one."""
+    found: list[tuple[str, PreTrainedModel]] = []
+    seen: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if not path or path.startswith(seen) or not isinstance(module, PreTrainedModel):
+            continue
+        model_type = str(module.config.model_type)
+        if model_type.startswith(PRUNED_PREFIX) and not model_type.startswith(HOST_PREFIX):
+            seen = (*seen, f"{path}.")
+            found += [] if isinstance(module, PrunedModelMixin) else [(path, module)]
+    return found
 
 
 def host_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel] | None:
@@ -144,11 +151,17 @@ def stock_host(model_class: type[PreTrainedModel]) -> type[PreTrainedModel] | No
 
 
 def _register() -> None:
+    configs: dict[type, Any] = {}
     for name, auto_names in HOSTS.items():
         stock: Any = getattr(transformers, name)
         config_class = stock.config_class
-        body = {"model_type": HOST_PREFIX + config_class.model_type, "__module__": __name__}
-        config: Any = type(f"PrunedTower{config_class.__name__}", (PrunedHostConfigMixin, config_class), body)
+        if config_class not in configs:
+            body = {"model_type": HOST_PREFIX + config_class.model_type, "__module__": __name__}
+            config: Any = type(f"PrunedTower{config_class.__name__}", (PrunedHostConfigMixin, config_class), body)
+            AutoConfig.register(config.model_type, config)
+            copy_conversions(config.model_type, config_class.model_type)
+            configs[config_class] = config
+        config = configs[config_class]
         made: Any = type(
             f"Pruned{name}",
             (PrunedHostMixin, stock),
@@ -156,8 +169,6 @@ def _register() -> None:
         )
         globals().update({config.__name__: config, made.__name__: made})
         _hosts[stock] = made
-        AutoConfig.register(config.model_type, config)
-        copy_conversions(config.model_type, config_class.model_type)
         copy_conversions(made.__name__, name)
         for auto_name in auto_names:
             getattr(transformers, auto_name)._model_mapping.register(config, made, exist_ok=True)

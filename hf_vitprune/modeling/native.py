@@ -31,7 +31,6 @@ _OWN_FIELDS = (
     "pruning_config",
     "pruning_info",
     "stage_names",
-    "out_indices",
 )
 
 
@@ -118,8 +117,16 @@ def native_config(architecture: Architecture, config: PreTrainedConfig | None = 
             f"transformers does not load a {architecture.model_type} {architecture.task} as it saved it; keep the "
             "pruned model as it is"
         )
+    dense_width = Architecture.dense(architecture.config, architecture.task).hidden_size
+    if architecture.hidden_size != dense_width and family.has_neck(base, architecture.task):
+        raise NativeExportError(
+            f"what reads the features of this {architecture.task} keeps {dense_width} channels, and in a stock "
+            f"{architecture.model_type} it has the width of the layers; keep the pruned model as it is"
+        )
     stock_class = type(stock_config(base))
     fields = {k: v for k, v in base.to_dict().items() if k not in _OWN_FIELDS}
+    if hasattr(base, "stage_names"):
+        fields.pop("out_indices", None)  # they follow from out_features
     if architecture.depths is not None:
         _check_stages(architecture)
         sizes: dict[str, Any] = {"depths": list(architecture.depths)}

@@ -23,11 +23,14 @@ AUTO_CLASSES = (
     "AutoModelForImageClassification",
     "AutoModelForMaskedImageModeling",
     "AutoModelForPreTraining",
+    "AutoModelForSemanticSegmentation",
+    "AutoModelForTextEncoding",
     "AutoModelForVideoClassification",
     "AutoBackbone",
 )
 #: classes that no Auto class maps, by family
 UNMAPPED = {
+    "beit": ("BeitForMaskedImageModeling",),
     "clip_vision_model": ("CLIPVisionModelWithProjection",),
     "clip_text_model": ("CLIPTextModelWithProjection",),
     "siglip_text_model": ("SiglipTextModel",),

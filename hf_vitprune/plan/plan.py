@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .. import criteria
-from ..errors import InvalidPlanError, UnsupportedUnitError, VitPruneError
+from ..errors import InvalidPlanError, VitPruneError
 from ..spec.architecture import Architecture
 from .from_scores import MakesMeters, Selection, meter_of
 from .layer_plan import (
@@ -212,9 +212,10 @@ class PruningPlan:
             raise InvalidPlanError(
                 f"kept layers {order} are not an ascending part of 0..{len(self.source.layers) - 1}"
             )
+        if len(self.layers) < len(self.source.layers):
+            check_units(self.source, ["layers"])
         if self.embedding is not None:
-            if "embedding" not in self.source.units:
-                raise UnsupportedUnitError(f"{self.source.model_type} has no prunable embedding")
+            check_units(self.source, ["embedding"])
             check_indices("embedding", self.embedding, self.source.hidden_size)
             if list(self.embedding) != sorted(self.embedding):
                 raise InvalidPlanError("embedding: kept residual channels are given in ascending order")

@@ -49,8 +49,9 @@ def check_units(architecture: Architecture, units: Sequence[str] | None) -> tupl
         raise UnsupportedUnitError(f"units is a non-empty list of {', '.join(sorted(known))}, got {units!r}")
     for unit in units:
         if unit not in known:
+            why = architecture.family.refused_units(architecture.config).get(unit)
             raise UnsupportedUnitError(
-                f"{architecture.model_type} models have no prunable unit {unit!r}; "
+                f"{architecture.model_type} models have no prunable unit {unit!r}{f' ({why})' if why else ''}; "
                 f"they have {', '.join(sorted(known))}"
             )
     return tuple(units)

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import InvalidArchitectureError, UnsupportedModelError
 from ..families import Family, family_of
-from .configs import checked_depths, fingerprint, make_config, stock_config, task_of
+from .configs import checked_depths, fingerprint, make_config, possible_depths, stock_config, task_of
 from .layer_shape import (
     LayerShape,
     check_shape,
@@ -93,6 +93,8 @@ class Architecture:
         family = family_of(config)
         try:
             sizes = family.dense_layers(config)
+        except UnsupportedModelError:
+            raise
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InvalidArchitectureError(f"no {config.model_type} model has this config: {error!r}") from error
         if not sizes:
@@ -131,7 +133,8 @@ class Architecture:
         else:
             depths = None
             rows = list(enumerate(layers))
-        if not rows or len(rows) > len(dense.layers):
+        fewest = 1 if "layers" in dense.units else len(dense.layers)
+        if not fewest <= len(rows) <= len(dense.layers):
             raise InvalidArchitectureError(f"{base_config.model_type} has {len(dense.layers)} layers, got {len(rows)}")
         shapes = tuple(shape_from_row(row, dense.layers[i], f"layer {i}") for i, row in rows)
         return cls(
@@ -158,6 +161,11 @@ class Architecture:
         if self.depths is None:
             return [0] * len(self.layers)
         return [s for s, depth in enumerate(self.depths) for _ in range(depth)]
+
+    @property
+    def kinds(self) -> list[int]:
+        """Kind of every layer, of which one costs what another of the same sizes does: its stage, for most."""
+        return self.family.kinds(self.config, self.stages)
 
     def width(self, layer: int) -> int:
         """Residual width at a layer."""
@@ -238,7 +246,7 @@ class Architecture:
             raise InvalidArchitectureError(f"{len(self.layers)} layers, the dense model has {len(dense.layers)}")
         if (self.depths is None) != (dense.depths is None) or len(self.depths or ()) != len(dense.depths or ()):
             raise InvalidArchitectureError(f"depths are {self.depths}, of the dense model {dense.depths}")
-        if self.depths is not None and not _possible(self.depths, len(self.layers)):
+        if self.depths is not None and not possible_depths(self.depths, len(self.layers)):
             raise InvalidArchitectureError(
                 f"depths {self.depths} of {len(self.layers)} layers: only the last stages can be empty"
             )
@@ -374,9 +382,3 @@ def read_record(config: PreTrainedConfig, record: Any, task: str) -> Architectur
             f"{record.get('head_dims')}: the config was edited or damaged; fetch config.json again"
         )
     return architecture
-
-
-def _possible(depths: tuple[int, ...], layers: int) -> bool:
-    """Whether stages of these depths have so many layers, and none above an empty one."""
-    filled = [depth for depth in depths if depth > 0]
-    return sum(depths) == layers and list(depths[: len(filled)]) == filled and min(depths) >= 0

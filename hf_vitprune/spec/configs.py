@@ -24,10 +24,14 @@ def task_of(model: Any) -> str:
 
 
 def strip_family(model_class: str, config_class: str) -> str:
-    """Task part of a class name: the config's name tells the prefix (CLIPVisionConfig: also ``CLIP``)."""
+    """Task part of a class name: the config's name tells the prefix (of CLIPVisionConfig, ``CLIP`` too).
+
+    VitPoseBackbone is all that VitPoseBackboneConfig has, and its task is ``Backbone``.
+    """
     family = config_class.removesuffix("Config")
-    prefixes = (family, family.removesuffix("Vision"))
-    return next((model_class.removeprefix(p) for p in prefixes if model_class.startswith(p)), model_class)
+    prefixes = (family, family.removesuffix("Vision"), family.removesuffix("Backbone"))
+    tasks = (model_class.removeprefix(p) for p in prefixes if model_class.startswith(p))
+    return next((task for task in tasks if task), model_class)
 
 
 def lineage_of(config: PreTrainedConfig) -> dict[str, Any]:
@@ -83,6 +87,12 @@ def checked_depths(depths: Any) -> tuple[int, ...] | None:
     if not isinstance(depths, (list, tuple)) or not depths or any(type(d) is not int for d in depths):
         raise InvalidArchitectureError(f"depths {depths!r} is no list of whole numbers")
     return tuple(depths)
+
+
+def possible_depths(depths: tuple[int, ...], layers: int) -> bool:
+    """Whether stages of these depths have so many layers, and none above an empty one."""
+    filled = [depth for depth in depths if depth > 0]
+    return sum(depths) == layers and list(depths[: len(filled)]) == filled and min(depths) >= 0
 
 
 def _checked_dense_sizes(dense: Any, family: Family, config: PreTrainedConfig) -> dict[str, Any]:

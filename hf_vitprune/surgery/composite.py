@@ -232,7 +232,8 @@ def _check_loads_again(whole: Any, tower: Tower) -> None:
         return  # written by a user, whose own code makes it again
     try:
         with _on_meta():
-            loaded = shapes_of(type(whole)(whole.config))
+            config = type(whole.config).from_dict(whole.config.to_dict())  # as it is read from a file
+            loaded = shapes_of(type(whole)(config))
         differing = [n for n, shape in shapes_of(whole).items() if n in loaded and loaded[n] != shape]
         differing += sorted(n for n in loaded.keys() ^ shapes_of(whole).keys() if n.startswith(f"{tower.path}."))
         problem = f"of other tensors (first: {differing[0]})" if differing else ""

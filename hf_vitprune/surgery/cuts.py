@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from ..errors import InvalidPlanError
 from ..families import LayerPaths
 from ..modeling.structure import layer_paths
-from ..plan.layer_plan import PAD
+from ..plan.layer_plan import PAD, LayerPlan
 from ..plan.plan import PruningPlan
+from ..spec.architecture import Architecture
 from ..spec.units import Axis, set_name, unit_table
 from ..utils.offload import input_device
 
@@ -148,7 +149,7 @@ def _cut_layer(
     if entry.mixer == "attention":
         # of a head, its channels are kept one by one; what is left of the set are tensors with one value a head
         kept["heads"] = torch.tensor(entry.heads)
-        kept["qk"] = _rows(entry.heads, entry.qk, source.qk_dim)
+        kept["qk"] = _qk_rows(entry, plan.source)
         kept["v"] = _rows(entry.heads, entry.v, source.v_dim)
     if entry.mlp:
         kept["mlp"] = torch.tensor(entry.mlp)
@@ -167,6 +168,14 @@ def _cut_layer(
                 cut.index[1] = torch.tensor(inputs)
             if factors is not None:
                 cut.scale[1] = torch.tensor(factors, dtype=torch.float64)
+
+
+def _qk_rows(entry: LayerPlan, source: Architecture) -> torch.Tensor:
+    """Rows of the queries; where a head keeps its full width and is turned, every channel stays in its own place."""
+    size, rows = source.layers[entry.index].qk_dim, entry.qk
+    if source.family.rotate is not None and len(rows[0]) == source.head_dim(entry.index):
+        rows = tuple(tuple(c if c in row else PAD for c in range(size)) for row in rows)
+    return _rows(entry.heads, rows, size)
 
 
 def _rows(heads: tuple[int, ...], channels: tuple[tuple[int, ...], ...], size: int) -> torch.Tensor:
@@ -219,6 +228,6 @@ def _qk_indices(
             device = big_state[f"{old_paths[entry.index].q}.weight"].device
             if before is None:
                 before = torch.arange(source.qk_dim, device=device).repeat(source.heads)
-            rows = _rows(entry.heads, entry.qk, source.qk_dim).to(device)
+            rows = _qk_rows(entry, plan.source).to(device)
             values[f"{new.attention}.qk_index"] = before[rows.clamp(min=0)]  # what pads is zero, however it is turned
     return values

@@ -105,6 +105,8 @@ def attach(model: PreTrainedModel, architecture: Architecture, factors: nn.Modul
         mask = factors[EMBEDDING]
         handles += [norm.register_forward_hook(_OverKept(mask)) for norm in residual_norms(model, architecture)]
         handles.append(get_wrapped(model, paths.layer).register_forward_hook(_Stream(mask)))
+        entries = [get_wrapped(model, path) for path in architecture.family.neck(model)]
+        handles += [entry.register_forward_pre_hook(_Maps(mask)) for entry in entries]
     return handles
 
 
@@ -174,6 +176,21 @@ class _Stream(GateHook):
         if isinstance(output, tuple):
             return (self.mask(output[0]), *output[1:])
         return self.mask(output)
+
+
+class _Maps(GateHook):
+    """Masks the maps of features that enter a neck."""
+
+    def __init__(self, mask: nn.Module) -> None:
+        self.mask: Any = mask
+
+    def __call__(self, entry: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not self.mask.active:
+            return None
+        kept, maps = self.mask.mask[:, None, None], args[0]
+        if isinstance(maps, torch.Tensor):
+            return (maps * kept.to(maps.dtype), *args[1:])
+        return (tuple(one * kept.to(one.dtype) for one in maps), *args[1:])
 
 
 class _OverKept(GateHook):

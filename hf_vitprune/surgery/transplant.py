@@ -183,7 +183,7 @@ def empty_like(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
         info.setdefault("base_model", base)
     info.update(lineage(model.config, plan))
     config = config_for(plan.architecture, model.config, info)
-    _follow_backbone_stages(model, config, plan)
+    _follow_states(model, config, plan)
     return _skeleton(model, plan.architecture, config)
 
 
@@ -267,21 +267,18 @@ def residual_norms(model: nn.Module, architecture: Architecture) -> list[nn.Modu
     return [norm for norm in norms if not isinstance(norm, nn.Identity)]  # somebody may have taken one out
 
 
-def _follow_backbone_stages(model: PreTrainedModel, config: Any, plan: PruningPlan) -> None:
-    """Backbones name the layers whose output they give; the names follow the layers.
+def _follow_states(model: PreTrainedModel, config: Any, plan: PruningPlan) -> None:
+    """Numbers by which a model reads hidden states follow the layers.
 
     Raises:
-        InvalidPlanError: a layer whose output is asked for is removed.
+        InvalidPlanError: a layer whose output is read is removed.
     """
-    if not type(model).__name__.endswith("Backbone") or plan.source.depths is not None:
-        return
+    source = plan.source
+    states = source.family.read_states(model.config, source.task, len(source.layers))
     position = {entry.index: j for j, entry in enumerate(plan.layers)}
-    names = []
-    for index in model.config.out_indices:
-        index = index % (len(plan.source.layers) + 1)
-        if index > 0 and index - 1 not in position:
-            raise InvalidPlanError(
-                f"the plan removes layer {index - 1}, whose output this backbone gives (out_features)"
-            )
-        names.append("stem" if index == 0 else f"stage{position[index - 1] + 1}")
-    config.set_output_features_output_indices(out_features=names, out_indices=None)
+    lost = [state - 1 for state in states if state and state - 1 not in position]
+    if lost:
+        raise InvalidPlanError(f"the plan removes layer {lost[0]}, whose output this model reads (out_features)")
+    if states:
+        kept = [position[state - 1] + 1 if state else 0 for state in states]
+        source.family.name_states(config, source.task, kept)

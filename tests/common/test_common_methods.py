@@ -29,7 +29,7 @@ from hf_vitprune.errors import UnsupportedModelError, UnsupportedUnitError
 from hf_vitprune.utils.batches import ImageBatches
 from plans import aligned
 from pruning_runs import SMALL_GROUPS, VIT, Patterns, scatter_scores, score_tensors, state_of, trainer
-from tiny import CASES, CLASSIFIERS, TEXTS, assert_same, images, make, relative_error, run, total_loss
+from tiny import CASES, CLASSIFIERS, NECKS, NO_GRID, TEXTS, assert_same, images, make, relative_error, run, total_loss
 
 #: one line a configuration: name -> config
 METHODS: dict[str, Callable[[], Any]] = {
@@ -54,10 +54,11 @@ GATED = [name for name in METHODS if name.startswith("VTP")]
 SEARCHED = [name for name in METHODS if name.startswith("SPViT")]
 #: methods that remove layers from the top: nothing of a backbone that gives the last layer's output
 DEPTH = ["SLS", "Truncation"]
-UNCUT = ["Dinov2Backbone", "Dinov2WithRegistersBackbone", "DINOv3ViTBackbone", "BeitBackbone", "PixioBackbone"]
+SOME_CUT = ("SwinBackbone", "Swinv2Backbone")
+UNCUT = [name for name in CASES if name.partition("-")[0].endswith("Backbone") and name not in SOME_CUT]
 #: what is refused at the door: no grid for convolutions, no v channels to remove, no images to look at
 REFUSED = {
-    "SPViT": ("Data2Vec", "Swinv2", "ViTMAE", "VideoMAE", "Siglip2"),
+    "SPViT": NO_GRID,
     "VTP": ("Swinv2",),
     "SLS": ("VideoMAE", "Siglip2", "ViTMAE"),
 }
@@ -67,6 +68,7 @@ PAIRS = [
     for case in CASES
     for method in (METHODS if case in CLASSIFIERS else FIRST)
     if not (case in UNCUT and method in DEPTH)
+    and not (case in NECKS and method != "VTP")
     and not case.startswith((*TEXTS, *REFUSED.get(method, ())))  # images are what they learn from here
 ]
 AT_THE_DOOR = [(case, method) for method, kinds in REFUSED.items() for case in CASES if case.startswith(kinds)]
@@ -107,6 +109,18 @@ def test_gated_equals_exported_equals_masked(case: str, method: str) -> None:
 
     restored = PruningPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
     assert restored == plan and restored.info == json.loads(json.dumps(plan.info))
+
+
+@pytest.mark.parametrize("case", NECKS)
+def test_features_of_every_layer_are_masked_where_a_neck_reads_them(case: str) -> None:
+    model = get_pruning_model(make(case), NViTConfig(target=0.96, group_sizes=SMALL_GROUPS, eta=0))
+    scatter_scores(model).eval()
+    before, small = run(model), model.export()
+    plan = model.plan()
+    assert plan.embedding is not None
+    assert errors(run(model), run(small), plan) < 1e-5
+    assert errors(run(mask(model.model, plan)), run(small), plan) < 1e-5
+    assert errors(before, run(small), plan) > 1e-3
 
 
 @pytest.mark.parametrize(("case", "method"), AT_THE_DOOR)
@@ -156,7 +170,12 @@ def kept_units(plan: PruningPlan) -> list[Any]:
 
 @pytest.mark.parametrize(("case", "method"), [pair for pair in PAIRS if pair[1] in FIRST])
 def test_unload_leaves_no_trace(case: str, method: str) -> None:
-    model = make(case).train()
+    model = make(case)
+    run(model)  # transformers notes in a model that it has run
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # of a segmentation head: training moves its statistics
+            module.momentum = 0.0
+    model.train()
     before, shape = state_of(model), trace(model)
     model.eval()
     outputs = run(model)
@@ -171,7 +190,8 @@ def test_unload_leaves_no_trace(case: str, method: str) -> None:
     assert gated.unload() is model
     assert gated.unload() is model  # twice is as good as once
     assert trace(model) == shape
-    assert_same(model.state_dict(), before)
+    counters = {name: tensor for name, tensor in state_of(model).items() if name.endswith("num_batches_tracked")}
+    assert_same(model.state_dict(), {**before, **counters})
     assert_same(run(model.eval()), outputs)
 
 

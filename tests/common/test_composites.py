@@ -60,6 +60,7 @@ REFUSED = {
     ("DepthAnything", "layers"): "out_features",
     ("UperNet", "layers"): "out_features",
     ("VipLLaVA", "layers"): "config.vision_feature_layer",
+    ("RF-DETR", "layers"): "no prunable unit 'layers'.*out_features",
 }
 
 
@@ -75,7 +76,7 @@ def each_part(name: str, units: str) -> list[tuple[Any, str, PruningPlan]]:
     found = []
     for part in towers(model):
         source = Architecture.of(model, part)
-        if set(UNITS[units]) <= set(source.family.units) | {"layers"}:
+        if set(UNITS[units]) <= set(source.units) | {"layers"}:
             dropped = 1 if source.depths is None else 3  # the second of Swin's third stage
             plan = PruningPlan.dense(source).keep_layers({*range(len(source.layers))} - {dropped})
             found.append((part, plan if units == "layers" else PruningPlan.random(source, 0.4, UNITS[units])))

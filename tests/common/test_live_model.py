@@ -83,7 +83,7 @@ def headed(case: str, head: str) -> PreTrainedModel:
 
 
 def units_of(case: str) -> list[str]:
-    return sorted({"heads", "mlp", "qk", "v", "embedding"} & Architecture.of(make(case)).family.units)
+    return sorted({"heads", "mlp", "qk", "v", "embedding"} & Architecture.of(make(case)).units)
 
 
 def assert_pruned_is_masked(model: Any, plan: PruningPlan) -> Any:

@@ -45,7 +45,8 @@ class CountMatmuls(TorchDispatchMode):
         elif packet in (aten.addmm, aten.baddbmm):
             self.macs += out.numel() * args[1].shape[-1]
         elif packet is aten.convolution:
-            self.macs += out.numel() * args[1][0].numel()
+            transposed = args[6]  # every input goes into so many outputs, not the reverse
+            self.macs += (args[0] if transposed else out).numel() * args[1][0].numel()
         else:
             name = packet.__name__.replace("bilinear", "")  # interpolation of positions
             assert not any(word in name for word in ("attention", "linear", "matmul", "conv")), name

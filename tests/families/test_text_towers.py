@@ -74,6 +74,7 @@ FRESH = """
 import sys, torch, transformers
 sys.path.append(sys.argv[2])
 import hf_vitprune
+sys.path.append(sys.argv[2])
 from test_text_towers import outputs
 from tiny import assert_same
 model = transformers.AutoModel.from_pretrained(sys.argv[1]).eval()

@@ -13,6 +13,7 @@ from hf_vitprune.compensate import compensate_plan
 from hf_vitprune.errors import InvalidArchitectureError, InvalidPlanError, UnsupportedUnitError
 from hf_vitprune.methods.nvit.units import plan_of, unit_sets
 from hf_vitprune.modeling.native import to_native
+from hf_vitprune.plan.layer_plan import PAD
 from hf_vitprune.spec.architecture import Architecture
 from tiny import assert_same, images, make, relative_error, run
 
@@ -27,6 +28,22 @@ def test_half_a_pair_is_refused() -> None:
         Architecture.from_layers(plan.source.config, [{"qk_dim": 3}])
     kept = plan.with_layers(entry.keep_channels("qk", (0, 3, 4, 7)) for entry in plan.layers).validated()
     assert kept.architecture.layers[0].qk_dim == 4
+
+
+def test_kept_channels_of_a_full_head_stay_in_their_places() -> None:
+    """Padded rows of the dense width leave the stock attention in place, which turns every place by its own angle."""
+    model = make("DINOv3ViTModel")
+    plan = PruningPlan.dense(model)
+    rows = tuple(range(8)), (1, PAD, PAD, PAD, 5, PAD, PAD, PAD), (PAD,) * 8, tuple(range(8))
+    plan = plan.with_layers(replace(entry, qk=rows, mlp=(0, 1)) for entry in plan.layers)
+    small = prune(model, plan)
+    queries = small.model.layer[0].attention.q_proj.weight.view(4, 8, -1)
+    assert queries.abs().sum(-1)[1].nonzero().squeeze(1).tolist() == [1, 5] and not queries[2].any()
+    dense = PruningPlan.dense(small)
+    again = dense.with_layers(e.keep_channels("qk", (1, 3, 5, 7)).keep_channels("v", (0, 1)) for e in dense.layers)
+    for base, cut in ((model, plan), (small, again)):
+        ours, full = (run(made)["last_hidden_state"] for made in (prune(base, cut), mask(base, cut)))
+        assert relative_error(ours, full) < 1e-5
 
 
 def test_criteria_score_pairs() -> None:

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from hf_vitprune import Architecture, LatencyTable, PruningPlan, count, truncate
-from hf_vitprune.errors import InvalidConfigError, LatencyTableError
+from hf_vitprune.errors import InvalidConfigError, LatencyTableError, UnsupportedModelError
 from hf_vitprune.latency import measure
 from hf_vitprune.latency.grid import GRID_AXES, STEPS, spread, stage_axes
 from hf_vitprune.modeling.native import to_native
 from latency_tables import made_table
 from plans import PLANS, plan_named
-from tiny import CASES, CLASSIFIERS, NO_LOOK, hybrid, make
+from tiny import ALL_LAYERS, CASES, CLASSIFIERS, NECKS, NO_LOOK, hybrid, make
 
 VIT = "ViTForImageClassification"
 SWIN = "SwinForImageClassification"
@@ -71,7 +71,16 @@ def test_what_is_timed_adds_up_to_the_model(case: str, monkeypatch: pytest.Monke
         check_parts_add_up(table, architecture.replace(layers=layers))
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name not in CLASSIFIERS and not name.startswith(NO_LOOK)])
+@pytest.mark.parametrize("case", [*NECKS, ALL_LAYERS])
+def test_blocks_that_do_not_stand_for_all_are_not_timed(case: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="windows" if case == ALL_LAYERS else "features of several layers"):
+        measured(make(case))
+
+
+OTHERS = [c for c in CASES if c not in (*CLASSIFIERS, *NECKS, ALL_LAYERS) and not c.startswith(NO_LOOK)]
+
+
+@pytest.mark.parametrize("case", OTHERS)
 def test_what_is_around_the_blocks_is_timed_for_every_class(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are those of the classifiers, so few shapes of them will do."""
     model = make(case)

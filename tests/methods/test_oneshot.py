@@ -247,7 +247,10 @@ def test_every_family(case: str, scored: dict) -> None:
     assert_same(dict(model.state_dict()), before)
 
 
-@pytest.mark.parametrize("case", ["ViTModel", "Dinov2Backbone", "SwinForMaskedImageModeling"])
+@pytest.mark.parametrize(
+    "case",
+    ["ViTModel", "Dinov2Backbone", "SwinForMaskedImageModeling", "RfDetrDinov2Backbone", "InternVLVisionModel-normed"],
+)
 def test_models_without_a_classifier(case: str) -> None:
     model = make(case).double()
     plan = OneShotScores.measure(model, pixels(8), FEW).plan(0.7, "params", round_to=4, units=["mlp", "v"])

@@ -20,7 +20,8 @@ from hf_vitprune.modeling.pretrained import PrunedModelMixin
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune
 from hf_vitprune.spec.architecture import Architecture
-from tiny import CASES, images, make, relative_error, reset_weights, run
+from plans import without_a_layer
+from tiny import ALL_LAYERS, CASES, images, make, relative_error, reset_weights, run
 
 SIZES = ["heads", "qk", "v", "mlp"]
 SWIN = [name for name in CASES if name.startswith("Swin")]
@@ -50,12 +51,11 @@ def assert_native(small: PreTrainedModel, tolerance: float = 1e-5) -> PreTrained
 
 
 def without_layers(name: str) -> PreTrainedModel:
-    """A layer less: the middle one (whose output no backbone here gives), or the last of Swin's second stage."""
     model = make(name)
-    return prune(model, PruningPlan.dense(model).keep_layers([0, 1, 2, 3] if name in SWIN else [0, 2]), stock=False)
+    return prune(model, without_a_layer(model), stock=False)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_STOCK])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in (*NOT_STOCK, ALL_LAYERS)])
 def test_layers_removed(name: str) -> None:
     small = without_layers(name)
     native = assert_native(small, tolerance=0.0)
@@ -141,10 +141,10 @@ def test_merged_adapters_are_plain() -> None:
     assert_native(tuned.merge_and_unload())
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_STOCK])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in (*NOT_STOCK, ALL_LAYERS)])
 def test_prune_gives_what_to_native_gives(name: str) -> None:
     model = make(name)
-    plan = PruningPlan.dense(model).keep_layers([0, 1, 2, 3] if name in SWIN else [0, 2])
+    plan = without_a_layer(model)
     small, native = prune(model, plan), to_native(prune(model, plan, stock=False))
     assert type(small) is type(native) is type(model)
     assert small.config.to_dict() == native.config.to_dict()

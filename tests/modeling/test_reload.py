@@ -18,9 +18,9 @@ from hf_vitprune.modeling import pruned_model_class
 from hf_vitprune.modeling.pretrained import NOT_STOCK
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import load_pruned, prune
-from plans import plan_named
+from plans import plan_named, without_a_layer
 from processes import run_python
-from tiny import CASES, CLASSIFIERS, assert_same, images, make, reset_weights, run
+from tiny import ALL_LAYERS, CASES, CLASSIFIERS, assert_same, images, make, reset_weights, run
 
 VIT = "ViTForImageClassification"
 
@@ -72,8 +72,8 @@ def test_stock_classes_refuse_and_say_why(case: str, tmp_path: Path) -> None:
     model = make(case)
     layers = PruningPlan.dense(model)
     mlp = layers.with_layers(replace(e, mlp=tuple(range(4 + 4 * (e.index == 0)))) for e in layers.layers)
-    fewer = layers.keep_layers([0, 1, 2, 3] if case.startswith("Swin") else [0, 2])
-    for name, plan in (("sizes", mlp), ("layers", fewer)):
+    plans = {"sizes": mlp} if case == ALL_LAYERS else {"sizes": mlp, "layers": without_a_layer(model)}
+    for name, plan in plans.items():
         small = prune(model, plan, stock=False)
         small.save_pretrained(tmp_path / name)
         for loose in (False, True):

@@ -191,6 +191,26 @@ def layer_plans(draw: st.DrawFn, source: Architecture, index: int, narrow: bool)
     return replace(entry, scales=scales)
 
 
+def needed_layers(model: PreTrainedModel) -> tuple[int, ...]:
+    """Layers whose outputs the model reads by their number; the last one, where it needs one more."""
+    source = Architecture.of(model)
+    layers, asked = len(source.layers), (model.config, source.task, len(source.layers))
+    if "layers" not in source.units:
+        return tuple(range(layers))
+    states = source.family.read_states(*asked)
+    more = {layers - 1} if states and source.family.fewest_layers(*asked) > max(states) else set()
+    return tuple(sorted({state - 1 for state in states if state} | more))
+
+
+def without_a_layer(model: PreTrainedModel) -> PruningPlan:
+    """One layer less: the last of Swin's second stage, else the lowest but the first whose output nobody needs."""
+    plan, needed = PruningPlan.dense(model), needed_layers(model)
+    layers = range(len(plan.layers))
+    free = [i for i in layers if i and i not in needed]
+    gone = layers[-1] if plan.source.depths is not None else free[0]
+    return plan.keep_layers({*layers} - {gone})
+
+
 @st.composite
 def pruning_plans(draw: st.DrawFn, source: Architecture, keep: tuple[int, ...] = ()) -> PruningPlan:
     """Any plan that is valid for ``source`` (it may remove nothing), with the layers ``keep`` in it."""

@@ -13,63 +13,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-SIZE = 16
-LABELS = 5
-#: what every columnar family has; 4 heads of 8, 2 x 2 patches
-PLAIN: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 3,
-    "image_size": SIZE,
-    "patch_size": 8,
-}
-WITH_MLP: dict[str, Any] = {**PLAIN, "intermediate_size": 48}
-DINO: dict[str, Any] = {**PLAIN, "mlp_ratio": 2}
-#: 2 x 2 patches where they are not padded
-NAFLEX: dict[str, Any] = {**{k: v for k, v in WITH_MLP.items() if k != "image_size"}, "num_patches": 4}
-#: half of the patches is seen
-MAE: dict[str, Any] = {
-    **WITH_MLP,
-    "mask_ratio": 0.5,
-    "decoder_num_attention_heads": 2,
-    "decoder_hidden_size": 16,
-    "decoder_num_hidden_layers": 1,
-    "decoder_intermediate_size": 24,
-}
-VIDEO: dict[str, Any] = {**{k: v for k, v in MAE.items() if k != "mask_ratio"}, "num_frames": 4}
-RADIO: dict[str, Any] = {**DINO, "mlp_ratio": 2.0, "max_img_size": 32, "num_cls_tokens": 2, "num_registers": 1}
-BEIT: dict[str, Any] = {**WITH_MLP, "use_relative_position_bias": True, "drop_path_rate": 0.0}
-SWIN: dict[str, Any] = {
-    "embed_dim": 16,
-    "depths": [2, 3],
-    "num_heads": [2, 4],
-    "window_size": 2,
-    "image_size": SIZE,
-    "patch_size": 2,
-    "mlp_ratio": 2.0,
-    "drop_path_rate": 0.0,
-}
-TEXT: dict[str, Any] = {
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 1,
-    "intermediate_size": 16,
-    "vocab_size": 50,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-#: a text tower of the size of the others
-WORDS: dict[str, Any] = {
-    **{k: v for k, v in WITH_MLP.items() if k not in ("image_size", "patch_size")},
-    "vocab_size": 50,
-    "bos_token_id": 1,
-    "eos_token_id": 49,
-    "pad_token_id": 0,
-    "max_position_embeddings": 7,
-    "projection_dim": 24,
-}
-STAGES = {"out_features": ["stage1", "stage3"]}
+from tiny_sizes import (
+    BEIT,
+    DINO,
+    LABELS,
+    MAE,
+    NAFLEX,
+    SEGMENTS,
+    SIZE,
+    STAGES,
+    SWIN,
+    TEXT,
+    VIDEO,
+    WITH_MLP,
+    WORDS,
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +78,7 @@ CASES: dict[str, Case] = {
         "Dinov2ForImageClassification", "Dinov2Config", {**DINO, "use_swiglu_ffn": True}
     ),
     **_columnar("Dinov2WithRegisters", DINO, {"Model": {}, **CLASSIFIER, "Backbone": STAGES}),
-    **_columnar("Data2VecVision", BEIT, {"Model": {}, **CLASSIFIER}),
+    **_columnar("Data2VecVision", BEIT, {"Model": {}, **CLASSIFIER, "ForSemanticSegmentation": SEGMENTS}),
     "Data2VecVisionForImageClassification-shared": Case(
         "Data2VecVisionForImageClassification",
         "Data2VecVisionConfig",
@@ -142,7 +100,9 @@ CASES: dict[str, Case] = {
     "Siglip2TextModel": Case("Siglip2TextModel", "Siglip2TextConfig", WORDS),
     **_columnar("DINOv3ViT", WITH_MLP, {"Model": {"num_register_tokens": 2}, "Backbone": STAGES}),
     "DINOv3ViTModel-gated": Case("DINOv3ViTModel", "DINOv3ViTConfig", {**WITH_MLP, "use_gated_mlp": True}),
-    **_columnar("Beit", BEIT, {"Model": {}, **CLASSIFIER, "Backbone": STAGES}),
+    **_columnar("Beit", BEIT, {"Model": {}, **CLASSIFIER, "Backbone": STAGES, "ForSemanticSegmentation": SEGMENTS}),
+    "BeitForMaskedImageModeling": Case("BeitForMaskedImageModeling", "BeitConfig", {**BEIT, "vocab_size": 20}),
+    "BeitBackbone-pyramid": Case("BeitBackbone", "BeitConfig", {**SEGMENTS, "add_fpn": True}),
     "BeitForImageClassification-shared": Case(
         "BeitForImageClassification",
         "BeitConfig",
@@ -170,6 +130,19 @@ CASES: dict[str, Case] = {
     "Aimv2VisionModel-native": Case(
         "Aimv2VisionModel", "Aimv2VisionConfig", {**WITH_MLP, "is_native": True, "use_head": False}
     ),
+    "InternVLVisionModel": Case("InternVLVisionModel", "InternVLVisionConfig", {**WITH_MLP, "attention_bias": True}),
+    "InternVLVisionModel-normed": Case(
+        "InternVLVisionModel",
+        "InternVLVisionConfig",
+        {**WITH_MLP, "use_qk_norm": True, "norm_type": "rms_norm", "use_mean_pooling": False},
+    ),
+    "VitPoseBackbone": Case("VitPoseBackbone", "VitPoseBackboneConfig", {**DINO, **STAGES}),
+    "RfDetrDinov2Backbone": Case(
+        "RfDetrDinov2Backbone", "RfDetrDinov2Config", {**DINO, "patch_size": 4, "num_windows": 2, **STAGES}
+    ),
+    "RfDetrDinov2Backbone-whole": Case(
+        "RfDetrDinov2Backbone", "RfDetrDinov2Config", {**DINO, "num_windows": 1, **STAGES}
+    ),
     **_columnar("Pixio", {**DINO, "n_cls_tokens": 2}, {"Model": {}, "Backbone": STAGES}),
     "RadioModel": Case(
         "RadioModel",
@@ -192,9 +165,12 @@ CLASSIFIERS = [
     if CASES[name].model_class.endswith("ForImageClassification") and name not in (NO_IMAGES, *PECULIAR)
 ]
 #: classes whose tokens form a grid that convolutions can mix
-WITH_GRID = [
-    name for name in CASES if not name.startswith(("Siglip2", "ViTMAE", "VideoMAE", "Data2Vec", "Swinv2", *TEXTS))
-]
+NO_GRID = ("Siglip2", "ViTMAE", "VideoMAE", "Data2Vec", "Swinv2", "InternVL", "VitPose", "RfDetr")
+WITH_GRID = [name for name in CASES if not name.startswith((*NO_GRID, *TEXTS))]
+#: most of whose cost is in what reads the features of several layers
+NECKS = [name for name in CASES if name.endswith(("ForSemanticSegmentation", "-pyramid"))]
+#: no layer of which can go: its number says what it attends to
+ALL_LAYERS = "RfDetrDinov2Backbone"
 #: one class a family, for what depends on its layers
 EVERY_FAMILY = [
     *CLASSIFIERS,
@@ -206,6 +182,10 @@ EVERY_FAMILY = [
     "RadioModel",
     "DINOv3ViTModel",
     "CLIPTextModel",
+    "InternVLVisionModel",
+    "InternVLVisionModel-normed",
+    "VitPoseBackbone",
+    "RfDetrDinov2Backbone",
     *PECULIAR,
 ]
 #: what a model has not got, by what its case begins or ends with: names of plans (``plans.PLANS``)
@@ -215,6 +195,10 @@ LACKING = {
     "SwinB": {"embedding"},
     "Swinv2": {"embedding", "qk", "v", "padded values", "scaled"},
     "-shared": {"heads", "uneven heads"},
+    "-normed": {"heads", "uneven heads", "qk"},
+    "DetrDinov2Backbone": {"layers"},
+    "ForSemanticSegmentation": {"layers"},  # two of five go, and four of them are read
+    "-pyramid": {"layers"},
 }
 
 

@@ -229,6 +229,42 @@ def mask2former() -> Made:
     return finished(t.Mask2FormerForUniversalSegmentation(config), pixel_values=pixels(size=32))
 
 
+def internvl(**vision: Any) -> Made:
+    config = t.InternVLConfig(
+        vision_config=t.InternVLVisionConfig(**{**VISION, "patch_size": 4}, **vision),
+        text_config=t.Qwen2Config(**LLAMA),
+        image_token_id=IMAGE_TOKEN,
+        image_seq_length=4,
+    )
+    return finished(t.InternVLForConditionalGeneration(config), **_words(4, pixel_values=pixels()))
+
+
+def vitpose() -> Made:
+    sizes = {**VISION, "image_size": [16, 16], "patch_size": [8, 8], "mlp_ratio": 2}
+    backbone = t.VitPoseBackboneConfig(**sizes, out_indices=[4])
+    config = t.VitPoseConfig(backbone_config=backbone, num_labels=3)
+    return finished(t.VitPoseForPoseEstimation(config), pixel_values=pixels())
+
+
+def rf_detr() -> Made:
+    backbone = t.RfDetrDinov2Config(
+        **{**VISION, "patch_size": 4}, mlp_ratio=2, num_windows=2, out_features=["stage2", "stage4"]
+    )
+    config = t.RfDetrConfig(
+        backbone_config=backbone,
+        d_model=32,
+        num_queries=4,
+        group_detr=1,
+        decoder_layers=1,
+        decoder_ffn_dim=32,
+        decoder_self_attention_heads=2,
+        decoder_cross_attention_heads=2,
+        c2f_num_blocks=1,
+        num_labels=3,
+    )
+    return finished(t.RfDetrForObjectDetection(config), pixel_values=pixels())
+
+
 COMPOSITES: dict[str, Callable[[], Made]] = {
     "LLaVA": llava,
     "LLaVA-NeXT": llava_next,
@@ -244,6 +280,9 @@ COMPOSITES: dict[str, Callable[[], Made]] = {
     "UperNet": upernet,
     "UperNet on Swin": upernet_swin,
     "Mask2Former": mask2former,
+    "InternVL": internvl,
+    "ViTPose": vitpose,
+    "RF-DETR": rf_detr,
 }
 
 
@@ -256,7 +295,8 @@ def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 def auto_class(model: Any) -> Any:
     """The Auto class that maps a model's class."""
-    tasks = ("ImageTextToText", "DepthEstimation", "SemanticSegmentation", "UniversalSegmentation", "Vision2Seq", "")
+    tasks = ("ImageTextToText", "DepthEstimation", "SemanticSegmentation", "UniversalSegmentation", "Vision2Seq")
+    tasks += ("ObjectDetection", "PoseEstimation", "")
     for task in tasks:
         found = getattr(t, f"AutoModelFor{task}" if task else "AutoModel", None)
         names = {} if found is None else found._model_mapping._model_mapping

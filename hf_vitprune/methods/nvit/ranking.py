@@ -34,8 +34,8 @@ class Sizes:
         self.sets, self.meter = sets, meter
         self.counts = list(counts)
         now = resized(source, sets, counts)
-        self.shapes, self.width, self.stages = list(now.layers), now.hidden_size, source.stages
-        self._factors = [source.family.width_factor(stage) for stage in self.stages]
+        self.shapes, self.width, self.kinds = list(now.layers), now.hidden_size, source.kinds
+        self._factors = [source.family.width_factor(stage) for stage in source.stages]
         self._dense = meter.total(source)
         self._by_layer: dict[int | None, list[int]] = {}
         for position, one in enumerate(sets):
@@ -73,7 +73,7 @@ class Sizes:
 
     # ------------------------------------------------------------------ parts
     def _layer(self, i: int, width: int) -> float:
-        return self.meter.layer(self.shapes[i], width * self._factors[i], self.stages[i])
+        return self.meter.layer(self.shapes[i], width * self._factors[i], self.kinds[i])
 
     @property
     def _narrow_width(self) -> int:
@@ -96,7 +96,7 @@ class Sizes:
             else:
                 smaller = resized_layer(self.shapes[one.layer], one, self.counts[position] - one.group)
                 width = self.width * self._factors[one.layer]
-                cost = self.meter.layer(smaller, width, self.stages[one.layer])
+                cost = self.meter.layer(smaller, width, self.kinds[one.layer])
                 self.savings[position] = (self._layers[one.layer] - cost) / self._dense
 
 

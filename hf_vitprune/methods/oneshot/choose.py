@@ -13,6 +13,7 @@ from ...cost.meter import CostMeter
 from ...errors import InvalidConfigError, UnreachableTargetError, UnsupportedUnitError
 from ...plan.layer_plan import LayerPlan
 from ...plan.plan import PruningPlan
+from ...plan.select import check_units
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import LayerShape
 from ..base import PruningConfig
@@ -65,7 +66,10 @@ def check_target(
     if type(round_to) is not int or round_to < 1:
         raise InvalidConfigError(f"round_to is a whole number of at least 1, not {round_to!r}")
     meter = checked.meter(architecture)
-    usable = tuple(u for u in UNITS if u in units and (u != "qk" or architecture.family.plain_qk))
+    if set(units) != set(UNITS):
+        check_units(architecture, units)
+    plain = architecture.family.has_plain_qk(architecture.config)
+    usable = tuple(u for u in UNITS if u in units and u in architecture.units and (u != "qk" or plain))
     if not usable:
         raise UnsupportedUnitError(f"{architecture.model_type} models turn or normalise queries and keys: no qk here")
     goal = Goal(checked.target, meter, usable, round_to, settings)
@@ -117,9 +121,9 @@ def best_plan(
 
 def _branch_cost(architecture: Architecture, meter: CostMeter, layer: int) -> Callable[..., float]:
     """Cost of a layer with one branch of some sizes, over that of the layer with none: layers add up from these."""
-    shape, width, stage = architecture.layers[layer], architecture.width(layer), architecture.stages[layer]
+    shape, width, kind = architecture.layers[layer], architecture.width(layer), architecture.kinds[layer]
     empty = LayerShape("none", shifted=shape.shifted)
-    nothing = meter.layer(empty, width, stage)
+    nothing = meter.layer(empty, width, kind)
 
     def cost(*sizes: int) -> float:
         if len(sizes) == 1:
@@ -127,7 +131,7 @@ def _branch_cost(architecture: Architecture, meter: CostMeter, layer: int) -> Ca
         else:
             heads, qk, v = sizes
             branch = LayerShape("attention", heads, qk, v, 0, shape.attention_in, shifted=shape.shifted)
-        return meter.layer(branch, width, stage) - nothing
+        return meter.layer(branch, width, kind) - nothing
 
     return cost
 

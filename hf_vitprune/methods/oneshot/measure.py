@@ -125,7 +125,7 @@ class Measurement:
         self._keep(index, heads=torch.tensor(order), values=errors, v=strength)
         if self.settings.statistics:
             self._keep(index, **packed("context", branch.stats))
-        if self.architecture.family.plain_qk:
+        if self.architecture.family.has_plain_qk(self.architecture.config):
             self._query_key(index, layer, shape, moments)
 
     def _query_key(self, index: int, layer: Layer, shape: LayerShape, moments: dict[str, Statistics]) -> None:

@@ -1,0 +1,38 @@
+"""Every class that an Auto class maps for a shipped family is pruned, or is a bigger model with the tower in it."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_vitprune.families import Family, all_families
+from hf_vitprune.modeling.hosts import HOSTS
+from hf_vitprune.modeling.registry import AUTO_CLASSES, stock_classes
+from tiny import CASES
+
+SHIPPED = [family for family in all_families() if not family.model_type.startswith("toy")]
+AUTOS = [name for name in dir(transformers) if hasattr(getattr(transformers, name), "_model_mapping")]
+
+
+def mapped(family: Family) -> dict[str, set[str]]:
+    """Auto class -> names of the classes that it maps for the family's config."""
+    found = {}
+    for name in AUTOS:
+        classes = getattr(transformers, name)._model_mapping.get(CONFIG_MAPPING[family.model_type], ())
+        found[name] = {one.__name__ for one in (classes if isinstance(classes, tuple) else (classes,))}
+    return {name: classes for name, classes in found.items() if classes}
+
+
+@pytest.mark.parametrize("family", SHIPPED, ids=lambda family: family.model_type)
+def test_every_class_that_is_mapped_is_pruned(family: Family) -> None:
+    ours = {stock.__name__ for stock in stock_classes(family)}
+    for name, classes in mapped(family).items():
+        for one in classes - ours:
+            assert one in HOSTS and one in family.refused_classes, f"{name} maps {one}"
+        assert classes <= {*HOSTS} or name in AUTO_CLASSES, f"{name} maps {classes} and not the pruned twins"
+
+
+@pytest.mark.parametrize("family", SHIPPED, ids=lambda family: family.model_type)
+def test_every_pruned_class_is_in_the_common_tests(family: Family) -> None:
+    assert {stock.__name__ for stock in stock_classes(family)} <= {case.model_class for case in CASES.values()}
