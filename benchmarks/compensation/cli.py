@@ -91,10 +91,10 @@ def cost(
     shapes: Annotated[str, typer.Option(help="width x layers, with commas.")] = "768x12",
     statistics: Annotated[bool, typer.Option(help="Keep what --save-scores keeps.")] = False,
 ) -> None:
-    """Seconds and peak memory of scoring, choosing and compensating, each shape in a process of its own."""
+    """Processor seconds and peak memory of scoring, choosing and compensating, each shape in its own process."""
     from .cost import measured
 
-    times = "score, s", "choose, s", "compensate, s", "all, s"
+    times = "score, s", "choose, s", "compensate, s", "all, s", "score and compensate / dense pass"
     table = Table("shape", "params", *times, "loaded", "peak of scoring / loaded", "of all", "added / model")
     for shape in shapes.split(","):
         width, layers = map(int, shape.split("x"))

@@ -143,8 +143,7 @@ def obs(
     order: list[torch.Tensor] = []
     errors: list[torch.Tensor] = []
     while len(alive) > keep:
-        w = weights.T.reshape(len(alive), group, -1)
-        scores = _scores(w @ w.mT, _blocks(inverse, group))
+        scores = _scores(_squares(weights, group), _blocks(inverse, group))
         candidates = scores.topk(min(block, len(alive)), largest=False).indices
         columns = _columns(candidates, group)
         products = weights[:, columns].T @ weights[:, columns]
@@ -223,11 +222,19 @@ def _without(items: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def _eliminate(weights: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and inverse covariance of what is left when the rest takes over; ``inverse`` is overwritten."""
+    """Weights and inverse covariance of what is left when the rest takes over."""
     stay = _without(torch.arange(len(inverse), device=inverse.device), gone)
-    gain = torch.linalg.solve(inverse[gone[:, None], gone], inverse[gone])
-    inverse.addmm_(inverse[:, gone], gain, alpha=-1)
-    return weights.addmm(weights[:, gone], gain, alpha=-1)[:, stay], inverse[stay[:, None], stay]
+    gain = torch.linalg.solve(inverse[gone[:, None], gone], inverse[gone][:, stay])
+    left = inverse[stay[:, None], stay].addmm_(inverse[:, gone][stay], gain, alpha=-1)
+    return weights[:, stay].addmm_(weights[:, gone], gain, alpha=-1), left
+
+
+def _squares(weights: torch.Tensor, group: int) -> torch.Tensor:
+    """(groups, group, group) products of the weights of each group with each other."""
+    if group == 1:
+        return weights.square().sum(0)[:, None, None]
+    grouped = weights.T.reshape(-1, group, len(weights))
+    return grouped @ grouped.mT
 
 
 def _blocks(matrix: torch.Tensor, group: int) -> torch.Tensor:

@@ -268,3 +268,17 @@ def test_two_processes_split_the_images_and_one_writes(model: Path, folder: Path
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.usefixtures("quick")
+def test_layers_read_from_the_disk_give_the_same_model(model: Path, folder: Path, tmp_path: Path) -> None:
+    options = ["--images", folder, "--target", 0.6, "--round-to", 1]
+    printed("prune", model, tmp_path / "whole", *options)
+    out = printed("prune", model, tmp_path / "streamed", *options, "--stream")
+    assert "latency" not in out and "MACs" in out  # a model on the disk is not timed
+    whole, streamed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "streamed"))
+    assert whole.keys() == streamed.keys() and all(torch.equal(whole[name], streamed[name]) for name in whole)
+    for wrong in (["--train", "features"], ["--part", "vision"]):
+        assert "--stream reads a layer at a time" in misused(
+            "prune", model, tmp_path / "no", *options, "--stream", *wrong
+        )

@@ -29,8 +29,10 @@ from hf_vitprune.methods import OneShotSettings
 from hf_vitprune.methods.oneshot import check_target
 from hf_vitprune.methods.oneshot.allocate import Options, allocate, undominated
 from hf_vitprune.methods.oneshot.choose import _attention, _branch_cost, _mlp, at_output
+from hf_vitprune.methods.oneshot.measure import Measurement
 from hf_vitprune.methods.oneshot.probe import read_outputs
 from hf_vitprune.modeling.peft_twin import is_peft, merged_twin
+from hf_vitprune.utils.batches import ImageBatches
 from latency_tables import made_table
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run
 from tiny_adapters import adapted
@@ -356,3 +358,11 @@ def test_impossible_settings_are_refused(scored: dict) -> None:
     ):
         with pytest.raises(InvalidDataError, match=message):
             OneShotScores.measure(make(VIT), data)
+
+
+@pytest.mark.parametrize("layers, expected", [(3, 4), (12, 4), (16, 3), (60, 1)])
+def test_deep_models_are_probed_by_fewer_images(layers: int, expected: int) -> None:
+    """What probes take grows with the square of the depth, but for that."""
+    model = make("ViTForImageClassification", num_hidden_layers=layers)
+    started = Measurement(model, ImageBatches(images(8), 4), OneShotSettings())
+    assert len(started.probe.batch["pixel_values"]) == expected

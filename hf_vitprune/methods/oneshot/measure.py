@@ -21,6 +21,9 @@ from .folds import neurons_left, packed, value_errors, values_left
 from .probe import Changes, Probe
 from .settings import OneShotSettings
 
+#: probe images times layers of the model at the most: each layer has its probes, and they run through all above it
+PROBED = 48
+
 
 class Measurement:
     """The pass. With several processes, each has a part of the images and owns every so many-th layer.
@@ -36,7 +39,8 @@ class Measurement:
         self.settings = settings
         self.walk = Walk(model, self.architecture, next(iter(ImageBatches(batches, settings.batch_size))))
         self.hidden = [self.walk.start(batch) for batch in batches]
-        few = next(iter(ImageBatches(batches, settings.probe_images, settings.probe_images)))
+        probed = max(1, min(settings.probe_images, PROBED // len(self.walk.layers)))
+        few = next(iter(ImageBatches(batches, probed, probed)))
         self.probe = Probe(self.walk, few)
         self.tensors: dict[str, torch.Tensor] = {}
         self._probed: list[tuple[str, float]] = []  # name of a tensor, and the error of the branch

@@ -18,7 +18,7 @@ class OneShotSettings:
         batch_size: images a forward pass.
         ridge, token_share: as in :class:`Compensation`.
         probe_images: of them, how many run on to the output to see what a smaller branch does there (six sizes a
-            layer).
+            layer); fewer in models of more than 12 layers, down to one from 48 on.
         sizes: q/k and v channels of a head are scored at this many sizes, evenly spaced.
         statistics: keep the covariances too, from which :meth:`OneShotScores.compensate` works without images.
     """
