@@ -91,7 +91,7 @@ def prune_streamed(
             "compensate", lambda: prune(model, plan, calibration=pixels, compensate=Compensation(images=None))
         )
     row["left"] = sum(p.numel() * p.element_size() for p in small.parameters())
-    part("save", lambda: small.save_pretrained(out / "small", max_shard_size="200MB"))  # a file is copied at a time
+    part("save", lambda: small.save_pretrained(out / "small"))
     return row
 
 

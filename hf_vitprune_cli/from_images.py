@@ -155,8 +155,7 @@ def _finish(model: str, out: Path, dense: Any, small: Any, plan: PruningPlan, pr
     rows = [model_row(key, one, None, timings.get(key)) for key, one in towers.items()]
     macs, params = (rows[1][key] / rows[0][key] for key in ("macs", "params"))
     pair = {"before": timings["dense"], "after": timings["pruned"]} if measured else None
-    result, size = PrunedResult(small, plan, {}, macs, params), {} if measured else {"max_shard_size": "500MB"}
-    save_result(out, result, processor, pair, dataset=None, base_model=model, **size)
+    save_result(out, PrunedResult(small, plan, {}, macs, params), processor, pair, dataset=None, base_model=model)
     where = f", measured on {device_name()}, batch 8" if measured else ""
     Console().print(comparison_table(rows, title=f"{model}{where}"))
 

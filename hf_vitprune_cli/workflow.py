@@ -236,7 +236,6 @@ def save_result(
     *,
     dataset: str | None,
     base_model: str | None = None,
-    max_shard_size: str = "50GB",
 ) -> None:
     """Write the model, its image processor, plan, plot of what was removed, and card.
 
@@ -244,10 +243,9 @@ def save_result(
         timings: of ``before`` (dense) and ``after``, where they were measured.
         dataset: what the accuracies were measured on; None where there are none.
         base_model: Hub id of the dense model.
-        max_shard_size: of a file of weights; what is written is copied in memory file by file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    result.model.save_pretrained(folder, max_shard_size=max_shard_size)
+    result.model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
     result.plan.save(folder / "plan.json")

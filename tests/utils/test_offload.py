@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -72,6 +73,16 @@ def test_plans_of_every_kind_are_the_same_bit_for_bit(name: str, plan: str, tmp_
     assert made is not None
     assert_equal(prune(streamed, made), prune(model, made))
     assert_equal(prune(streamed, made, calibration=images(8)), prune(model, made, calibration=images(8)))
+
+
+def test_weights_that_wait_in_cpu_memory() -> None:
+    """As where a GPU computes; here, the CPU does."""
+    model = make(VIT)
+    plan, seen = PruningPlan.random(model, 0.4), images(8)
+    offloaded = cpu_offload(make(VIT), execution_device=torch.device("cpu"))
+    assert is_offloaded(offloaded) and {p.device.type for p in offloaded.parameters()} == {"meta"}
+    assert_equal(prune(offloaded, plan, calibration=seen), prune(model, plan, calibration=seen))
+    assert OneShotScores.measure(offloaded, seen).fingerprint == OneShotScores.measure(model, seen).fingerprint
 
 
 def test_magnitude_reads_the_layers(tmp_path: Path) -> None:
