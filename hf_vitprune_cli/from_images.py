@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def prune_from_images(
     batch_size: int,
     recovery: Recovery | None = None,
     part: str | None = None,
-    stream: bool = False,
+    copies: str | None = None,
 ) -> None:
     """Prune, save, and print what came of it.
 
@@ -68,7 +67,8 @@ def prune_from_images(
         batch_size: images a forward pass.
         recovery: train the small model on the features of the dense one; None: no training.
         part: which tower of a bigger model; its only one by default.
-        stream: leave the dense layers on the disk, and measure no latency.
+        copies: leave the dense layers on the disk, with copies of what has to be rewritten in this folder, and measure
+            no latency; None: the dense model is in memory.
 
     Raises:
         InvalidDataError: too few images to train on some and hold others out.
@@ -80,10 +80,9 @@ def prune_from_images(
             raise InvalidConfigError("features are learned by one process: start it without torchrun, or prune first")
         state = PartialState(cpu=not torch.accelerator.is_available())
     first = state is None or state.is_main_process
-    copies = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     device = torch.device("cpu") if state is None else state.device
-    if stream:
-        dense = load_streamed(model_class_of(load_config(model)), model, copies=copies.name, device=device)
+    if copies is not None:
+        dense = load_streamed(model_class_of(load_config(model)), model, copies=copies, device=device)
     else:
         dense = model_class_of(load_any_config(model)).from_pretrained(model).eval().to(device)
     processor = _processor(model, images is not None)
@@ -122,7 +121,7 @@ def prune_from_images(
                 folder=kept.folder,
             )
     if first:
-        _finish(model, out, dense, small, plan, processor, measured=not stream)
+        _finish(model, out, dense, small, plan, processor, measured=copies is None)
         if kept is not None:
             kept.remove()
         how = "without training" if recovered is None else "and trained on the dense model's features"

@@ -6,6 +6,7 @@ import shutil
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -108,18 +109,19 @@ def prune(
         recovery = Recovery(
             batch_size=batch_size, **{name: value for name, value in given.items() if value is not None}
         )
-        prune_from_images(
-            model,
-            out,
-            images,
-            scores,
-            goal,
-            round_to=round_to,
-            batch_size=batch_size,
-            part=part,
-            stream=stream,
-            recovery=recovery if train == Train.features else None,
-        )
+        with TemporaryDirectory() as copies:
+            prune_from_images(
+                model,
+                out,
+                images,
+                scores,
+                goal,
+                round_to=round_to,
+                batch_size=batch_size,
+                part=part,
+                copies=copies if stream else None,
+                recovery=recovery if train == Train.features else None,
+            )
         return
     from .from_labels import prune_from_labels
     from .workflow import Schedule
