@@ -27,7 +27,9 @@ def untrained() -> Any:
     """Its tower has a layer more than what is read of it, as LLaVA has (vision_feature_layer=-2)."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**{**VISION, "num_hidden_layers": VISION["num_hidden_layers"] + 1}),
-        text_config=LlamaConfig(**LANGUAGE, vocab_size=len(WORDS) + 1, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        text_config=LlamaConfig(
+            **LANGUAGE, vocab_size=len(WORDS) + 1, pad_token_id=0, bos_token_id=1, eos_token_id=len(WORDS) - 1
+        ),
         image_token_index=IMAGE,
     )
     return LlavaForConditionalGeneration(config)

@@ -10,6 +10,7 @@ pruned to shares of its multiply-adds, from unlabelled images, and all 36 captio
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch
@@ -21,16 +22,17 @@ from hf_vitprune.publish.zero_shot import zero_shot_accuracy
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
 SHAPES = ("disc", "square", "cross")
-PLACES = {"top left": (8, 8), "top right": (8, 24), "bottom left": (24, 8), "bottom right": (24, 24)}
+PLACES = {"top left": (9, 9), "top right": (9, 23), "bottom left": (23, 9), "bottom right": (23, 23)}
 NAMES = [f"{colour} {shape} at the {place}" for colour in COLOURS for shape in SHAPES for place in PLACES]
 TEMPLATE = "a {}"
-WORDS = ["[pad]", "[start]", "[end]", *sorted({word for name in NAMES for word in TEMPLATE.format(name).split()})]
+WORDS = ["[pad]", "[start]", *sorted({word for name in NAMES for word in TEMPLATE.format(name).split()}), "[end]"]
+END = len(WORDS) - 1
 SIZE = 32
 
 
 def tokenizer(text: list[str], **_: Any) -> dict[str, torch.Tensor]:
     """Words to numbers: what a tokenizer does, for captions of one vocabulary."""
-    rows = [[1, *(WORDS.index(word) for word in line.split()), 2] for line in text]
+    rows = [[1, *(WORDS.index(word) for word in line.split()), END] for line in text]
     length = max(map(len, rows))
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     return {"input_ids": ids, "attention_mask": (ids > 0).long()}
@@ -41,9 +43,9 @@ def rendered(count: int, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(len(NAMES), (count,), generator=generator)
     rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
-    images = 0.1 * torch.randn(count, 3, SIZE, SIZE, generator=generator)
-    jitter = torch.randint(-1, 2, (count, 2), generator=generator)
-    radius = torch.randint(6, 8, (count,), generator=generator)
+    images = 0.2 * torch.randn(count, 3, SIZE, SIZE, generator=generator)
+    jitter = torch.randint(-2, 3, (count, 2), generator=generator)
+    radius = torch.randint(5, 7, (count,), generator=generator)
     for i, label in enumerate(labels.tolist()):
         colour, rest = divmod(label, len(SHAPES) * len(PLACES))
         shape, place = divmod(rest, len(PLACES))
@@ -61,13 +63,16 @@ def rendered(count: int, seed: int) -> dict[str, torch.Tensor]:
 VISION = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 VISION |= {"image_size": SIZE, "patch_size": 8}
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-TEXT |= {"vocab_size": len(WORDS), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TEXT |= {"vocab_size": len(WORDS), "bos_token_id": 1, "eos_token_id": END, "pad_token_id": 0}
 
 
 def untrained(name: str) -> Any:
     if name == "clip":
         return CLIPModel(CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=64))
-    return SiglipModel(SiglipConfig(vision_config=VISION, text_config={**TEXT, "projection_size": 64}))
+    model = SiglipModel(SiglipConfig(vision_config=VISION, text_config={**TEXT, "projection_size": 64}))
+    torch.nn.init.constant_(model.logit_scale, math.log(10))  # as published; most pairs are wrong ones
+    torch.nn.init.constant_(model.logit_bias, -10)
+    return model
 
 
 def trained(name: str, steps: int, seed: int) -> Any:

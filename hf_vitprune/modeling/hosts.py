@@ -20,7 +20,7 @@ from ..errors import CheckpointMismatchError
 from ..families import PRUNED_PREFIX, family_of
 from ..utils.modules import put
 from ..utils.upload import upload
-from .pretrained import NOT_STOCK, PrunedModelMixin, overridden
+from .pretrained import NOT_STOCK, PrunedModelMixin, overridden, refuse_portable
 from .registry import copy_conversions, pruned_model_class
 
 #: classes that make their towers, or the configs of these, from one class -> the Auto classes that map them
@@ -82,7 +82,12 @@ class PrunedHostMixin:
     def save_pretrained(
         self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
     ) -> None:
-        """As transformers', but always under the model's own parameter names."""
+        """As transformers', but always under the model's own parameter names.
+
+        Raises:
+            InvalidConfigError: ``portable``, which is not there yet.
+        """
+        refuse_portable(kwargs)
         super().save_pretrained(  # type: ignore[misc]
             save_directory, *args, save_original_format=save_original_format, **kwargs
         )

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from ..errors import CheckpointMismatchError, InvalidArchitectureError
+from ..errors import CheckpointMismatchError, InvalidArchitectureError, InvalidConfigError
 from ..families import all_families, base_model_type, family_of
 from ..spec.architecture import Architecture, write_record
 from ..utils.upload import upload
@@ -156,7 +156,9 @@ class PrunedModelMixin:
 
         Raises:
             NotADirectoryError: ``save_directory`` is a file (transformers would only log it and save nothing).
+            InvalidConfigError: ``portable``, which is not there yet.
         """
+        refuse_portable(kwargs)
         folder = Path(save_directory)
         if folder.is_file():
             raise NotADirectoryError(f"{folder} is a file; save_pretrained needs a folder")
@@ -231,6 +233,16 @@ class PrunedModelMixin:
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Saving writes a stub that imports this package; the source files are not copied."""
+
+
+def refuse_portable(settings: dict[str, Any]) -> None:
+    """transformers' ``save_pretrained`` takes any keyword, and would save without a word as if it were not there."""
+    if settings.get("portable"):
+        raise InvalidConfigError(
+            "portable=True (a folder that loads without hf_vitprune, whatever its shape) is not there yet: leave it "
+            "out and import hf_vitprune before loading; or save hf_vitprune.modeling.native.to_native(model), which "
+            "needs transformers alone, where a stock class can hold the shape"
+        )
 
 
 @contextlib.contextmanager
