@@ -34,8 +34,9 @@ HEAD = """# Families
 Made by `python -m benchmarks.families`. Every unit marked x passes the common tester: cut as its mask says. Plans from
 random and magnitude scores work on all of them. A method marked x was run on a tiny model: a few steps of training (or
 of scoring), the decision, and an export that computes what the gated model did. Elsewhere the method refuses
-the family when it is wrapped, and says why. SPViT needs convolutions, which mix patches that lie on a grid. SLS and
-one-shot look at images, which SigLIP 2 (patches), VideoMAE (frames), MAE (its own masks) and text towers do not take.
+the family when it is wrapped, and says why. SPViT needs convolutions, which mix patches that lie on a grid. SLS looks
+at images, which SigLIP 2 (patches), VideoMAE (frames), MAE (its own masks) and text towers do not take; one-shot takes
+all but text.
 VTP learns on Swin v2 with `points=["mlp_hidden"]`, as its v channels all stay.
 
 Some units depend on the config: with `use_shared_relative_position_bias`, BEiT's and data2vec's heads stay; with
@@ -123,7 +124,7 @@ def works(family: Family, method: str) -> bool:
 
 def _scored(model: PreTrainedModel, batch: dict[str, Any]) -> bool:
     try:
-        scores = OneShotScores.measure(model, batch.get("pixel_values"))
+        scores = OneShotScores.measure(model, {name: value for name, value in batch.items() if value is not None})
     except VitPruneError:
         return False
     plan = scores.plan(0.8, round_to=1)

@@ -92,6 +92,10 @@ class PruningMethod(nn.Module):
         """Whether the decision may take residual channels away."""
         return False
 
+    def at_full_width(self) -> PruningConfig | None:
+        """The config without residual channels, where nobody asked for them in so many words; else None."""
+        return None
+
     def gate_parameters(self) -> list[nn.Parameter]:
         return list(self.gates.parameters())
 

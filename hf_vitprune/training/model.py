@@ -19,7 +19,7 @@ from ..plan.plan import PruningPlan
 from ..pruning import prune
 from ..spec.architecture import Architecture, unwrap
 from ..spec.towers import find_tower
-from ..surgery.composite import check_host, check_readers
+from ..surgery.composite import check_host
 from ..surgery.read_layers import layers_needed, layers_read
 from ..utils.batches import ImageBatches
 from ..utils.modules import get
@@ -30,6 +30,7 @@ from .checkpoints import Checkpoints
 from .exporting import export_plan
 from .forward import class_with, signature_of, takes_loss_kwargs
 from .setup import check_adapters, check_model, check_sliceable
+from .whole import method_on
 
 
 def get_pruning_model(model: Any, config: PruningConfig, part: str | None = None) -> PruningModel:
@@ -101,7 +102,7 @@ class PruningModel(Checkpoints):
                     "merge them first (model.merge_and_unload()), and train adapters on the exported model"
                 )
         self.model = model
-        self.method = method_for(config)(config, get(base, self.tower.path))
+        self.method = method_on(base, self.tower, config)
         if self.tower.path:
             self._check_tower(is_peft(model))
         self.training_images: ImageBatches | None = None
@@ -126,8 +127,6 @@ class PruningModel(Checkpoints):
                 f"{name} sets weights of a tower to zero, which adapters of a bigger model share: merge them first "
                 "(model.merge_and_unload()), or use another method"
             )
-        if method.narrows:
-            check_readers(base, self.tower)
         method.keep_at_least(*layers_needed(base, self.tower, layers))
         read = layers_read(base, self.tower, layers)
         if read < layers and method.traits.decides_by == "gradients":

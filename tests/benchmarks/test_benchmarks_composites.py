@@ -17,7 +17,7 @@ def test_the_language_model_is_not_copied(more: tuple[str, ...]) -> None:
     """Pruning takes the memory of the small tower, and some for names and code; not that of the language model."""
     printed = run("-m", "benchmarks.composite_memory", "--here", "--parameters", "3e8", "--dtype", "float32", *more)
     found = json.loads(printed.splitlines()[-1])
-    assert found["language model, MB"] > 1000
+    assert found["language model, MB"] > 800
     assert found["peak while pruning, MB more"] < found["small tower, MB"] + 100
 
 

@@ -287,7 +287,7 @@ def test_unused_layers_of_a_list_of_layers() -> None:
     assert torch.equal(outputs(shorter, inputs)["logits"], outputs(model, inputs)["logits"])
     with pytest.raises(InvalidPlanError, match=r"removes layer 1 .*config.vision_feature_layer"):
         prune(model, PruningPlan.dense(model).keep_layers([0, 2, 3]))
-    with pytest.raises(InvalidPlanError, match="removes layer 2, whose output this backbone gives"):
+    with pytest.raises(InvalidPlanError, match="removes layer 2, whose output this model reads"):
         truncate(made("UperNet")[0], 2)
 
 

@@ -126,8 +126,7 @@ def test_a_tower_learns_from_its_dense_self(name: str, method: str, tmp_path: Pa
     config = METHODS[method]
     if (name, method) == ("DPT", "NViT"):
         with pytest.raises(UnsupportedUnitError, match="leave the unit 'embedding' out"):
-            get_pruning_model(model, config)
-        config = replace(config, units=("heads", "qk", "v", "mlp"))
+            get_pruning_model(model, replace(config, units=("embedding", "heads", "mlp")))
     pruning_model = get_pruning_model(model, config, part=part)
     before = copy.deepcopy(model.state_dict())
     args = TrainingArguments(

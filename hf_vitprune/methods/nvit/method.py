@@ -78,6 +78,11 @@ class NViT(PruningMethod):
     def narrows(self) -> bool:
         return self.sets[0].layer is None
 
+    def at_full_width(self) -> NViTConfig | None:
+        if self.config.units is not None:
+            return None
+        return replace(self.config, units=tuple(dict.fromkeys(one.kind for one in self.sets if one.layer is not None)))
+
     def _check_target(self) -> None:
         """An unreachable target says so before any training."""
         lowest = smallest_ratio(self.architecture, self.sets, self._meter)
