@@ -9,6 +9,7 @@ from transformers.utils import logging
 from ..errors import UnsupportedUnitError
 from ..methods import PruningConfig, method_for
 from ..methods.contract import PruningMethod
+from ..modeling.peft_twin import tuner_layers
 from ..spec.towers import Tower
 from ..surgery.composite import check_readers
 from ..utils.modules import get
@@ -24,7 +25,7 @@ def method_on(model: Any, tower: Tower, config: PruningConfig) -> PruningMethod:
     """
     module = get(model, tower.path)
     method = method_for(config)(config, module)
-    if not tower.path or not method.narrows:
+    if not tower.path or not method.narrows or tuner_layers(model):  # with adapters no stream is narrowed at all
         return method
     try:
         check_readers(model, tower)
