@@ -115,7 +115,7 @@ def tried(name: str, steps: int, seed: int, unlabelled: int, test_images: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=("clip", "siglip"), default="clip")
-    parser.add_argument("--steps", type=int, default=500, help="training steps of the dense model")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps of the dense model")
     parser.add_argument("--images", type=int, default=512, help="unlabelled images that pruning sees")
     parser.add_argument("--test-images", type=int, default=1000)
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
