@@ -138,6 +138,46 @@ def recover(
 
 
 @app.command()
+def figure(
+    out: Annotated[Path, typer.Argument(help="PNG to write.")],
+    images: Annotated[int, typer.Option(help="Unlabelled calibration images.")] = 256,
+    size: Annotated[int, typer.Option(help="Side of the images, a multiple of 14.")] = 140,
+    target: Annotated[float, typer.Option(help="Share of the MACs.")] = 0.5,
+    drawings_shown: Annotated[int, typer.Option("--drawings", help="Columns.")] = 8,
+    cache: Annotated[Path, typer.Option(help="Folder of what is fetched.")] = CACHE,
+) -> None:
+    """What the dense tower, the compensated and the sliced one see: maps of the decoder, side by side."""
+    from . import drawings, tower
+    from .figure import draw, one_a_class
+    from .methods import methods, scored
+
+    model, decoder = tower.rebuild(tower.fetch(cache))
+    split = drawings.split(drawings.fetch(cache), size, images, 24, 15)
+    known = methods(lambda: scored(model, split.calibration.pixels), 8, Compensation.ridge)
+    titles = {"one-shot": f"one-shot, {target:.0%}", "magnitude": f"sliced, {target:.0%}"}
+    small = {title: known[name](model, split.calibration.pixels, target, size) for name, title in titles.items()}
+    draw(out, {"dense": model, **small}, decoder, one_a_class(split.queries, drawings_shown))
+    console.print(f"{out}: {out.stat().st_size / 1024:.0f} kB")
+
+
+@app.command()
+def peers(cache: Annotated[Path, typer.Option(help="Folder of what is fetched.")] = CACHE) -> None:
+    """What Torch-Pruning makes of the tower: the error, where it fails."""
+    import torch
+
+    from . import tower
+    from .peers import torch_pruning
+
+    model = tower.rebuild(tower.fetch(cache))[0]
+    try:
+        small = torch_pruning(model, torch.randn(1, 3, 140, 140))
+    except Exception as error:  # anything, from a package that is not ours
+        console.print(f"torch-pruning fails: {type(error).__name__}: {error}", highlight=False)
+        raise typer.Exit(1) from error
+    console.print(str(small))
+
+
+@app.command()
 def report(output: Output = OUTPUT, markdown: Annotated[bool, typer.Option(help="For a README.")] = False) -> None:
     """All rows: cosine of CLS and patches, accuracy in percent, saliency and latency against the dense tower's."""
     found = [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]
