@@ -161,20 +161,26 @@ def figure(
 
 
 @app.command()
-def peers(cache: Annotated[Path, typer.Option(help="Folder of what is fetched.")] = CACHE) -> None:
-    """What Torch-Pruning makes of the tower: the error, where it fails."""
-    import torch
-
-    from . import tower
-    from .peers import torch_pruning
+def peers(
+    size: Annotated[int, typer.Option(help="Side of the images, a multiple of 14.")] = 140,
+    each: Annotated[int, typer.Option(help="Test drawings of each of 24 classes.")] = 4,
+    cache: Annotated[Path, typer.Option(help="Folder of what is fetched.")] = CACHE,
+) -> None:
+    """Torch-Pruning's magnitude pruner on the tower, and ours: cosines on test drawings, no training."""
+    from . import drawings, tower
+    from .measures import cosines, features
+    from .methods import methods
+    from .peers import cost_ratio, torch_pruning
 
     model = tower.rebuild(tower.fetch(cache))[0]
-    try:
-        small = torch_pruning(model, torch.randn(1, 3, 140, 140))
-    except Exception as error:  # anything, from a package that is not ours
-        console.print(f"torch-pruning fails: {type(error).__name__}: {error}", highlight=False)
-        raise typer.Exit(1) from error
-    console.print(str(small))
+    pixels = drawings.split(drawings.fetch(cache), size, 8, 24, each).queries.pixels
+    dense = features(model, pixels)
+    plain = methods(lambda: None, 8, Compensation.ridge)["magnitude"]  # type: ignore[arg-type, return-value]
+    towers = {"torch-pruning": torch_pruning(model, pixels[:1]), "magnitude": plain(model, pixels, 0.5, size)}
+    for name, small in towers.items():
+        cls, patches = cosines(dense, features(small, pixels))
+        ratio = cost_ratio(small, model, pixels[:1])
+        console.print(f"{name}: {ratio:.2f} of the MACs, CLS {cls:.3f}, patches {patches:.3f}", highlight=False)
 
 
 @app.command()

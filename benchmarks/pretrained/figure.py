@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from .drawings import MEAN, STD, Drawings
 from .measures import features
@@ -46,3 +47,6 @@ def draw(path: Path, towers: dict[str, Any], decoder: Decoder, pixels: torch.Ten
         line[0].set_ylabel(name, fontsize=8)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+    with Image.open(path) as drawn:
+        small = drawn.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
