@@ -41,7 +41,7 @@ def draw(path: Path, towers: dict[str, Any], decoder: Decoder, pixels: torch.Ten
     )
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=True):
-            axis.imshow(image, cmap="magma")
+            axis.imshow(image.numpy(), cmap="magma")
             axis.set_xticks([])
             axis.set_yticks([])
         line[0].set_ylabel(name, fontsize=8)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 from typer.testing import CliRunner
 
-from benchmarks.pretrained import cli, drawings, measures, runs, tower
+from benchmarks.pretrained import cli, drawings, figure, measures, runs, tower
 
 
 def tiny() -> tuple[Dinov2Model, tower.Decoder]:
@@ -108,3 +109,20 @@ def test_the_rebuilt_tower_is_the_packages() -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     assert runs.check(graph, *tower.rebuild(graph)) < 1e-4
+
+
+def test_the_figure_has_a_row_of_drawings_and_one_a_tower(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model, decoder = tiny()
+    split = drawings.split(folder, 28, calibration=8, classes=2, each=2)
+    pixels = figure.one_a_class(split.queries, 2)
+    assert torch.equal(pixels[1], split.queries.pixels[2])
+    figure.draw(tmp_path / "two.png", {"dense": model, "again": model}, decoder, pixels)
+    with Image.open(tmp_path / "two.png") as image:
+        assert image.size == (240, 375)  # two columns, three rows
+        rows = torch.from_numpy(np.array(image.convert("RGB"))).float()
+    assert (
+        (rows[125:250, 40:] - rows[250:375, 40:]).abs().mean()
+        < 5
+        < (rows[:125, 40:] - rows[125:250, 40:]).abs().mean()
+    )
