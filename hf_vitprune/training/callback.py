@@ -14,7 +14,7 @@ from ..errors import InvalidConfigError
 from ..methods import PruningMethod, Stage
 from ..utils.batches import ImageBatches
 from .model import PruningModel
-from .setup import check_model, check_setup, check_trainer
+from .setup import check_agreement, check_model, check_setup, check_trainer
 from .zero import restore_precision
 
 logger = logging.get_logger(__name__)
@@ -62,6 +62,7 @@ class PruningCallback(TrainerCallback):
         check_setup(args, model)
         check_model(model)
         check_trainer(args, model, ours=self.gradient_scale is not None)
+        check_agreement(model)
         model.guided = True
         _check_checkpointing(args, model)
         self._check_clipping(args, method)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainingArguments
@@ -15,6 +17,7 @@ from ..peft.kinds import kind_of
 from ..peft.kinds.convpass import ConvpassLayer
 from ..spec.architecture import unwrap
 from ..utils.modules import get
+from ..utils.processes import distributed, shard
 from ..utils.sharding import is_sharded, sharding_of
 from .zero import check_zero
 
@@ -147,6 +150,27 @@ def check_trainer(args: TrainingArguments, model: Any, ours: bool) -> None:
             else "under FSDP2 a plain Trainer would shard the gates, or save checkpoints of one process's part: use "
             "PruningTrainer"
         )
+
+
+def check_agreement(model: Any) -> None:
+    """Every process prunes the same model, with the same settings.
+
+    Raises:
+        InvalidConfigError: on every process, saying what differs.
+    """
+    if not distributed():
+        return
+    texts: list[Any] = [None] * shard()[1]
+    torch.distributed.all_gather_object(texts, bytes(model.get_extra_state().tolist()).decode())
+    first, *others = map(json.loads, texts)
+    for rank, settings in enumerate(others, 1):
+        keys = sorted(key for key in {*first, *settings} if first.get(key) != settings.get(key))
+        differing = [f"{key} is {first.get(key)} and {settings.get(key)}" for key in keys]
+        if differing:
+            raise InvalidConfigError(
+                f"the processes disagree about what is pruned: of the first and of process {rank}, "
+                f"{'; '.join(differing)}. Give all of them the same model and settings"
+            )
 
 
 def check_teacher(model: Any) -> None:

@@ -330,7 +330,14 @@ class PruningTrainer(ShardedTraining):
         names = (*self.label_names, "labels")
         for teacher in teachers:
             teacher.check({name: value for name, value in batch.items() if name not in names})
-        if teachers or any(batch.get(name) is not None for name in names):
+        labelled = any(batch.get(name) is not None for name in names)
+        ddp = "MULTI" in str(self.accelerator.distributed_type) and not self.is_distributed_loading_by_transformers
+        if ddp and teachers and not labelled and has_head(self.model):
+            raise InvalidConfigError(
+                "a head that gets no gradient stops DDP, and without labels there is none: train the model without "
+                "its head, in one process, or under FSDP2 or DeepSpeed"
+            )
+        if teachers or labelled:
             return
         raise MissingLabelsError(
             f"training needs labels; a batch has only {', '.join(map(str, batch))}. Name the column labels, or learn "

@@ -34,5 +34,10 @@ def run_python(code: str, *arguments: str, **environment: str) -> str:
 
 def run_on_two(*arguments: str, timeout: float = 500, **environment: str) -> str:
     """What two processes of one job print."""
-    start = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    return run_on_several(*arguments, timeout=timeout, **environment)
+
+
+def run_on_several(*arguments: str, processes: int = 2, timeout: float = 500, **environment: str) -> str:
+    """What the processes of one job print."""
+    start = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
     return run(*start, *arguments, timeout=timeout, **environment)

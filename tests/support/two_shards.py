@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import DistributedConfig, ViTForImageClassification
 
-from hf_vitprune import NViTConfig, SLSConfig, SPViTConfig, VTPConfig, get_pruning_model
+from hf_vitprune import DistillationConfig, NViTConfig, SLSConfig, SPViTConfig, VTPConfig, get_pruning_model
 from hf_vitprune.utils.sharding import is_sharded, reshard
 from pruning_runs import SMALL_GROUPS, Images, Patterns, arguments, state_of, trainer
 
@@ -24,6 +24,14 @@ from pruning_runs import SMALL_GROUPS, Images, Patterns, arguments, state_of, tr
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "vtp": (VTPConfig(target=0.6, sparsity_weight=0.05, gate_learning_rate=0.3, round_to=4), {"max_grad_norm": 0.5}),
     "nvit": (NViTConfig(target=0.5, group_sizes=SMALL_GROUPS, interval=1), {"max_grad_norm": 0.5}),
+    "distilled": (
+        VTPConfig(target=0.6, gate_learning_rate=0.3, round_to=4),
+        {"distillation": DistillationConfig("soft", weight=0.5, temperature=2.0)},
+    ),
+    "features": (
+        VTPConfig(target=0.6, gate_learning_rate=0.3, round_to=4),
+        {"distillation": DistillationConfig("features")},
+    ),
     "vtp-lora": (VTPConfig(target=0.6, gate_learning_rate=0.3, round_to=4), {}),
     "nvit-lora": (NViTConfig(target=0.5, group_sizes=SMALL_GROUPS, interval=1), {}),
     "spvit": (SPViTConfig(target=0.6, gate_learning_rate=0.6, patience=0, round_to=4), {}),
@@ -48,9 +56,29 @@ def zero(stage: int, **changes: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage, **small}, **dict.fromkeys(sizes, "auto"), **changes}
 
 
-def pruning_model(folder: Path, name: str, shards: int = 1, dtype: torch.dtype = torch.float64) -> Any:
-    parallel = {} if shards == 1 else {"distributed_config": DistributedConfig(fsdp_size=shards)}
-    model = ViTForImageClassification.from_pretrained(folder / "dense", dtype=dtype, **parallel)
+def loaded(folder: Path, way: str = "", dtype: torch.dtype = torch.float64) -> Any:
+    """The dense model, sharded here and there: in two, or (HSDP) in two twice over."""
+    copies = {"native": 1, "hsdp": 2}.get(way)
+    shards = {} if copies is None else {"distributed_config": DistributedConfig(fsdp_size=2, dp_replicate_size=copies)}
+    return ViTForImageClassification.from_pretrained(folder / "dense", dtype=dtype, **shards)
+
+
+@torch.no_grad()
+def teacher(folder: Path, way: str = "", dtype: torch.dtype = torch.float64) -> Any:
+    """Another model, of which there is something to learn."""
+    model = loaded(folder, way, dtype)
+    for parameter in model.parameters():
+        parameter.mul_(1.2)
+    return model
+
+
+class Unlabelled(Images):
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"pixel_values": super().__getitem__(i)["pixel_values"]}
+
+
+def pruning_model(folder: Path, name: str, way: str = "", dtype: torch.dtype = torch.float64) -> Any:
+    model = loaded(folder, way, dtype)
     if name in ADAPTERS:
         torch.manual_seed(5)
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
@@ -78,8 +106,9 @@ def train(
 ) -> Any:
     """Three updates of 8 images."""
     dtype = next(p.dtype for n, p in model.named_parameters() if "classifier" in n)
-    accumulated = 4 // processes if name == "spvit" else 2  # of a BatchNorm's batches, the division counts
-    images = Patterns(dtype=dtype) if name == "sls" else Images(dtype=dtype)
+    # a BatchNorm, and what features are measured by, see one micro-batch: the division counts
+    accumulated = 4 // processes if name in ("spvit", "features") else 2
+    images = {"sls": Patterns, "features": Unlabelled}.get(name, Images)(dtype=dtype)
     settings = {"train_dataset": images, "max_steps": 3, "optim": "adamw_torch",
                 "learning_rate": 1e-2, "per_device_train_batch_size": 8 // processes // accumulated,
                 "gradient_accumulation_steps": accumulated, **RUNS[name][1], **changes}  # fmt: skip
@@ -131,7 +160,7 @@ def check_pieces(model: Any, way: str) -> None:
 def sharded_run(out: Path, name: str, way: str) -> None:
     """Trained through and, where checkpoints are sharded, resumed after two steps; what is left on every process."""
     results = []
-    parts = ("through",) if way == "native" else ("through", "resumed")
+    parts = ("through",) if way in ("native", "hsdp") else ("through", "resumed")
     for part in parts:
         folder = out / f"{name}.{way}"
         changes = {"save_strategy": "steps"} if len(parts) > 1 and part == "through" else {}
@@ -140,10 +169,20 @@ def sharded_run(out: Path, name: str, way: str) -> None:
         # what the arguments say decides how from_pretrained loads
         alive = arguments(folder, **{k: v for k, v in changes.items() if k == "deepspeed"})
         dtype = torch.float32 if way.startswith("zero") else torch.float64
-        model = pruning_model(out, name, shards=2 if way == "native" else 1, dtype=dtype)
+        model = pruning_model(out, name, way, dtype)
+        if "distillation" in RUNS[name][1]:
+            changes["teacher"] = teacher(out, way, dtype)
         del alive
         shares = watched(model)
-        run = train(model, folder, name, 2, resume=part == "resumed", plugin=way == "plugin", **changes)
+        run = train(
+            model,
+            folder,
+            name,
+            torch.distributed.get_world_size(),
+            resume=part == "resumed",
+            plugin=way == "plugin",
+            **changes,
+        )
         assert max(shares) < 0.75  # nor had anybody ever
         check_pieces(model, way)
         run.save_model(str(out / f"{name}.{way}.{part}"))

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 import two_shards
-from processes import SUPPORT, run_on_two
+from processes import SUPPORT, run_on_several
 from pruning_runs import VIT, state_of
 from tiny import make
 
 
-def launch(folder: Path, *runs: str) -> None:
+def launch(folder: Path, *runs: str, processes: int = 2) -> None:
     make(VIT).double().save_pretrained(folder / "dense")
-    run_on_two(str(SUPPORT / "two_shards.py"), str(folder), *runs)
+    run_on_several(str(SUPPORT / "two_shards.py"), str(folder), *runs, processes=processes)
 
 
 #: what one process that sees the micro-batches one after the other has otherwise
@@ -46,12 +46,14 @@ def check(folder: Path, name: str, way: str) -> None:
     """Plan, gates and small model of both processes, against those of one; saved ones load."""
     single = way.startswith("zero")
     model = two_shards.pruning_model(folder, name, dtype=torch.float32 if single else torch.float64)
-    changes = two_shards.SINGLE_PRECISION if single else {}
+    changes: dict[str, Any] = dict(two_shards.SINGLE_PRECISION) if single else {}
+    if "distillation" in two_shards.RUNS[name][1]:
+        changes["teacher"] = two_shards.teacher(folder, dtype=torch.float32 if single else torch.float64)
     two_shards.train(model, folder / "one", name, processes=1, **changes)
     small = model.export(compensate=False)
-    for part in ("through",) if way == "native" else ("through", "resumed"):
+    for part in ("through",) if way in ("native", "hsdp") else ("through", "resumed"):
         stem = f"{name}.{way}.{part}"
-        for rank in (0, 1):
+        for rank in range(4 if way == "hsdp" else 2):
             plan = json.loads((folder / f"{stem}.{rank}.json").read_text())
             assert kept_units(plan) == kept_units(model.plan().to_dict()["layers"])
             close(load_file(folder / f"{stem}.gates.{rank}.safetensors"), state_of(model.method), single)
@@ -74,6 +76,14 @@ def test_every_method_on_both_kinds_of_sharding(tmp_path: Path) -> None:
     launch(tmp_path, *(f"{name}:{way}" for name, way in runs))
     for name, way in runs:
         check(tmp_path, name, way)
+
+
+@pytest.mark.slow
+def test_hsdp_on_four(tmp_path: Path) -> None:
+    """Sharded in two, twice over."""
+    launch(tmp_path, "vtp:hsdp", "nvit:hsdp", "spvit:hsdp", processes=4)
+    for name in ("vtp", "nvit", "spvit"):
+        check(tmp_path, name, "hsdp")
 
 
 @pytest.mark.slow
