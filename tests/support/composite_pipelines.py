@@ -18,30 +18,42 @@ SQUARE = {"size": {"height": 16, "width": 16}}
 WORDS = ["[PAD]", "[UNK]", *(f"w{i}" for i in range(2, 59)), "<image>"]  # the last one is tiny_composites.IMAGE_TOKEN
 
 
-def tokenizer() -> Any:
+def tokenizer(**special: Any) -> Any:
     known = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "additional_special_tokens": ["<image>"]}
-    return t.PreTrainedTokenizerFast(tokenizer_object=known, **special)
+    return t.PreTrainedTokenizerFast(tokenizer_object=known, pad_token="[PAD]", unk_token="[UNK]", **special)
 
 
 def llava_processor() -> Any:
     images = t.CLIPImageProcessorPil(**SQUARE, crop_size=SQUARE["size"])
     fields = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return t.LlavaProcessor(images, tokenizer(), patch_size=8, **fields)
+    words = tokenizer(additional_special_tokens=["<image>"])
+    return t.LlavaProcessor(images, words, patch_size=8, **fields)
 
 
+def paligemma_processor() -> Any:
+    images = t.SiglipImageProcessorPil(**SQUARE)
+    images.image_seq_length = 4
+    words = tokenizer(additional_special_tokens=["<image>"], bos_token="w2", eos_token="w3")
+    return t.PaliGemmaProcessor(images, words)
+
+
+def gemma3_processor() -> Any:
+    marks = {"image_token": "<image>", "boi_token": "w7", "eoi_token": "w8"}
+    words = tokenizer(bos_token="w2", eos_token="w3", extra_special_tokens=marks)
+    return t.Gemma3Processor(t.Gemma3ImageProcessorPil(**SQUARE), words, image_seq_length=4)
+
+
+GREEDY = {"generate_kwargs": {"max_new_tokens": 6, "do_sample": False}}
 #: composite -> task, its processor, and what the pipeline is called with beside the image
 PIPELINES: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
     "DPT": ("depth-estimation", lambda: t.DPTImageProcessorPil(**SQUARE), {}),
     "DepthAnything": ("depth-estimation", lambda: t.DPTImageProcessorPil(**SQUARE), {}),
     "UperNet": ("image-segmentation", lambda: t.SegformerImageProcessorPil(**SQUARE), {}),
     "Mask2Former": ("image-segmentation", lambda: t.Mask2FormerImageProcessorPil(**SQUARE), {"subtask": "semantic"}),
-    "LLaVA": (
-        "image-text-to-text",
-        llava_processor,
-        {"text": "<image> w5 w6", "generate_kwargs": {"max_new_tokens": 6, "do_sample": False}},
-    ),
+    "LLaVA": ("image-text-to-text", llava_processor, {"text": "<image> w5 w6", **GREEDY}),
+    "PaliGemma": ("image-text-to-text", paligemma_processor, {"text": "<image> w5 w6", **GREEDY}),
+    "Gemma 3": ("image-text-to-text", gemma3_processor, {"text": "w7 w5 w6", **GREEDY}),
 }
 
 
