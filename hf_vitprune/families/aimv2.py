@@ -37,7 +37,7 @@ class KeptPositionsMixin(InPlaceMixin):
 class Aimv2Family(PoolingFamily):
     head_field: str = "use_head"
 
-    def fixed_size(self, config: PreTrainedConfig) -> bool:
+    def fixed_size(self, config: PreTrainedConfig, task: str) -> bool:
         return not config.is_native
 
     def finish_structure(self, model: nn.Module, config: PreTrainedConfig, dense_hidden_size: int) -> None:

@@ -350,7 +350,7 @@ class Family(ReadsFeatures):
     def extra_tokens_of(self, config: PreTrainedConfig) -> int:
         return self.extra_tokens
 
-    def fixed_size(self, config: PreTrainedConfig) -> bool:
+    def fixed_size(self, config: PreTrainedConfig, task: str) -> bool:
         """Whether images must have the size of the config."""
         return False
 
@@ -374,7 +374,7 @@ class Family(ReadsFeatures):
         """
         c = self.sizes_config(config)
         own = pair(c.image_size)
-        if size is not None and size != own and self.fixed_size(config):
+        if size is not None and size != own and self.fixed_size(config, task):
             raise InvalidConfigError(
                 f"{self.model_type} takes images of {own[0]} x {own[1]} only: leave image_size out"
             )

@@ -47,6 +47,10 @@ class Data2VecFamily(BeitFamily):
     def has_neck(self, config: PreTrainedConfig, task: str) -> bool:
         return task == SEGMENTATION
 
+    def fixed_size(self, config: PreTrainedConfig, task: str) -> bool:
+        """The pyramid lays tokens out on the config's grid."""
+        return task == SEGMENTATION
+
     def without_attention(self, layer: nn.Module) -> None:
         """The table of a layer is in its attention."""
 

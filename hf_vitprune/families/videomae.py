@@ -49,7 +49,7 @@ class VideoMAEFamily(Family):
         own = ["fc_norm"] if getattr(model, "fc_norm", None) is not None else []  # of the classifier
         return super().stream_norms(model) + own
 
-    def fixed_size(self, config: PreTrainedConfig) -> bool:
+    def fixed_size(self, config: PreTrainedConfig, task: str) -> bool:
         return True
 
     def head_norm(self, task: str) -> str | None:

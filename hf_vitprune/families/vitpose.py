@@ -50,7 +50,7 @@ class VitPoseFamily(Dinov2Family):
     def extra_tokens_of(self, config: PreTrainedConfig) -> int:
         return 0
 
-    def fixed_size(self, config: PreTrainedConfig) -> bool:
+    def fixed_size(self, config: PreTrainedConfig, task: str) -> bool:
         return True
 
 

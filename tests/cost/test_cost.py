@@ -16,6 +16,7 @@ from benchmarks.published_spvit import DENSE, PUBLISHED, published, unfolded_par
 from hf_vitprune.cost import count
 from hf_vitprune.cost.blocks import removed_macs
 from hf_vitprune.cost.closed_form import cost_parts
+from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.modeling import build
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune
@@ -125,6 +126,13 @@ def test_swin_counts_padded_windows(size: int | tuple[int, int], window: int) ->
     mixed = hybrid("SwinForImageClassification", window_size=window)
     for counted in (model, prune(model, PruningPlan.random(model, 0.4)), mixed):
         assert count(counted, image_size=size).macs == executed_macs(counted, size)
+
+
+@pytest.mark.parametrize("name", ["Data2VecVisionForSemanticSegmentation", "VitPoseBackbone"])
+def test_images_of_another_size_than_a_model_takes_are_refused(name: str) -> None:
+    with pytest.raises(InvalidConfigError, match="takes images of 16 x 16 only: leave image_size out"):
+        count(make(name), image_size=32)
+    assert count(make(name), image_size=16) == count(make(name))
 
 
 def test_parts_add_up_and_name_every_layer() -> None:

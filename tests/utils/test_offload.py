@@ -136,7 +136,7 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("in_memory", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_never_two_copies_in_memory(in_memory: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Live tensors whenever a tensor of the dense model is read: by the compensation, and by the cut after it."""
     model, streamed = pair(tmp_path, DINO, num_hidden_layers=16, hidden_size=64)
