@@ -17,7 +17,8 @@ from hf_vitprune.compensate import compensate_plan
 from hf_vitprune.errors import AdapterError
 from hf_vitprune.modeling.peft_twin import is_peft, merged_twin, tuner_layers
 from hf_vitprune.peft import save_pruned_peft
-from hf_vitprune.peft.absorb import why_merged
+from hf_vitprune.peft.absorb import can_absorb, why_merged
+from hf_vitprune.peft.kinds import kind_of
 from plans import few, plan_named, pruning_plans, without_scales
 from tiny import assert_same, images, make, relative_error, run
 from tiny_adapters import SLICED, adapted
@@ -49,12 +50,24 @@ def checked(model: Any, plan: PruningPlan, settings: Any = "auto") -> Any:
 
 
 def stays(model: Any, plan: PruningPlan, settings: Any = "auto") -> None:
-    """Every adapter that plain slices keep is there under compensation, trained or not as before."""
+    """Every adapter that plain slices keep is there under compensation, trained or not as before.
+
+    But for DoRA where images leave a new weight a row next to zero, by whose norm it would divide.
+    """
     small, plain = checked(model, plan, settings), prune(model, plan)
-    assert is_peft(small) == is_peft(plain)
-    if is_peft(plain):
-        assert tuner_layers(small.get_base_model()).keys() == tuner_layers(plain.get_base_model()).keys()
-        flags = [(name, p.requires_grad, p.shape) for name, p in plain.named_parameters()]
+    if not is_peft(plain):
+        assert not is_peft(small)
+        return
+    base = small.get_base_model() if is_peft(small) else small
+    before, after = tuner_layers(plain.get_base_model()), tuner_layers(base)
+    gone = before.keys() - after.keys()
+    assert after.keys() <= before.keys()
+    for name in gone:
+        assert any(getattr(config, "use_dora", False) for config in model.peft_config.values())
+        norms = base.get_submodule(name).weight.norm(dim=1)
+        assert norms.min() < 1e-7 * norms.max()
+    flags = [(name, p.requires_grad, p.shape) for name, p in plain.named_parameters()]
+    if not gone:
         assert flags == [(name, p.requires_grad, p.shape) for name, p in small.named_parameters()]
 
 
@@ -135,3 +148,15 @@ def test_adapters_of_layers_without_new_weights_are_untouched() -> None:
     for name, tensor in model.state_dict().items():
         if "layers.2" not in name:
             assert torch.equal(state[name], tensor), name
+
+
+@pytest.mark.parametrize("row", [0.0, 1e-18, 1e-200])
+def test_rows_next_to_zero_end_dora(row: float) -> None:
+    """It divides by their norms: what rounding leaves of them is no number."""
+    model = adapted(make(VIT).double(), "dora").double()
+    layer = next(iter(tuner_layers(model.get_base_model()).values()))
+    weight = torch.randn(layer.get_base_layer().weight.shape, dtype=torch.float64)
+    kind = kind_of(model.peft_config["default"])
+    assert can_absorb(kind, layer, weight)
+    weight[1] *= row
+    assert not can_absorb(kind, layer, weight)

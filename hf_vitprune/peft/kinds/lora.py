@@ -71,9 +71,13 @@ class LoraKind(AdapterKind):
             return False
         if not getattr(layer, "lora_variant", {}):
             return True
-        # DoRA divides by the norms of the rows
-        one = len(layer._get_available_adapters()) == 1
-        return one and (weight is None or bool((weight != 0).any(1).all()))
+        if len(layer._get_available_adapters()) > 1:
+            return False
+        if weight is None:
+            return True
+        # DoRA divides by the norms of the rows, of which rounding leaves nothing where they are next to zero
+        norms = weight.norm(dim=1)
+        return bool((norms > norms.max() * torch.finfo(weight.dtype).eps ** 0.5).all())
 
     def take_out(self, layer: Any, base: nn.Linear, adapter: str) -> None:
         if adapter in getattr(layer, "lora_variant", {}):
