@@ -8,10 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback
 from transformers.utils.generic import can_return_loss, find_labels
 
-from hf_vitprune import DistillationConfig, PruningCallback, PruningTrainer, VTPConfig, get_pruning_model
+from hf_vitprune import (
+    DistillationConfig,
+    PruningCallback,
+    PruningPlan,
+    PruningTrainer,
+    VTPConfig,
+    get_pruning_model,
+    prune,
+)
 from hf_vitprune.errors import InvalidConfigError, MissingLabelsError
 from hf_vitprune.losses.task import is_classifier
 from pruning_runs import VIT, Images, NoLabels, gated, lora_model, state_of, trainer
@@ -157,3 +166,15 @@ def test_a_teacher_is_needed_to_distil_into_another_model(tmp_path: Path) -> Non
     model = gated()
     with pytest.raises(InvalidConfigError, match="share tensors"):
         trainer(model, tmp_path, teacher=model.model)
+
+
+def test_a_head_that_learns_nothing_is_refused_where_it_would_stop_ddp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = make(VIT)
+    small = prune(dense, PruningPlan.random(dense, 0.4, ["mlp"]))
+    features = DistillationConfig(kind="features")
+    run = trainer(small, tmp_path, teacher=dense, distillation=features, train_dataset=NoLabels())
+    monkeypatch.setattr(type(run.accelerator), "distributed_type", DistributedType.MULTI_CPU)
+    with pytest.raises(InvalidConfigError, match="a head that gets no gradient stops DDP"):
+        run.train()
