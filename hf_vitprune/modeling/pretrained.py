@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 from ..errors import CheckpointMismatchError, InvalidArchitectureError, InvalidConfigError
 from ..families import all_families, base_model_type, family_of
 from ..spec.architecture import Architecture, write_record
+from ..spec.configs import check_depth
 from ..utils.upload import upload
 from .complete import check_adapters_whole
 from .custom import check_class, check_modules, loading
@@ -60,6 +61,9 @@ class PrunedConfigMixin:
         for name, kinds in (("dtype", (str, torch.dtype, dict)), ("architectures", (list, tuple))):
             if not isinstance(fields.get(name), (*kinds, type(None))):
                 raise InvalidArchitectureError(f"config.json says {name} {fields[name]!r}; fetch it again")
+        for sizes in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+            for name in ("num_hidden_layers", "depths"):
+                check_depth(sizes.get(name))
         try:
             return super().from_dict(fields, **kwargs)  # type: ignore[misc]
         except (AttributeError, LookupError, TypeError) as error:

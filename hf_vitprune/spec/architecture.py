@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import InvalidArchitectureError, UnsupportedModelError
 from ..families import Family, family_of
-from .configs import checked_depths, fingerprint, make_config, possible_depths, stock_config, task_of
+from .configs import check_depth, checked_depths, fingerprint, make_config, possible_depths, stock_config, task_of
 from .layer_shape import (
     LayerShape,
     check_shape,
@@ -91,6 +91,8 @@ class Architecture:
     def dense(cls, config: PreTrainedConfig, task: str = "ForImageClassification") -> Architecture:
         """The unpruned architecture of a stock config."""
         family = family_of(config)
+        for name in ("num_hidden_layers", "depths"):
+            check_depth(getattr(family.sizes_config(config), name, None))
         try:
             sizes = family.dense_layers(config)
         except UnsupportedModelError:

@@ -125,3 +125,18 @@ def make_config(model_type: Any, fields: dict[str, Any]) -> PreTrainedConfig:
         return AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # whatever a damaged field breaks
         raise InvalidArchitectureError(f"no {model_type} model has this config: {error}") from error
+
+
+#: more than any model has
+MOST_LAYERS = 10_000
+
+
+def check_depth(layers: Any) -> None:
+    """Refuse a number of layers (or one a stage) that would fill the memory before anything else is noticed.
+
+    Raises:
+        InvalidArchitectureError: there are over ``MOST_LAYERS``.
+    """
+    numbers = layers if isinstance(layers, (list, tuple)) else [layers]
+    if any(isinstance(number, (int, float)) and number > MOST_LAYERS for number in numbers):
+        raise InvalidArchitectureError(f"the config says {layers} layers, which no model has; fetch config.json again")

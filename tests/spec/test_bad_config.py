@@ -202,6 +202,7 @@ def test_record_of_another_shape_than_the_rest_of_the_config(saved: Saved) -> No
     [
         *({"dtype": 1}, {"dtype": [[1]]}, {"architectures": True}, {"id2label": "cat"}, {"id2label": 10**9}),
         *({"image_size": []}, {"patch_size": -1}, {"num_channels": -3}),
+        *({"num_hidden_layers": 10**9}, {"depths": [10**9, 2]}),  # without filling the memory
     ],
     ids=str,
 )
