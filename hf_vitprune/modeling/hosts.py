@@ -19,9 +19,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import CheckpointMismatchError
 from ..families import PRUNED_PREFIX, family_of
 from ..utils.modules import put
-from ..utils.upload import upload
-from .pretrained import NOT_STOCK, PrunedModelMixin, overridden, refuse_portable
+from .pretrained import NOT_STOCK, PrunedModelMixin, overridden
 from .registry import copy_conversions, pruned_model_class
+from .strict import StrictMixin
 
 #: classes that make their towers, or the configs of these, from one class -> the Auto classes that map them
 HOSTS = {
@@ -66,7 +66,7 @@ def _pruned_parts(fields: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(name, part) for name, part in parts if str(part.get("model_type", "")).startswith(PRUNED_PREFIX)]
 
 
-class PrunedHostMixin:
+class PrunedHostMixin(StrictMixin):
     """Mixed in front of a stock class that makes its towers itself."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -79,46 +79,8 @@ class PrunedHostMixin:
         for path, tower in stock_towers(model):
             put(model, path, pruned_model_class(type(tower))(tower.config))
 
-    def save_pretrained(
-        self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
-    ) -> None:
-        """As transformers', but always under the model's own parameter names.
-
-        Raises:
-            InvalidConfigError: ``portable``, which is not there yet.
-        """
-        refuse_portable(kwargs)
-        super().save_pretrained(  # type: ignore[misc]
-            save_directory, *args, save_original_format=save_original_format, **kwargs
-        )
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """As transformers', with a model card unless there is one already; see ``hf_vitprune.push_to_hub``.
-
-        Raises:
-            HubUploadError: the push did not go through.
-        """
-        return upload(self, repo_id, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', but only from safetensors, and never with weights of a tower missing or left over.
-
-        Raises:
-            CheckpointMismatchError: the checkpoint does not hold exactly what its config states.
-        """
-        if kwargs.get("use_safetensors") is False:
-            raise CheckpointMismatchError("pruned models are stored as safetensors only; drop use_safetensors=False")
-        wants_info = kwargs.pop("output_loading_info", False)
-        settings = {**kwargs, "use_safetensors": True, "output_loading_info": True}
-        try:
-            model, info = super().from_pretrained(*args, **settings)  # type: ignore[misc]
-        except RuntimeError as error:
-            if "size" in str(error):
-                raise CheckpointMismatchError(
-                    "the checkpoint's tensors have other sizes than its config states (see the report above)"
-                ) from error
-            raise
+    def check_loaded(self, info: dict[str, Any]) -> None:
+        """All of the model, with all of its towers."""
         for what, keys in (
             ("lacks", info["missing_keys"]),
             ("also holds", info["unexpected_keys"]),
@@ -126,7 +88,6 @@ class PrunedHostMixin:
         ):
             if keys:
                 raise CheckpointMismatchError(f"the checkpoint {what} {len(keys)} tensors (first: {sorted(keys)[0]})")
-        return (model, info) if wants_info else model
 
 
 def stock_towers(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:

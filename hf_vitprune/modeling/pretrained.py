@@ -12,13 +12,13 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from ..errors import CheckpointMismatchError, InvalidArchitectureError, InvalidConfigError
+from ..errors import CheckpointMismatchError, InvalidArchitectureError
 from ..families import all_families, base_model_type, family_of
 from ..spec.architecture import Architecture, write_record
 from ..spec.configs import check_depth
-from ..utils.upload import upload
 from .complete import check_adapters_whole
 from .custom import check_class, check_modules, loading
+from .strict import StrictMixin
 from .structure import layer_paths, materialize, resize_
 
 #: what config.json has in the place of the residual width: stock configs refuse it, and quote it
@@ -115,7 +115,7 @@ def _with_width(fields: dict[str, Any], model_type: str) -> dict[str, Any]:
     return {**fields, family.sub_config: sizes} if family.sub_config else sizes
 
 
-class PrunedModelMixin:
+class PrunedModelMixin(StrictMixin):
     """Mixed in front of a stock model class; see ``hf_vitprune.modeling.registry`` for how the classes are made."""
 
     #: class name without the family prefix, set on every generated class
@@ -151,27 +151,19 @@ class PrunedModelMixin:
             materialize(model, ambient)
         self._built_as = architecture
 
-    def save_pretrained(
-        self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
-    ) -> None:
-        """As transformers', but always under the model's own parameter names, and with a loader stub.
-
-        Stock classes write legacy names by default, which a Trainer then cannot restore.
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As :class:`StrictMixin`'s, with a loader stub.
 
         Raises:
             NotADirectoryError: ``save_directory`` is a file (transformers would only log it and save nothing).
-            InvalidConfigError: ``portable``, which is not there yet.
         """
-        refuse_portable(kwargs)
         folder = Path(save_directory)
         if folder.is_file():
             raise NotADirectoryError(f"{folder} is a file; save_pretrained needs a folder")
         model: Any = self
         classes = {"AutoConfig": type(model.config)} | {auto: type(model) for auto in self.auto_classes}
         model.config.auto_map = {auto: f"{STUB_MODULE}.{made.__name__}" for auto, made in classes.items()}
-        super().save_pretrained(  # type: ignore[misc]
-            save_directory, *args, save_original_format=save_original_format, **kwargs
-        )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Called by ``load_state_dict``: PEFT and Trainer pass over tensors that have no place, and load the rest.
@@ -199,54 +191,22 @@ class PrunedModelMixin:
             raise
         return info
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """As transformers', with a model card unless there is one already; see ``hf_vitprune.push_to_hub``.
-
-        Raises:
-            HubUploadError: the push did not go through.
-        """
-        return upload(self, repo_id, **kwargs)
-
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', but only from safetensors, and never with layers whose weights are missing or left over.
+        """As :class:`StrictMixin`'s; built for the weights of a folder."""
+        with loading():
+            return super().from_pretrained(*args, **kwargs)
 
-        Raises:
-            CheckpointMismatchError: the checkpoint does not hold exactly the layers that its config states.
-            InvalidArchitectureError: the config's record is damaged.
-        """
-        if kwargs.get("use_safetensors") is False:
-            raise CheckpointMismatchError("pruned models are stored as safetensors only; drop use_safetensors=False")
-        kwargs["use_safetensors"] = True
-        wants_info = kwargs.pop("output_loading_info", False)
-        try:
-            with loading():
-                model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" in str(error) or "size mismatch" in str(error):
-                raise CheckpointMismatchError(
-                    "the checkpoint's tensors have other sizes than its config states (see the report above): "
-                    "config.json and the weights are not of one model"
-                ) from error
-            raise
+    def check_loaded(self, info: dict[str, Any]) -> None:
+        """All layers that the config states, and of this very class its head, too."""
+        model: Any = self
         _check_layers_complete(model, info)
         check_modules(model, info)
         _check_own_head(model, info)
-        return (model, info) if wants_info else model
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Saving writes a stub that imports this package; the source files are not copied."""
-
-
-def refuse_portable(settings: dict[str, Any]) -> None:
-    """transformers' ``save_pretrained`` takes any keyword, and would save without a word as if it were not there."""
-    if settings.get("portable"):
-        raise InvalidConfigError(
-            "portable=True (a folder that loads without hf_vitprune, whatever its shape) is not there yet: leave it "
-            "out and import hf_vitprune before loading; or save hf_vitprune.modeling.native.to_native(model), which "
-            "needs transformers alone, where a stock class can hold the shape"
-        )
 
 
 @contextlib.contextmanager

@@ -163,10 +163,10 @@ class ConvpassModel(BranchTuner):
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key)
+        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
         windows, made = self.architecture.family.windows, getattr(parent, target_name)
         if windows is not None and made.place is None:
             made.watch(self.model, windows)

@@ -1,0 +1,68 @@
+"""What every class of this package does on disk and on the Hub: safetensors alone, all of a checkpoint or nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import CheckpointMismatchError, InvalidConfigError
+from ..utils.upload import upload
+
+
+class StrictMixin:
+    """Mixed in front of a stock model class."""
+
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
+        """As transformers', but always under the model's own parameter names.
+
+        Stock classes write legacy names by default, which a Trainer then cannot restore.
+
+        Raises:
+            InvalidConfigError: ``portable``, which is not there yet; transformers would pass over it.
+        """
+        if kwargs.get("portable"):
+            raise InvalidConfigError(
+                "portable=True (a folder that loads without hf_vitprune, whatever its shape) is not there yet: leave "
+                "it out and import hf_vitprune before loading; or save hf_vitprune.modeling.native.to_native(model), "
+                "which needs transformers alone, where a stock class can hold the shape"
+            )
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory, *args, save_original_format=save_original_format, **kwargs
+        )
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """As transformers', with a model card unless there is one already; see ``hf_vitprune.push_to_hub``.
+
+        Raises:
+            HubUploadError: the push did not go through.
+        """
+        return upload(self, repo_id, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but only from safetensors, and never with weights that are missing or left over.
+
+        Raises:
+            CheckpointMismatchError: the checkpoint does not hold exactly what its config states.
+            InvalidArchitectureError: the config's record is damaged.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise CheckpointMismatchError("pruned models are stored as safetensors only; drop use_safetensors=False")
+        wants_info = kwargs.pop("output_loading_info", False)
+        settings = {**kwargs, "use_safetensors": True, "output_loading_info": True}
+        try:
+            model, info = super().from_pretrained(*args, **settings)  # type: ignore[misc]
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" in str(error) or "size mismatch" in str(error):
+                raise CheckpointMismatchError(
+                    "the checkpoint's tensors have other sizes than its config states (see the report above): "
+                    "config.json and the weights are not of one model"
+                ) from error
+            raise
+        model.check_loaded(info)
+        return (model, info) if wants_info else model
+
+    def check_loaded(self, info: dict[str, Any]) -> None:
+        """Refuse what a checkpoint lacks, or has beside what its config states."""
+        raise NotImplementedError
