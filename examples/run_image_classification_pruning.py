@@ -59,6 +59,7 @@ from hf_vitprune.contrib.drop_path import attach_drop_path
 from hf_vitprune.contrib.ema import EmaCallback
 from hf_vitprune.contrib.recipe import Run
 from hf_vitprune.contrib.spvit_start import released_start
+from hf_vitprune.evaluation.metrics import accuracy_of
 from hf_vitprune.methods import config_class_of, method_names
 from hf_vitprune.modeling.native import to_native
 from hf_vitprune.publish.block_report import plot_architecture
@@ -66,7 +67,6 @@ from hf_vitprune.publish.card import model_card
 from hf_vitprune.publish.run_report import plot_gates
 from hf_vitprune.utils.data import DIGITS, load_images
 from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
-from hf_vitprune_cli.workflow import accuracy_of
 
 
 @dataclass

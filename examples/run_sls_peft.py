@@ -40,11 +40,12 @@ from hf_vitprune.contrib.drop_path import attach_drop_path
 from hf_vitprune.contrib.recipe import Run
 from hf_vitprune.contrib.retraining import fresh_adapters, retrain
 from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune.evaluation.metrics import accuracy_of
 from hf_vitprune.peft import ConvpassConfig, RepAdapterConfig
 from hf_vitprune.spec.architecture import unwrap
 from hf_vitprune.utils.data import DIGITS, LabelledImages, load_images
 from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
-from hf_vitprune_cli.workflow import Schedule, accuracy_of, evaluate
+from hf_vitprune_cli.workflow import Schedule, evaluate
 
 #: kind of adapters -> class of its settings, and what they are by default
 ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {

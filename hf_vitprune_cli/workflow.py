@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from hf_vitprune.cost import count
+from hf_vitprune.evaluation.metrics import accuracy_of
 from hf_vitprune.latency.measure import Timing, measure_speed
 from hf_vitprune.losses.distillation import DistillationConfig
 from hf_vitprune.methods import PruningConfig, method_for
@@ -89,12 +90,6 @@ class PrunedResult:
     @property
     def final_accuracy(self) -> float:
         return next(self.accuracy[stage] for stage in ("tuned", "compensated", "pruned") if stage in self.accuracy)
-
-
-def accuracy_of(prediction: Any) -> dict[str, float]:
-    """``compute_metrics`` for a Trainer: top-1 accuracy."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
 
 
 def train(

@@ -30,6 +30,7 @@ ORDER = [
     "losses",
     "methods",
     "training",
+    "evaluation",
     "publish",
     "contrib",
 ]

@@ -21,7 +21,15 @@ assert type(config) in AutoModelForImageClassification._model_mapping
 assert {"VITPRUNE_LORA", "VITPRUNE_CONVPASS", "CONVPASS", "REPADAPTER"} <= {kind.value for kind in PeftType}
 """
 #: slow to import, and of no use to loading
-SLOW = ("datasets", "sklearn", "matplotlib", "transformers.trainer", "hf_vitprune.methods", "hf_vitprune.training")
+SLOW = (
+    "datasets",
+    "evaluate",
+    "sklearn",
+    "matplotlib",
+    "transformers.trainer",
+    "hf_vitprune.methods",
+    "hf_vitprune.training",
+)
 
 
 def run(code: str) -> str:

@@ -1,0 +1,1 @@
+"""What a model is worth: metrics, pipelines measured, and results kept in files."""
