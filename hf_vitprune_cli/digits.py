@@ -83,7 +83,7 @@ def run_demo(output: Path, seed: int = 0, console: Console | None = None) -> lis
     """Train, prune, fine-tune, export, save, load back, and print the table.
 
     Args:
-        output: folder for one model folder a method (weights, card, image processor, plot of what was removed).
+        output: folder for one model folder a method (weights, card, image processor, plot of what every layer keeps).
         seed: of everything.
 
     Returns:

@@ -29,7 +29,9 @@ def report(
     from rich.console import Console
 
     from hf_vitprune.cost import count
-    from hf_vitprune.publish.report import comparison_table, layer_rows, layer_table, plot_removed
+    from hf_vitprune.publish.block_report import plot_kept
+    from hf_vitprune.publish.layers import layer_rows
+    from hf_vitprune.publish.report import comparison_table, layer_table
 
     from .saved import load_architecture
 
@@ -47,7 +49,7 @@ def report(
         zero_shot = {"zero-shot accuracy": accuracies[name]} if accuracies else {}
         rows.append({"name": name, **zero_shot, "params": cost.params, "macs": cost.macs, **shares})
     if plot is not None:
-        plot_removed({name: architectures[name] for name in pruned}, plot)
+        plot_kept({name: architectures[name] for name in pruned}, plot)
     if as_json:
         layers = {name: layer_rows(architecture, image_size) for name, architecture in architectures.items()}
         print(json.dumps([{**row, "layers": layers[str(row["name"])]} for row in rows]))

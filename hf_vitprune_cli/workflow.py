@@ -18,8 +18,8 @@ from hf_vitprune.latency.measure import Timing, measure_speed
 from hf_vitprune.losses.distillation import DistillationConfig
 from hf_vitprune.methods import PruningConfig, method_for
 from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.publish.block_report import plot_kept
 from hf_vitprune.publish.card import model_card
-from hf_vitprune.publish.report import plot_removed
 from hf_vitprune.spec.architecture import Architecture
 from hf_vitprune.training.exporting import is_compensated
 from hf_vitprune.training.model import get_pruning_model
@@ -232,7 +232,7 @@ def save_result(
     dataset: str | None,
     base_model: str | None = None,
 ) -> None:
-    """Write the model, its image processor, plan, plot of what was removed, and card.
+    """Write the model, its image processor, plan, plot of what every layer keeps, and card.
 
     Args:
         timings: of ``before`` (dense) and ``after``, where they were measured.
@@ -244,7 +244,7 @@ def save_result(
     if processor is not None:
         processor.save_pretrained(folder)
     result.plan.save(folder / "plan.json")
-    plot_removed(result.plan, folder / "removed.png")
+    plot_kept(result.plan, folder / "kept.png")
     card = model_card(
         result.model,
         base_model=base_model,

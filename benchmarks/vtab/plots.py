@@ -5,31 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
-from hf_vitprune.errors import MissingExtraError
+from hf_vitprune.utils.figures import new_figure, save_figure
 
 from .report import Row, at
 from .settings import LAST
-
-
-def _figure(width: float, height: float) -> Any:
-    """Raises:
-    MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("plots need matplotlib: pip install 'hf_vitprune[plots]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _saved(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
 
 
 def points_of(rows: Sequence[Row]) -> tuple[list[str], list[tuple[str, float, float]]]:
@@ -55,7 +37,7 @@ def plot_tradeoff(rows: Sequence[Row], path: Path) -> Path:
         The path.
     """
     common, points = points_of(rows)
-    figure = _figure(7, 4.5)
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     for name, speed, accuracy in points:
         marker = "o" if name.endswith(", none") else "s"
@@ -68,7 +50,7 @@ def plot_tradeoff(rows: Sequence[Row], path: Path) -> Path:
     axes.grid(alpha=0.3)
     if points:
         axes.legend(fontsize="small")
-    return _saved(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_layers(
@@ -86,7 +68,7 @@ def plot_layers(
         threshold: of SLS, drawn where there is one.
         correlation: Spearman's, written into the title; None where it is not defined.
     """
-    figure = _figure(6.5, 4)
+    figure = new_figure(6.5, 4)
     left = figure.subplots()
     right = left.twinx()
     (line,) = left.plot(list(accuracies), [100 * v for v in accuracies.values()], "o-", color="tab:blue")
@@ -100,7 +82,7 @@ def plot_layers(
     left.set_title(title if correlation is None else f"{title}; rank correlation {correlation:.2f}")
     left.legend(handles, names, fontsize="small", loc="lower right")
     left.grid(alpha=0.3)
-    return _saved(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_maps(
@@ -115,7 +97,7 @@ def plot_maps(
     """
     columns = min(len(maps), 4)
     lines = -(-len(maps) // columns)
-    figure = _figure(2.6 * columns, 2.7 * lines)
+    figure = new_figure(2.6 * columns, 2.7 * lines)
     panels = figure.subplots(lines, columns, squeeze=False)
     for panel in panels.flat:
         panel.set_axis_off()
@@ -123,4 +105,4 @@ def plot_maps(
         panel.scatter(points[:, 0], points[:, 1], c=labels, cmap="nipy_spectral", s=3, linewidths=0)
         panel.set_title(f"layer {number}: {scores[number]:.2f}", fontsize="small")
     figure.suptitle(title)
-    return _saved(figure, path)
+    return save_figure(figure, path)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import MissingExtraError
 from ..spec.layer_shape import LayerShape
+from ..utils.figures import new_figure, save_figure
 from .table import LatencyTable
 
 #: sizes of a block, in the order of tables and plots
@@ -107,13 +107,9 @@ def plot_latency(table: LatencyTable, path: str | Path) -> Path:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("plots need matplotlib: pip install 'hf_vitprune[plots]'") from error
     drawn = curves(table)
     names = [size for size in SIZES if any(curve.size == size for curve in drawn)]
-    figure = Figure(figsize=(2.8 * max(len(names), 1), 2.8), layout="constrained")
+    figure = new_figure(2.8 * max(len(names), 1), 2.8)
     panels: Any = figure.subplots(1, max(len(names), 1), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, names, strict=False):
         for curve in (curve for curve in drawn if curve.size == name):
@@ -125,7 +121,4 @@ def plot_latency(table: LatencyTable, path: str | Path) -> Path:
     if len(table.stages) > 1:
         panels[0].legend(fontsize="small")
     figure.suptitle(described(table), fontsize=9)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)

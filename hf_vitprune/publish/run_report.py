@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..methods.nvit.trajectory import Moment
+from ..utils.figures import MARKERS, PALETTE, new_figure, save_figure
 from .block_report import COLOURS
-from .report import new_figure, save_figure
 
 
 def plot_run(
@@ -27,14 +27,15 @@ def plot_run(
     named = runs if isinstance(runs, Mapping) else {"": runs}
     figure = new_figure(4.5, 3.2)
     panel: Any = figure.subplots()
-    for name, moments in named.items():
+    for i, (name, moments) in enumerate(named.items()):
         steps, ratios = [moment.step for moment in moments], [moment.ratio for moment in moments]
-        panel.step(steps, ratios, where="post", linewidth=1.2, label=name)
+        style = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
+        panel.step(steps, ratios, where="post", linewidth=1.2, markersize=3, label=name or "cost", **style)
     if target is not None:
-        panel.axhline(target, color="grey", linewidth=0.8, linestyle="--")
-    panel.set(xlabel="optimizer step", ylabel="share of the cost", ylim=(0, 1.03))
+        panel.axhline(target, color="grey", linewidth=0.8, linestyle="--", label=f"target, {target:g}")
+    panel.set(xlabel="optimizer step", ylabel="share of the dense cost that is left", ylim=(0, 1.03))
     panel.grid(alpha=0.3)
-    if any(named):
+    if any(named) or target is not None:
         panel.legend(fontsize="small")
     return save_figure(figure, path)
 
@@ -66,14 +67,15 @@ def plot_gates(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> Pa
             if key in rows[0]:
                 colour = "#3d3d3d" if kind == "MLP" else colour  # its mean: a bar's grey would not be seen
                 panel.plot(steps, [row[key] for row in rows], color=colour, linewidth=1.2, label=kind)
-        panel.axhline(0.5, color="grey", linewidth=0.6, linestyle="--")
+        panel.axhline(0.5, color="grey", linewidth=0.6, linestyle="--", label="on above, off below")
         panel.set_title(f"layer {layer}", fontsize="small")
         panel.set(ylim=(0, 1))
         panel.grid(alpha=0.3)
     for panel in panels.flat[len(layers) :]:
         panel.set_axis_off()
     panels[-1][0].set(xlabel="optimizer step", ylabel="chance to be on")
-    panels[0][0].legend(fontsize="xx-small")
+    shown = {line.get_label(): line for panel in panels.flat for line in panel.get_legend_handles_labels()[0]}
+    figure.legend(handles=shown.values(), fontsize="x-small", loc="outside lower center", ncols=min(3, len(shown)))
     return save_figure(figure, path)
 
 
@@ -94,8 +96,9 @@ def plot_predictions(predicted: Sequence[float], measured: Sequence[float], path
     figure = new_figure(3.6, 3.4)
     panel: Any = figure.subplots()
     highest = 1e3 * max(*predicted, *measured) * 1.08
-    panel.plot([0, highest], [0, highest], color="grey", linewidth=0.8)
-    panel.scatter([1e3 * s for s in measured], [1e3 * s for s in predicted], s=16)
+    panel.plot([0, highest], [0, highest], color="grey", linewidth=0.8, label="predicted as measured")
+    panel.scatter([1e3 * s for s in measured], [1e3 * s for s in predicted], s=16, label="a model", color=PALETTE[0])
     panel.set(xlabel="measured (ms)", ylabel="predicted (ms)", xlim=(0, highest), ylim=(0, highest), aspect="equal")
     panel.grid(alpha=0.3)
+    panel.legend(fontsize="small")
     return save_figure(figure, path)

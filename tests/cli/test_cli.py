@@ -79,7 +79,7 @@ def test_report_puts_models_side_by_side(uneven: Path, tmp_path: Path) -> None:
     assert rows[1]["MACs kept"] == small.macs / whole.macs
     assert [layer["qk"] for layer in rows[1]["layers"][:-1]] == [4, 4, 4]
     text = printed("report", dense, uneven, "--plot", plot)
-    assert "MACs kept" in text and text.count("attention") == 3 and "qk" in plot.read_text()
+    assert "MACs kept" in text and text.count("attention") == 3 and "share kept" in plot.read_text()
 
 
 # ---------------------------------------------------------------------- export

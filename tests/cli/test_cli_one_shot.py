@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plot and one round of timing: both are tested elsewhere."""
-    monkeypatch.setattr("hf_vitprune_cli.workflow.plot_removed", lambda *_: None)
+    monkeypatch.setattr("hf_vitprune_cli.workflow.plot_kept", lambda *_: None)
     once = partial(from_images.measure_speed, rounds=1)
     monkeypatch.setattr(from_images, "measure_speed", once)
 
@@ -94,7 +94,7 @@ def test_the_commands_of_the_documentation(
     for name, target in (("small", 0.6), ("smaller", 0.4)):
         assert target - 0.15 < ratio(tmp_path / name, model) <= target
         files = {path.name for path in (tmp_path / name).iterdir()}
-        assert files >= {"model.safetensors", "preprocessor_config.json", "README.md", "plan.json", "removed.png"}
+        assert files >= {"model.safetensors", "preprocessor_config.json", "README.md", "plan.json", "kept.png"}
         plan = PruningPlan.load(tmp_path / name / "plan.json")
         assert plan.info["target"] == target and plan.info["method"] == "OneShot"
     assert "OneShot" in (tmp_path / "small" / "README.md").read_text()

@@ -53,7 +53,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_inspect_and_prune(clip: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_vitprune_cli.workflow.plot_removed", lambda *_: None)
+    monkeypatch.setattr("hf_vitprune_cli.workflow.plot_kept", lambda *_: None)
     out = tmp_path / "small"
     printed("prune", clip, out, "--part", "vision", "--images", colours, "--target", 0.6, "--round-to", 1)
     before, after = (json.loads(printed("inspect", p, "--part", "vision", "--json")) for p in (clip, out))

@@ -65,7 +65,7 @@ def test_the_demo_leaves_a_complete_model_folder(short_demo):
         "preprocessor_config.json",
         "README.md",
         "plan.json",
-        "removed.png",
+        "kept.png",
     } <= files
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
     model = AutoModelForImageClassification.from_pretrained(folder / "vtp")

@@ -16,16 +16,14 @@ from hf_vitprune.cost.blocks import block_macs, removed_macs
 from hf_vitprune.errors import MissingExtraError
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune
-from hf_vitprune.publish.block_report import COLOURS, plot_architecture
+from hf_vitprune.publish.block_report import COLOURS, plot_architecture, plot_kept
+from hf_vitprune.publish.layers import kept_shares, layer_rows
 from hf_vitprune.publish.report import (
     comparison_markdown,
     comparison_table,
     human,
-    kept_shares,
     layer_markdown,
-    layer_rows,
     layer_table,
-    plot_removed,
 )
 from hf_vitprune.spec.architecture import Architecture
 from tiny import CASES, hybrid, make
@@ -122,15 +120,27 @@ def test_kept_shares_of_plans_and_shapes() -> None:
 def test_plot(tmp_path: Path) -> None:
     model = make(VIT)
     plans = {f"{ratio}": PruningPlan.random(model, ratio) for ratio in (0.25, 0.5)}
-    assert plot_removed(plans, tmp_path / "deep" / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert b"<svg" in plot_removed(plans["0.5"], tmp_path / "one.svg").read_bytes()
-    assert plot_removed(Architecture.of(model), tmp_path / "dense.pdf").exists()
+    assert plot_kept(plans, tmp_path / "deep" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in plot_kept(plans["0.5"], tmp_path / "one.svg").read_bytes()
+    assert plot_kept(Architecture.of(model), tmp_path / "dense.pdf").exists()
+    assert "stage" not in plot_kept(plans, tmp_path / "named.svg").read_text()
+
+
+def test_plots_say_what_they_show(tmp_path: Path) -> None:
+    swin = make("SwinModel")
+    plans = {f"{ratio}": PruningPlan.random(swin, ratio, ["heads", "mlp"]) for ratio in (0.25, 0.5)}
+    text = plot_kept(plans, tmp_path / "kept.svg").read_text()
+    words = ("share kept (%)", "stage 0", "MLP neurons", "0.25", "0.5", "layer, bottom to top")
+    assert all(f"<!-- {word} -->" in text for word in words)
+    assert text.count("<!-- stage 0 -->") == 4  # one a panel
+    text = plot_architecture(prune(swin, plans["0.5"]), tmp_path / "blocks.svg").read_text()
+    assert "<!-- the same layer, dense -->" in text and "<!-- stage 0 -->" in text
 
 
 def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'hf_vitprune\[plots\]'"):
-        plot_removed(make(VIT), tmp_path / "plot.png")
+        plot_kept(make(VIT), tmp_path / "plot.png")
 
 
 # ---------------------------------------------------------------------- blocks
