@@ -166,6 +166,19 @@ def read_folder(folder: str | Path, processor: Any, limit: int | None = None, se
     Raises:
         InvalidDataError: there is no such folder, no image in it, or one that cannot be read.
     """
+    files = image_files(folder, limit, seed)
+    pixels = [_read(path, processor) for path in tqdm(files, "reading images", delay=3, leave=False)]
+    sizes = {tuple(image.shape) for image in pixels}
+    if len(sizes) > 1:
+        raise InvalidDataError(
+            f"the image processor gives images of {len(sizes)} sizes ({', '.join(map(str, sorted(sizes)[:3]))}): have "
+            "it resize and crop them to one"
+        )
+    return torch.stack(pixels)
+
+
+def image_files(folder: str | Path, limit: int | None = None, seed: int = 0) -> list[Path]:
+    """Paths of the images of a folder, in their order; arguments and errors as :func:`read_folder`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InvalidDataError(f"{folder} is no folder; give a folder with image files")
@@ -175,14 +188,22 @@ def read_folder(folder: str | Path, processor: Any, limit: int | None = None, se
         raise InvalidDataError(f"there are no images in {folder} nor below it (.png, .jpg and the like)")
     if limit is not None and limit < len(files):
         files = sorted(random.Random(seed).sample(files, limit))
-    pixels = [_read(path, processor) for path in tqdm(files, "reading images", delay=3, leave=False)]
-    sizes = {tuple(image.shape) for image in pixels}
-    if len(sizes) > 1:
-        raise InvalidDataError(
-            f"the image processor gives images of {len(sizes)} sizes ({', '.join(map(str, sorted(sizes)[:3]))}): have "
-            "it resize and crop them to one"
-        )
-    return torch.stack(pixels)
+    return files
+
+
+def open_image(path: Path) -> Any:
+    """An image file as a PIL image in RGB, turned as its EXIF data says.
+
+    Raises:
+        InvalidDataError: it cannot be read.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InvalidDataError(f"{path} cannot be read as an image: {error}. Mend it or take it out") from error
 
 
 def _image_suffixes() -> set[str]:
@@ -194,13 +215,11 @@ def _image_suffixes() -> set[str]:
 
 
 def _read(path: Path, processor: Any) -> torch.Tensor:
-    from PIL import Image, UnidentifiedImageError
-
+    image = open_image(path)
     try:
-        with Image.open(path) as image:
-            pixels: torch.Tensor = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InvalidDataError(f"{path} cannot be read as an image: {error}. Mend it or take it out") from error
+        pixels: torch.Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    except ValueError as error:
+        raise InvalidDataError(f"the image processor cannot take {path}: {error}. Mend it or take it out") from error
     return pixels
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from hf_vitprune.errors import InvalidDataError
-from hf_vitprune.utils.data import DIGITS, load_images
+from hf_vitprune.utils.data import DIGITS, image_files, load_images, open_image
 from image_folders import image_folder
 
 
@@ -80,3 +80,12 @@ def test_some_classes_of_all():
     ):
         with pytest.raises(InvalidDataError, match=message):
             images.of_classes(names)
+
+
+def test_folder_images_are_turned_as_their_camera_says(tmp_path):
+    upright = Image.fromarray(np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the stored image has to be turned by 90 degrees to the right
+    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    assert image_files(tmp_path) == [tmp_path / "turned.png"]
+    assert np.array_equal(np.asarray(open_image(tmp_path / "turned.png")), np.asarray(upright))
