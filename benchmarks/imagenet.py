@@ -5,14 +5,15 @@
     python -m benchmarks.imagenet MODEL IMAGENET/val --classes examples/imagenet100.txt
     python -m benchmarks.imagenet MODEL uoft-cs/cifar100              # the evaluation images of a data set of the Hub
 
-The folder has a sub-folder a class. Sorted by name (ImageNet's are synset ids), or in the order of ``--classes``, they
-are the model's classes 0, 1, ... Every image counts once, whatever the batch size and the order. Other resolutions
-keep the ratio of 256 to 224.
+The folder has a sub-folder a class, found among the model's classes by name; ImageNet's 1000 synsets are a model's
+classes in their usual order, and so are the sub-folders that ``--classes`` names, in its order. Every image counts
+once, whatever the batch size and the order. Other resolutions keep the ratio of 256 to 224.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Bi
 
 import hf_vitprune  # noqa: F401  registers pruned models
 from hf_vitprune.errors import InvalidDataError
+from hf_vitprune.utils.classes import match_classes
 from hf_vitprune.utils.data import load_images
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
@@ -119,6 +121,7 @@ def accuracies(
     batch_size: int = 64,
     workers: int = 0,
     order: Sequence[int] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Correct answers among the first one and five, counted image by image.
 
@@ -128,18 +131,21 @@ def accuracies(
         batch_size: images a forward pass.
         workers: processes that read.
         order: in which images are looked at.
+        numbers: class of the data -> the model's; by default found by name.
 
     Returns:
         ``images``, and ``top1``, ``top5`` as shares of them.
 
     Raises:
-        InvalidDataError: the model has another number of classes.
+        InvalidDataError: the model does not have these classes, or not as many as ``numbers``.
     """
-    if model.config.num_labels != len(dataset.classes):
-        raise InvalidDataError(
-            f"the model has {model.config.num_labels} classes and the data {len(dataset.classes)}: classes are all "
-            "sub-folders in the order of their names, or those that --classes names"
-        )
+    if numbers is None:
+        match = match_classes(dataset.classes, model.config.id2label, every=False)
+        print(match.how, end="\n" * bool(match.how), file=sys.stderr)
+        numbers = match.numbers
+    elif model.config.num_labels != len(numbers):
+        raise InvalidDataError(f"the model has {model.config.num_labels} classes and --classes names {len(numbers)}")
+    number_of = torch.tensor(numbers)
     device = next(model.parameters()).device
     model.eval()
     loader: Any = DataLoader(dataset, batch_size, sampler=order, num_workers=workers)
@@ -147,7 +153,7 @@ def accuracies(
     for pixels, labels in tqdm(loader, "images", delay=3, leave=False):
         logits = model(pixel_values=pixels.to(device)).logits.float()
         best = logits.topk(min(max(TOP), logits.shape[1]), dim=1).indices.cpu()
-        hits = best == labels[:, None]
+        hits = best == number_of[labels][:, None]
         for number in TOP:
             correct[number] += int(hits[:, :number].any(1).sum())
     seen = len(dataset) if order is None else len(order)
@@ -170,7 +176,8 @@ def main(
         dataset = ImageFolder(Path(data), processor, None if classes is None else classes.read_text().split())
     else:
         dataset = EvaluationImages(data, processor)
-    print(json.dumps(accuracies(loaded, dataset, batch_size, workers), indent=2))
+    numbers = None if classes is None else range(len(dataset.classes))
+    print(json.dumps(accuracies(loaded, dataset, batch_size, workers, numbers=numbers), indent=2))
 
 
 if __name__ == "__main__":

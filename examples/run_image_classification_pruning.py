@@ -26,7 +26,7 @@ import copy
 import gc
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,11 @@ from hf_vitprune.modeling.native import to_native
 from hf_vitprune.publish.block_report import plot_architecture
 from hf_vitprune.publish.card import model_card
 from hf_vitprune.publish.run_report import plot_gates
-from hf_vitprune.utils.data import DIGITS, load_images
+from hf_vitprune.utils.classes import chance_note
+from hf_vitprune.utils.data import DIGITS, LabelledImages, load_images
+from hf_vitprune_cli.classifier import load_classifier
 from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
+from hf_vitprune_cli.workflow import evaluate
 
 
 @dataclass
@@ -83,8 +86,10 @@ class DataArguments:
     classes: str | None = field(
         default=None, metadata={"help": "file with the names of the classes to use, one a line; all by default"}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "use only so many training images"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many evaluation images"})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "use only so many training images, drawn at random from every class"}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "so many evaluation images, drawn alike"})
 
 
 @dataclass
@@ -93,6 +98,10 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "model folder or Hub id; a small untrained ViT for the digits by default"}
+    )
+    new_head: bool = field(
+        default=False,
+        metadata={"help": "a fresh classifier, though the model has one for as many classes; for others it is fresh"},
     )
     recipe: str | None = field(
         default=None, metadata={"help": "name of a published run in examples/recipes, whose settings are the defaults"}
@@ -157,31 +166,33 @@ def make_config(args: ModelArguments) -> Any:
     return config_class_of(args.method).from_goal(target, args.target_metric, args.latency_table, **settings)
 
 
-def load_model(args: ModelArguments, label_names: list[str]) -> tuple[Any, Any]:
-    """(model, image processor)."""
+def load_model(args: ModelArguments, images: LabelledImages) -> tuple[Any, Any, LabelledImages]:
+    """(model, image processor, the images with the model's class numbers).
+
+    A classifier of as many classes is one of the same classes, or refused; any other gets a fresh head.
+    """
     if args.model_name_or_path is None:
-        model: Any = tiny_vit(label_names)
+        model: Any = tiny_vit(images.label_names)
         if args.revit_hidden_size is not None:
             model.config.num_attention_heads = 1  # of 64 channels, as the rule has it
         processor: Any = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     else:
-        model = AutoModelForImageClassification.from_pretrained(
-            args.model_name_or_path,
-            id2label=dict(enumerate(label_names)),
-            label2id={name: i for i, name in enumerate(label_names)},
-            ignore_mismatched_sizes=True,
-            **drop_path_of(args),
-        )
+        source = args.model_name_or_path
+        fresh = args.new_head or AutoConfig.from_pretrained(source).num_labels != len(images.label_names)
+        model, images = load_classifier(source, images, new_head=fresh, **drop_path_of(args))
+        how = "a fresh classifier for the data's classes" if images.match is None else images.match.how
+        if how and PartialState().is_main_process:
+            print(how)
         processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
     if args.revit_hidden_size is not None:
-        return untrained(model.config, args), processor
+        return untrained(model.config, args), processor, replace(images, match=None)
     if args.lora_rank:
         from peft import LoraConfig, get_peft_model
 
         targets = ["q_proj", "v_proj"]
         lora = LoraConfig(r=args.lora_rank, target_modules=targets, modules_to_save=["classifier"])
         model = get_peft_model(model, lora)
-    return model, processor
+    return model, processor, images
 
 
 def drop_path_of(args: ModelArguments) -> dict[str, float]:
@@ -252,14 +263,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     if data_args.classes is not None:
         images = images.of_classes(Path(data_args.classes).read_text().split())
-    model, processor = load_model(model_args, images.label_names)
+    images = images.at_most(data_args.max_train_samples, data_args.max_eval_samples, training_args.seed)
+    model, processor, images = load_model(model_args, images)
     plain = run.recipe is None or run.recipe.augmentation is None
     train_set, eval_set = images.processed(processor, cache=data_args.dataset == DIGITS and plain)
     run.augment(train_set, model.config)
-    for dataset, limit in ((train_set, data_args.max_train_samples), (eval_set, data_args.max_eval_samples)):
-        if limit is not None:
-            dataset.dataset = dataset.dataset.select(range(min(limit, len(dataset))))
-
     for line in run.announcement(count(model).macs, len(train_set), model_args, training_args):
         print(line)
     sets: dict[str, Any] = {"train_dataset": train_set, "eval_dataset": eval_set, "compute_metrics": accuracy_of}
@@ -276,6 +284,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise ValueError("--weights released is for --method spvit")
     config = make_config(model_args)
     dense_cost = count(model)
+
+    if images.match is not None and not training_args.resume_from_checkpoint:  # it should know these classes
+        note = chance_note(evaluate(model, eval_set), eval_set.labels)
+        if note is not None and PartialState().is_main_process:
+            print(note)
 
     # stage 1: train with gates; at the end the callback decides what stays
     pretrained = model_args.model_name_or_path is not None  # an untrained model teaches nothing

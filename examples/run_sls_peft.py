@@ -26,7 +26,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModelForImageClassification,
     HfArgumentParser,
     Trainer,
     TrainingArguments,
@@ -44,6 +43,7 @@ from hf_vitprune.evaluation.metrics import accuracy_of
 from hf_vitprune.peft import ConvpassConfig, RepAdapterConfig
 from hf_vitprune.spec.architecture import unwrap
 from hf_vitprune.utils.data import DIGITS, LabelledImages, load_images
+from hf_vitprune_cli.classifier import load_classifier
 from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
 from hf_vitprune_cli.workflow import Schedule, evaluate
 
@@ -66,8 +66,10 @@ class DataArguments:
     eval_split: str | None = field(
         default=None, metadata={"help": "evaluation split; found, or split off, by default"}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "use only so many training images"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many evaluation images"})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "use only so many training images, drawn at random from every class"}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "so many evaluation images, drawn alike"})
 
 
 @dataclass
@@ -122,16 +124,11 @@ def load_backbone(args: ModelArguments, images: LabelledImages, training: Traini
     return str(folder), processor
 
 
-def adapted(backbone: str, args: ModelArguments, label_names: list[str]) -> Any:
-    """The backbone with a new head and adapters."""
+def adapted(backbone: str, args: ModelArguments, images: LabelledImages) -> Any:
+    """The backbone with adapters and a new head: whatever classes its own had, it says nothing of these."""
     own = hasattr(AutoConfig.from_pretrained(backbone), "drop_path_rate")  # the others are hooked while they train
-    base = AutoModelForImageClassification.from_pretrained(
-        backbone,
-        id2label=dict(enumerate(label_names)),
-        label2id={name: i for i, name in enumerate(label_names)},
-        ignore_mismatched_sizes=True,
-        **({"drop_path_rate": args.drop_path} if own else {}),
-    )
+    settings = {"drop_path_rate": args.drop_path} if own else {}
+    base, _ = load_classifier(backbone, images, new_head=True, **settings)
     if args.adapter not in ADAPTERS:
         raise InvalidConfigError(f"--adapter is one of {', '.join(ADAPTERS)}, not {args.adapter}")
     kind, settings = ADAPTERS[args.adapter]
@@ -167,11 +164,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     backbone, processor = load_backbone(model_args, images, training_args)
     set_seed(training_args.seed)
-    model = adapted(backbone, model_args, images.label_names)
+    model = adapted(backbone, model_args, images)
+    images = images.at_most(data_args.max_train_samples, data_args.max_eval_samples, training_args.seed)
     train_set, eval_set = images.processed(processor, cache=data_args.dataset == DIGITS)
-    for dataset, limit in ((train_set, data_args.max_train_samples), (eval_set, data_args.max_eval_samples)):
-        if limit is not None:
-            dataset.dataset = dataset.dataset.select(range(min(limit, len(dataset))))
     dense = count(model)
     for line in run.announcement(dense.macs, len(train_set), model_args, training_args):
         print(line)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+from transformers import AutoImageProcessor, set_seed
 
 from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.latency.measure import device_name
@@ -16,6 +16,7 @@ from hf_vitprune.publish.report import comparison_table
 from hf_vitprune.utils.data import load_images
 
 from .app import say
+from .classifier import load_classifier
 from .workflow import Schedule, compare, prune_and_tune, save_result
 
 
@@ -42,10 +43,11 @@ def prune_from_labels(
         learn: schedule of the training that decides.
         tune: of the fine-tuning; of 0 steps for none.
         round_to: kept sizes are multiples of it.
-        new_head: replace the classifier by one for the data's classes.
+        new_head: replace the classifier by a fresh one for the data's classes.
 
     Raises:
-        InvalidConfigError: an unknown method, an impossible goal, or a classifier for other classes.
+        InvalidConfigError: an unknown method, or an impossible goal.
+        InvalidDataError: data without labelled images, or of other classes than the classifier's.
     """
     config_class = config_class_of(method)
     if not config_class.takes_target:
@@ -53,7 +55,9 @@ def prune_from_labels(
     config = config_class.from_goal(**goal, round_to=round_to)
     set_seed(learn.seed)
     images = load_images(data, seed=learn.seed)
-    classifier = _classifier(model, images.label_names, new_head)
+    classifier, images = load_classifier(model, images, new_head)
+    if images.match is not None and images.match.how:
+        say(images.match.how)
     processor = AutoImageProcessor.from_pretrained(model)
     train_set, eval_set = images.processed(processor)
     result = prune_and_tune(
@@ -64,27 +68,10 @@ def prune_from_labels(
         learn=learn,
         tune=None if tune.steps == 0 else tune,
         distillation=DistillationConfig(),
+        fresh_head=new_head,
     )
     rows, timings = compare(classifier, result.accuracy["dense"], {config.method_name: result}, batch_size=8)
     pair = {"before": timings["dense"], "after": timings[config.method_name]}
     save_result(out, result, processor, pair, dataset=data, base_model=model)
     Console().print(comparison_table(rows, title=f"{model} on {data}, measured on {device_name()}, batch 8"))
     say(f"saved to {out}")
-
-
-def _classifier(model: str, label_names: list[str], new_head: bool) -> Any:
-    """The image classifier, with the data's classes.
-
-    Raises:
-        InvalidConfigError: its classes are not the data's, and no new head is asked for.
-    """
-    names = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
-    if new_head:
-        return AutoModelForImageClassification.from_pretrained(model, ignore_mismatched_sizes=True, **names)
-    classifier = AutoModelForImageClassification.from_pretrained(model)
-    if classifier.config.num_labels != len(label_names):
-        raise InvalidConfigError(
-            f"{model} has {classifier.config.num_labels} classes and the data {len(label_names)}: fine-tune the model "
-            "first, or pass --new-head"
-        )
-    return classifier

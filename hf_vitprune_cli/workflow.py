@@ -24,6 +24,9 @@ from hf_vitprune.spec.architecture import Architecture
 from hf_vitprune.training.exporting import is_compensated
 from hf_vitprune.training.model import get_pruning_model
 from hf_vitprune.training.trainer import PruningTrainer
+from hf_vitprune.utils.classes import chance_note
+
+from .app import say
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ def prune_and_tune(
     learn: Schedule,
     tune: Schedule | None,
     distillation: DistillationConfig | None = None,
+    fresh_head: bool = False,
 ) -> PrunedResult:
     """Learn what to prune, prune, fine-tune against the unpruned model; ``model`` itself is trained by the first step.
 
@@ -154,9 +158,13 @@ def prune_and_tune(
         learn: schedule of the training that decides.
         tune: schedule of the fine-tuning; None for none.
         distillation: how the small model learns from the unpruned one while it is fine-tuned; None: labels only.
+        fresh_head: the classifier was never trained; else one that knows nothing of ``eval_set`` is reported.
     """
     config.meter(Architecture.of(model))  # a latency table of something else is refused before any work
     accuracy = {"dense": evaluate(model, eval_set)}
+    note = None if fresh_head else chance_note(accuracy["dense"], eval_set.labels)
+    if note is not None and PartialState().is_main_process:
+        say(note)
     dense = count(model, config.image_size)
     before = copy.deepcopy(model) if method_for(config).traits.zeroes_weights else None
     wrapped = get_pruning_model(model, config)

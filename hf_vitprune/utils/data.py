@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import InvalidDataError
+from .classes import ClassMatch, match_classes
 
 #: name of the data that needs no download: 1797 real handwritten digits that ship with scikit-learn
 DIGITS = "digits"
@@ -28,6 +30,7 @@ class LabelledImages:
         label_names: class number -> name.
         image_column, label_column: their names.
         source: what was loaded.
+        match: where the classes are among a model's, whose numbers the ``processed`` images have; None: their own.
     """
 
     train: Any
@@ -36,11 +39,45 @@ class LabelledImages:
     image_column: str
     label_column: str
     source: str
+    match: ClassMatch | None = None
 
     def processed(self, processor: Any, cache: bool = False) -> tuple[ProcessedImages, ProcessedImages]:
         """(training, evaluation) sets of tensors; ``cache`` keeps them all in memory."""
         columns = self.image_column, self.label_column
-        return tuple(ProcessedImages(part, processor, *columns, cache) for part in (self.train, self.evaluation))  # type: ignore[return-value]
+        parts = self.train, self.evaluation
+        numbers = None if self.match is None else self.match.numbers
+        return tuple(ProcessedImages(part, processor, *columns, cache, numbers=numbers) for part in parts)  # type: ignore[return-value]
+
+    def aligned_to(self, config: Any, *, every: bool = True, model: str = "the model") -> LabelledImages:
+        """The same images, with the class numbers of a classifier that has the same classes in an order of its own.
+
+        Args:
+            config: of the classifier; its ``id2label`` stays as it is.
+            every, model: as :func:`~hf_vitprune.utils.classes.match_classes`.
+
+        Raises:
+            InvalidDataError: their classes differ.
+        """
+        match = match_classes(self.label_names, config.id2label, every=every, model=model)
+        return replace(self, match=match)
+
+    def at_most(self, train: int | None = None, evaluation: int | None = None, seed: int = 0) -> LabelledImages:
+        """So many images of each part, drawn at random, with the classes' shares kept; None: all."""
+        parts = {"train": train, "evaluation": evaluation}
+        return replace(self, **{name: self._drawn(getattr(self, name), limit, seed) for name, limit in parts.items()})
+
+    def _drawn(self, part: Any, limit: int | None, seed: int) -> Any:
+        if limit is None or limit >= len(part):
+            return part
+        labels = list(part[self.label_column])
+        order = list(range(len(labels)))
+        random.Random(seed).shuffle(order)
+        size, seen, draw = Counter(labels), Counter[int](), random.Random(seed)
+        place: dict[int, float] = {}
+        for i in order:  # the images of every class at even distances from 0 to 1: any beginning has its share of each
+            place[i] = (seen[labels[i]] + draw.random()) / size[labels[i]]
+            seen[labels[i]] += 1
+        return part.select(sorted(sorted(order, key=place.__getitem__)[:limit]))
 
     def of_classes(self, names: Sequence[str]) -> LabelledImages:
         """Only the images of these classes, which become 0, 1, ... in the order given.
@@ -75,6 +112,7 @@ class ProcessedImages(torch.utils.data.Dataset):
         image_column, label_column: their names.
         cache: process every image once and keep the tensors in memory.
         augment: applied to each (height, width, 3) PIL image before the processor.
+        numbers: class number in the column -> class number given; None: the same.
     """
 
     def __init__(
@@ -85,13 +123,20 @@ class ProcessedImages(torch.utils.data.Dataset):
         label_column: str,
         cache: bool = False,
         augment: Callable[[Any], Any] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
-        self.dataset, self.processor, self.augment = dataset, processor, augment
+        self.dataset, self.processor, self.augment, self.numbers = dataset, processor, augment, numbers
         self.image_column, self.label_column = image_column, label_column
         self.cache: dict[int, dict[str, Any]] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def labels(self) -> list[int]:
+        """Class numbers of all images; none of them is read."""
+        own = [int(label) for label in self.dataset[self.label_column]]
+        return own if self.numbers is None else [self.numbers[label] for label in own]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self.cache is not None and index in self.cache:
@@ -101,7 +146,8 @@ class ProcessedImages(torch.utils.data.Dataset):
         if self.augment is not None:
             image = self.augment(image)
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-        example = {"pixel_values": pixels, "labels": int(row[self.label_column])}
+        label = int(row[self.label_column])
+        example = {"pixel_values": pixels, "labels": label if self.numbers is None else self.numbers[label]}
         if self.cache is not None:
             self.cache[index] = example
         return example
@@ -128,7 +174,7 @@ def load_images(
     Raises:
         InvalidDataError: no such folder, no image or label column, no such split.
     """
-    parts = _digits() if source == DIGITS else _loaded(source)
+    parts = _loaded(source) if source != DIGITS or Path(source).is_dir() else _digits()
     if train_split not in parts:
         raise InvalidDataError(f"{source} has no split {train_split!r}; it has {', '.join(parts)}")
     train = parts[train_split]
@@ -268,8 +314,12 @@ def find_column(dataset: Any, known: tuple[str, ...], kind: str, source: str) ->
 
 
 def _with_class_labels(dataset: Any, column: str) -> Any:
-    from datasets import ClassLabel
+    from datasets import ClassLabel, Value
 
     if isinstance(dataset.features[column], ClassLabel):
         return dataset
-    return dataset.class_encode_column(column)
+    names = list(map(str, dataset.unique(column)))
+    if not all(name.isdecimal() for name in names):
+        return dataset.class_encode_column(column)
+    # class_encode_column sorts numbers as words: 0, 1, 10, 2
+    return dataset.cast_column(column, Value("string")).cast_column(column, ClassLabel(names=sorted(names, key=int)))

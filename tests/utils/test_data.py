@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from datasets import concatenate_datasets
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
@@ -89,3 +90,33 @@ def test_folder_images_are_turned_as_their_camera_says(tmp_path):
     upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
     assert image_files(tmp_path) == [tmp_path / "turned.png"]
     assert np.array_equal(np.asarray(open_image(tmp_path / "turned.png")), np.asarray(upright))
+
+
+def test_a_part_of_the_images_has_all_classes_in_their_shares():
+    """The digits of a folder come sorted by class; the first 40 are of one class."""
+    images = load_images(DIGITS)
+    images.train = images.train.sort("label")
+    some = images.at_most(train=40, evaluation=20, seed=3)
+    assert np.bincount(some.train["label"]).tolist() == [4] * 10 and len(some.evaluation) == 20
+    assert np.bincount(some.evaluation["label"], minlength=10).min() >= 1
+    assert images.at_most(train=40, seed=3).train["image"] == some.train["image"]
+    assert images.at_most(train=40, seed=4).train["image"] != some.train["image"]
+    assert images.at_most(train=5000).train is images.train
+    rare = images.train.filter(lambda row: row["label"] == 1).select(range(8))
+    images.train = concatenate_datasets([images.train.filter(lambda row: row["label"] == 0).select(range(24)), rare])
+    images.train = images.train.cast(images.evaluation.features)
+    for limit in (4, 8, 16):
+        drawn = images.at_most(train=limit).train["label"]
+        assert abs(drawn.count(1) - limit / 4) <= 1
+
+
+def test_numbered_classes_stay_in_the_order_of_their_numbers(tmp_path):
+    numbers = [3, 10, 2, 11, 0, 1, 4, 5, 6, 7, 8, 9] * 2
+    rows = ["file_name,label"]
+    for i, number in enumerate(numbers):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{number}")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    images = load_images(str(tmp_path), eval_share=0.5)
+    assert images.label_names == [str(i) for i in range(12)]
+    assert [row["image"].getpixel((0, 0))[0] for row in images.train] == images.train["label"]

@@ -1,0 +1,54 @@
+"""An image classifier and labelled images with the same classes, by the same numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from hf_vitprune.utils.data import LabelledImages
+
+
+def load_classifier(
+    model: str, images: LabelledImages, new_head: bool = False, **settings: Any
+) -> tuple[Any, LabelledImages]:
+    """(the classifier, the images with its class numbers).
+
+    A classifier keeps its own classes, and the images follow; one whose classes have no names takes the data's.
+
+    Args:
+        model: folder or Hub id of an image classifier.
+        images: what it is trained on.
+        new_head: a classifier of fresh weights for the data's classes, whatever the saved one is for.
+        settings: for its config.
+
+    Raises:
+        InvalidDataError: its classes are not the data's, and no new head is asked for.
+    """
+    names = dict(enumerate(images.label_names))
+    if new_head:
+        labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+        loaded = AutoModelForImageClassification.from_pretrained(
+            model, ignore_mismatched_sizes=True, **labels, **settings
+        )
+        _renew_heads(loaded)
+        return loaded, images
+    aligned = images.aligned_to(AutoConfig.from_pretrained(model), model=model)  # before weights are read
+    if aligned.match is not None and not aligned.match.named:
+        names = dict(sorted(zip(aligned.match.numbers, images.label_names, strict=True)))
+        settings |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    return AutoModelForImageClassification.from_pretrained(model, **settings), aligned
+
+
+def _renew_heads(model: Any) -> None:
+    """Fresh weights, as the model's class starts them, for every Linear beside the encoder."""
+    for name, old in model.named_children():
+        if name == model.base_model_prefix or not isinstance(old, nn.Linear):
+            continue
+        weight = old.weight
+        new = nn.Linear(
+            old.in_features, old.out_features, old.bias is not None, device=weight.device, dtype=weight.dtype
+        )
+        model._init_weights(new)
+        setattr(model, name, new)
