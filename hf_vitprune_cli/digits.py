@@ -25,6 +25,8 @@ from hf_vitprune.utils.data import DIGITS, LabelledImages, load_images
 from .workflow import PrunedResult, Schedule, compare, evaluate, prune_and_tune, save_result, train
 
 IMAGE_SIZE = 16
+#: folder of the model that is pruned
+DENSE = "dense"
 PRETRAIN = Schedule(epochs=30, learning_rate=2e-3)
 LEARN = Schedule(epochs=8, learning_rate=3e-4)
 TUNE = Schedule(epochs=15, learning_rate=1e-3)
@@ -83,7 +85,8 @@ def run_demo(output: Path, seed: int = 0, console: Console | None = None) -> lis
     """Train, prune, fine-tune, export, save, load back, and print the table.
 
     Args:
-        output: folder for one model folder a method (weights, card, image processor, plot of what every layer keeps).
+        output: folder for ``dense`` and one model folder a method (weights, card, image processor, plot of what every
+            layer keeps).
         seed: of everything.
 
     Returns:
@@ -102,6 +105,8 @@ def run_demo(output: Path, seed: int = 0, console: Console | None = None) -> lis
     )
     dense = tiny_vit(images.label_names)
     train(dense, PRETRAIN, train_set, eval_set, what="training the dense ViT")
+    for whole in (dense, processor):
+        whole.save_pretrained(output / DENSE)
 
     results: dict[str, PrunedResult] = {}
     for method in METHODS:
@@ -126,6 +131,12 @@ def run_demo(output: Path, seed: int = 0, console: Console | None = None) -> lis
         save_result(folder, result, processor, pair, dataset="scikit-learn digits")
         _check_pipeline(folder, result, images, console)
     console.print(comparison_table(rows, title=f"digits, measured on {device_name()}, batch 64"))
+    console.print(
+        f"Made in {output}: {', '.join([DENSE, *map(str.lower, results)])}; each is a folder that from_pretrained loads, "
+        f"the pruned ones with a card.\nNext: hf-vitprune report {output / DENSE} {output / 'vtp'}",
+        soft_wrap=True,
+        highlight=False,
+    )
     return rows
 
 

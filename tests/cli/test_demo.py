@@ -70,7 +70,16 @@ def test_the_demo_leaves_a_complete_model_folder(short_demo):
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
     model = AutoModelForImageClassification.from_pretrained(folder / "vtp")
     assert hf_vitprune.Architecture.of(model) == PruningPlan.load(folder / "vtp" / "plan.json").architecture
-    assert {path.name for path in folder.iterdir()} == {method.name.lower() for method in demo.METHODS} | {"one-shot"}
+    made = {method.name.lower() for method in demo.METHODS} | {"one-shot", "dense"}
+    assert {path.name for path in folder.iterdir()} == made
+
+
+def test_the_demo_ends_with_what_was_made_and_the_next_command(short_demo):
+    _, folder, text = short_demo
+    made, after = text.replace("\n", " ").split("Made in ")[1].split("Next: hf-vitprune ")
+    assert made.startswith(f"{folder}: dense, vtp, nvit, ")
+    result = CliRunner().invoke(app, after.split())
+    assert result.exit_code == 0 and "MACs" in result.output
 
 
 def test_every_stage_of_the_demo_trains():
