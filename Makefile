@@ -1,7 +1,8 @@
 # Set-up, checks and tests. Everything runs in a virtual environment that is made when it is first needed:
 #   make demo              the demonstration, on a fresh machine too
-#   make test              lint, types and the default tests
+#   make test              lint, types, the documentation and the default tests
 #   make test-all          the slow tests as well
+#   make docs              the documentation as a site, in site/
 # VENV chooses where the environment is, PYTHON what it is made with, PYTEST_ARGS adds to pytest's arguments.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ PACKAGING := pyproject.toml setup.cfg constraints.txt
 # One thread for each test process: more would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
-.PHONY: help demo setup lint format test test-all clean
+.PHONY: help demo setup lint format docs test test-all clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,12 +46,15 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+test: lint docs
 	$(PYTEST)
 
-test-all: lint
+test-all: lint docs
 	$(PYTEST) -m "slow or not slow"
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -132,7 +132,7 @@ def run_demo(output: Path, seed: int = 0, console: Console | None = None) -> lis
         _check_pipeline(folder, result, images, console)
     console.print(comparison_table(rows, title=f"digits, measured on {device_name()}, batch 64"))
     console.print(
-        f"Made in {output}: {', '.join([DENSE, *map(str.lower, results)])}; each is a folder that from_pretrained loads, "
+        f"Made in {output}: {', '.join([DENSE, *map(str.lower, results)])}; each folder loads with from_pretrained, "
         f"the pruned ones with a card.\nNext: hf-vitprune report {output / DENSE} {output / 'vtp'}",
         soft_wrap=True,
         highlight=False,
