@@ -35,7 +35,7 @@ $(VENV)/.installed-dev: $(PACKAGING) | $(BIN)/python
 setup: $(VENV)/.installed-dev
 
 demo: $(VENV)/.installed
-	$(BIN)/hf-vitprune demo
+	$(BIN)/hf-vitprune demo --force
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ With a model and images of your own:
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
@@ -16,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTModel, set
 from hf_vitprune import Compensation, OneShotScores, count, prune
 from hf_vitprune.training.recovery import Recovery, recover
 from hf_vitprune.utils.data import read_folder
+from hf_vitprune_cli.app import empty_output
 
 
 def digits() -> torch.Tensor:
@@ -39,9 +41,12 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("--steps", type=int, default=100, help="training steps")
     parser.add_argument("--learning-rate", type=float, help="by default 1e-5, and 1e-4 for the random weights")
     parser.add_argument("--out", help="folder for the small model")
+    parser.add_argument("--force", action="store_true", help="overwrite what is there")
     options = parser.parse_args(arguments)
     if (options.model is None) != (options.images is None):
         parser.error("--model and --images go together")
+    if options.out is not None:
+        empty_output(Path(options.out), options.force, options.model, options.images)
 
     set_seed(0)
     dense = (backbone() if options.model is None else AutoModel.from_pretrained(options.model)).eval()

@@ -66,30 +66,11 @@ from hf_vitprune.publish.block_report import plot_architecture
 from hf_vitprune.publish.card import model_card
 from hf_vitprune.publish.run_report import plot_gates
 from hf_vitprune.utils.classes import chance_note
-from hf_vitprune.utils.data import DIGITS, LabelledImages, load_images
+from hf_vitprune.utils.data import DIGITS, LabelledImages
 from hf_vitprune_cli.classifier import load_classifier
 from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
+from hf_vitprune_cli.example_data import DataArguments
 from hf_vitprune_cli.workflow import evaluate
-
-
-@dataclass
-class DataArguments:
-    """What to learn from."""
-
-    dataset: str = field(
-        default=DIGITS, metadata={"help": "'digits', a folder with one sub-folder a class, or a Hub dataset"}
-    )
-    train_split: str = field(default="train", metadata={"help": "training split"})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "evaluation split; found, or split off, by default"}
-    )
-    classes: str | None = field(
-        default=None, metadata={"help": "file with the names of the classes to use, one a line; all by default"}
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "use only so many training images, drawn at random from every class"}
-    )
-    max_eval_samples: int | None = field(default=None, metadata={"help": "so many evaluation images, drawn alike"})
 
 
 @dataclass
@@ -256,14 +237,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))  # type: ignore[arg-type]
     run, arguments = Run.of(sys.argv[1:] if argv is None else argv, Path(__file__).parent / "recipes")
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    data_args.check_output(training_args, model_args.model_name_or_path)
     set_seed(training_args.seed)
 
-    images = load_images(
-        data_args.dataset, train_split=data_args.train_split, eval_split=data_args.eval_split, seed=training_args.seed
-    )
-    if data_args.classes is not None:
-        images = images.of_classes(Path(data_args.classes).read_text().split())
-    images = images.at_most(data_args.max_train_samples, data_args.max_eval_samples, training_args.seed)
+    images = data_args.drawn(data_args.load(training_args.seed), training_args.seed)
     model, processor, images = load_model(model_args, images)
     plain = run.recipe is None or run.recipe.augmentation is None
     train_set, eval_set = images.processed(processor, cache=data_args.dataset == DIGITS and plain)

@@ -42,9 +42,10 @@ from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.evaluation.metrics import accuracy_of
 from hf_vitprune.peft import ConvpassConfig, RepAdapterConfig
 from hf_vitprune.spec.architecture import unwrap
-from hf_vitprune.utils.data import DIGITS, LabelledImages, load_images
+from hf_vitprune.utils.data import DIGITS, LabelledImages
 from hf_vitprune_cli.classifier import load_classifier
 from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
+from hf_vitprune_cli.example_data import DataArguments
 from hf_vitprune_cli.workflow import Schedule, evaluate
 
 #: kind of adapters -> class of its settings, and what they are by default
@@ -53,23 +54,6 @@ ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "convpass": (ConvpassConfig, {"r": 8}),
     "repadapter": (RepAdapterConfig, {"r": 8}),
 }
-
-
-@dataclass
-class DataArguments:
-    """What to learn from."""
-
-    dataset: str = field(
-        default=DIGITS, metadata={"help": "'digits', a folder with one sub-folder a class, or a Hub dataset"}
-    )
-    train_split: str = field(default="train", metadata={"help": "training split"})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "evaluation split; found, or split off, by default"}
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "use only so many training images, drawn at random from every class"}
-    )
-    max_eval_samples: int | None = field(default=None, metadata={"help": "so many evaluation images, drawn alike"})
 
 
 @dataclass
@@ -159,13 +143,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     recipes = Path(__file__).parent / "recipes"
     run, arguments = Run.of(sys.argv[1:] if argv is None else argv, recipes, adapters=True)
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
-    images = load_images(
-        data_args.dataset, train_split=data_args.train_split, eval_split=data_args.eval_split, seed=training_args.seed
-    )
+    data_args.check_output(training_args, model_args.model_name_or_path)
+    images = data_args.load(training_args.seed)
     backbone, processor = load_backbone(model_args, images, training_args)
     set_seed(training_args.seed)
     model = adapted(backbone, model_args, images)
-    images = images.at_most(data_args.max_train_samples, data_args.max_eval_samples, training_args.seed)
+    images = data_args.drawn(images, training_args.seed)
     train_set, eval_set = images.processed(processor, cache=data_args.dataset == DIGITS)
     dense = count(model)
     for line in run.announcement(dense.macs, len(train_set), model_args, training_args):

@@ -23,6 +23,10 @@ ClassesOption = Annotated[
 ImageSizeOption = Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own.", min=1)]
 
 
+#: kinds of files that a plot is drawn to
+FIGURES = (".png", ".svg", ".pdf")
+
+
 class Commands(TyperGroup):
     """The group of all commands: takes ``--debug`` anywhere, and says what went wrong in one line."""
 
@@ -76,16 +80,39 @@ def say(text: str) -> None:
     Console().print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def empty_output(path: Path, force: bool) -> Path:
-    """The path, if nothing would be overwritten there.
+def empty_output(path: Path, force: bool, *sources: str | Path | None, file: bool = False) -> Path:
+    """The path, if nothing is lost when a folder (or, with ``file``, a file) is written there.
+
+    Args:
+        path: what is written.
+        force: as ``--force``, which does not help against writing over what is read.
+        sources: models, images and files that are read; None and ids on the Hub are passed over.
+        file: a file is written. Beside a model there may be one, but of the model's own only a card or a figure goes.
 
     Raises:
-        FileExistsError: it is a file or a folder with something in it, and ``--force`` is not given.
+        FileExistsError: it is, holds or lies in one of the sources; or something is there, and no ``force`` is given.
     """
+    for source in (Path(source) for source in sources if source is not None and Path(source).exists()):
+        inside, holds = _lies_in(path, source), source.is_dir() and _lies_in(source, path)
+        if file and source.is_dir():
+            inside = inside and path.exists() and path.suffix not in (".md", *FIGURES)
+        if inside or holds:
+            how = "holds" if not inside else "lies in" if source.is_dir() and not holds else "is"
+            raise FileExistsError(f"{path} {how} {source}, which is read: choose another place, --force or not")
+    if path.is_file() != file and path.exists():
+        raise FileExistsError(
+            f"{path} is a {'folder' if file else 'file'}, and a {'file' if file else 'folder'} is written"
+        )
     taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
     if taken and not force:
         raise FileExistsError(f"{path} is there already; choose another place, or add --force to overwrite it")
     return path
+
+
+def _lies_in(path: Path, place: Path) -> bool:
+    """Whether a path, whatever links lead to it, is a place or below it."""
+    resolved = path.resolve()
+    return place.exists() and any(one.exists() and one.samefile(place) for one in (resolved, *resolved.parents))
 
 
 #: what a training that was cut off leaves in the folder to write, and the file in it that is written last

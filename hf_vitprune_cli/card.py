@@ -21,7 +21,7 @@ def card(
 ) -> None:
     """Write the model card of a saved model; prints it without --out."""
     if out is not None:
-        empty_output(out, force)
+        empty_output(out, force, model, file=True)
 
     import torch
     from transformers.initialization import no_init_weights

@@ -22,7 +22,7 @@ def convert(
     force: ForceOption = False,
 ) -> None:
     """Turn a fine-tuned SPViT checkpoint into a folder that from_pretrained loads. Runs no code of the file."""
-    empty_output(out, force)
+    empty_output(out, force, checkpoint, base, layers)
     lists = _lists(layers)
 
     from rich.console import Console

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +19,7 @@ def export(
     force: ForceOption = False,
 ) -> None:
     """Save a model as safetensors, with its image processor's settings; refuses shapes that --native cannot hold."""
-    empty_output(out, force)
+    empty_output(out, force, model)
 
     import torch
     from transformers.initialization import no_init_weights
@@ -39,6 +38,6 @@ def export(
     result = to_native(loaded) if native else loaded
     result.save_pretrained(out)
     settings = cached_file(model, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    if settings is not None and Path(settings).parent.resolve() != out.resolve():
+    if settings is not None:
         shutil.copy(settings, out / "preprocessor_config.json")
     say(f"{type(result).__name__} saved in {out}")

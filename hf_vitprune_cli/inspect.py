@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .app import ClassesOption, ImageSizeOption, ModelArgument, PartOption, say
+from .app import ClassesOption, ForceOption, ImageSizeOption, ModelArgument, PartOption, empty_output, say
 
 
 def inspect(
@@ -18,11 +18,15 @@ def inspect(
     classes: ClassesOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the layers to this file (png, svg or pdf) too.")] = None,
+    force: ForceOption = False,
 ) -> None:
     """Show the layers of a model, or of a tower in it: sizes, parameters, multiply-adds.
 
     Reads its config; its weights with --classes alone.
     """
+    if plot is not None:
+        empty_output(plot, force, model, file=True)
+
     from rich.console import Console
 
     from hf_vitprune.cost import count

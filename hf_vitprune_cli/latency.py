@@ -47,7 +47,9 @@ def latency(
     """
     is_table = Path(model).is_file()
     if not is_table:
-        empty_output(out, force)
+        empty_output(out, force, model, file=True)
+    if show is not None:
+        empty_output(show, force, model, file=True)
 
     import torch
     from rich.console import Console

@@ -81,12 +81,12 @@ def prune(
     """
     method = _method(method, data, images, scores)
     train = _train(train, data, images, steps)
-    written = [out] if images is None or scores is None else [out, scores]
+    going_on = train == Train.features and is_unfinished(out)
+    empty_output(out, force or going_on, model, data, images, scores)
+    if images is not None and scores is not None:
+        empty_output(scores, force or going_on, model, images, file=True)
     if force:
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-    if not (train == Train.features and is_unfinished(out)):
-        for path in written:
-            empty_output(path, force)
     if part is not None and data is not None:
         raise typer.BadParameter("--part is for a tower of a bigger model, which is pruned with --images or --scores")
     if stream and (data is not None or train == Train.features or part is not None):

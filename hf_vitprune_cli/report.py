@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .app import ClassesOption, ImageSizeOption, ModelArgument, PartOption
+from .app import ClassesOption, ForceOption, ImageSizeOption, ModelArgument, PartOption, empty_output
 
 
 def report(
@@ -21,11 +21,15 @@ def report(
     plot: Annotated[
         Path | None, typer.Option(help="Draw what every layer keeps to this file (png, svg or pdf) too.")
     ] = None,
+    force: ForceOption = False,
 ) -> None:
     """Compare pruned models with the dense one: cost, and the sizes of every layer.
 
     Reads configs; weights with --classes alone.
     """
+    if plot is not None:
+        empty_output(plot, force, dense, *pruned, file=True)
+
     from rich.console import Console
 
     from hf_vitprune.cost import count

@@ -147,7 +147,8 @@ def test_two_processes_give_one_result(tmp_path):
 @pytest.mark.parametrize("taught", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_redistributed_model_from_scratch(tmp_path, monkeypatch, capsys, taught):
     """Taught, it has a second head: both heads learn, from labels and from the teacher."""
-    arguments = [SCRIPT, *ARGUMENTS, "--revit_hidden_size", "32", "--output_dir", tmp_path]
+    out = tmp_path / "out"
+    arguments = [SCRIPT, *ARGUMENTS, "--revit_hidden_size", "32", "--output_dir", out]
     if taught:
         hf_vitprune_cli.digits.tiny_vit([str(i) for i in range(10)]).save_pretrained(tmp_path / "teacher")
         arguments += ["--teacher_name_or_path", tmp_path / "teacher", "--drop_path", "0.1", "--warmup_steps", "0.2"]
@@ -157,7 +158,7 @@ def test_redistributed_model_from_scratch(tmp_path, monkeypatch, capsys, taught)
     base = hf_vitprune_cli.digits.tiny_vit([str(i) for i in range(10)]).config
     base.num_attention_heads = 1
     expected = hf_vitprune.revit(base, 32)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(out)
     if taught:
         assert type(loaded).__name__ == "PrunedDeiTForImageClassificationWithTeacher"
         assert hf_vitprune.Architecture.of(loaded).layers == expected.layers
@@ -165,4 +166,24 @@ def test_redistributed_model_from_scratch(tmp_path, monkeypatch, capsys, taught)
         cost = hf_vitprune.count(expected)
         assert summary["macs"] == cost.macs and summary["weight_params"] == cost.weight_params
         assert hf_vitprune.Architecture.of(loaded) == expected
-    assert 0 <= summary["accuracy"] <= 1 and (tmp_path / "README.md").exists()
+    assert 0 <= summary["accuracy"] <= 1 and (out / "README.md").exists()
+
+
+def test_nothing_is_overwritten(tmp_path, monkeypatch):
+    """A folder with something in it takes --force; the model's, and what holds it or lies in it, is never written."""
+    main = runpy.run_path(str(SCRIPT))["main"]
+    model = tmp_path / "home" / "model"
+    hf_vitprune_cli.digits.tiny_vit([str(i) for i in range(10)]).save_pretrained(model)
+    before = (model / "model.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to(model)
+    words = ["--model_name_or_path", str(tmp_path / "link"), "--use_cpu", "True", "--report_to", "none"]
+    for out, force, said in (
+        (model, "True", "is .*link, which is read"),
+        (model / "small", "True", "lies in"),
+        (tmp_path / "home", "True", "holds"),
+        (tmp_path, "False", "is there already; choose another place, or add --force"),
+    ):
+        with pytest.raises(FileExistsError, match=said):
+            main([*words, "--output_dir", str(out), "--force", force])
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "link"}
+    assert (model / "model.safetensors").read_bytes() == before
