@@ -176,14 +176,16 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
     hf_vitprune_cli.digits.tiny_vit([str(i) for i in range(10)]).save_pretrained(model)
     before = (model / "model.safetensors").read_bytes()
     (tmp_path / "link").symlink_to(model)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").touch()
     words = ["--model_name_or_path", str(tmp_path / "link"), "--use_cpu", "True", "--report_to", "none"]
     for out, force, said in (
         (model, "True", "is .*link, which is read"),
         (model / "small", "True", "lies in"),
         (tmp_path / "home", "True", "holds"),
-        (tmp_path, "False", "is there already; choose another place, or add --force"),
+        (tmp_path / "taken", "False", "is there already; choose another place, or add --force"),
     ):
         with pytest.raises(FileExistsError, match=said):
             main([*words, "--output_dir", str(out), "--force", force])
-    assert {path.name for path in tmp_path.iterdir()} == {"home", "link"}
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "link", "taken"}
     assert (model / "model.safetensors").read_bytes() == before
