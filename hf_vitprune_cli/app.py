@@ -27,6 +27,11 @@ ImageSizeOption = Annotated[int | None, typer.Option(help="Side of the images in
 FIGURES = (".png", ".svg", ".pdf")
 
 
+def grouped(panel: str, help: str, *names: str, **settings: Any) -> Any:
+    """An option that the help shows in a panel."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
+
+
 class Commands(TyperGroup):
     """The group of all commands: takes ``--debug`` anywhere, and says what went wrong in one line."""
 
@@ -87,7 +92,7 @@ def empty_output(path: Path, force: bool, *sources: str | Path | None, file: boo
         path: what is written.
         force: as ``--force``, which does not help against writing over what is read.
         sources: models, images and files that are read; None and ids on the Hub are passed over.
-        file: a file is written. Beside a model there may be one, but of the model's own only a card or a figure goes.
+        file: a file is written. Beside a model there may be one, but of the model's own only a card, a page or a figure goes.
 
     Raises:
         FileExistsError: it is, holds or lies in one of the sources; or something is there, and no ``force`` is given.
@@ -95,7 +100,7 @@ def empty_output(path: Path, force: bool, *sources: str | Path | None, file: boo
     for source in (Path(source) for source in sources if source is not None and Path(source).exists()):
         inside, holds = _lies_in(path, source), source.is_dir() and _lies_in(source, path)
         if file and source.is_dir():
-            inside = inside and path.exists() and path.suffix not in (".md", *FIGURES)
+            inside = inside and path.exists() and path.suffix not in (".md", ".html", *FIGURES)
         if inside or holds:
             how = "holds" if not inside else "lies in" if source.is_dir() and not holds else "is"
             raise FileExistsError(f"{path} {how} {source}, which is read: choose another place, --force or not")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import AutoImageProcessor
 
 from hf_vitprune.compensate import Compensation
 from hf_vitprune.errors import InvalidConfigError
@@ -28,7 +26,7 @@ from hf_vitprune.training.recovery import Recovery, hold_out, recover
 from hf_vitprune.utils.data import read_folder
 
 from .app import say
-from .saved import load_any_config, load_config, model_class_of
+from .saved import load_any_config, load_config, load_processor, model_class_of
 from .unfinished import Unfinished
 from .workflow import NamedProgress, PrunedResult, model_row, save_result
 
@@ -85,7 +83,7 @@ def prune_from_images(
         dense = load_streamed(model_class_of(load_config(model)), model, copies=copies, device=device)
     else:
         dense = model_class_of(load_any_config(model)).from_pretrained(model).eval().to(device)
-    processor = _processor(model, images is not None)
+    processor = load_processor(model, images is not None)
     check_target(Architecture.of(dense, part), OneShotSettings(), round_to=round_to, **goal)
     asked: dict[str, Any] = {"model": model, "part": part, "round_to": round_to, "batch_size": batch_size, **goal}
     recovered = kept = None
@@ -157,16 +155,3 @@ def _finish(model: str, out: Path, dense: Any, small: Any, plan: PruningPlan, pr
     save_result(out, PrunedResult(small, plan, {}, macs, params), processor, pair, dataset=None, base_model=model)
     where = f", measured on {device_name()}, batch 8" if measured else ""
     Console().print(comparison_table(rows, title=f"{model}{where}"))
-
-
-def _processor(model: str, needed: bool) -> Any:
-    """The image processor; None where the model has none and no image is read."""
-    try:
-        return AutoImageProcessor.from_pretrained(model)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        if not needed:
-            return None
-        raise InvalidConfigError(
-            f"{model} has no usable image processor (preprocessor_config.json), which images have to go through: "
-            f"{error}"
-        ) from error

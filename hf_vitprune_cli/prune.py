@@ -11,16 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import UNFINISHED, ForceOption, ModelArgument, OutArgument, PartOption, empty_output, is_unfinished
+from .app import UNFINISHED, ForceOption, ModelArgument, OutArgument, PartOption, empty_output, grouped, is_unfinished
 
-
-def _grouped(panel: str, help: str, *names: str, **settings: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
-
-
-_source = partial(_grouped, "What it learns from: one of these")
-_goal = partial(_grouped, "What remains")
-_training = partial(_grouped, "Training")
+_source = partial(grouped, "What it learns from: one of these")
+_goal = partial(grouped, "What remains")
+_training = partial(grouped, "Training")
 
 
 #: the method that needs no labels and no training

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hf_vitprune.errors import UnsupportedModelError
+from hf_vitprune.errors import InvalidConfigError, UnsupportedModelError
 from hf_vitprune.families import PRUNED_PREFIX, family_of, find_family
 from hf_vitprune.modeling import class_for_task, hosts, pruned_model_class, registry, stock_model_class
 from hf_vitprune.spec.architecture import Architecture
@@ -103,3 +105,20 @@ def load_tower(model: str, part: str | None = None) -> tuple[Architecture, PreTr
 def load_architecture(model: str, part: str | None = None) -> Architecture:
     """The architecture of a saved model, or of a tower in it, from its config alone."""
     return load_tower(model, part)[0]
+
+
+def load_processor(model: str, needed: bool = True) -> Any:
+    """The image processor of a saved model; None where it has none and none is needed.
+
+    Raises:
+        InvalidConfigError: it has none that works, and one is needed.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(model)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        if not needed:
+            return None
+        raise InvalidConfigError(
+            f"{model} has no usable image processor (preprocessor_config.json), which images have to go through: "
+            f"{error}"
+        ) from error

@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers
 
+from browser import browser, visits  # noqa: F401  fixtures
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)

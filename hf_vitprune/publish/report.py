@@ -28,15 +28,15 @@ def _percent(share: float) -> str:
 # ---------------------------------------------------------------------- layers
 def layer_table(model: Any, image_size: int | tuple[int, int] | None = None, title: str | None = None) -> Table:
     """:func:`layer_rows` for a terminal, with a line of totals."""
-    return _rich(_layer_cells(layer_rows(model, image_size)), title)
+    return _rich(layer_cells(layer_rows(model, image_size)), title)
 
 
 def layer_markdown(model: Any, image_size: int | tuple[int, int] | None = None) -> str:
     """:func:`layer_rows` for a card, with a line of totals."""
-    return markdown_table(_layer_cells(layer_rows(model, image_size)))
+    return markdown_table(layer_cells(layer_rows(model, image_size)))
 
 
-def _layer_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+def layer_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
     names = ["layer", "stage", "mixer", "heads", "qk", "v", "mlp"]
     names += [
         name for name in ("conv_channels", "attention_in", "mlp_in") if any(row.get(name) is not None for row in rows)
@@ -61,7 +61,8 @@ def _size(row: dict[str, Any], name: str) -> str:
 
 
 # ---------------------------------------------------------------------- before and after
-#: column -> (heading, how a value is written); any other key of a row is a metric, written with four digits
+#: column -> (heading, how a value is written); any other key of a row is a metric: a share if its name says so, else a
+#: number of four digits
 _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "accuracy": ("accuracy", _percent),
     "params": ("params", human),
@@ -79,25 +80,30 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str | None = None
             ``latency_ms``, ``speedup`` and other metrics. Columns that no row has are left out.
         title: printed above.
     """
-    return _rich(_comparison_cells(rows), title)
+    return _rich(comparison_cells(rows), title)
 
 
 def comparison_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """:func:`comparison_table` for a card."""
-    return markdown_table(_comparison_cells(rows))
+    return markdown_table(comparison_cells(rows))
 
 
-def _comparison_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def comparison_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     present = {name: None for row in rows for name, value in row.items() if name != "name" and value is not None}
     metrics = [name for name in present if name not in _COLUMNS]
     names = [name for name in ("accuracy",) if name in present] + metrics
     names += [name for name in _COLUMNS if name in present and name != "accuracy"]
-    plain: tuple[str, Callable[[Any], str]] = ("", lambda value: f"{value:.4g}")
     cells = [["", *(_COLUMNS[name][0] if name in _COLUMNS else name for name in names)]]
     for row in rows:
-        values = [(row.get(name), _COLUMNS.get(name, plain)[1]) for name in names]
+        values = [(row.get(name), _writer(name)) for name in names]
         cells.append([str(row["name"]), *("" if value is None else write(value) for value, write in values)])
     return cells
+
+
+def _writer(name: str) -> Callable[[Any], str]:
+    if name in _COLUMNS:
+        return _COLUMNS[name][1]
+    return _percent if name.endswith(("accuracy", " kept")) or name.startswith("same ") else "{:.4g}".format
 
 
 # ---------------------------------------------------------------------- cells as tables
