@@ -13,7 +13,7 @@ from hf_vitprune.publish.page import Pictures, budgets_of, compare_answers, writ
 from hf_vitprune.publish.page.shapes import places_of, plan_beside
 from hf_vitprune.spec.configs import lineage_of
 from hf_vitprune.spec.towers import tower_module
-from hf_vitprune.utils.data import load_images
+from hf_vitprune.utils.data import LabelledImages, load_images
 
 from .saved import load_any_config, load_processor, load_tower, model_class_of
 
@@ -64,11 +64,17 @@ def report_page(
         names[model]: places_of(shapes[dense][0], *_remembered(shapes[names[model]]), plan_beside(model))
         for model in models[1:]
     }
-    pictures = _pictures(images, data, models[0])
+    labelled = None if data is None else _labelled(data, models[0])
+    pictures = None if labelled is None else Pictures.from_labelled(labelled, NUM_IMAGES)
+    if images is not None:
+        pictures = Pictures.from_folder(images, NUM_IMAGES)
     kept = None if scores is None else OneShotScores.load(scores)
     loaded: dict[str, Any] = {
         names[model]: model_class_of(load_any_config(model)).from_pretrained(model).eval() for model in models
     }
+    if labelled is not None and labelled.match is not None and not labelled.match.named:
+        for model in loaded.values():
+            model.config.id2label = dict(enumerate(labelled.label_names))
     budgets = []
     if kept is not None:
         kept.check(loaded[dense])
@@ -77,7 +83,9 @@ def report_page(
     if pictures is not None:
         answers = compare_answers(loaded, load_processor(models[0]), pictures, part=part, batch_size=batch_size)
     towers = {name: tower_module(model, part) for name, model in loaded.items()}
-    timings = measure_speed(towers, batch_size=batch_size, image_size=image_size, rounds=rounds)
+    timings = None
+    if shapes[dense][0].family.reads == "images":
+        timings = measure_speed(towers, batch_size=batch_size, image_size=image_size, rounds=rounds)
     return write_page(
         out,
         {name: architecture for name, (architecture, _) in shapes.items()},
@@ -97,7 +105,13 @@ def _remembered(shape: tuple[Any, Any]) -> tuple[Any, dict[str, Any]]:
     return architecture, lineage_of(config)
 
 
-def _pictures(images: Path | None, data: str | None, dense: str) -> Pictures | None:
-    if data is not None:
-        return Pictures.from_labelled(load_images(data), NUM_IMAGES)
-    return None if images is None else Pictures.from_folder(images, NUM_IMAGES)
+def _labelled(data: str, model: str) -> LabelledImages:
+    """The images, with a classifier's class numbers.
+
+    Raises:
+        InvalidDataError: there are classes that the classifier does not have.
+    """
+    images, config = load_images(data), load_any_config(model)
+    if "ForImageClassification" not in model_class_of(config).__name__:
+        return images
+    return images.aligned_to(config, every=False, model=model)

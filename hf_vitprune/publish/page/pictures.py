@@ -41,10 +41,12 @@ class Pictures:
 
     @classmethod
     def from_labelled(cls, images: LabelledImages, limit: int, seed: int = 0) -> Pictures:
-        """At most ``limit`` of the evaluation images, drawn at random, with their labels."""
+        """At most ``limit`` of the evaluation images, drawn at random, with their labels: a model's, where aligned."""
         rows, count = images.evaluation, len(images.evaluation)
         drawn = sorted(random.Random(seed).sample(range(count), min(limit, count)))
-        labels = [int(rows[i][images.label_column]) for i in drawn]
+        column = rows[images.label_column]
+        numbers = range(len(images.label_names)) if images.match is None else images.match.numbers
+        labels = [int(numbers[int(column[i])]) for i in drawn]
         return cls(
             [f"image {i}" for i in drawn],
             lambda i: rows[drawn[i]][images.image_column].convert("RGB"),

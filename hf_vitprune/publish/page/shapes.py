@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...errors import ModelMismatchError
 from ...plan.plan import PruningPlan
 from ...spec.architecture import Architecture
 from ..layers import SIZES, layer_rows
@@ -26,7 +27,17 @@ def places_of(
     Args:
         remembered: ``lineage_of`` the pruned model's config.
         plan: what it was made by.
+
+    Raises:
+        ModelMismatchError: it is of another family, or has more layers.
     """
+    if small.model_type != dense.model_type or any(
+        small.stages.count(stage) > dense.stages.count(stage) for stage in {*small.stages}
+    ):
+        raise ModelMismatchError(
+            f"a {small.model_type} of {len(small.layers)} layers was not made from this {dense.model_type} of "
+            f"{len(dense.layers)}: give the dense model first, then what was pruned from it"
+        )
     if plan is not None and len(plan.source.layers) == len(dense.layers) and len(plan.layers) == len(small.layers):
         return [entry.index for entry in plan.layers]
     kept = remembered.get("kept_layers")
