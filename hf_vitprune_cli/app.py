@@ -92,7 +92,7 @@ def empty_output(path: Path, force: bool, *sources: str | Path | None, file: boo
         path: what is written.
         force: as ``--force``, which does not help against writing over what is read.
         sources: models, images and files that are read; None and ids on the Hub are passed over.
-        file: a file is written. Beside a model there may be one, but of the model's own only a card, a page or a figure goes.
+        file: a file is written. Beside a model there may be one, but of its own only a card, page or figure goes.
 
     Raises:
         FileExistsError: it is, holds or lies in one of the sources; or something is there, and no ``force`` is given.

@@ -108,7 +108,7 @@ def test_neighbours_that_changed(name: str) -> None:
 
 def test_neighbours_by_hand() -> None:
     answers = Answers(
-        "neighbours", {"d": np.array([[1, 2], [0, 2]]), "s": np.array([[2, 1], [0, 3]])}, {}, [], {}, {}, ""
+        "neighbours", {"d": np.array([[1, 2], [0, 2]]), "small": np.array([[2, 1], [0, 3]])}, {}, [], {}, {}, ""
     )
     assert answers.agreement("small") == 0.75 and answers.changed() == [1]
 
