@@ -29,6 +29,7 @@ import hf_vitprune  # noqa: F401  registers pruned models
 from hf_vitprune.errors import InvalidDataError
 from hf_vitprune.utils.classes import match_classes
 from hf_vitprune.utils.data import load_images
+from hf_vitprune.utils.images import open_image, to_rgb
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
 #: shorter side of an image as a multiple of the crop
@@ -71,9 +72,7 @@ class ImageFolder(Dataset[tuple[torch.Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path, label = self.files[index]
-        with Image.open(path) as image:
-            pixels = self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-        return pixels, label
+        return self.processor(images=open_image(path), return_tensors="pt")["pixel_values"][0], label
 
 
 class EvaluationImages(Dataset[tuple[torch.Tensor, int]]):
@@ -88,7 +87,7 @@ class EvaluationImages(Dataset[tuple[torch.Tensor, int]]):
     """
 
     def __init__(self, source: str, processor: Any) -> None:
-        images = load_images(source)
+        images = load_images(source, training=False)
         self.classes, self.rows = images.label_names, images.evaluation
         self.columns, self.processor = (images.image_column, images.label_column), processor
 
@@ -97,7 +96,7 @@ class EvaluationImages(Dataset[tuple[torch.Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image, label = (self.rows[index][column] for column in self.columns)
-        return self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0], label
+        return self.processor(images=to_rgb(image), return_tensors="pt")["pixel_values"][0], label
 
 
 def processor_for(model: Any, path: str) -> BitImageProcessorPil:

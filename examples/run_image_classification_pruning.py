@@ -66,7 +66,7 @@ from hf_vitprune.publish.block_report import plot_architecture
 from hf_vitprune.publish.card import model_card
 from hf_vitprune.publish.run_report import plot_gates
 from hf_vitprune.utils.classes import chance_note
-from hf_vitprune.utils.data import DIGITS, LabelledImages
+from hf_vitprune.utils.data import LabelledImages
 from hf_vitprune_cli.classifier import load_classifier
 from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
 from hf_vitprune_cli.example_data import DataArguments
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     images = data_args.drawn(data_args.load(training_args.seed), training_args.seed)
     model, processor, images = load_model(model_args, images)
     plain = run.recipe is None or run.recipe.augmentation is None
-    train_set, eval_set = images.processed(processor, cache=data_args.dataset == DIGITS and plain)
+    train_set, eval_set = images.processed(processor, cache=data_args.in_memory and plain)
     run.augment(train_set, model.config)
     for line in run.announcement(count(model).macs, len(train_set), model_args, training_args):
         print(line)

@@ -42,7 +42,7 @@ from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.evaluation.metrics import accuracy_of
 from hf_vitprune.peft import ConvpassConfig, RepAdapterConfig
 from hf_vitprune.spec.architecture import unwrap
-from hf_vitprune.utils.data import DIGITS, LabelledImages
+from hf_vitprune.utils.data import LabelledImages
 from hf_vitprune_cli.classifier import load_classifier
 from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
 from hf_vitprune_cli.example_data import DataArguments
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     set_seed(training_args.seed)
     model = adapted(backbone, model_args, images)
     images = data_args.drawn(images, training_args.seed)
-    train_set, eval_set = images.processed(processor, cache=data_args.dataset == DIGITS)
+    train_set, eval_set = images.processed(processor, cache=data_args.in_memory)
     dense = count(model)
     for line in run.announcement(dense.macs, len(train_set), model_args, training_args):
         print(line)

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from hf_vitprune.utils.data import DIGITS, LabelledImages, load_images
+from hf_vitprune.utils.sources import Source
 
 from .app import empty_output
 
@@ -18,12 +19,14 @@ class DataArguments:
     """What to learn from."""
 
     dataset: str = field(
-        default=DIGITS, metadata={"help": "'digits', a folder with one sub-folder a class, or a Hub dataset"}
+        default=DIGITS, metadata={"help": "digits, a folder with one sub-folder a class, or a Hub dataset"}
     )
-    train_split: str = field(default="train", metadata={"help": "training split"})
+    train_split: str | None = field(default=None, metadata={"help": "training split; 'train' by default"})
     eval_split: str | None = field(
         default=None, metadata={"help": "evaluation split; found, or split off, by default"}
     )
+    image_column: str | None = field(default=None, metadata={"help": "column with the images; found by default"})
+    label_column: str | None = field(default=None, metadata={"help": "column with the labels; found by default"})
     classes: str | None = field(
         default=None, metadata={"help": "file with the names of the classes to use, one a line; all by default"}
     )
@@ -33,13 +36,25 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "so many evaluation images, drawn alike"})
     force: bool = field(default=False, metadata={"help": "overwrite what is in output_dir"})
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether all of it may be kept in memory, processed."""
+        return Source.parse(self.dataset).is_built_in
+
     def load(self, seed: int) -> LabelledImages:
         """All images of the data, or of the classes that are asked for.
 
         Raises:
             InvalidDataError: as ``load_images``, ``of_classes``.
         """
-        images = load_images(self.dataset, train_split=self.train_split, eval_split=self.eval_split, seed=seed)
+        images = load_images(
+            self.dataset,
+            train_split=self.train_split,
+            eval_split=self.eval_split,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            seed=seed,
+        )
         if self.classes is not None:
             images = images.of_classes(Path(self.classes).read_text().split())
         return images
@@ -56,4 +71,4 @@ class DataArguments:
         """
         if PartialState().is_main_process:  # the others may come late, and find what this one wrote
             force = self.force or bool(args.resume_from_checkpoint)
-            empty_output(Path(args.output_dir or "."), force, model, self.dataset)
+            empty_output(Path(args.output_dir or "."), force, model, Source.parse(self.dataset).name)

@@ -55,6 +55,7 @@ def prune_from_labels(
     config = config_class.from_goal(**goal, round_to=round_to)
     set_seed(learn.seed)
     images = load_images(data, seed=learn.seed)
+    say(images.one_line)
     classifier, images = load_classifier(model, images, new_head)
     if images.match is not None and images.match.how:
         say(images.match.how)

@@ -34,7 +34,8 @@ def prune(
     model: ModelArgument,
     out: OutArgument,
     data: Annotated[
-        str | None, _source("Labelled: digits, a folder with one sub-folder a class, or a Hub dataset.")
+        str | None,
+        _source("Labelled images: digits, a folder with a sub-folder a class, or a Hub dataset[,label=...]."),
     ] = None,
     images: Annotated[
         Path | None, _source("Folder of images without labels; 128 of them are used, 1,024 to train on features.")
@@ -77,7 +78,8 @@ def prune(
     method = _method(method, data, images, scores)
     train = _train(train, data, images, steps)
     going_on = train == Train.features and is_unfinished(out)
-    empty_output(out, force or going_on, model, data, images, scores)
+    labelled = data if data is None or Path(data).exists() else data.partition(",")[0]
+    empty_output(out, force or going_on, model, labelled, images, scores)
     if images is not None and scores is not None:
         empty_output(scores, force or going_on, model, images, file=True)
     if force:

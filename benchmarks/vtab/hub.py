@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 from hf_vitprune.errors import InvalidDataError
-from hf_vitprune.utils.data import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
+from hf_vitprune.utils.columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
 
 from .images import Images
 from .tasks import TEST, TRAIN, TRAIN_ALL, VALIDATION, Task
@@ -85,8 +85,8 @@ def _splits(parts: Any, repository: str, task: Task) -> dict[str, Images]:
 
 
 def _images(dataset: Any, where: str, task: Task) -> Images:
-    column = find_column(dataset, IMAGE_COLUMNS, "image", where)
-    labels = np.asarray(dataset[find_column(dataset, LABEL_COLUMNS, "label", where)][:])
+    column = find_column(dataset, IMAGE_COLUMNS, "image", where, by_type=False)
+    labels = np.asarray(dataset[find_column(dataset, LABEL_COLUMNS, "label", where, by_type=False)][:])
     if labels.dtype.kind not in "iu":
         raise InvalidDataError(f"{where}: labels are {labels.dtype}, not class numbers")
     wrong = np.flatnonzero((labels < 0) | (labels >= task.classes))

@@ -85,12 +85,13 @@ def match_classes(
     return ClassMatch(matched, how)
 
 
-def chance_note(accuracy: float, labels: Sequence[int]) -> str | None:
+def chance_note(accuracy: float, labels: Sequence[int], what: str = "the dense model") -> str | None:
     """What to say of a classifier that cannot be told from one that always names the most common class.
 
     Args:
         accuracy: share of right images.
         labels: their class numbers.
+        what: has that accuracy.
 
     Returns:
         One line; None where it is better by more than two standard deviations.
@@ -99,8 +100,8 @@ def chance_note(accuracy: float, labels: Sequence[int]) -> str | None:
     if accuracy > chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)):
         return None
     return (
-        f"warning: the dense model is right on {accuracy:.1%} of {len(labels)} evaluation images, no better than "
-        f"chance ({chance:.1%} are of one class). Was it trained on these classes, in this order, with this processor?"
+        f"warning: {what} is right on {accuracy:.1%} of {len(labels)} evaluation images, no better than chance "
+        f"({chance:.1%} are of one class). Was it trained on these classes, in this order, with this processor?"
     )
 
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..errors import InvalidDataError
 from .classes import ClassMatch, match_classes
-
-#: name of the data that needs no download: 1797 real handwritten digits that ship with scikit-learn
-DIGITS = "digits"
-IMAGE_COLUMNS = ("image", "img", "pixel_values")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, class_names, find_column, with_class_numbers
+from .images import image_files as image_files
+from .images import open_image as open_image
+from .images import read_folder as read_folder
+from .images import reading_errors, to_rgb
+from .sources import DIGITS as DIGITS
+from .sources import EVAL_NAMES, SPLIT_NAMES, TRAIN_NAMES, Source, load_parts
 
 
 @dataclass
@@ -47,6 +48,13 @@ class LabelledImages:
         parts = self.train, self.evaluation
         numbers = None if self.match is None else self.match.numbers
         return tuple(ProcessedImages(part, processor, *columns, cache, numbers=numbers) for part in parts)  # type: ignore[return-value]
+
+    @property
+    def one_line(self) -> str:
+        """How many images there are, of which classes."""
+        names = ", ".join(self.label_names[:5]) + ", ..." * (len(self.label_names) > 5)
+        number = f"{len(self.train)} training and {len(self.evaluation)} evaluation images"
+        return f"{self.source}: {number} of {len(self.label_names)} classes ({names})"
 
     def aligned_to(self, config: Any, *, every: bool = True, model: str = "the model") -> LabelledImages:
         """The same images, with the class numbers of a classifier that has the same classes in an order of its own.
@@ -141,8 +149,11 @@ class ProcessedImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self.cache is not None and index in self.cache:
             return self.cache[index]
-        row = self.dataset[index]
-        image = row[self.image_column].convert("RGB")
+        try:
+            row = self.dataset[index]
+            image = to_rgb(row[self.image_column])
+        except reading_errors() as error:
+            raise InvalidDataError(f"{self._name(index)} cannot be read as an image: {error}") from error
         if self.augment is not None:
             image = self.augment(image)
         pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
@@ -152,174 +163,113 @@ class ProcessedImages(torch.utils.data.Dataset):
             self.cache[index] = example
         return example
 
+    def _name(self, index: int) -> str:
+        """The path of an image, where it has one."""
+        from datasets import Image
+
+        raw = self.dataset.cast_column(self.image_column, Image(decode=False))[index][self.image_column]
+        return str(raw.get("path") or f"image {index}")
+
 
 def load_images(
     source: str,
     *,
-    train_split: str = "train",
+    train_split: str | None = None,
     eval_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     eval_share: float = 0.2,
     seed: int = 0,
+    training: bool = True,
+    parts: Mapping[str, Any] | None = None,
 ) -> LabelledImages:
-    """Load ``"digits"``, a folder with one sub-folder a class, or a dataset of the Hub.
+    """Load ``"digits"``, a folder with one sub-folder a class, a data set saved to a folder, or one of the Hub.
+
+    A folder may hold a folder a split (``train``, ``val``, ...) with the classes in it, and one folder around all. A
+    folder called ``digits`` is meant before the built-in data.
 
     Args:
-        source: which one.
-        train_split: its training split.
+        source: which one; also with splits and columns, as :class:`~hf_vitprune.utils.sources.Source` reads it
+            (``"uoft-cs/cifar100,label=coarse_label,eval=test"``).
+        train_split: its training split; by default ``train``.
         eval_split: its evaluation split; by default ``validation`` or ``test`` where it has one, else a stratified
             share of the training images.
+        image_column, label_column: by default found by name, or by type.
         eval_share: that share, in (0, 1).
         seed: of the split.
+        training: False: nothing is trained; data in one split is evaluated as a whole.
+        parts: its splits, where they are loaded already.
 
     Raises:
-        InvalidDataError: no such folder, no image or label column, no such split.
+        InvalidDataError: no such folder, column or split; images that cannot be read, or have no label; to train:
+            fewer than two classes, classes to evaluate that are not trained on, or with one image, of which none can
+            be held out.
     """
-    parts = _loaded(source) if source != DIGITS or Path(source).is_dir() else _digits()
-    if train_split not in parts:
-        raise InvalidDataError(f"{source} has no split {train_split!r}; it has {', '.join(parts)}")
+    asked = Source.parse(source)
+    parts = load_parts(asked) if parts is None else parts
+    name = asked.name
+    train_split, eval_split = (_split(s, parts, name) for s in (asked.train or train_split, asked.eval or eval_split))
+    eval_split = eval_split or next(
+        (n for e in EVAL_NAMES for n in parts if n.lower() == e and n != train_split), None
+    )
+    train_split = train_split or next((n for n in parts if n.lower() in TRAIN_NAMES), None if training else eval_split)
+    if train_split is None:
+        raise InvalidDataError(
+            f"{name} has no split 'train'; it has {', '.join(parts)}: name one with '{name},train=SPLIT'"
+        )
     train = parts[train_split]
-    image_column = find_column(train, IMAGE_COLUMNS, "image", source)
-    label_column = find_column(train, LABEL_COLUMNS, "label", source)
+    image_column = find_column(train, IMAGE_COLUMNS, "image", name, asked.image or image_column)
+    label_column = find_column(train, LABEL_COLUMNS, "label", name, asked.label or label_column)
+    names = class_names(train, label_column)
+    train = with_class_numbers(train, label_column, names, f"split {train_split!r} of {name}")
     if eval_split is None:
-        eval_split = next((name for name in ("validation", "val", "test") if name in parts), None)
-    elif eval_split not in parts:
-        raise InvalidDataError(f"{source} has no split {eval_split!r}; it has {', '.join(parts)}")
-    train = _with_class_labels(train, label_column)
-    names = list(train.features[label_column].names)
-    if eval_split is None:
-        halves = train.train_test_split(test_size=eval_share, seed=seed, stratify_by_column=label_column)
-        train, evaluation = halves["train"], halves["test"]
+        train, evaluation = _held_out(train, label_column, eval_share, seed, name) if training else (train, train)
     else:
         evaluation = parts[eval_split]
         if label_column not in evaluation.column_names:
-            raise InvalidDataError(f"split {eval_split!r} of {source} has no labels")
-        evaluation = evaluation.cast_column(label_column, train.features[label_column])
-    return LabelledImages(train, evaluation, names, image_column, label_column, source)
+            raise InvalidDataError(f"split {eval_split!r} of {name} has no labels")
+        evaluation = with_class_numbers(evaluation, label_column, names, f"split {eval_split!r} of {name}")
+    images = LabelledImages(train, evaluation, names, image_column, label_column, name)
+    if training:
+        _check_classes(images)
+    return images
 
 
-def read_folder(folder: str | Path, processor: Any, limit: int | None = None, seed: int = 0) -> torch.Tensor:
-    """Unlabelled images of a folder, through an image processor.
+def _split(asked: str | None, parts: Mapping[str, Any], source: str) -> str | None:
+    """The split of that name, or of another name for the same."""
+    alike = next((names for names in SPLIT_NAMES if asked in names), ())
+    found = next((name for name in (asked, *alike) if name in parts), None)
+    if asked is not None and found is None:
+        raise InvalidDataError(f"{source} has no split {asked!r}; it has {', '.join(parts)}")
+    return found
 
-    Args:
-        folder: with image files in it, or in sub-folders of any depth.
-        processor: a transformers image processor.
-        limit: this many of them, drawn at random; None or more than there are: all.
-        seed: of the draw.
 
-    Returns:
-        (images, channels, height, width), in the order of their paths.
-
-    Raises:
-        InvalidDataError: there is no such folder, no image in it, or one that cannot be read.
-    """
-    files = image_files(folder, limit, seed)
-    pixels = [_read(path, processor) for path in tqdm(files, "reading images", delay=3, leave=False)]
-    sizes = {tuple(image.shape) for image in pixels}
-    if len(sizes) > 1:
+def _held_out(dataset: Any, column: str, share: float, seed: int, source: str) -> tuple[Any, Any]:
+    """(training, evaluation) images: of every class the same share."""
+    sizes = Counter(dataset[column])
+    if len(sizes) == 1:
+        return dataset, dataset  # _check_classes says what is wrong
+    single = [dataset.features[column].names[number] for number, size in sizes.items() if size == 1]
+    if single:
         raise InvalidDataError(
-            f"the image processor gives images of {len(sizes)} sizes ({', '.join(map(str, sorted(sizes)[:3]))}): have "
-            "it resize and crop them to one"
+            f"{len(single)} of the {len(sizes)} classes of {source} have one image ({', '.join(single[:5])}), and so "
+            "none to evaluate on: add images, or a split 'validation'"
         )
-    return torch.stack(pixels)
+    held_out = max(math.ceil(share * len(dataset)), len(sizes))  # one of each at least
+    halves = dataset.train_test_split(test_size=held_out, seed=seed, stratify_by_column=column)
+    return halves["train"], halves["test"]
 
 
-def image_files(folder: str | Path, limit: int | None = None, seed: int = 0) -> list[Path]:
-    """Paths of the images of a folder, in their order; arguments and errors as :func:`read_folder`."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InvalidDataError(f"{folder} is no folder; give a folder with image files")
-    known = _image_suffixes()
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
-    if not files:
-        raise InvalidDataError(f"there are no images in {folder} nor below it (.png, .jpg and the like)")
-    if limit is not None and limit < len(files):
-        files = sorted(random.Random(seed).sample(files, limit))
-    return files
-
-
-def open_image(path: Path) -> Any:
-    """An image file as a PIL image in RGB, turned as its EXIF data says.
-
-    Raises:
-        InvalidDataError: it cannot be read.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InvalidDataError(f"{path} cannot be read as an image: {error}. Mend it or take it out") from error
-
-
-def _image_suffixes() -> set[str]:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise InvalidDataError("images need Pillow: pip install 'hf_vitprune[vision]'") from error
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} - {".pdf", ".mpg"}
-
-
-def _read(path: Path, processor: Any) -> torch.Tensor:
-    image = open_image(path)
-    try:
-        pixels: torch.Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
-    except ValueError as error:
-        raise InvalidDataError(f"the image processor cannot take {path}: {error}. Mend it or take it out") from error
-    return pixels
-
-
-def _digits() -> dict[str, Any]:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise InvalidDataError("images need Pillow: pip install 'hf_vitprune[vision]'") from error
-    from datasets import ClassLabel, Dataset, Features
-    from datasets import Image as ImageFeature
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = [Image.fromarray((image * 15.9375).astype("uint8")) for image in digits.images]  # 0..16 -> 0..255
-    labels = digits.target.tolist()
-    features = Features({"image": ImageFeature(), "label": ClassLabel(names=[str(i) for i in range(10)])})
-    return {"train": Dataset.from_dict({"image": images, "label": labels}, features=features)}
-
-
-def _loaded(source: str) -> Any:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    if Path(source).is_dir():
-        return load_dataset("imagefolder", data_dir=source)
-    if Path(source).exists() or source.startswith((".", "/")):
-        raise InvalidDataError(f"{source} is no folder; give a folder with one sub-folder of images a class")
-    try:
-        return load_dataset(source)
-    except (DatasetNotFoundError, ConnectionError) as error:
-        raise InvalidDataError(f"{source} is neither a folder here nor a dataset on the Hub: {error}") from error
-
-
-def find_column(dataset: Any, known: tuple[str, ...], kind: str, source: str) -> str:
-    """The first of the known names that the dataset has.
-
-    Raises:
-        InvalidDataError: it has none of them.
-    """
-    for name in known:
-        if name in dataset.column_names:
-            return name
-    raise InvalidDataError(
-        f"{source} has no {kind} column (one of {', '.join(known)}); its columns are {', '.join(dataset.column_names)}"
-    )
-
-
-def _with_class_labels(dataset: Any, column: str) -> Any:
-    from datasets import ClassLabel, Value
-
-    if isinstance(dataset.features[column], ClassLabel):
-        return dataset
-    names = list(map(str, dataset.unique(column)))
-    if not all(name.isdecimal() for name in names):
-        return dataset.class_encode_column(column)
-    # class_encode_column sorts numbers as words: 0, 1, 10, 2
-    return dataset.cast_column(column, Value("string")).cast_column(column, ClassLabel(names=sorted(names, key=int)))
+def _check_classes(images: LabelledImages) -> None:
+    trained, evaluated = (set(part[images.label_column]) for part in (images.train, images.evaluation))
+    if len(trained) < 2:
+        only = ", ".join(images.label_names[number] for number in trained)
+        raise InvalidDataError(
+            f"all training images of {images.source} are of one class ({only}), and a classifier tells two apart: a "
+            "sub-folder is a class"
+        )
+    strange = [images.label_names[number] for number in sorted(evaluated - trained)]
+    if strange:
+        raise InvalidDataError(
+            f"{images.source} has classes with images to evaluate on and none to train on: {', '.join(strange[:5])}"
+        )
