@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
-from transformers.initialization import no_init_weights
 
 from ..families import LayerPaths
 from ..modeling import class_for_task, config_for
 from ..modeling.structure import layer_paths
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
+from ..utils.modes import on_meta
 
 #: answers that are kept, one a config, class, width and image size
 REMEMBERED = 4096
@@ -110,7 +110,7 @@ def _skeleton(dense: Architecture, hidden_size: int, empty: bool) -> tuple[Any, 
     small = replace(dense, layers=tuple(first), hidden_size=hidden_size, depths=depths)
     config = config_for(small)
     config._attn_implementation = "eager"  # fused kernels cannot be counted
-    with torch.device("meta"), no_init_weights():
+    with on_meta():
         model: Any = class_for_task(dense.family, dense.task)(config)
     return model.eval(), layer_paths(model, small)
 

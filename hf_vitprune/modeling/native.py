@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from ..errors import NativeExportError
 from ..families import LayerPaths
@@ -16,6 +15,7 @@ from ..spec.architecture import Architecture
 from ..spec.configs import lineage_of, stock_config
 from ..spec.layer_shape import LayerShape
 from ..utils.mixing import unmix
+from ..utils.modes import on_meta
 from .blocks import PrunedAttentionMixin, set_attention_sizes
 from .pretrained import PrunedModelMixin
 from .registry import stock_ancestor, stock_model_class
@@ -81,7 +81,7 @@ def make_stock_(model: Any) -> None:
     architecture, old = Architecture.of(model), model.config
     config = native_config(architecture, old)
     stock = stock_model_class(type(model))
-    with torch.device("meta"), no_init_weights():
+    with on_meta():
         expected = stock_ancestor(stock)(config)
     _check_same_tensors(model, expected, architecture)
     family, new = architecture.family, Architecture.dense(config, architecture.task)

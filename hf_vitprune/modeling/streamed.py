@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from ..errors import CheckpointMismatchError
 from ..spec.architecture import Architecture
+from ..utils.modes import on_meta
 
 
 def load_streamed(
@@ -48,7 +48,7 @@ def load_streamed(
     config = kwargs.pop("config", None)
     if config is None:
         config = model_class.config_class.from_pretrained(folder)  # type: ignore[union-attr]
-    with torch.device("meta"), no_init_weights():
+    with on_meta():
         skeleton = model_class(config)
     architecture = Architecture.of(skeleton)
     root = architecture.family.encoder_path(skeleton)

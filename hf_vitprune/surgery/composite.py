@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from ..errors import UnsupportedModelError, UnsupportedUnitError
 from ..families.base import pair
@@ -23,6 +21,7 @@ from ..modeling.whole_config import become_host_, config_with
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
 from ..spec.towers import Tower
+from ..utils.modes import on_meta
 from ..utils.modules import follow_sizes, get, owner, put, set_tensor
 from .cuts import Cut
 from .transplant import resized_copy
@@ -130,7 +129,7 @@ def _readers(model: Any, tower: Tower, config: Any, width: int, kept: int) -> Ou
             "the unit 'embedding' out (units=...)"
         )
     try:
-        with _on_meta():
+        with on_meta():
             wide, narrow = type(model)(model.config), _as_host(type(model), config)
             if _runs(wide, tower):
                 _run(narrow, tower)  # some models state the width of their tower a second time
@@ -212,12 +211,6 @@ def check_readers(model: Any, tower: Tower) -> None:
     _readers(model, tower, config_with(model.config, module.config, small.config), width, width // 2)
 
 
-@contextlib.contextmanager
-def _on_meta() -> Iterator[None]:
-    with torch.device("meta"), no_init_weights():
-        yield
-
-
 def _is_stock(model_class: type) -> bool:
     return model_class.__module__.startswith("transformers.")
 
@@ -231,7 +224,7 @@ def _check_loads_again(whole: Any, tower: Tower) -> None:
     if not _is_stock(type(whole)) and host_class(type(whole)) is None:
         return  # written by a user, whose own code makes it again
     try:
-        with _on_meta():
+        with on_meta():
             config = type(whole.config).from_dict(whole.config.to_dict())  # as it is read from a file
             loaded = shapes_of(type(whole)(config))
         differing = [n for n, shape in shapes_of(whole).items() if n in loaded and loaded[n] != shape]

@@ -25,7 +25,7 @@ from ..utils.batches import ImageBatches
 from ..utils.modules import get
 from ..utils.offload import check_present
 from ..utils.processes import broadcast
-from ..utils.sharding import all_finite, gathered, is_sharded, shaped, whole_root
+from ..utils.sharding import all_finite, gathered, is_sharded, shaped, unsharded, whole_root
 from .checkpoints import Checkpoints
 from .exporting import export_plan
 from .forward import class_with, signature_of, takes_loss_kwargs
@@ -93,7 +93,8 @@ class PruningModel(Checkpoints):
         self.tower = find_tower(base, part)
         Architecture.of(base, part)  # raises where the model is not what its config says
         if self.tower.path:
-            check_host(plain_twin(base, part=self.tower.path) if is_peft(model) else base, self.tower)
+            with unsharded(base):
+                check_host(plain_twin(base, part=self.tower.path) if is_peft(model) else base, self.tower)
         if is_peft(model):
             check_adapters(model)
             if method_for(config).traits.adapters == "none":

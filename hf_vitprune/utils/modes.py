@@ -1,4 +1,4 @@
-"""Training and evaluation modes."""
+"""Evaluation mode, and models without weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from transformers.initialization import no_init_weights
+from transformers.integrations import deepspeed as zero
 
 
 @contextlib.contextmanager
@@ -20,3 +22,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Models made in here are shapes without weights, also where DeepSpeed (ZeRO-3) would cut new ones to pieces."""
+    held = zero._hf_deepspeed_config_weak_ref  # what transformers asks; it has no public reader
+    zero.unset_hf_deepspeed_config()
+    try:
+        with torch.device("meta"), no_init_weights():
+            yield
+    finally:
+        if held is not None and held() is not None:
+            zero.set_hf_deepspeed_config(held())

@@ -174,7 +174,7 @@ def gathered(model: nn.Module, shared: Any = None) -> Any:
             copies[id(parameter)] = nn.Parameter(full, requires_grad=parameter.requires_grad)
     if not is_first_process():
         return None
-    with _plain(model):
+    with unsharded(model):
         made = copy.deepcopy(model, copies)
     for buffered in made.modules():
         for name, buffer in buffered._buffers.items():
@@ -196,7 +196,7 @@ _HOOKS = (
 
 
 @contextlib.contextmanager
-def _plain(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """The modules of a sharded model as they were before: what they are otherwise refuses to be copied."""
     before = [(module, type(module), dict(module.__dict__)) for module in model.modules()]
     # emptied in place: handles of other hooks refer to these very dicts

@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, AutoModelForImageTextToText
 
 import two_shards
 from processes import SUPPORT, run_on_several
 from pruning_runs import VIT, state_of
 from tiny import make
+from tiny_composites import llava
 
 
 def launch(folder: Path, *runs: str, processes: int = 2) -> None:
     make(VIT).double().save_pretrained(folder / "dense")
+    llava(-1)[0].double().save_pretrained(folder / "llava")
     run_on_several(str(SUPPORT / "two_shards.py"), str(folder), *runs, processes=processes)
 
 
@@ -59,7 +61,8 @@ def check(folder: Path, name: str, way: str) -> None:
             close(load_file(folder / f"{stem}.gates.{rank}.safetensors"), state_of(model.method), single)
         close(load_file(folder / f"{stem}.safetensors"), state_of(small), single)
         if name not in two_shards.ADAPTERS:
-            loaded = AutoModelForImageClassification.from_pretrained(folder / stem)
+            auto = AutoModelForImageTextToText if two_shards.in_llava(name) else AutoModelForImageClassification
+            loaded = auto.from_pretrained(folder / stem)
             assert {n: t.shape for n, t in loaded.state_dict().items()} == {
                 n: t.shape for n, t in small.state_dict().items()
             }
