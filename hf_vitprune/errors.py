@@ -25,6 +25,10 @@ class InvalidPlanError(VitPruneError, ValueError):
     """A plan removes nothing, empties a set, or belongs to another model."""
 
 
+class NotFiniteError(VitPruneError, ValueError):
+    """Weights, a loss or gradients are infinite or no numbers: a training diverged."""
+
+
 class ScoresError(VitPruneError, ValueError):
     """Scores of units are of another model, lack a set that is to be pruned, or are not finite."""
 

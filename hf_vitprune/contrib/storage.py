@@ -18,6 +18,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from ..errors import AdapterError, InvalidDataError
+from ..modeling.embedded import BASE_FOLDER
 from ..modeling.peft_twin import is_peft
 from ..peft.record import seal
 from ..publish.report import human
@@ -179,8 +180,9 @@ def _config(folder: Path) -> Any:
 
 def _model(name: str, model: Any) -> ModelStorage:
     if isinstance(model, (str, Path)):
-        tensors = list(_tensors_in(Path(model), "*.safetensors"))
-        return ModelStorage(name, sum(n for _, n, _ in tensors), _bytes_of(Path(model)))
+        folder = Path(model) / BASE_FOLDER if (Path(model) / BASE_FOLDER).is_dir() else Path(model)
+        tensors = list(_tensors_in(folder, "*.safetensors"))
+        return ModelStorage(name, sum(n for _, n, _ in tensors), _bytes_of(folder))
     tensors = list(_tensors_of(unwrap(model).state_dict()))
     return ModelStorage(name, sum(n for _, n, _ in tensors), sum(size for *_, size in tensors))
 
@@ -194,7 +196,7 @@ def _task(name: str, adapter: Any, dense: Architecture) -> TaskStorage:
         config = json.loads(file.read_text())
         kind, record = config["peft_type"], config.get("pruning")
         tensors = list(_tensors_in(folder, "adapter_model*.safetensors"))
-        size = _bytes_of(folder)
+        size = _bytes_of(folder) - _bytes_of(folder / BASE_FOLDER)
     elif is_peft(adapter):
         active = adapter.active_adapter
         kind, record = (

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import CheckpointMismatchError, InvalidConfigError
+from ..utils.finite import check_finite
 from ..utils.upload import upload
+from .embedded import adapter_beside, of_base, without_other_adapter
 
 
 class StrictMixin:
@@ -19,6 +21,7 @@ class StrictMixin:
         Stock classes write legacy names by default, which a Trainer then cannot restore.
 
         Raises:
+            NotFiniteError: there are weights that are infinite or no numbers.
             InvalidConfigError: ``portable``, which is not there yet; transformers would pass over it.
         """
         if kwargs.get("portable"):
@@ -27,6 +30,7 @@ class StrictMixin:
                 "it out and import hf_vitprune before loading; or save hf_vitprune.modeling.native.to_native(model), "
                 "which needs transformers alone, where a stock class can hold the shape"
             )
+        check_finite(self, "saved", kwargs.get("state_dict"))  # type: ignore[arg-type]
         super().save_pretrained(  # type: ignore[misc]
             save_directory, *args, save_original_format=save_original_format, **kwargs
         )
@@ -43,6 +47,8 @@ class StrictMixin:
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but only from safetensors, and never with weights that are missing or left over.
 
+        A folder with an adapter over ``base/`` gives the base with the adapter put in, as transformers does it.
+
         Raises:
             CheckpointMismatchError: the checkpoint does not hold exactly what its config states.
             InvalidArchitectureError: the config's record is damaged.
@@ -51,8 +57,12 @@ class StrictMixin:
             raise CheckpointMismatchError("pruned models are stored as safetensors only; drop use_safetensors=False")
         wants_info = kwargs.pop("output_loading_info", False)
         settings = {**kwargs, "use_safetensors": True, "output_loading_info": True}
+        path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        where = adapter_beside(path, settings)
         try:
-            model, info = super().from_pretrained(*args, **settings)  # type: ignore[misc]
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                *args, **(without_other_adapter(settings) if where is None else of_base(settings, where))
+            )
         except RuntimeError as error:
             if "ignore_mismatched_sizes" in str(error) or "size mismatch" in str(error):
                 raise CheckpointMismatchError(
@@ -61,6 +71,8 @@ class StrictMixin:
                 ) from error
             raise
         model.check_loaded(info)
+        if where is not None:
+            model.load_adapter(path, adapter_name=kwargs.get("adapter_name", "default"), adapter_kwargs=where)
         return (model, info) if wants_info else model
 
     def check_loaded(self, info: dict[str, Any]) -> None:

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError
-from ..modeling.peft_twin import plain_twin
 from ..plan.lineage import lineage_of
+from .folder import BASE_FOLDER, ELSEWHERE, watch
 from .seal import seal
-
-BASE_FOLDER = "base"
 
 
 def save_pruned_peft(
@@ -18,14 +16,16 @@ def save_pruned_peft(
 ) -> Path | None:
     """Save the adapters of a pruned PeftModel, and its base where no existing checkpoint can stand in for it.
 
-    ``model.save_pretrained(folder)`` writes the adapters only. That is enough where just layers were removed: on
-    loading, the dense checkpoint named in the adapter's config is cut down. Otherwise the adapter needs the pruned
-    base, which this function puts in ``folder/base`` and names in the adapter's config.
+    ``model.save_pretrained(folder)`` does the same for models that ``prune`` has made. Where just layers were removed,
+    the adapters are enough: on loading, the dense checkpoint named in the adapter's config is cut down (this function
+    writes the base, too, where none is named). Otherwise the pruned base goes into ``folder/base``, and the folder is
+    whole: it may be moved, and be loaded by its own name.
 
     Args:
         model: a PeftModel over a pruned model, from ``prune`` or ``get_peft_model``.
         folder: made where it does not exist.
-        base: name or path of the pruned base where it was saved or pushed already; nothing but its name is written.
+        base: name or path of the pruned base where it was saved or pushed already; nothing but its name is written,
+            by later calls of ``model.save_pretrained`` either.
         always_base: save the base also where the dense checkpoint would do.
 
     Returns:
@@ -33,6 +33,7 @@ def save_pruned_peft(
 
     Raises:
         AdapterError: the model holds no adapters, or is not pruned.
+        NotFiniteError: there are weights that are not finite.
     """
     configs = list(getattr(model, "peft_config", {}).values())
     unsealed = [config for config in configs if not hasattr(config, "pruning")]
@@ -40,16 +41,13 @@ def save_pruned_peft(
         raise AdapterError("not a PeftModel over a pruned model; save it with its own save_pretrained")
     for config in unsealed:
         seal(config, model.get_base_model())
-    folder = Path(folder)
-    stands_in = all(c.pruning["kept_layers"] is not None and c.base_model_name_or_path for c in configs)
-    written: Path | None = None
-    if base is None and (always_base or not stands_in):
-        written = folder / BASE_FOLDER
-        plain_twin(model.get_base_model(), part=configs[0].pruning.get("part", "")).save_pretrained(written)
-        base = str(written.resolve())
-    if base is not None:
-        for config in configs:
-            config.base_model_name_or_path = base
-            config.revision = None
+    for config in configs:
+        if base is not None:
+            config.base_model_name_or_path, config.revision = base, None
+            config.pruning = {**config.pruning, "base": ELSEWHERE}
+        elif always_base or not config.base_model_name_or_path:
+            config.pruning = {**config.pruning, "base": BASE_FOLDER}
+    watch(model.get_base_model())
     model.save_pretrained(str(folder))
-    return written
+    written = Path(folder) / BASE_FOLDER
+    return None if base is not None or not written.is_dir() else written

@@ -17,6 +17,7 @@ from ..errors import AdapterError
 from ..modeling.peft_twin import plain_twin
 from ..modeling.pretrained import PrunedModelMixin
 from ..plan.lineage import lineage_of
+from .folder import remember
 from .kinds.kind import PREFIX, kind_of
 from .record import pruning_record
 from .types import pruned_config_class
@@ -58,6 +59,7 @@ def seal_all(model: Any, *_: Any) -> None:
     for config in model.__dict__.get("peft_config", {}).values():
         if not hasattr(config, "pruning") and "plan" in lineage_of(model.config):
             seal(config, model)
+    remember(model)
 
 
 class SealedConfigs:

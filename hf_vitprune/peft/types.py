@@ -21,6 +21,7 @@ from ..errors import AdapterError
 from ..modeling.peft_twin import is_shared
 from .digest import check_digest, make_digest
 from .enumeration import add_member
+from .folder import BASE_FOLDER, base_beside, watch, write_base
 from .heads import fit_heads, recorded_labels, set_labels
 from .kinds import kind_named
 from .kinds.kind import PREFIX
@@ -36,16 +37,31 @@ class PrunedAdapterConfigMixin:
 
     pruned_peft_type: str
     digest: dict[str, Any] | None
+    pruning: dict[str, Any]
+    base_model_name_or_path: str | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the model that it is the config of: a copy may become another's."""
+        return {name: value for name, value in self.__dict__.items() if name != "_model"}
 
     def __post_init__(self) -> None:
         if self.digest is not None:
             check_digest(vars(self), self.digest)
             self.digest = None  # of the file: what is changed in memory is meant
+            if self.pruning.get("base") == BASE_FOLDER:
+                self.base_model_name_or_path = base_beside(self.base_model_name_or_path)
         super().__post_init__()  # type: ignore[misc]
         self.peft_type = PeftType(self.pruned_peft_type)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's, naming the Auto class, which loads the dense base and the pruned one alike."""
+        """As PEFT's, naming the Auto class, which loads the dense base and the pruned one alike.
+
+        With the adapter goes the pruned base that it needs: see :mod:`hf_vitprune.peft.folder`.
+
+        Raises:
+            NotFiniteError: there are weights that are not finite.
+        """
+        base = write_base(self, Path(save_directory))
         mapping = kwargs.get("auto_mapping_dict")
         if mapping is not None:
             found = getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"], None)
@@ -55,6 +71,9 @@ class PrunedAdapterConfigMixin:
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         path = Path(save_directory) / CONFIG_NAME
         fields = json.loads(path.read_text(encoding="utf-8"))
+        if base is not None:
+            fields |= {"base_model_name_or_path": base, "revision": None}
+            fields["pruning"]["base"] = BASE_FOLDER
         path.write_text(json.dumps({**fields, "digest": make_digest(fields)}, indent=2, sort_keys=True))
 
 
@@ -63,6 +82,7 @@ class PrunedTunerMixin:
 
     def _pre_injection_hook(self, model: Any, config: Any, adapter_name: str) -> None:
         fit_base(model, config)
+        watch(model)
         super()._pre_injection_hook(model, config, adapter_name)  # type: ignore[misc]
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:

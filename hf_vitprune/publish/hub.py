@@ -14,13 +14,17 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 from ..errors import HubUploadError
+from ..peft.folder import name_base
 from ..spec.architecture import unwrap
+from ..utils.finite import check_finite
 from ..utils.upload import register_upload
 from .card import model_card
 
 CARD = "README.md"
 #: weights of an earlier push in other pieces; they would be loaded in place of, or beside, the new ones
 _SHARDS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+#: an adapter of an earlier push, with its base; it would be put into a model that has it already, or another one
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "base/*")
 
 
 def push_to_hub(
@@ -41,7 +45,7 @@ def push_to_hub(
     """Upload a model in a single commit, so that a push that is cut off leaves nothing half-finished to load.
 
     Args:
-        model: pruned, stock or PEFT model.
+        model: pruned, stock or PEFT model; with an adapter goes the pruned base that it needs.
         repo_id: ``"owner/name"``, or ``"name"`` for one's own; made if it is not there.
         card: the model card. Without it a card that the repository has already is kept; else the card beside the
             files that the model was loaded from is taken, or one is written.
@@ -60,7 +64,9 @@ def push_to_hub(
 
     Raises:
         HubUploadError: no connection, a lost connection, or no right to write there.
+        NotFiniteError: there are weights that are infinite or no numbers.
     """
+    check_finite(model, "pushed")
     api = HfApi(token=token)
     tags = [*tags, *(getattr(unwrap(model), "model_tags", None) or [])]
     with _explained(repo_id, "nothing was changed there"):
@@ -71,6 +77,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+        name_base(folder, repo_id)
         if image_processor is not None:
             image_processor.save_pretrained(folder)
         with _explained(repo_id, "nothing was changed there"):
@@ -78,7 +85,8 @@ def push_to_hub(
         if text is not None:
             (folder / CARD).write_text(text, encoding="utf-8")
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        stale = [path for path in sorted(present - files.keys()) if any(fnmatch.fnmatch(path, p) for p in _SHARDS)]
+        old = _SHARDS if hasattr(model, "peft_config") else (*_SHARDS, *_ADAPTER)
+        stale = [path for path in sorted(present - files.keys()) if any(fnmatch.fnmatch(path, p) for p in old)]
         with _explained(
             repo_id,
             "a push is one commit, made at its end, so the repository holds what it held before (or everything, if "

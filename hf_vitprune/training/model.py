@@ -26,6 +26,7 @@ from ..utils.modules import get
 from ..utils.offload import check_present
 from ..utils.processes import broadcast
 from ..utils.sharding import all_finite, gathered, is_sharded, shaped, unsharded, whole_root
+from ..utils.upload import upload
 from .checkpoints import Checkpoints
 from .exporting import export_plan
 from .forward import class_with, signature_of, takes_loss_kwargs
@@ -369,15 +370,9 @@ class PruningModel(Checkpoints):
 
         Raises:
             UnsupportedModelError: nothing is decided yet.
-            AdapterError: it has adapters, whose pruned base has to be there first.
         """
         small = self._finished()
-        if is_peft(small):
-            raise AdapterError(
-                "the adapters need their pruned base: push export().merge_and_unload(), or the base and then the "
-                "adapters (see docs/peft.md)"
-            )
-        return None if small is None else small.push_to_hub(*args, **kwargs)
+        return None if small is None else upload(small, *args, **kwargs)
 
     def _finished(self) -> Any:
         if not self.method.decided:

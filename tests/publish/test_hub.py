@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from hf_vitprune.errors import HubUploadError, InvalidConfigError, UnsupportedModelError
+from hf_vitprune.errors import HubUploadError, InvalidConfigError, NotFiniteError, UnsupportedModelError
 from hf_vitprune.latency.measure import Timing, environment
 from hf_vitprune.modeling.native import to_native
 from hf_vitprune.plan.plan import PruningPlan
@@ -204,7 +204,20 @@ def test_branch_and_adapter(hub: HubStandIn) -> None:
     push_to_hub(small, REPO, token=hub.token)
     tuned = get_peft_model(small, LoraConfig(target_modules=["q_proj"]))
     push_to_hub(tuned, REPO, "# Adapter", token=hub.token, revision="lora")
-    assert "adapter_config.json" in hub.files(REPO, "lora") and "adapter_config.json" not in hub.files(REPO)
+    files = hub.files(REPO, "lora")
+    assert "base/model.safetensors" in files and "adapter_config.json" not in hub.files(REPO)
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == REPO
+    push_to_hub(tuned.merge_and_unload(), REPO, token=hub.token, revision="lora")
+    files = hub.files(REPO, "lora")  # neither the adapter, nor an index that points to its base
+    assert not any("adapter" in name or "base/" in name or "index" in name for name in files)
+
+
+def test_numbers_that_are_none_stay_here(hub: HubStandIn) -> None:
+    broken = to_native(make(VIT))
+    broken.vit.layernorm.weight.data[1] = float("inf")
+    with pytest.raises(NotFiniteError, match=r"1 tensors .* \(vit.layernorm.weight, ...\), so it is not pushed"):
+        push_to_hub(broken, REPO, token=hub.token)
+    assert not hub.repos
 
 
 def test_cut_connection_leaves_nothing_to_load(hub: HubStandIn) -> None:

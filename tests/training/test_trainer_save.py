@@ -59,7 +59,7 @@ def test_checkpoints_stay_what_resume_needs(kind: type[Trainer], tmp_path: Path)
     assert_same(again.model.state_dict(), state_of(model))
 
 
-def test_save_model_with_adapters_writes_them_and_their_base(tmp_path: Path) -> None:
+def test_save_model_with_adapters_writes_them_and_their_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = get_pruning_model(lora_model(dropout=False), VTPConfig(pruning_ratio=0.4, round_to=4))
     run_ = trainer(model, tmp_path / "run")
@@ -70,8 +70,11 @@ def test_save_model_with_adapters_writes_them_and_their_base(tmp_path: Path) -> 
         assert_same(run(loaded), run(model.export().eval()))
     with pytest.raises(AdapterError, match="max_shard_size"):
         model.save_pretrained(tmp_path / "c", max_shard_size="1GB")
-    with pytest.raises(AdapterError, match="pruned base"):
-        model.push_to_hub("someone/something")
+    pushed: list[Any] = []
+    monkeypatch.setattr("hf_vitprune.training.model.upload", lambda small, repo, **_: pushed.append((small, repo)))
+    model.push_to_hub("someone/something")
+    assert pushed[0][1] == "someone/something"
+    assert_same(run(pushed[0][0].eval()), run(model.export().eval()))
 
 
 def test_nothing_is_saved_before_the_decision(tmp_path: Path) -> None:
