@@ -111,7 +111,7 @@ def _labelled(data: str, model: str) -> LabelledImages:
     Raises:
         InvalidDataError: there are classes that the classifier does not have.
     """
-    images, config = load_images(data), load_any_config(model)
+    images, config = load_images(data, training=False), load_any_config(model)
     if "ForImageClassification" not in model_class_of(config).__name__:
         return images
     return images.aligned_to(config, every=False, model=model)

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -197,7 +198,8 @@ def load_images(
         image_column, label_column: by default found by name, or by type.
         eval_share: that share, in (0, 1).
         seed: of the split.
-        training: False: nothing is trained; data in one split is evaluated as a whole.
+        training: False: nothing is trained. Of data in one split, still the share is evaluated that no training has
+            seen, but a folder that is called ``val``, ``test`` or the like is, as a whole.
         parts: its splits, where they are loaded already.
 
     Raises:
@@ -223,7 +225,8 @@ def load_images(
     names = class_names(train, label_column)
     train = with_class_numbers(train, label_column, names, f"split {train_split!r} of {name}")
     if eval_split is None:
-        train, evaluation = _held_out(train, label_column, eval_share, seed, name) if training else (train, train)
+        whole = not training and Path(name).resolve().name.lower() in EVAL_NAMES
+        train, evaluation = (train, train) if whole else _held_out(train, label_column, eval_share, seed, name)
     else:
         evaluation = parts[eval_split]
         if label_column not in evaluation.column_names:
@@ -253,7 +256,7 @@ def _held_out(dataset: Any, column: str, share: float, seed: int, source: str) -
     if single:
         raise InvalidDataError(
             f"{len(single)} of the {len(sizes)} classes of {source} have one image ({', '.join(single[:5])}), and so "
-            "none to evaluate on: add images, or a split 'validation'"
+            f"none to evaluate on: add images or a split 'validation', or evaluate on all: '{source},eval=train'"
         )
     held_out = max(math.ceil(share * len(dataset)), len(sizes))  # one of each at least
     halves = dataset.train_test_split(test_size=held_out, seed=seed, stratify_by_column=column)

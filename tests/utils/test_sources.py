@@ -110,14 +110,23 @@ def test_a_class_with_one_image_to_train_on_will_do_where_others_evaluate(tmp_pa
     assert sizes(load_images(str(tmp_path))) == ({"cat": 1, "dog": 3}, {"cat": 2})
 
 
-def test_without_a_training_all_of_one_split_is_looked_at(tmp_path: Path) -> None:
+def test_what_is_evaluated_without_a_training(tmp_path: Path) -> None:
+    """What `prune --data` held out of one split; all of a folder that is called like an evaluation split."""
     for name, count in (("cat", 1), ("dog", 3)):
-        paint(tmp_path / "x" / name, count)
-        paint(tmp_path / "y" / "test" / name, count)
-        paint(tmp_path / "y" / "dev" / name, 2 * count)
-    assert sizes(load_images(str(tmp_path / "x"), training=False))[1] == {"cat": 1, "dog": 3}
-    assert sizes(load_images(str(tmp_path / "y"), training=False))[1] == {"cat": 2, "dog": 6}
-    assert sizes(load_images(f"{tmp_path / 'y'},eval=test", training=False))[1] == {"cat": 1, "dog": 3}
+        paint(tmp_path / "val" / name, count)
+        paint(tmp_path / "pets" / name, 5 * count)
+        paint(tmp_path / "both" / "test" / name, count)
+        paint(tmp_path / "both" / "dev" / name, 2 * count)
+    pets = str(tmp_path / "pets")
+    assert load_images(pets, training=False).evaluation["image"] == load_images(pets).evaluation["image"]
+    assert sizes(load_images(pets, training=False))[1] == {"cat": 1, "dog": 3}
+    assert sizes(load_images(f"{pets},eval=train", training=False))[1] == {"cat": 5, "dog": 15}
+    assert sizes(load_images(str(tmp_path / "val"), training=False))[1] == {"cat": 1, "dog": 3}
+    assert sizes(load_images(str(tmp_path / "both"), training=False))[1] == {"cat": 2, "dog": 6}
+    assert sizes(load_images(f"{tmp_path / 'both'},eval=test", training=False))[1] == {"cat": 1, "dog": 3}
+    assert len(load_images("digits", training=False).evaluation) == 360
+    with pytest.raises(InvalidDataError, match=r"one image \(cat\).*'.*val,eval=train'"):
+        load_images(str(tmp_path / "val"))
 
 
 # ---------------------------------------------------------------------- damaged and unusual files

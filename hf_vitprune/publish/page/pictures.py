@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...utils.data import LabelledImages, image_files, open_image
+from ...utils.data import LabelledImages
+from ...utils.images import image_files, open_image, to_rgb
 
 #: longer side of a thumbnail, in pixels: sharp at half of it on a phone's screen
 THUMBNAIL = 128
@@ -49,7 +50,7 @@ class Pictures:
         labels = [int(numbers[int(column[i])]) for i in drawn]
         return cls(
             [f"image {i}" for i in drawn],
-            lambda i: rows[drawn[i]][images.image_column].convert("RGB"),
+            lambda i: to_rgb(rows[drawn[i]][images.image_column]),
             f"{len(drawn)} of {count} labelled images from {Path(images.source).name}",
             labels,
         )
