@@ -30,10 +30,10 @@ from .saved import load_any_config, load_config, load_processor, model_class_of
 from .unfinished import Unfinished
 from .workflow import NamedProgress, PrunedResult, model_row, save_result
 
-#: images that are drawn from the folder; more change little
-NUM_IMAGES = 128
-#: the same, where they are trained on; of those that are not held out, so many are calibrated with
+#: images that are drawn from the folder to train on; of those that are not held out, so many are calibrated with
 NUM_TRAINED, NUM_CALIBRATED = 1024, 512
+#: of an image at the most, where there are fewer
+NUM_VIEWS = 4
 
 
 def prune_from_images(
@@ -94,7 +94,7 @@ def prune_from_images(
         small = prune(dense, scores.compensate(dense, plan))
         seen = f"{scores.images} unlabelled images seen when {scores_file} was made"
     else:
-        drawn = read_folder(images, processor, NUM_IMAGES if recovery is None else NUM_TRAINED)
+        drawn = read_folder(images, processor, NUM_CALIBRATED if recovery is None else NUM_TRAINED)
         training, apart = hold_out(len(drawn), recovery.held_out) if recovery else (list(range(len(drawn))), [])
         pixels = drawn[training[:: -(-len(training) // NUM_CALIBRATED)]]
         seen = f"{len(pixels)} unlabelled images"
@@ -141,7 +141,8 @@ def _one_shot(
     if scores_file is not None and writes:
         scores.save(scores_file)
     plan = scores.plan(round_to=asked["round_to"], **goal)
-    compensation = Compensation(images=None, batch_size=batch_size)
+    views = max(1, min(NUM_VIEWS, NUM_CALIBRATED // len(pixels))) if plan.source.family.reads == "images" else 1
+    compensation = Compensation(images=None, batch_size=batch_size, views=views)
     return plan, prune(dense, plan, calibration=pixels, compensate=compensation)
 
 

@@ -38,7 +38,7 @@ def prune(
         _source("Labelled images: digits, a folder with a sub-folder a class, or a Hub dataset[,label=...]."),
     ] = None,
     images: Annotated[
-        Path | None, _source("Folder of images without labels; 128 of them are used, 1,024 to train on features.")
+        Path | None, _source("Folder of images without labels; 512 of them are used, 1,024 to train on features.")
     ] = None,
     scores: Annotated[
         Path | None, _source("File of one-shot scores: read; with --images, written and kept for other targets.")

@@ -10,15 +10,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import InvalidPlanError
+from ..errors import InvalidConfigError, InvalidPlanError
 from ..modeling.peft_twin import plain_part
 from ..plan.plan import PruningPlan
 from ..surgery.cuts import Cut, find_cuts
 from ..surgery.transplant import check_plan, prune_plain
 from ..utils.batches import ImageBatches
+from ..utils.crops import Views
 from ..utils.offload import StateDict, device_of
 from ..utils.processes import shard
 from .attention import compensate_attention
+from .local import check_local, reconstruct
 from .mlp import compensate_mlp
 from .readers import compensate_head
 from .settings import Compensation
@@ -65,6 +67,7 @@ def compensate_plan(
         return plan
     plan.source.check_looks("compensation", at_images=False)
     _check(base, plan, reference)
+    _check_settings(base, plan, settings)
     if plan.removes_nothing:
         return plan
     dense = base if reference is None else reference
@@ -75,7 +78,7 @@ def compensate_plan(
     batches = ImageBatches(calibration, settings.batch_size, settings.images, shard=shard(), form=form)
     first = next(iter(ImageBatches(batches, settings.batch_size)))
     walks = Walk(dense, plan.source, first), Walk(small, plan.architecture, first)
-    streams = Streams(*walks, bare, batches, settings)
+    streams = Streams(*walks, bare, Views(batches, settings.views), settings)
     ledger = Ledger(lossy=plan.embedding is not None)
     entries = _layers(streams, ledger)
     compensate_head(walks[0].model, small, streams, ledger)
@@ -97,6 +100,13 @@ def _check(model: PreTrainedModel, plan: PruningPlan, reference: Any) -> None:
     device_of(model, "compensation")
 
 
+def _check_settings(model: PreTrainedModel, plan: PruningPlan, settings: Compensation) -> None:
+    reads = plan.source.family.reads
+    if settings.views > 1 and reads != "images":
+        raise InvalidConfigError(f"views are parts of images, and this model reads {reads}: leave views at 1")
+    check_local(model, settings)
+
+
 def _check_weights(plan: PruningPlan, cuts: dict[str, Cut]) -> None:
     """New mixers bring weights of their own; others would be overwritten."""
     others = sorted(name for name in plan.weights if name in cuts)
@@ -116,8 +126,11 @@ def _layers(streams: Streams, ledger: Ledger) -> list[Any]:
         dense = streams.dense_walk.layers[entry.index]
         site = Site(streams, ledger, small, dense, entry, plan.source.layers[entry.index])
         streams.enter(entry.index)
+        before = list(streams.small) if streams.settings.local_steps else []
         with dense.present():
             _compensate(site)
+        if streams.settings.local_steps:
+            reconstruct(site, before)
         entries.append(site.entry)
     return entries
 
@@ -153,6 +166,8 @@ def _summary(settings: Compensation, batches: ImageBatches, ledger: Ledger) -> d
         "ridge": settings.ridge,
         "token_share": settings.token_share,
         "reselect": settings.reselect,
+        "views": settings.views,
+        "local_steps": settings.local_steps,
         "fits": ledger.rows,
         "notes": ledger.notes,
     }

@@ -29,6 +29,9 @@ class Compensation:
             (0, 1): most classifiers read them, and patches outnumber them. None: as many as they are.
         reselect: choose the kept heads and hidden neurons anew, as many as the plan keeps, by what can be made up for
             (OBS); the plan's own choice otherwise.
+        views: of every image: itself, and random parts of it, of at least half of its area, half of them mirrored.
+        local_steps: after its fits, every layer is trained for so many steps of Adam (16 images or views each) to
+            bring the stream to where the dense one is; 0: no gradients at all.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -37,6 +40,8 @@ class Compensation:
     batch_size: int = 8
     token_share: float | None = 0.3
     reselect: bool = False
+    views: int = 1
+    local_steps: int = 0
 
     def __post_init__(self) -> None:
         names = tuple(self.parts) if isinstance(self.parts, (list, tuple)) else ()
@@ -48,10 +53,10 @@ class Compensation:
         share = self.token_share
         if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1):
             raise InvalidConfigError(f"token_share lies strictly between 0 and 1 or is None, not {share!r}")
-        for name in ("images", "batch_size"):
-            value = getattr(self, name)
-            if not (value is None and name == "images") and (type(value) is not int or value < 1):
-                raise InvalidConfigError(f"{name} is a whole number of at least 1, not {value!r}")
+        for name in ("images", "batch_size", "views", "local_steps"):
+            value, least = getattr(self, name), int(name != "local_steps")
+            if not (value is None and name == "images") and (type(value) is not int or value < least):
+                raise InvalidConfigError(f"{name} is a whole number of at least {least}, not {value!r}")
         if not isinstance(self.reselect, bool):
             raise InvalidConfigError(f"reselect is True or False, not {self.reselect!r}")
 

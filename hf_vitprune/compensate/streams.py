@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
-from ..utils.batches import ImageBatches
 from .settings import Compensation
 from .walk import Walk
 
@@ -24,7 +24,12 @@ class Streams:
     """
 
     def __init__(
-        self, dense: Walk, small: Walk, plan: PruningPlan, batches: ImageBatches, settings: Compensation
+        self,
+        dense: Walk,
+        small: Walk,
+        plan: PruningPlan,
+        batches: Iterable[dict[str, Any]],
+        settings: Compensation,
     ) -> None:
         self.plan, self.settings = plan, settings
         self.dense_walk, self.small_walk = dense, small

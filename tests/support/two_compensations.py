@@ -32,7 +32,7 @@ def made(case: str, rank: int = 0) -> dict[str, torch.Tensor]:
         settings = OneShotSettings(batch_size=3, statistics=True)
         return OneShotScores.measure(model, images(10).double(), settings).tensors
     plan = PruningPlan.random(model := make(case).double(), 0.4, CASES[case])
-    settings = Compensation(batch_size=3, reselect=True)
+    settings = Compensation(batch_size=3, reselect=True, views=2, local_steps=4 if case.startswith("ViT") else 0)
     return compensate_plan(model, plan, images(10).double(), settings).weights
 
 
