@@ -49,6 +49,11 @@ def run(
     ] = "test",
     draws: Annotated[int, typer.Option(help="Draws of calibration images.")] = 1,
     ridge: Annotated[float, typer.Option(help="Of compensation.")] = Compensation.ridge,
+    views: Annotated[int, typer.Option(help="Of every image, in compensation.")] = 1,
+    local_steps: Annotated[int, typer.Option(help="Of training a layer, in compensation.")] = 0,
+    photographs: Annotated[
+        bool, typer.Option("--photographs", help="Calibrate with parts of photographs, not with drawings.")
+    ] = False,
     round_to: Annotated[int, typer.Option(help="Kept channels are a multiple of this.")] = 8,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
     cache: Annotated[Path, typer.Option(help="Folder of what is fetched.")] = CACHE,
@@ -73,7 +78,11 @@ def run(
     console.print(f"largest difference to the package's own graph: {check(graph, model, decoder):.1e}")
     for draw in range(draws):
         split = drawings.split(folder, size, images, classes, each, part, draw)
-        told = {"part": part, "draw": draw, "round": round_to, "ridge": ridge}
+        if photographs:
+            others = drawings.photographs(drawings.fetch(cache, *drawings.PHOTOGRAPHS), size, images, draw)
+            split = split._replace(calibration=split.calibration._replace(pixels=others))
+        told: dict[str, Any] = {"part": part, "draw": draw, "round": round_to, "ridge": ridge}
+        told |= {"views": views, "local_steps": local_steps, "source": "photographs" if photographs else "drawings"}
         for row in rows(model, decoder, split, wanted, shares, told, output):
             console.print(" ".join(_cells(row)), highlight=False)
 
@@ -153,7 +162,7 @@ def figure(
 
     model, decoder = tower.rebuild(tower.fetch(cache))
     split = drawings.split(drawings.fetch(cache), size, images, 24, 15)
-    known = methods(lambda: scored(model, split.calibration.pixels), 8, Compensation.ridge)
+    known = methods(lambda: scored(model, split.calibration.pixels), 8, Compensation(images=None))
     titles = {"one-shot": f"one-shot, {target:.0%}", "magnitude": f"sliced, {target:.0%}"}
     small = {title: known[name](model, split.calibration.pixels, target, size) for name, title in titles.items()}
     draw(out, {"dense": model, **small}, decoder, one_a_class(split.queries, drawings_shown))
@@ -175,7 +184,7 @@ def peers(
     model = tower.rebuild(tower.fetch(cache))[0]
     pixels = drawings.split(drawings.fetch(cache), size, 8, 24, each).queries.pixels
     dense = features(model, pixels)
-    plain = methods(lambda: None, 8, Compensation.ridge)["magnitude"]  # type: ignore[arg-type, return-value]
+    plain = methods(lambda: None, 8, Compensation())["magnitude"]  # type: ignore[arg-type, return-value]
     towers = {"torch-pruning": torch_pruning(model, pixels[:1]), "magnitude": plain(model, pixels, 0.5, size)}
     for name, small in towers.items():
         cls, patches = cosines(dense, features(small, pixels))
@@ -187,7 +196,17 @@ def peers(
 def report(output: Output = OUTPUT, markdown: Annotated[bool, typer.Option(help="For a README.")] = False) -> None:
     """All rows: cosine of CLS and patches, accuracy in percent, saliency and latency against the dense tower's."""
     found = [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]
-    found.sort(key=lambda row: (row["part"], -row["target"], row["method"], row["images"], row["ridge"], row["draw"]))
+    found.sort(
+        key=lambda row: (
+            row["part"],
+            -row["target"],
+            row["method"],
+            row["images"],
+            row["ridge"],
+            row["draw"],
+            *_more(row),
+        )
+    )
     cells = [HEADER, *map(_cells, found)]
     if markdown:
         print(markdown_table(cells))
@@ -199,9 +218,13 @@ def report(output: Output = OUTPUT, markdown: Annotated[bool, typer.Option(help=
 
 
 HEADER = [
-    *("part", "MACs", "method", "images", "ridge", "draw"),
-    *("CLS", "patches", "kNN", "probe", "IoU", "correlation", "latency", "s"),
+    *("part", "MACs", "method", "images", "ridge", "draw", "views", "local steps", "source"),
+    *("CLS", "patches", "kNN", "probe", "IoU", "correlation", "latency", "CPU s"),
 ]
+
+
+def _more(row: dict[str, Any]) -> tuple[int, int, str]:
+    return row.get("views", 1), row.get("local_steps", 0), row.get("source", "drawings")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -212,6 +235,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         str(row["images"]),
         f"{row['ridge']:g}",
         str(row["draw"]),
+        *map(str, _more(row)),
     ]
     formats = {"cls": ".3f", "patches": ".3f", "knn": ".1f", "probe": ".1f", "iou": ".3f", "correlation": ".3f"}
     return [

@@ -14,6 +14,8 @@ from PIL import Image
 
 PACKAGE = "openclipart-png"
 FOLDER = "usr/share/openclipart/png"
+#: a dozen photographs, of nature
+PHOTOGRAPHS = "mate-backgrounds", "usr/share/backgrounds/mate/nature"
 #: what is asked about: settings are chosen on the first, and what they give is reported on the second
 PARTS = ("validation", "test")
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -37,21 +39,21 @@ class Split(NamedTuple):
     queries: Drawings
 
 
-def fetch(cache: Path) -> Path:
-    """Folder of the drawings, fetched by apt where it is not there yet.
+def fetch(cache: Path, package: str = PACKAGE, inside: str = FOLDER) -> Path:
+    """Folder of the drawings (or of another package's images), fetched by apt where it is not there yet.
 
     Raises:
         FileNotFoundError: apt cannot get the package.
     """
-    installed, folder = Path("/") / FOLDER, cache / FOLDER
+    installed, folder = Path("/") / inside, cache / inside
     if installed.is_dir():
         return installed
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(["apt-get", "download", PACKAGE], cwd=cache, capture_output=True, text=True, check=False)
-        packages = sorted(cache.glob(f"{PACKAGE}_*.deb"))
+        done = subprocess.run(["apt-get", "download", package], cwd=cache, capture_output=True, text=True, check=False)
+        packages = sorted(cache.glob(f"{package}_*.deb"))
         if not packages:
-            raise FileNotFoundError(f"apt cannot fetch {PACKAGE}: {done.stderr.strip()[-500:]}")
+            raise FileNotFoundError(f"apt cannot fetch {package}: {done.stderr.strip()[-500:]}")
         subprocess.run(["dpkg", "-x", str(packages[0]), str(cache)], check=True)
     return folder
 
@@ -94,6 +96,21 @@ def split(
     queries = [pair for group in asked for pair in group[first : first + each]]
     sets = Split(*(_read(pairs, size) for pairs in (rest[:calibration], gallery, queries)))
     return sets if as_bytes else Split(*(Drawings(normalised(one.pixels), one.labels) for one in sets))
+
+
+def photographs(folder: Path, size: int, count: int, draw: int = 0) -> torch.Tensor:
+    """(count, 3, size, size) parts of photographs, squares of a tenth to a half of the largest one, normalised."""
+    found, generator = sorted(folder.glob("*.jpg")), random.Random(1 + draw)
+    parts = []
+    for i in range(count):
+        with Image.open(found[i % len(found)]) as image:
+            image.draft("RGB", (image.width // 2, image.height // 2))
+            whole = image.convert("RGB")
+        side = max(1, round(min(whole.size) * generator.uniform(0.1, 0.5) ** 0.5))
+        left, top = (generator.randint(0, length - side) for length in whole.size)
+        part = whole.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+        parts.append(torch.from_numpy(np.asarray(part).transpose(2, 0, 1).copy()))
+    return normalised(torch.stack(parts))
 
 
 def normalised(pixels: torch.Tensor) -> torch.Tensor:

@@ -16,28 +16,33 @@ from .methods import methods, scored
 from .recovering import Bench
 
 SHARES = (0.75, 0.6, 0.5, 0.35, 0.25)
+#: of training a layer after its fits
+LOCAL_STEPS = 100
 
 
 class Setting(NamedTuple):
-    """A method at a share of the MACs, from so many images, with a ridge and a share of the CLS tokens in the fits."""
+    """A method at a share of the MACs, from so many images, with settings of compensation."""
 
     method: str
     share: float
     images: int
     ridge: float = Compensation.ridge
     token_share: float | None = Compensation.token_share
+    views: int = 1
+    local_steps: int = 0
 
 
 def settings() -> Iterator[Setting]:
     """All of them, those that most depends on first; neighbours share their scores."""
-    fits = [(1e-2, 0.3), (1e-3, 0.1), (1e-2, 0.1), (1e-1, 0.1), (1e-2, 0.03), (1e-1, 0.3), (1e-3, None)]
+    first = Setting("one-shot", 0.5, 512)
     for share in (0.5, 0.35):
-        yield Setting("one-shot", share, 512)
-        yield from (Setting("one-shot", share, 512, *fit) for fit in fits)
-    for images in (2048, 128):
-        for share in (0.5, 0.35):
-            yield Setting("one-shot", share, images)
-            yield from (Setting("one-shot", share, images, *fit) for fit in fits[:4])
+        whole = first._replace(share=share)
+        yield from (whole, whole._replace(views=4), whole._replace(views=4, local_steps=LOCAL_STEPS))
+    for images in (128, 256, 1024, 2048):
+        yield from (first._replace(share=share, images=images) for share in (0.5, 0.35))
+    fits = [(1e-4, 0.3), (1e-2, 0.3), (1e-1, 0.3), (1e-3, 0.1), (1e-3, None)]
+    for ridge, token_share in fits:
+        yield from (first._replace(share=share, ridge=ridge, token_share=token_share) for share in (0.5, 0.35))
     for share in (0.75, 0.6, 0.25):
         yield Setting("one-shot", share, 512)
     for method in ("magnitude, compensated", "depth, compensated", "magnitude"):
@@ -62,7 +67,9 @@ def draw(bench: Bench, number: int, wanted: Iterator[Setting] | None = None) -> 
             print(f"draw {number}: stopped before {one}", flush=True)
             return
         clock = time.monotonic()
-        known = methods(functools.partial(scores, one.images), bench.round_to, one.ridge, one.token_share)
+        names = ("ridge", "token_share", "views", "local_steps")
+        fits = Compensation(images=None, **{name: getattr(one, name) for name in names})
+        known = methods(functools.partial(scores, one.images), bench.round_to, fits)
         images = bench.training[order[: one.images]]
         small = known[one.method](bench.model, images, one.share, bench.size)
         seconds = time.monotonic() - clock

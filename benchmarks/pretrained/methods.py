@@ -65,19 +65,12 @@ def depth(settings: Compensation) -> Method:
     return method
 
 
-def methods(
-    scores: Callable[[], OneShotScores],
-    round_to: int,
-    ridge: float,
-    token_share: float | None = Compensation.token_share,
-) -> dict[str, Method]:
+def methods(scores: Callable[[], OneShotScores], round_to: int, settings: Compensation) -> dict[str, Method]:
     """All of them, by name.
 
     Args:
         scores: gives the one-shot scores.
-        ridge, token_share: of compensation.
     """
-    settings = Compensation(images=None, ridge=ridge, token_share=token_share)
     return {
         "one-shot": one_shot(scores, round_to, settings),
         "magnitude, compensated": magnitude(settings, round_to),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_vitprune import count
+from hf_vitprune import Compensation, count
 
 from .drawings import Split
 from .measures import features, judged, latency
@@ -44,22 +44,24 @@ def rows(
     """Results of every method at every target, the dense tower first; files that are there are read.
 
     Args:
-        told: ``part`` and ``draw`` of the split, ``round`` (kept channels) and ``ridge`` (compensation).
+        told: ``part`` and ``draw`` of the split, ``round`` (kept channels), ``source``, and settings of compensation.
     """
     output.mkdir(parents=True, exist_ok=True)
     size, images = split.queries.pixels.shape[-1], split.calibration.pixels
     dense, whole = None, count(model, image_size=size).macs
-    known = methods(functools.cache(lambda: scored(model, images)), told["round"], told["ridge"])
+    given = {key: value for key, value in told.items() if key not in ("part", "draw", "round", "source")}
+    settings = Compensation(images=None, **given)
+    known = methods(functools.cache(lambda: scored(model, images)), told["round"], settings)
     for method, target in [("dense", 1.0), *((name, share) for name in wanted for share in targets)]:
         seen = f"{len(images)} images of {size}, {len(split.queries.labels)} queries"
         name = ", ".join([method, str(target), seen, *(f"{key} {value}" for key, value in told.items())])
         path = output / f"{name.replace(' ', '_')}.json"
         if not path.exists():
             dense = dense or (features(model, split.gallery.pixels), features(model, split.queries.pixels))
-            start = time.perf_counter()
+            start = time.process_time()
             small = model if method == "dense" else known[method](model, images, target, size)
             row = {"method": method, "target": target, "images": len(images), "size": size, **told}
-            row |= {"macs": count(small, image_size=size).macs / whole, "seconds": time.perf_counter() - start}
+            row |= {"macs": count(small, image_size=size).macs / whole, "seconds": time.process_time() - start}
             row |= judged(small, decoder, split, dense)
             row["latency"] = latency(model, small, split.queries.pixels[:8])
             path.write_text(json.dumps(row, indent=1))

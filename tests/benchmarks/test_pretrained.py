@@ -70,9 +70,22 @@ def test_measures_of_what_is_known() -> None:
         assert accuracy(seen, labels, seen, (labels + 1) % 3) == 0
 
 
+def test_parts_of_photographs(tmp_path: Path) -> None:
+    """Every photograph in turn, other parts each time, the same at every call."""
+    for i in range(2):
+        Image.fromarray(np.full((60, 90, 3), 100 + 100 * i, np.uint8)).save(tmp_path / f"{i}.jpg")
+    found = drawings.photographs(tmp_path, 28, 5)
+    values = found * drawings.STD + drawings.MEAN
+    expected = torch.tensor([100, 200, 100, 200, 100]) / 255
+    assert found.shape == (5, 3, 28, 28) and (values - expected.view(5, 1, 1, 1)).abs().max() < 0.01
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)).save(tmp_path / "0.jpg")
+    one, other = drawings.photographs(tmp_path, 28, 5), drawings.photographs(tmp_path, 28, 5)
+    assert torch.equal(one, other) and not torch.equal(one[0], one[2])
+
+
 def test_rows_are_kept_and_read_again(folder: Path, tmp_path: Path) -> None:
     split = drawings.split(folder, 28, calibration=8, classes=2, each=2)
-    told = {"part": "test", "draw": 0, "round": 1, "ridge": 1e-3}
+    told = {"part": "test", "draw": 0, "round": 1, "ridge": 1e-3, "views": 2, "source": "drawings"}
     wanted = cli.NAMES.split(";")
     output = tmp_path / "results"
     found = list(runs.rows(*tiny(), split, wanted, [0.7], told, output))
