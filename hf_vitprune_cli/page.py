@@ -19,6 +19,8 @@ from .saved import load_any_config, load_processor, load_tower, model_class_of
 
 #: images that are drawn; more change percentages by less than a point
 NUM_IMAGES = 512
+#: pruned models that colours tell apart
+MOST = 6
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
@@ -56,7 +58,14 @@ def report_page(
 
     Args:
         metrics: model -> more columns of the page's table.
+
+    Raises:
+        InvalidConfigError: a model is given twice, or there are more than colours can tell apart.
+        ModelMismatchError: one was not made from the dense model.
+        InvalidDataError, UnsupportedModelError: images or scores do not go with the models.
     """
+    if len(models) > MOST + 1:
+        raise InvalidConfigError(f"a page shows up to {MOST} pruned models, not {len(models) - 1}: give fewer")
     names = short_names(models)
     shapes = {names[model]: load_tower(model, part) for model in models}
     dense, *pruned = shapes
@@ -64,6 +73,8 @@ def report_page(
         names[model]: places_of(shapes[dense][0], *_remembered(shapes[names[model]]), plan_beside(model))
         for model in models[1:]
     }
+    if images is not None or data is not None:
+        shapes[dense][0].check_looks("a page of images")
     labelled = None if data is None else _labelled(data, models[0])
     pictures = None if labelled is None else Pictures.from_labelled(labelled, NUM_IMAGES)
     if images is not None:
@@ -89,7 +100,7 @@ def report_page(
     return write_page(
         out,
         {name: architecture for name, (architecture, _) in shapes.items()},
-        places,
+        {name: where for name, (where, _) in places.items()},
         image_size=image_size,
         timings=timings,
         budgets=budgets,
@@ -97,6 +108,7 @@ def report_page(
         answers=answers,
         pictures=pictures,
         metrics={names[model]: row for model, row in metrics.items()},
+        guessed=[name for name, (_, known) in places.items() if not known],
     )
 
 

@@ -146,7 +146,11 @@ def build(cuts: Cuts) -> gr.Blocks:
 
     def picture(name: str) -> Any:
         label = f"{name}: {what}"
-        return gr.Label(num_top_classes=5, label=label) if cuts.is_classifier else gr.Image(label=label, format="png")
+        return (
+            gr.Label(num_top_classes=5, label=label)
+            if cuts.is_classifier
+            else gr.Image(label=label, format="png", buttons=["fullscreen"])
+        )
 
     with gr.Blocks(title="Pruned on the spot", analytics_enabled=False) as page:
         gr.Markdown(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from transformers import ViTImageProcessorPil
+from transformers import CLIPModel, ViTImageProcessorPil
 
 from browser import Visits, faint, scrolls_sideways
 from command_line import VIT, misused, printed, refused
@@ -110,6 +111,23 @@ def test_a_backbone_has_neighbours(work: Path, visits: Visits) -> None:
     assert page.locator("svg text.note", has_text="stage 1").count() >= 5
 
 
+def test_a_tower_of_a_bigger_model(work: Path, visits: Visits, tmp_path: Path) -> None:
+    clip = make("CLIPForImageClassification")
+    whole = CLIPModel(clip.config)
+    saved(whole, tmp_path / "clip")
+    plan = PruningPlan.magnitude(whole, 0.5, units=["mlp"], part="vision")
+    saved(prune(whole, plan), tmp_path / "small")
+    words = ("report", tmp_path / "clip", tmp_path / "small", "--part")
+    printed(*words, "vision", "--images", work / "data", "--out", tmp_path / "page.html", "--rounds", 1)
+    page = visits.open((tmp_path / "page.html").as_uri())
+    assert "layer 0, small: 24 of 48" in page.locator("title").all_text_contents()
+    assert "same neighbours" in page.inner_text("table >> nth=0")
+    text = (*words, "text", "--out", tmp_path / "text.html")
+    assert "a page of images runs the model on images" in refused(*text, "--images", work / "data")
+    printed(*text)
+    assert "Latency" not in (tmp_path / "text.html").read_text()
+
+
 def test_labels_give_accuracy(work: Path, visits: Visits, tmp_path: Path) -> None:
     dense = make(VIT, num_labels=10)
     data = load_images("digits")
@@ -158,6 +176,10 @@ def test_what_cannot_be_meant_is_refused_before_work(work: Path, tmp_path: Path)
     assert (tmp_path / "old.html").read_text() == "mine"
     assert "is no folder" in refused("report", *models, "--images", tmp_path / "no", "--out", tmp_path / "x.html")
     assert "given twice" in refused("report", models[0], models[0], "--out", tmp_path / "x.html")
+    many = [models[1], *(work / f"m{i}" for i in range(6))]
+    for copy in many[1:]:
+        shutil.copytree(models[1], copy)
+    assert "up to 6 pruned models" in refused("report", models[0], *many, "--out", tmp_path / "x.html")
     assert "was not made from this" in refused("report", models[0], work / "swin-small", "--out", tmp_path / "x.html")
     assert "was not made from this" in refused("report", work / "deep", models[0], "--out", tmp_path / "x.html")
     wrong = ("report", work / "swin", work / "swin-small", "--scores", work / "scores.safetensors")

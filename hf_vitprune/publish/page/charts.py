@@ -12,6 +12,10 @@ from ..report import human
 #: view box of every chart, and what its axes leave free: small enough that text can be read on a phone
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 22, 34
+#: bars that would be narrower become lines across the layer's slot, this high
+NARROWEST, LINE = 3.0, 2.5
+#: letters of a name that fit beside its time
+LETTERS = 30
 
 
 class Mark(NamedTuple):
@@ -64,6 +68,8 @@ def bar_chart(
 ) -> Chart:
     """Bars of every layer: the dense size as a wide one behind, those of the models side by side before it.
 
+    Where they would be too narrow, lines across the wide bar say how high they are.
+
     Args:
         title: what is counted.
         dense: one size a layer.
@@ -86,9 +92,12 @@ def bar_chart(
         for m, (name, sizes) in enumerate(models):
             kept = sizes[i]
             what = "gone" if kept is None else f"{human(kept)} of {human(size)}"
-            at = left + 0.16 * slot + m * inner
-            share = (kept or 0) / _top(most)
-            chart.marks.append(_bar(chart, at, 0.92 * inner, share, m + 1, f"layer {i}, {name}: {what}"))
+            text, share = f"layer {i}, {name}: {what}", (kept or 0) / _top(most)
+            if inner < NARROWEST:
+                mark = _bar(chart, left + 0.06 * slot, 0.88 * slot, share, m + 1, text)
+                chart.marks.append(mark._replace(height=LINE if kept else 0, y=mark.y - LINE / 2))
+            else:
+                chart.marks.append(_bar(chart, left + 0.16 * slot + m * inner, 0.92 * inner, share, m + 1, text))
     starts = [i for i in range(count) if not i or stages[i] != stages[i - 1]]
     if len(starts) > 1:
         chart.rules = [chart.left + i * slot for i in starts[1:]]
@@ -144,7 +153,7 @@ def time_chart(title: str, rows: Sequence[tuple[str, float, float, str]]) -> Cha
         y = chart.top + 38 * i + 16
         end = width * median / _top(most)
         chart.marks.append(Mark(chart.left, y, end, 14, i, f"{name}: {text}"))
-        chart.notes.append(Tick(y - 4, f"{name}: {text}"))
+        chart.notes.append(Tick(y - 4, f"{text} · {_cut(name)}"))
         whisker = width * spread / _top(most)
         chart.lines.append(
             (
@@ -153,6 +162,12 @@ def time_chart(title: str, rows: Sequence[tuple[str, float, float, str]]) -> Cha
             )
         )
     return chart
+
+
+def _cut(name: str) -> str:
+    """A name without its middle, where it is long."""
+    half = LETTERS // 2
+    return name if len(name) <= LETTERS else f"{name[:half]}…{name[-half:]}"
 
 
 def _power(exponent: int) -> str:

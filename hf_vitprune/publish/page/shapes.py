@@ -18,8 +18,8 @@ MORE = {"conv_channels": "channels of the convolution", "macs": "multiply-adds"}
 
 def places_of(
     dense: Architecture, small: Architecture, remembered: Mapping[str, Any], plan: PruningPlan | None = None
-) -> list[int]:
-    """For every layer of a pruned model, which layer of the dense one it was.
+) -> tuple[list[int], bool]:
+    """For every layer of a pruned model, which layer of the dense one it was; and whether that is known.
 
     A plan for the dense model says so, and so does the config of a model that lost layers and nothing else; else the
     first layers of every stage are taken to have stayed.
@@ -39,12 +39,13 @@ def places_of(
             f"{len(dense.layers)}: give the dense model first, then what was pruned from it"
         )
     if plan is not None and len(plan.source.layers) == len(dense.layers) and len(plan.layers) == len(small.layers):
-        return [entry.index for entry in plan.layers]
+        return [entry.index for entry in plan.layers], True
     kept = remembered.get("kept_layers")
     if kept is not None and len(kept) == len(small.layers):
-        return list(kept)
+        return list(kept), True
     theirs = [(stage, dense.stages[:i].count(stage)) for i, stage in enumerate(dense.stages)]
-    return [theirs.index((stage, small.stages[:i].count(stage))) for i, stage in enumerate(small.stages)]
+    places = [theirs.index((stage, small.stages[:i].count(stage))) for i, stage in enumerate(small.stages)]
+    return places, len(places) == len(theirs)
 
 
 def plan_beside(folder: str) -> PruningPlan | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def write_page(
     answers: Answers | None = None,
     pictures: Pictures | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
+    guessed: Collection[str] = (),
 ) -> Path:
     """Write one HTML file: no network, no script, light and dark, for desks and phones.
 
@@ -49,6 +50,7 @@ def write_page(
         answers: of all models, on ``pictures``.
         pictures: the images.
         metrics: model -> name -> number: more columns of the table.
+        guessed: pruned models whose ``places`` are not known.
 
     Returns:
         The path.
@@ -59,7 +61,7 @@ def write_page(
         "title": f"Pruning report: {names[0]}",
         "about": f"A {architectures[names[0]].model_type}, and what pruning made of it: {', '.join(names[1:])}.",
         "names": names,
-        "models": [_model(name, architectures, costs, timings, answers) for name in names[1:]],
+        "models": [_model(name, architectures, costs, timings, answers, name in guessed) for name in names[1:]],
         "comparison": comparison_cells(_rows(names, costs, timings, answers, metrics or {})),
         "sizes": size_charts(architectures, places, image_size),
         "layers": [(name, layer_cells(layer_rows(one, image_size))) for name, one in architectures.items()],
@@ -88,6 +90,7 @@ def _model(
     costs: Mapping[str, Any],
     timings: Mapping[str, Timing] | None,
     answers: Answers | None,
+    guessed: bool,
 ) -> dict[str, Any]:
     """A card of the summary."""
     dense, *_ = architectures
@@ -109,6 +112,7 @@ def _model(
     layers, full = len(architectures[name].layers), len(architectures[dense].layers)
     width, wide = architectures[name].hidden_size, architectures[dense].hidden_size
     shape = f"{layers} of {full} layers, width {width}" + (f" of {wide}" if width != wide else "")
+    shape += "; which ones stayed is not on record, and they are drawn from the bottom" if guessed else ""
     return {"name": name, "facts": facts, "shape": shape}
 
 
