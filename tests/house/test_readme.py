@@ -68,7 +68,7 @@ def test_snippets_run_and_print_what_they_say(snippet: int, folder: Path, capsys
     assert [NUMBER.sub("#", line) for line in printed] == [NUMBER.sub("#", line) for line in output.splitlines()]
     dense = names.get("clip", names.get("model"))
     part = {"part": "vision"} if "clip" in names else {}
-    assert 0.2 < count(names["small"], **part).macs / count(dense, **part).macs <= 0.5
+    assert 0.2 < count(names["small"], **part).macs / count(dense, **part).macs <= (0.55 if part else 0.5)
     made = {path.name for path in folder.iterdir()} - before - {"runs"}
     assert len(made) == 1 and (folder / made.pop() / "model.safetensors").exists()
 
