@@ -57,6 +57,10 @@ class NativeExportError(VitPruneError, ValueError):
     """The pruned shape cannot be expressed by a stock transformers class."""
 
 
+class PortableError(VitPruneError, ValueError):
+    """A model holds code or modules that a portable folder cannot bring along."""
+
+
 class AdapterError(VitPruneError, ValueError):
     """A PEFT adapter cannot be carried over to the pruned model, or belongs to another architecture."""
 

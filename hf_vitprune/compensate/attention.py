@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from ..modeling.blocks import PrunedAttentionMixin
+from ..modeling.structure import shape_attention
 from ..utils.mixing import mix_into
 from .algebra import balance, obs
 from .fits import Branch
@@ -49,7 +50,7 @@ def _widened(site: Site, inputs: Inputs, every_head: bool) -> Layer:
     turned = getattr((site.dense if every_head else site.small).part("attention"), "qk_index", None)
     mix_into(attention, PrunedAttentionMixin)  # a stock one has one width for q/k and v
     shape = replace(site.source, heads=heads, qk_dim=qk_dim)
-    attention.set_shape(shape, source.scaling(site.entry.index), source.family)
+    shape_attention(attention, shape, source.scaling(site.entry.index), source.family)
     if source.family.rotate is not None:
         attention.register_channels(source.head_dim(site.entry.index))
         attention.qk_index = attention.qk_index if turned is None else turned

@@ -14,7 +14,7 @@ from ..utils.mixing import InPlaceMixin, mix_into
 from .pooling import PoolingFamily
 
 
-class KeptPositionsMixin(InPlaceMixin):
+class KeptGridPositionsMixin(InPlaceMixin):
     """Embeddings of a narrowed native tower: positions are computed for the dense width, and the kept ones taken."""
 
     def narrow(self, width: int, kept: int) -> None:
@@ -52,9 +52,9 @@ class Aimv2Family(PoolingFamily):
         embeddings = model.embeddings
         if not model.config.is_native or kept == width:
             return
-        if isinstance(embeddings, KeptPositionsMixin):  # it was narrowed before
+        if isinstance(embeddings, KeptGridPositionsMixin):  # it was narrowed before
             width = embeddings.full_width
-        mix_into(embeddings, KeptPositionsMixin)
+        mix_into(embeddings, KeptGridPositionsMixin)
         embeddings.narrow(width, kept)
 
 

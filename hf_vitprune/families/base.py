@@ -69,6 +69,13 @@ def pair(size: Any) -> tuple[int, int]:
     return int(size), int(size)
 
 
+def patch_grid(config: Any, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Patches (down, across) for an image size, the config's own by default."""
+    height, width = pair(config.image_size if image_size is None else image_size)
+    patch_h, patch_w = pair(config.patch_size)
+    return height // patch_h, width // patch_w
+
+
 @dataclass(frozen=True)
 class Family(ReadsFeatures):
     """One kind of model, found by ``config.model_type``. Paths are relative to the layer unless said otherwise."""
@@ -325,10 +332,7 @@ class Family(ReadsFeatures):
 
     def grid(self, config: PreTrainedConfig, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
         """Patches (down, across) for an image size, the config's own by default."""
-        c = self.sizes_config(config)
-        height, width = pair(c.image_size if image_size is None else image_size)
-        patch_h, patch_w = pair(c.patch_size)
-        return height // patch_h, width // patch_w
+        return patch_grid(self.sizes_config(config), image_size)
 
     def attention_tokens(self, config: PreTrainedConfig, grid: tuple[int, int], kind: int) -> tuple[int, int, int]:
         """(tokens through the MLP, tokens through q/k/v/o, sum of squared attention lengths) for one image."""

@@ -17,13 +17,19 @@ from .base import Family, LayerPaths
 class KeptPositionsMixin(InPlaceMixin):
     """Embeddings of a narrowed model: the fixed positions are those of the dense width, and the kept ones taken."""
 
+    full_width: int
+
     def narrow(self, width: int, kept: int) -> None:
         module: Any = self
-        module.__dict__["position_embeddings"] = self._table(module.num_patches, width)
+        module.full_width = width
         module.register_buffer("input_index", torch.arange(kept, device="meta"))
+        module.make_table()
 
-    def _table(self, patches: int, width: int) -> torch.Tensor:
-        return sys.modules[self.stock_class.__module__].get_sinusoid_encoding_table(patches, width)
+    def make_table(self) -> None:
+        """The positions of the dense width."""
+        module: Any = self
+        make = sys.modules[self.stock_class.__module__].get_sinusoid_encoding_table
+        module.__dict__["position_embeddings"] = make(module.num_patches, module.full_width)
 
     @property
     def position_embeddings(self) -> torch.Tensor:
@@ -68,7 +74,7 @@ class VideoMAEFamily(Family):
         if kept == width and not isinstance(embeddings, KeptPositionsMixin):
             return
         if isinstance(embeddings, KeptPositionsMixin):  # it was narrowed before
-            width = embeddings.__dict__["position_embeddings"].shape[-1]
+            width = embeddings.full_width
         mix_into(embeddings, KeptPositionsMixin)
         embeddings.narrow(width, kept)
 

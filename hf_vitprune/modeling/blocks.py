@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.vit.modeling_vit import eager_attention_forward
 from transformers.utils import TransformersKwargs
 
 from ..errors import UnsupportedModelError
-from ..families import Family
 from ..spec.layer_shape import LayerShape
 from ..utils.mixing import InPlaceMixin
 from ..utils.modules import get
@@ -59,32 +58,6 @@ def set_attention_sizes(attention: Any, shape: LayerShape, scaling: float) -> No
             setattr(attention, name, size)
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in plain steps, for families whose files have no such function.
-
-    Args:
-        query, key, value: (batch, heads, tokens, channels).
-        attention_mask: added to the scores.
-
-    Returns:
-        The context (batch, tokens, heads, channels), and the weights.
-    """
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.dropout(scores.softmax(-1), dropout, module.training)
-    return (weights @ value).transpose(1, 2), weights
-
-
 class PrunedAttentionMixin(InPlaceMixin):
     """Forward for attention whose heads, q/k channels and v channels are free.
 
@@ -94,74 +67,52 @@ class PrunedAttentionMixin(InPlaceMixin):
     neither the scores nor (cropped) the context.
     """
 
-    def set_shape(self, shape: LayerShape, scaling: float, family: Family) -> None:
-        self.pruned_heads = shape.heads
-        self.qk_dim, self.v_dim = shape.qk_dim, shape.v_dim
-        self.pruned_scaling = scaling
-        self.projections = family.q, family.k, family.v
-        self.qk_norms = family.qk_norms
-        self.output_name = family.output_name
-        self.bias_function, self.rotate = family.attention_bias, family.rotate
-        #: what some layers hand their attention by position, behind the hidden states
-        stock: Any = self.stock_class
-        self.by_position = tuple(inspect.signature(stock.forward).parameters)[2:]
-        set_attention_sizes(self, shape, scaling)
-
     def register_channels(self, full: int) -> None:
         """Room for which of the ``full`` channels of each head are kept, where something turns them; any at first."""
         module: Any = self
-        self.rotated, half = full, self.qk_dim // 2
-        device = get(module, self.projections[0]).weight.device
-        channels = torch.cat([torch.arange(half, device=device), torch.arange(half, device=device) + full // 2])
-        module.register_buffer("qk_index", channels.repeat(self.pruned_heads))
+        module.rotated = full
+        first = torch.arange(module.qk_dim // 2, device=get(module, module.projections[0]).weight.device)
+        module.register_buffer("qk_index", torch.cat([first, first + full // 2]).repeat(module.pruned_heads))
 
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         module: Any = self
-        kwargs.update(zip(self.by_position, args, strict=False))
+        kwargs.update(zip(module.by_position, args, strict=False))
         attention_mask = kwargs.pop("attention_mask", None)
         kwargs.pop(GRID, None)  # for convolution mixers; some kernels refuse what they do not know
         shape = hidden_states.shape[:-1]
-        heads = self.pruned_heads
+        heads = module.pruned_heads
         inputs = read_inputs(module, hidden_states)
-        q, k, v = (get(module, name)(inputs) for name in self.projections)
-        if self.qk_norms:
-            q, k = (get(module, name)(x) for name, x in zip(self.qk_norms, (q, k), strict=True))
-        query = q.view(*shape, heads, self.qk_dim).transpose(1, 2)
-        key = k.view(*shape, heads, self.qk_dim).transpose(1, 2)
-        value = v.view(*shape, heads, self.v_dim).transpose(1, 2)
-        if self.rotate is not None:
-            query, key = self.rotate(module, query, key, kwargs)
-        if self.bias_function is not None:
-            attention_mask = self.bias_function(module, attention_mask, shape, kwargs)
+        q, k, v = (get(module, name)(inputs) for name in module.projections)
+        if module.qk_norms:
+            q, k = (get(module, name)(x) for name, x in zip(module.qk_norms, (q, k), strict=True))
+        query = q.view(*shape, heads, module.qk_dim).transpose(1, 2)
+        key = k.view(*shape, heads, module.qk_dim).transpose(1, 2)
+        value = v.view(*shape, heads, module.v_dim).transpose(1, 2)
+        if module.rotate is not None:
+            query, key = module.rotate(module, query, key, kwargs)
+        if module.bias_function is not None:
+            attention_mask = module.bias_function(module, attention_mask, shape, kwargs)
         if not hasattr(module, "is_causal"):  # kernels take what does not say so for a language model's
             kwargs.setdefault("is_causal", False)
 
         _check_known(module, kwargs)
         implementation = module.config._attn_implementation
         if implementation != "eager":
-            width = max(self.qk_dim, self.v_dim)
-            if width > self.qk_dim:
-                query, key = F.pad(query, (0, width - self.qk_dim)), F.pad(key, (0, width - self.qk_dim))
-            elif width > self.v_dim:
-                value = F.pad(value, (0, width - self.v_dim))
-        # the eager function of the family's own file, so that its quirks stay
-        eager = getattr(sys.modules[self.stock_class.__module__], "eager_attention_forward", eager_attention_forward)
+            width = max(module.qk_dim, module.v_dim)
+            if width > module.qk_dim:
+                query, key = F.pad(query, (0, width - module.qk_dim)), F.pad(key, (0, width - module.qk_dim))
+            elif width > module.v_dim:
+                value = F.pad(value, (0, width - module.v_dim))
+        # the eager function of the family's own file, so that its quirks stay; some have none
+        eager = getattr(sys.modules[module.stock_class.__module__], "eager_attention_forward", eager_attention_forward)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         dropout = next((getattr(module, name) for name in _DROPOUTS if hasattr(module, name)), 0.0)
-        context, weights = attend(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout if module.training else 0.0,
-            scaling=self.pruned_scaling,
-            **kwargs,
-        )
-        context = context[..., : self.v_dim].reshape(*shape, heads * self.v_dim)
-        return (context if self.output_name is None else get(module, self.output_name)(context)), weights
+        kwargs |= {"dropout": dropout if module.training else 0.0, "scaling": module.pruned_scaling}
+        context, weights = attend(module, query, key, value, attention_mask, **kwargs)
+        context = context[..., : module.v_dim].reshape(*shape, heads * module.v_dim)
+        return (context if module.output_name is None else get(module, module.output_name)(context)), weights
 
 
 class PrunedInputsMixin(InPlaceMixin):

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import TokenGridError
-from ..families import family_of
-from ..spec.layer_shape import LayerShape
+from ..families.base import patch_grid
 
 #: keyword under which models hand the grid of patches (down, across) to their layers
 GRID = "patch_grid"
@@ -38,16 +37,16 @@ class ConvMixer(nn.Module):
     grid: they come out as they went in, that is normalised. SPViT, arXiv 2111.11802, section 3.
     """
 
-    def __init__(self, shape: LayerShape, width: int, special_tokens: int, output_name: str) -> None:
+    def __init__(
+        self, kernel: int, channels: int, batch_norm: bool, width: int, special_tokens: int, output_name: str
+    ) -> None:
         super().__init__()
-        channels, kernel = shape.conv_channels, shape.kernel
-        assert channels is not None and kernel is not None
         self.special_tokens = special_tokens
-        self.shape = (kernel, channels, bool(shape.batch_norm))
+        self.shape = (kernel, channels, batch_norm)
         self.output_name = output_name
         # a bias in front of BatchNorm would do nothing
-        self.conv = nn.Conv2d(width, channels, kernel, padding=kernel // 2, bias=not shape.batch_norm)
-        self.norm = MixerBatchNorm(channels) if shape.batch_norm else nn.Identity()
+        self.conv = nn.Conv2d(width, channels, kernel, padding=kernel // 2, bias=not batch_norm)
+        self.norm = MixerBatchNorm(channels) if batch_norm else nn.Identity()
         self.add_module(output_name, nn.Linear(channels, width))
 
     def forward(
@@ -118,5 +117,4 @@ def give_grid(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return None  # the encoder says so itself
     if kwargs.get("attention_mask") is not None:
         raise TokenGridError("convolution mixers cannot leave tokens out: drop the attention_mask")
-    grid = family_of(encoder).grid(encoder.config, tuple(pixels.shape[-2:]))
-    return args, {**kwargs, GRID: grid}
+    return args, {**kwargs, GRID: patch_grid(encoder.config, tuple(pixels.shape[-2:]))}

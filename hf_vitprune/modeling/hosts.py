@@ -19,7 +19,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import CheckpointMismatchError
 from ..families import PRUNED_PREFIX, family_of
 from ..utils.modules import put
-from .pretrained import NOT_STOCK, PrunedModelMixin, overridden
+from .folder import NOT_STOCK
+from .pretrained import PrunedModelMixin, overridden
 from .registry import copy_conversions, pruned_model_class
 from .strict import StrictMixin
 
@@ -46,7 +47,7 @@ class PrunedHostConfigMixin:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers', with the configs of pruned towers as what they are."""
-        fields = dict(config_dict)
+        fields = {name: value for name, value in config_dict.items() if name != "portable"}
         for name, part in _pruned_parts(config_dict):
             fields[name] = CONFIG_MAPPING[part["model_type"]].from_dict(part)
         return super().from_dict(fields, **kwargs)  # type: ignore[misc]

@@ -18,21 +18,10 @@ from ..spec.architecture import Architecture, write_record
 from ..spec.configs import check_depth
 from .complete import check_adapters_whole
 from .custom import check_class, check_modules, loading
+from .folder import NOT_STOCK, STUB, STUB_MODULE
+from .rebuild import materialize
 from .strict import StrictMixin
-from .structure import layer_paths, materialize, resize_
-
-#: what config.json has in the place of the residual width: stock configs refuse it, and quote it
-NOT_STOCK = (
-    "pruned with hf_vitprune: import hf_vitprune before loading, and load with an Auto class or a Pruned class; stock "
-    "classes cannot hold this shape"
-)
-STUB_MODULE = "modeling_hf_vitprune"
-_STUB = '''"""Loads a vision transformer pruned with hf_vitprune; needs `pip install hf_vitprune`."""
-
-from hf_vitprune.modeling import {imports}
-
-__all__ = [{exports}]
-'''
+from .structure import layer_paths, resize_
 
 
 class PrunedConfigMixin:
@@ -50,6 +39,7 @@ class PrunedConfigMixin:
                 config of its kind can have.
         """
         stated: Any = cls
+        config_dict = {name: value for name, value in config_dict.items() if name != "portable"}
         if config_dict.get("model_type") != stated.model_type:  # of a stock checkpoint
             config_dict = {name: value for name, value in config_dict.items() if name != "model_type"}
         elif not config_dict.get("pruning_config"):
@@ -89,7 +79,7 @@ class PrunedConfigMixin:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         names = sorted({path.rpartition(".")[2] for path in (getattr(self, "auto_map", None) or {}).values()})
         if names:
-            stub = _STUB.format(imports=", ".join(names), exports=", ".join(f'"{name}"' for name in names))
+            stub = STUB.format(imports=", ".join(names), exports=", ".join(f'"{name}"' for name in names))
             (Path(save_directory) / f"{STUB_MODULE}.py").write_text(stub)
 
     @classmethod

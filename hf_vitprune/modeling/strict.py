@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from ..errors import CheckpointMismatchError, InvalidConfigError
+from ..errors import CheckpointMismatchError
 from ..utils.finite import check_finite
 from ..utils.upload import upload
 from .embedded import adapter_beside, of_base, without_other_adapter
+from .portable import save_portable
 
 
 class StrictMixin:
     """Mixed in front of a stock model class."""
 
     def save_pretrained(
-        self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
+        self,
+        save_directory: Any,
+        *args: Any,
+        portable: bool = False,
+        save_original_format: bool = False,
+        **kwargs: Any,
     ) -> None:
         """As transformers', but always under the model's own parameter names.
 
         Stock classes write legacy names by default, which a Trainer then cannot restore.
 
+        Args:
+            save_directory: the folder.
+            args: as transformers'.
+            portable: with a file of code beside the weights, by which ``trust_remote_code=True`` loads the folder
+                where this library is not installed.
+            save_original_format: as transformers'.
+            kwargs: as transformers'.
+
         Raises:
             NotFiniteError: there are weights that are infinite or no numbers.
-            InvalidConfigError: ``portable``, which is not there yet; transformers would pass over it.
+            PortableError: ``portable``, and the model holds what that file cannot bring along.
         """
-        if kwargs.get("portable"):
-            raise InvalidConfigError(
-                "portable=True (a folder that loads without hf_vitprune, whatever its shape) is not there yet: leave "
-                "it out and import hf_vitprune before loading; or save hf_vitprune.modeling.native.to_native(model), "
-                "which needs transformers alone, where a stock class can hold the shape"
-            )
         check_finite(self, "saved", kwargs.get("state_dict"))  # type: ignore[arg-type]
-        super().save_pretrained(  # type: ignore[misc]
-            save_directory, *args, save_original_format=save_original_format, **kwargs
-        )
+        save = functools.partial(super().save_pretrained, save_original_format=save_original_format)  # type: ignore[misc]
+        if portable:
+            save_portable(self, save, save_directory, *args, **kwargs)
+        else:
+            save(save_directory, *args, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """As transformers', with a model card unless there is one already; see ``hf_vitprune.push_to_hub``.

@@ -25,15 +25,16 @@ from .blocks import PrunedAttentionMixin, PrunedInputsMixin, RemovedAttention, R
 from .conv_mixer import ConvMixer, IdentityMixer, follow_grid
 
 __all__ = [
+    "conv_mixer",
     "finish_mixers",
     "get",
     "get_wrapped",
     "layer_paths",
-    "materialize",
     "put",
     "put_mixer",
     "replace_mixer",
     "resize_",
+    "shape_attention",
 ]
 
 
@@ -129,7 +130,7 @@ def _resize_attention(
     if own or foreign or shape.qk_dim != shape.v_dim or (narrow and family.own_attention):
         _check_stock(attention, paths.attention, family)
         mix_into(attention, PrunedAttentionMixin)
-        attention.set_shape(shape, scaling, family)
+        shape_attention(attention, shape, scaling, family)
         _register_inputs(attention, shape.attention_in, width)
         if family.rotate is not None:
             attention.register_channels(architecture.head_dim(i))
@@ -143,6 +144,20 @@ def _resize_attention(
             unmix(attention, PrunedInputsMixin)
             attention._buffers.pop("input_index", None)
         set_attention_sizes(attention, shape, scaling)
+
+
+def shape_attention(attention: Any, shape: LayerShape, scaling: float, family: Family) -> None:
+    """Tell an attention of ours (:class:`PrunedAttentionMixin`) its sizes, and what its family does in between."""
+    attention.pruned_heads = shape.heads
+    attention.qk_dim, attention.v_dim = shape.qk_dim, shape.v_dim
+    attention.pruned_scaling = scaling
+    attention.projections = family.q, family.k, family.v
+    attention.qk_norms = family.qk_norms
+    attention.output_name = family.output_name
+    attention.bias_function, attention.rotate = family.attention_bias, family.rotate
+    #: what some layers hand their attention by position, behind the hidden states
+    attention.by_position = tuple(inspect.signature(attention.stock_class.forward).parameters)[2:]
+    set_attention_sizes(attention, shape, scaling)
 
 
 #: parameters of attentions that ours serves, too
@@ -204,10 +219,16 @@ def replace_mixer(
     if shape.mixer == "identity":
         mixer: nn.Module = IdentityMixer()
     else:
-        mixer = ConvMixer(shape, width, family.extra_tokens_of(config), family.o)
+        mixer = conv_mixer(shape, width, family.extra_tokens_of(config), family.o)
     put_mixer(model, paths, mixer)
     if family.grid_layer is not None:
         mix_into(get(model, paths.layer), family.grid_layer)
+
+
+def conv_mixer(shape: LayerShape, width: int, special_tokens: int, output_name: str) -> ConvMixer:
+    """A convolution of these sizes, in a residual stream of ``width`` channels."""
+    assert shape.conv_channels is not None and shape.kernel is not None
+    return ConvMixer(shape.kernel, shape.conv_channels, bool(shape.batch_norm), width, special_tokens, output_name)
 
 
 def put_mixer(model: nn.Module, paths: LayerPaths, mixer: nn.Module) -> None:
@@ -255,18 +276,3 @@ def _drop(model: nn.Module, family: Family, norm: str, scale: str | None) -> Non
     put(model, norm, nn.Identity())
     if scale is not None:
         family.drop_scale(*owner(model, scale))
-
-
-def materialize(model: PreTrainedModel, device: torch.device) -> None:
-    """Give a meta skeleton real, initialised weights on ``device``."""
-    model.to_empty(device=device)
-    for module in model.modules():
-        index = getattr(module, "input_index", None)
-        if isinstance(index, torch.Tensor):
-            module.input_index = torch.arange(len(index), device=device)  # any choice: there are no weights yet
-        if isinstance(module, PrunedAttentionMixin) and module.rotate is not None:
-            module.register_channels(module.rotated)
-    with torch.no_grad():
-        for parameter in model.parameters():  # some that stock constructors make of zeros, nobody initialises
-            parameter.zero_()
-    model.initialize_weights()

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
-from ..errors import UnsupportedModelError
+from ..errors import InvalidArchitectureError, PortableError, UnsupportedModelError
 from ..families import find_family
 from ..spec.origin import is_pruned
+from ..utils.mixing import InPlaceMixin, mix_into, unmix
+from ..utils.upload import upload
 from .hosts import host_class, stock_host
+from .portable import WHOLE_TYPE, pruned_configs, save_portable
 from .pretrained import PrunedModelMixin
 
 logger = logging.get_logger(__name__)
@@ -49,8 +54,81 @@ def _config_with(config: Any, old: PreTrainedConfig, new: PreTrainedConfig, matc
     return None
 
 
+class HoldsPrunedMixin(InPlaceMixin):
+    """In front of a stock class that asks the Auto classes for its tower, and got a pruned one."""
+
+    @classmethod
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """The mixed class goes by the name of the stock one, which config.json and Trainer ask for."""
+        for name in ("__name__", "__qualname__", "__module__"):
+            setattr(cls, name, getattr(cls.stock_class, name))
+        super().__init_subclass__(**kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, portable: bool = False, **kwargs: Any) -> None:
+        """As transformers', and as a portable folder; see :class:`~hf_vitprune.modeling.strict.StrictMixin`."""
+        save: Any = super().save_pretrained  # type: ignore[misc]
+        if portable:
+            save_portable(self, functools.partial(save, save_original_format=False), save_directory, *args, **kwargs)
+        else:
+            save(save_directory, *args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *args: Any, portable: bool = False, **kwargs: Any) -> Any:
+        """As transformers', and as ``hf_vitprune.push_to_hub`` where ``portable``."""
+        if portable:
+            return upload(self, repo_id, *args, portable=True, **kwargs)
+        return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]
+
+
+class PortableWholeConfig(PreTrainedConfig):
+    """Stands in config.json of portable bigger models: with this library they load as what they are."""
+
+    model_type = WHOLE_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of the stock class.
+
+        Raises:
+            InvalidArchitectureError: config.json does not say which.
+        """
+        portable = config_dict.get("portable")
+        stock = portable.get("stock_type") if isinstance(portable, dict) else None
+        if not isinstance(stock, str) or stock not in CONFIG_MAPPING:
+            raise InvalidArchitectureError(
+                f"config.json is of a portable bigger model, and says nothing known of its kind ({stock!r}); fetch it "
+                "again"
+            )
+        fields = {name: value for name, value in config_dict.items() if name not in ("portable", "auto_map")}
+        return CONFIG_MAPPING[stock].from_dict({**fields, "model_type": stock}, **kwargs)
+
+
+AutoConfig.register(WHOLE_TYPE, PortableWholeConfig)
+
+
+def _hold_pruned_(whole: nn.Module) -> None:
+    """Let a stock model with a pruned tower inside be saved as a portable folder, too."""
+    if not isinstance(whole, PreTrainedModel) or not type(whole).__module__.startswith("transformers."):
+        return
+    if host_class(type(whole)) is None and any(prefix for prefix, _ in pruned_configs(whole.config)):
+        mix_into(whole, HoldsPrunedMixin)
+
+
+def check_portable(model: Any) -> None:
+    """Refuse what cannot be saved as a portable folder; bigger models whose tower was put in by hand learn to.
+
+    Raises:
+        PortableError: naming the cure.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise PortableError(
+            f"a {type(model).__name__} has no portable folder: merge adapters (merge_and_unload()), and take that"
+        )
+    _hold_pruned_(model)
+
+
 def become_host_(whole: Any, small: Any) -> None:
     """Make a model that builds its towers itself, and now holds a pruned one, its twin that loads again, in place."""
+    _hold_pruned_(whole)
     twin = host_class(type(whole))
     if isinstance(small, PrunedModelMixin) and twin is not None and type(whole) is not twin:
         whole.config.__class__ = twin.config_class
@@ -60,8 +138,12 @@ def become_host_(whole: Any, small: Any) -> None:
 
 def become_stock_(whole: Any) -> None:
     """Undo :func:`become_host_`, where no pruned tower is left."""
+    if any(isinstance(module, PrunedModelMixin) for module in whole.modules()):
+        return
+    for module in whole.modules():
+        unmix(module, HoldsPrunedMixin)
     stock = stock_host(type(whole))
-    if stock is not None and not any(isinstance(module, PrunedModelMixin) for module in whole.modules()):
+    if stock is not None:
         whole.config.__class__ = stock.config_class
         whole.config.__dict__.pop("model_type", None)
         whole.__class__ = stock
@@ -83,6 +165,8 @@ def follow_tower(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     one family, and the config of a transformers model holds that of the old one; otherwise the model would be saved
     with the config of another tower, and loaded with layers of random numbers.
     """
+    if isinstance(parent, PreTrainedModel) and isinstance(new, nn.Module) and hasattr(parent, "config"):
+        _hold_pruned_(parent)
     old = parent._modules.get(name)
     if not (isinstance(new, PreTrainedModel) and isinstance(old, PreTrainedModel) and old is not new):
         return

@@ -14,6 +14,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 from ..errors import HubUploadError
+from ..modeling.whole_config import check_portable
 from ..peft.folder import name_base
 from ..spec.architecture import unwrap
 from ..utils.finite import check_finite
@@ -41,6 +42,7 @@ def push_to_hub(
     create_pr: bool = False,
     max_shard_size: int | str | None = None,
     tags: Sequence[str] = (),
+    portable: bool = False,
 ) -> CommitInfo:
     """Upload a model in a single commit, so that a push that is cut off leaves nothing half-finished to load.
 
@@ -58,14 +60,18 @@ def push_to_hub(
         create_pr: open a pull request instead of pushing to the branch.
         max_shard_size: largest file of weights, for instance ``"5GB"``.
         tags: added to the card, also to one that is kept.
+        portable: with a file of code by which ``trust_remote_code=True`` loads the model without this library.
 
     Returns:
         What the Hub says of the commit.
 
     Raises:
+        PortableError: ``portable``, and the model holds what that file cannot bring along.
         HubUploadError: no connection, a lost connection, or no right to write there.
         NotFiniteError: there are weights that are infinite or no numbers.
     """
+    if portable:
+        check_portable(model)
     check_finite(model, "pushed")
     api = HfApi(token=token)
     tags = [*tags, *(getattr(unwrap(model), "model_tags", None) or [])]
@@ -76,7 +82,8 @@ def push_to_hub(
         present = set(api.list_repo_files(repo_id, revision=revision))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+        settings = {"max_shard_size": max_shard_size, "portable": portable or None}
+        model.save_pretrained(folder, **{name: value for name, value in settings.items() if value is not None})
         name_base(folder, repo_id)
         if image_processor is not None:
             image_processor.save_pretrained(folder)

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from ...errors import InvalidConfigError, UnsupportedModelError
 from ...families import LayerPaths
-from ...modeling.conv_mixer import ConvMixer
-from ...modeling.structure import get
+from ...modeling.structure import conv_mixer, get
 from ...plan.plan import PruningPlan
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import KERNELS
@@ -53,7 +52,7 @@ def _branches(architecture: Architecture, i: int, config: SPViTConfig, device: t
         return shared_branches(architecture, i, config.mixing_temperature, device)
     shape, family, width = architecture.layers[i], architecture.family, architecture.width(i)
     # they see patches only
-    return OwnBranches({kind: ConvMixer(mixer_shape(shape, kind), width, 0, family.o).to(device) for kind in KERNELS})
+    return OwnBranches({kind: conv_mixer(mixer_shape(shape, kind), width, 0, family.o).to(device) for kind in KERNELS})
 
 
 def shared_branches(
