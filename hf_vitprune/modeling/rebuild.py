@@ -28,15 +28,18 @@ def rebuild_(model: nn.Module, record: dict[str, Any], parts: dict[str, Any]) ->
 
     Args:
         model: what the stock class makes from the config.
-        record: path of a module, parents first -> ``class`` and ``arguments`` of what takes its place; ``mixins`` in
-            front of its class; ``tensors``, names -> shapes; ``buffers``, new ones: names -> (shape, dtype,
-            persistent); ``attributes``; ``hook``, the name of a function that is called in front of it.
+        record: path of a module, parents first -> ``class`` and ``arguments`` of what takes its place; ``without``,
+            names of modules in it that go; ``mixins`` in front of its class; ``tensors``, names -> shapes;
+            ``buffers``, new ones: names -> (shape, dtype, persistent); ``attributes``; ``hook``, the name of a
+            function that is called in front of it.
         parts: what the record names.
     """
     for path, changes in record.items():
         if "class" in changes:
             put(model, path, parts[changes["class"]](**changes["arguments"]))
         module = get(model, path)
+        for name in changes.get("without", ()):
+            module._modules[name] = None
         for name in changes.get("mixins", ()):
             mix_into(module, parts[name])
         for name, shape in changes.get("tensors", {}).items():

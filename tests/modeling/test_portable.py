@@ -45,6 +45,7 @@ QUICK: list[tuple[str, str | None]] = [
     ("SiglipVisionModel", "embedding"),
     ("VideoMAEForVideoClassification", "embedding"),
     ("BeitForSemanticSegmentation", "embedding"),
+    ("BeitForImageClassification", "removed branches"),
     ("CLIPForImageClassification", "narrow inputs"),
 ]
 FEW_WHOLES = ["LLaVA", "CLIP", "DepthAnything"]
@@ -73,8 +74,11 @@ def save_whole(root: Path, name: str) -> None:
         save(root / name / part, small, name, composite_outputs(small, inputs))
 
 
-def without_the_package(root: Path) -> list[str]:
-    return run("-I", str(SUPPORT / "portable_folders.py"), str(root), timeout=900).splitlines()
+def load_without_the_package(root: Path) -> None:
+    """All of the folders, in a process that cannot import it."""
+    folders = sorted(str(saved.parent.relative_to(root)) for saved in root.rglob("outputs.pt"))
+    lines = run("-I", str(SUPPORT / "portable_folders.py"), str(root), timeout=900).splitlines()
+    assert folders and [line for line in lines if line in folders] == folders
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +95,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_folders_load_without_the_package(quick: Path) -> None:
     """Bit for bit, and saved again they are the same folders; untrusted they are refused. See ``uses``, too."""
-    assert len(without_the_package(quick)) == len(QUICK) + 4  # CLIP has two towers
+    load_without_the_package(quick)
 
 
 def test_folders_load_through_registration_with_the_package(quick: Path) -> None:
@@ -111,7 +115,6 @@ def test_folders_load_through_registration_with_the_package(quick: Path) -> None
 
 @pytest.mark.slow
 def test_every_family_and_kind_of_architecture(tmp_path: Path) -> None:
-    count = 0
     for case in EVERY_FAMILY:
         for plan in [*PLANS, None]:
             if (plan and lacks(case, plan)) or (plan is None and case not in WITH_GRID):
@@ -119,19 +122,17 @@ def test_every_family_and_kind_of_architecture(tmp_path: Path) -> None:
             small = pruned(case, plan)
             if small is not None:
                 save(tmp_path / case / str(plan), small, case, outputs(small))
-                count += 1
     for case in sorted({*CASES} - {*EVERY_FAMILY}):
         small = pruned(case, "mlp")
         save(tmp_path / case / "mlp", small, case, outputs(small))
-        count += 1
-    assert len(without_the_package(tmp_path)) == count
+    load_without_the_package(tmp_path)
 
 
 @pytest.mark.slow
 def test_every_bigger_model(tmp_path: Path) -> None:
     for name in COMPOSITES:
         save_whole(tmp_path, name)
-    assert len(without_the_package(tmp_path)) == len([*tmp_path.rglob("outputs.pt")])
+    load_without_the_package(tmp_path)
 
 
 # ---------------------------------------------------------------------- the Hub
