@@ -45,6 +45,7 @@ def model_card(
     tags: Sequence[str] = (),
     repo_id: str | None = None,
     part: str | None = None,
+    portable: bool = False,
 ) -> ModelCard:
     """A card for a pruned model, a bigger one with a pruned tower in it, or for its native export.
 
@@ -63,6 +64,7 @@ def model_card(
         tags: more tags, beside ``hf_vitprune``, ``pruning`` and the family.
         repo_id: where the model will be; for the title and the loading example.
         part: which tower of a bigger model the card is about; by default its only one, or the only pruned one.
+        portable: it is in a portable folder, which loads without this library.
 
     Raises:
         InvalidConfigError: metrics without a dataset, or timings without ``before`` and ``after``.
@@ -99,8 +101,8 @@ def model_card(
         template_path=str(TEMPLATE),
         title=name,
         summary=_summary(architecture, reference, base_model),
-        install=_install(config),
-        snippet=_snippet(model, config, repo_id),
+        install=_install(config, portable),
+        snippet=_snippet(model, config, repo_id, portable),
         results=_results(architecture, reference, before, after, timings),
         measured_on=_measured_on(dataset if after else None, dataset_split, timings),
         settings=_settings({k: v for k, v in settings.items() if k not in _INTERNAL_INFO}),
@@ -206,22 +208,30 @@ def _settings(info: Mapping[str, Any]) -> str:
     return "\n".join(f"- {key.replace('_', ' ')}: `{text(value)}`" for key, value in info.items() if value is not None)
 
 
-def _install(config: PreTrainedConfig) -> str:
+def _install(config: PreTrainedConfig, portable: bool) -> str:
+    if portable and config.model_type.startswith(PRUNED_PREFIX):
+        return (
+            "Its layers have sizes of their own. `modeling_hf_vitprune.py`, beside the weights, builds them with "
+            "transformers alone; read it, and say so (where `hf_vitprune` is imported, nothing has to be said):"
+        )
     if config.model_type.startswith(PRUNED_PREFIX):
         return "Its layers have sizes of their own, so it needs `pip install hf_vitprune` beside transformers:"
     return "It is a stock transformers model, nothing else is needed:"
 
 
-def _snippet(model: Any, config: PreTrainedConfig, repo_id: str | None) -> str:
+def _snippet(model: Any, config: PreTrainedConfig, repo_id: str | None, portable: bool) -> str:
     is_pruned_class = config.model_type.startswith(PRUNED_PREFIX)
     name, module = auto_class(model), "transformers"
+    path = repo_id or "path/to/model"
+    if portable and is_pruned_class:
+        name = name or "AutoModel"
+        call = f'model = {name}.from_pretrained("{path}", trust_remote_code=True)'
+        return "\n".join([f"from transformers import {name}", "", call])
     if name is None:
         name = type(model).__name__
         module = "hf_vitprune.modeling" if name.startswith("Pruned") else module
     lines = ["import hf_vitprune  # makes transformers know pruned models"] if is_pruned_class else []
-    return "\n".join(
-        [*lines, f"from {module} import {name}", "", f'model = {name}.from_pretrained("{repo_id or "path/to/model"}")']
-    )
+    return "\n".join([*lines, f"from {module} import {name}", "", f'model = {name}.from_pretrained("{path}")'])
 
 
 def _counted_for(architecture: Architecture) -> str:

@@ -88,7 +88,7 @@ def push_to_hub(
         if image_processor is not None:
             image_processor.save_pretrained(folder)
         with _explained(repo_id, "nothing was changed there"):
-            text = _card_text(api, model, repo_id, card, CARD in present, revision, tags)
+            text = _card_text(api, model, repo_id, card, CARD in present, revision, tags, portable)
         if text is not None:
             (folder / CARD).write_text(text, encoding="utf-8")
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
@@ -121,6 +121,7 @@ def _card_text(
     is_there: bool,
     revision: str | None,
     tags: Sequence[str],
+    portable: bool,
 ) -> str | None:
     """What README.md should say; None to leave the one that is there."""
     if card is None and is_there:
@@ -130,7 +131,7 @@ def _card_text(
         card = Path(path).read_text(encoding="utf-8")
     chosen = card if card is not None else _card_beside(model)
     if chosen is None:
-        return str(model_card(model, repo_id=repo_id, tags=tags))
+        return str(model_card(model, repo_id=repo_id, tags=tags, portable=portable))
     if tags:
         chosen = ModelCard(str(chosen))
         data: Any = chosen.data
