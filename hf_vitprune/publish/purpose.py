@@ -6,6 +6,8 @@ from typing import Any
 
 import transformers
 
+from ..utils.mixing import stock_type
+
 #: Auto class -> task of the Hub (None: none that all of its models share); the first that maps a class is taken
 _TASKS = {
     "AutoModelForImageClassification": "image-classification",
@@ -24,7 +26,7 @@ _TASKS = {
 
 def auto_class(model: Any) -> str | None:
     """Name of the Auto class that maps the model's very class; None where none does."""
-    return _mapping(model, (type(model),))
+    return _mapping(model, (stock_type(model),))
 
 
 def pipeline_tag(model: Any) -> str | None:
