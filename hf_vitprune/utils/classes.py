@@ -94,10 +94,10 @@ def chance_note(accuracy: float, labels: Sequence[int], what: str = "the dense m
         what: has that accuracy.
 
     Returns:
-        One line; None where it is better by more than two standard deviations.
+        One line; None where it is better by more than two standard deviations, or is over half of the way to 1.
     """
     chance = max(Counter(labels).values()) / len(labels)
-    if accuracy > chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)):
+    if accuracy > chance + min(2 * math.sqrt(chance * (1 - chance) / len(labels)), (1 - chance) / 2):
         return None
     return (
         f"warning: {what} is right on {accuracy:.1%} of {len(labels)} evaluation images, no better than chance "

@@ -106,6 +106,13 @@ def test_other_names_are_refused_before_training(named: Path, colours: Path, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_columns_and_splits_are_named_in_one_argument(named: Path, colours: Path, tmp_path: Path) -> None:
+    line = call("prune", named, tmp_path / "out", "--data", f"{colours},label=kind").stderr.splitlines()[-1]
+    assert "has no column 'kind'; its columns are image, label: name one with" in line
+    line = call("prune", named, tmp_path / "out", "--data", f"{colours},eval=test").stderr.splitlines()[-1]
+    assert "has no split 'test'; it has train" in line and not (tmp_path / "out").exists()
+
+
 def test_a_model_without_names_takes_those_of_the_data_and_is_told_at_chance(colours: Path, tmp_path: Path) -> None:
     """The folders' order is another than the one that it was trained in, which only its accuracy can show."""
     model = classifier(tmp_path / "model", colours, "LABEL_0", "LABEL_1", "LABEL_2")

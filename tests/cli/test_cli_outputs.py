@@ -76,6 +76,7 @@ def test_data_is_not_written_over(place: Path) -> None:
     for option in ("--data", "--images"):
         for out in (images, images / "cat", images / "small"):
             assert "which is read" in refused("prune", place / "link", out, option, images, "--force")
+    assert "which is read" in refused("prune", place / "link", images, "--data", f"{images},label=x", "--force")
     scores = images / "cat" / "0.png"
     words = ("prune", place / "link", place / "out", "--images", images, "--scores")
     assert "lies in" not in refused(*words, place / "weights.pth")

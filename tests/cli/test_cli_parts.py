@@ -17,6 +17,7 @@ from command_line import misused, printed, refused
 from hf_vitprune import PruningPlan, count, prune
 from hf_vitprune.errors import InvalidDataError, UnsupportedModelError
 from hf_vitprune.publish.zero_shot import zero_shot_accuracy
+from hf_vitprune_cli import zero_shot
 from processes import run_python
 from tiny_composites import dual, pixels, upernet
 
@@ -93,6 +94,17 @@ def test_zero_shot_pipeline_in_a_fresh_process(clip: Path, tmp_path: Path) -> No
     rows: Any = here(image, candidate_labels=["red", "blue"], hypothesis_template="a photo of a {}")
     assert name == "PrunedCLIPModel"
     assert scores == {row["label"]: row["score"] for row in rows}  # bit for bit
+
+
+def test_zero_shot_accuracy_at_chance_is_told(
+    clip: Path, colours: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for accuracy in (0.5, 1.0):
+        monkeypatch.setattr(zero_shot, "zero_shot_accuracy", lambda *_, accuracy=accuracy: accuracy)
+        assert zero_shot.accuracy_of_saved(str(clip), str(colours)) == accuracy
+        told = capsys.readouterr().err
+        assert ("right on 50.0% of 4 evaluation images, no better than chance" in told) == (accuracy == 0.5)
+        assert ("captions like 'a photo of a blue'" in told) == (accuracy == 0.5)
 
 
 def test_accuracy_is_that_of_the_closest_caption() -> None:

@@ -100,3 +100,5 @@ def test_accuracy_at_chance() -> None:
     assert chance_note(0.52, even) and chance_note(0.1, even) and chance_note(0.65, even) is None
     assert "90.0% are of one class" in (chance_note(0.92, [0] * 90 + [1] * 10) or "")
     assert chance_note(0.97, [0] * 90 + [1] * 10) is None
+    assert chance_note(0.5, [0, 0, 1, 1]) and chance_note(1.0, [0, 0, 1, 1]) is None
+    assert chance_note(1.0, [0, 0])  # there is nothing to tell apart
