@@ -61,6 +61,10 @@ class PortableError(VitPruneError, ValueError):
     """A model holds code or modules that a portable folder cannot bring along."""
 
 
+class ExportError(VitPruneError, RuntimeError):
+    """A model cannot be written in a format, or what was written does not compute what the model does."""
+
+
 class AdapterError(VitPruneError, ValueError):
     """A PEFT adapter cannot be carried over to the pruned model, or belongs to another architecture."""
 

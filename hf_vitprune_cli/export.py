@@ -3,41 +3,120 @@
 from __future__ import annotations
 
 import shutil
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .app import ForceOption, ModelArgument, OutArgument, empty_output, say
+from .app import ForceOption, ModelArgument, OutArgument, PartOption, empty_output, say
+
+#: images of --images or --data that the exported file is compared on
+NUM_IMAGES = 256
+#: what processors and tokenizers keep beside a model
+SETTINGS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+)
+
+
+class Format(StrEnum):
+    """What is written."""
+
+    native = "native"
+    portable = "portable"
+    onnx = "onnx"
+    openvino = "openvino"
+    executorch = "executorch"
 
 
 def export(
     model: ModelArgument,
     out: OutArgument,
-    native: Annotated[
-        bool, typer.Option("--native", help="As a stock transformers model, which loads without hf_vitprune.")
-    ] = False,
+    to: Annotated[
+        Format,
+        typer.Option(
+            help="native, portable: a folder that transformers loads without hf_vitprune (as a stock class; with code "
+            "of its own). Others: a graph for that runtime."
+        ),
+    ],
+    images: Annotated[Path | None, typer.Option(help="Folder of images that the file is compared on.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The same with labels: digits, a folder with one sub-folder a class, ...")
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Linears in int8; what it loses is measured.")] = False,
+    image_size: Annotated[
+        list[int] | None, typer.Option(help="Side of the images in pixels; several: any size. The model's own.", min=1)
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Largest batch that an ExecuTorch file takes.", min=1)] = 8,
+    part: PartOption = None,
     force: ForceOption = False,
 ) -> None:
-    """Save a model as safetensors, with its image processor's settings; refuses shapes that --native cannot hold."""
-    empty_output(out, force, model)
+    """Write a model in another format, checked against the model itself before it is left in OUT.
 
-    import torch
-    from transformers.initialization import no_init_weights
-    from transformers.utils import cached_file
+    Batches may be of any size. --int8 takes --images or --data, and says what it costs on them.
+    """
+    empty_output(out, force, model, images)
+    if images is not None and data is not None:
+        raise typer.BadParameter("give --images or --data, not both")
+    if int8 and images is None and data is None:
+        raise typer.BadParameter("what --int8 loses is measured on images: add --images or --data")
+    from hf_vitprune.publish.exporters.formats import check_format
+
+    check_format(to, int8)
 
     from hf_vitprune.modeling.native import to_native
+    from hf_vitprune.publish.exporters import export as write
 
-    from .saved import load_any_config, model_class_of
+    from .saved import load_with_adapters, on_meta
 
-    config = load_any_config(model)
-    model_class: Any = model_class_of(config)
-    if native:  # refuse before weights are fetched
-        with torch.device("meta"), no_init_weights():
-            to_native(model_class(config))
-    loaded = model_class.from_pretrained(model)
-    result = to_native(loaded) if native else loaded
-    result.save_pretrained(out)
-    settings = cached_file(model, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    if settings is not None:
-        shutil.copy(settings, out / "preprocessor_config.json")
-    say(f"{type(result).__name__} saved in {out}")
+    if to == Format.native and part is None and (empty := on_meta(model)) is not None:
+        to_native(empty)  # refuse before weights are fetched
+    sizes = image_size or []
+    seen = None
+    if images is not None or data is not None:
+        seen = read_images(model, images, data, sizes[0] if len(sizes) == 1 else None)
+    loaded = load_with_adapters(model)
+    record = write(
+        loaded, out, to, images=seen, int8=int8, part=part, image_sizes=sizes, max_batch=max_batch, force=True
+    )
+    _copy_settings(model, out)
+    say(f"{record.model} saved in {out}")
+    say(record.one_line)
+
+
+def read_images(model: str, images: Path | None, data: str | None, side: int | None) -> Any:
+    """Images through the model's processor, evenly drawn: a tensor, or a data set with labels.
+
+    Args:
+        side: in pixels, in place of the size that the processor makes.
+    """
+    from hf_vitprune.utils.data import load_images, read_folder
+
+    from .saved import load_any_config, load_processor
+
+    processor = load_processor(model)
+    if side is not None:
+        square = {"height": side, "width": side}
+        processor.size = {"shortest_edge": side} if "shortest_edge" in dict(processor.size) else square
+        processor.crop_size = square
+    if images is not None:
+        return read_folder(images, processor, NUM_IMAGES)
+    labelled = load_images(data or "").aligned_to(load_any_config(model), every=False, model=model)
+    return labelled.at_most(None, NUM_IMAGES).processed(processor)[1]
+
+
+def _copy_settings(model: str, out: Path) -> None:
+    """The processor's and tokenizer's settings, as they are."""
+    from transformers.utils import cached_file
+
+    for name in SETTINGS:
+        found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            shutil.copy(found, out / name)

@@ -122,3 +122,26 @@ def load_processor(model: str, needed: bool = True) -> Any:
             f"{model} has no usable image processor (preprocessor_config.json), which images have to go through: "
             f"{error}"
         ) from error
+
+
+def load_with_adapters(model: str) -> Any:
+    """A saved model, or one with a PEFT adapter on it, with its weights."""
+    adapter = Path(model) / "adapter_config.json"
+    if not adapter.is_file():
+        model_class: Any = model_class_of(load_any_config(model))
+        return model_class.from_pretrained(model)
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(model).base_model_name_or_path or model
+    inside = Path(model) / base
+    base = str(inside if inside.is_dir() else base)
+    return PeftModel.from_pretrained(load_with_adapters(base), model)
+
+
+def on_meta(model: str) -> Any:
+    """A saved model without its weights; None for an adapter."""
+    if (Path(model) / "adapter_config.json").is_file():
+        return None
+    config = load_any_config(model)
+    with torch.device("meta"), no_init_weights():
+        return model_class_of(config)(config)

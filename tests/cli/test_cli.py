@@ -20,7 +20,7 @@ from hf_vitprune.pruning import prune
 from hf_vitprune.publish.block_report import COLOURS
 from hf_vitprune.spec.architecture import Architecture
 from processes import ROOT
-from tiny import CASES, TEXT, TEXTS, WITH_MLP, assert_same, hybrid, make, run
+from tiny import CASES, TEXT, TEXTS, WITH_MLP, hybrid, make, run
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,12 @@ def test_report_puts_models_side_by_side(uneven: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- export
 def test_export_native(tmp_path: Path) -> None:
     small = saved(tmp_path / "small", units=["heads", "mlp"])
-    assert "ViTForImageClassification saved in" in printed("export", tmp_path / "small", tmp_path / "out", "--native")
+    assert "ViTForImageClassification saved in" in printed(
+        "export", tmp_path / "small", tmp_path / "out", "--to", "native"
+    )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "README.md",
+        "checked.json",
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
@@ -96,18 +100,19 @@ def test_export_native(tmp_path: Path) -> None:
     assert run(loaded)["logits"].allclose(run(small)["logits"], rtol=1e-4, atol=1e-5)
 
 
-def test_export_as_it_is(uneven: Path, tmp_path: Path) -> None:
-    printed("export", uneven, tmp_path / "out")
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
-    assert_same(loaded.state_dict(), AutoModelForImageClassification.from_pretrained(uneven).state_dict())
-    assert "is there already" in refused("export", uneven, tmp_path / "out")
-    printed("export", uneven, tmp_path / "out", "--force")
-
-
 def test_native_refused_before_anything_is_written(uneven: Path, tmp_path: Path) -> None:
-    line = refused("export", uneven, tmp_path / "out", "--native")
+    line = refused("export", uneven, tmp_path / "out", "--to", "native")
     assert "layer 0 has qk_dim 4 and v_dim 8" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_export_takes_force_for_a_folder_that_is_there(tmp_path: Path) -> None:
+    saved(tmp_path / "small", units=["heads", "mlp"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    assert "is there already" in refused("export", tmp_path / "small", tmp_path / "out", "--to", "native")
+    printed("export", tmp_path / "small", tmp_path / "out", "--to", "native", "--force")
+    assert (tmp_path / "out" / "mine").read_text() == "mine" and (tmp_path / "out" / "model.safetensors").exists()
 
 
 # ---------------------------------------------------------------------- card
@@ -133,7 +138,7 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
     assert "there is no folder" in refused("inspect", tmp_path / "nothing")
     assert "no config.json" in refused("card", tmp_path)
     (tmp_path / "config.json").write_text("{")
-    assert "config.json" in refused("export", tmp_path, tmp_path.parent / "out")
+    assert "config.json" in refused("export", tmp_path, tmp_path.parent / "out", "--to", "native")
 
 
 def test_models_of_other_kinds(tmp_path: Path) -> None:
@@ -170,7 +175,7 @@ def test_damaged_models(tmp_path: Path) -> None:
     assert "hidden_size" in refused("inspect", tmp_path)
     saved(tmp_path, units=["heads"])
     (tmp_path / "model.safetensors").write_bytes(b"half a file")
-    assert "deserializing" in refused("export", tmp_path, tmp_path.parent / "out")
+    assert "deserializing" in refused("export", tmp_path, tmp_path.parent / "out", "--to", "native")
 
 
 @pytest.mark.parametrize("position", [0, 2])

@@ -34,7 +34,7 @@ MODES = {
     "images": ("prune", "MODEL", "OUT", "--images", "IMAGES"),
     "features": ("prune", "MODEL", "OUT", "--images", "IMAGES", "--train", "features"),
     "scores": ("prune", "MODEL", "OUT", "--scores", "weights.pth"),
-    "export": ("export", "MODEL", "OUT"),
+    "export": ("export", "MODEL", "OUT", "--to", "native"),
     "convert": ("convert", "weights.pth", "OUT", "--base", "MODEL", "--layers", "layers.json"),
 }
 
@@ -122,5 +122,5 @@ def test_what_may_be_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert empty_output(out, force, "home/model", "google/vit-base-patch16-224", None) == out
     assert empty_output(Path("google"), False, "google/vit-base-patch16-224") == Path("google")  # an id, no folder
     shutil.rmtree("empty")
-    assert call("export", "home/model", "taken", "--force").exit_code == 0
+    assert call("export", "home/model", "taken", "--to", "native", "--force").exit_code == 0
     assert (place / "taken" / "mine.txt").exists() and (place / "taken" / "model.safetensors").exists()

@@ -1,0 +1,106 @@
+"""Which formats there are, what each needs installed, and how transformers' exporters make and run them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import InvalidConfigError, MissingExtraError
+
+#: folders that transformers loads
+FOLDERS = ("native", "portable")
+#: files of other runtimes
+GRAPHS = ("onnx", "openvino", "executorch")
+FORMATS = FOLDERS + GRAPHS
+
+#: format -> the packages that make and run it, all in the extra of the format's name
+_PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino",),
+    "executorch": ("executorch",),
+}
+#: format -> what int8 needs besides, in the extra "int8"
+_INT8_PACKAGES = {"onnx": (), "openvino": ("nncf",), "executorch": ("torchao",)}
+
+
+def check_format(to: str, int8: bool = False) -> None:
+    """Refuse a format that is not known, or whose packages are missing.
+
+    Raises:
+        InvalidConfigError: there is no such format, or no int8 of it.
+        MissingExtraError: a package is missing; names the extra.
+    """
+    if to not in FORMATS:
+        raise InvalidConfigError(f"there is no format {to!r}; choose one of {', '.join(FORMATS)}")
+    if to in FOLDERS:
+        if int8:
+            raise InvalidConfigError(f"int8 is for {', '.join(GRAPHS)}: a {to} folder keeps the model's own weights")
+        return
+    missing = [(name, to) for name in _PACKAGES[to]]
+    missing += [(name, "int8") for name in _INT8_PACKAGES[to] if int8]
+    missing = [(name, extra) for name, extra in missing if importlib.util.find_spec(name) is None]
+    if missing:
+        extras = ",".join(dict.fromkeys(extra for _, extra in missing))
+        names = ", ".join(name for name, _ in missing)
+        raise MissingExtraError(f"{to} needs {names}: pip install 'hf_vitprune[{extras}]'")
+
+
+def make_graph(
+    to: str, model: Any, inputs: Mapping[str, Any], shapes: Mapping[str, Any], quantizer: Any = None
+) -> Any:
+    """The model as a ``transformers.exporters.ExportedModel``.
+
+    Args:
+        to: one of ``GRAPHS``.
+        model: a float32 model on the CPU, in evaluation mode.
+        inputs: an example.
+        shapes: which axes of it may vary, as ``torch.export`` takes them.
+        quantizer: of :func:`int8_quantizer`.
+    """
+    from transformers import exporters
+
+    exporter, settings = {
+        "onnx": (exporters.OnnxExporter, exporters.OnnxConfig),
+        "openvino": (exporters.OpenVINOExporter, exporters.OpenVINOConfig),
+        "executorch": (exporters.ExecutorchExporter, exporters.ExecutorchConfig),
+    }[to]
+    config = settings(dynamic=True, dynamic_shapes=dict(shapes), quantizer=quantizer)
+    return exporter().export(model, dict(inputs), config)
+
+
+def int8_quantizer(to: str, calibration: Iterable[Mapping[str, Any]]) -> Any:
+    """Weights of Linears in int8, and their inputs: by ranges seen while it runs, or (OpenVINO) in the calibration.
+
+    Args:
+        to: one of ``GRAPHS``.
+        calibration: examples of inputs.
+    """
+    from transformers import exporters
+
+    samples = [dict(sample) for sample in calibration]
+    if to == "onnx":  # a quantized Conv runs slower than a plain one, and there is one: the patch embedding
+        dynamic = exporters.OnnxRuntimeDynamicConfig(op_types_to_quantize=["MatMul", "Gemm"], per_channel=True)
+        return exporters.OnnxRuntimeQuantizer(dynamic)
+    if to == "openvino":
+        return exporters.NNCFOpenVINOQuantizer(exporters.NNCFQuantizationConfig(), samples)
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+
+    kinds = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
+    return exporters.PT2EQuantizer(XNNPACKQuantizer().set_global(kinds), samples[:1])
+
+
+def load_graph(to: str, folder: str | Path) -> Any:
+    """A graph read back by its own runtime, on the CPU and in float32, to be called like the model.
+
+    OpenVINO computes in bfloat16 by itself where the processor can.
+    """
+    from transformers.exporters import ExportedModel
+
+    if to == "openvino":
+        return ExportedModel.from_pretrained(folder, device="cpu", config={"INFERENCE_PRECISION_HINT": "f32"})
+    return ExportedModel.from_pretrained(folder, device=None if to == "executorch" else "cpu")
