@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidDataError
@@ -43,6 +44,22 @@ def find_column(
         what = "no images" if kind == "image" else "no class an image"
         raise InvalidDataError(f"column {found[0]!r} of {source} holds {what} but {held}")
     return found[0]
+
+
+def file_paths(dataset: Any, column: str) -> list[Path]:
+    """The files that a column of images names, where it does not hold the images themselves; none is read."""
+    import pyarrow.compute as pc
+
+    stored = dataset.with_format("arrow")[column][:] if len(dataset) else None
+    if stored is None or not pc.any(pc.is_null(pc.struct_field(stored, "bytes"))).as_py():
+        return []
+    paths = pc.filter(pc.struct_field(stored, "path"), pc.is_null(pc.struct_field(stored, "bytes")))
+    return [Path(path) for path in paths.to_pylist()]
+
+
+def has_labels(dataset: Any, column: str) -> bool:
+    """Whether there is a label in a column, which may be absent, empty or full of -1."""
+    return column in dataset.column_names and any(label not in (None, -1) for label in dataset[column])
 
 
 def class_names(dataset: Any, column: str) -> list[str]:

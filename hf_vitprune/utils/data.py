@@ -14,13 +14,20 @@ import torch
 
 from ..errors import InvalidDataError
 from .classes import ClassMatch, match_classes
-from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, class_names, find_column, with_class_numbers
+from .columns import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    class_names,
+    file_paths,
+    find_column,
+    with_class_numbers,
+)
+from .images import check_images, reading_errors, to_rgb
 from .images import image_files as image_files
 from .images import open_image as open_image
 from .images import read_folder as read_folder
-from .images import reading_errors, to_rgb
 from .sources import DIGITS as DIGITS
-from .sources import EVAL_NAMES, SPLIT_NAMES, TRAIN_NAMES, Source, load_parts
+from .sources import EVAL_NAMES, Source, choose_splits, load_parts, splits_to_evaluate
 
 
 @dataclass
@@ -208,43 +215,32 @@ def load_images(
             be held out.
     """
     asked = Source.parse(source)
-    parts = load_parts(asked) if parts is None else parts
-    name = asked.name
-    train_split, eval_split = (_split(s, parts, name) for s in (asked.train or train_split, asked.eval or eval_split))
-    eval_split = eval_split or next(
-        (n for e in EVAL_NAMES for n in parts if n.lower() == e and n != train_split), None
+    parts, name = load_parts(asked) if parts is None else parts, asked.name
+    label_column = asked.label or label_column
+    train_split, eval_split = choose_splits(
+        asked.train or train_split, asked.eval or eval_split, parts, name, training
     )
-    train_split = train_split or next((n for n in parts if n.lower() in TRAIN_NAMES), None if training else eval_split)
-    if train_split is None:
-        raise InvalidDataError(
-            f"{name} has no split 'train'; it has {', '.join(parts)}: name one with '{name},train=SPLIT'"
-        )
     train = parts[train_split]
     image_column = find_column(train, IMAGE_COLUMNS, "image", name, asked.image or image_column)
-    label_column = find_column(train, LABEL_COLUMNS, "label", name, asked.label or label_column)
+    label_column = find_column(train, LABEL_COLUMNS, "label", name, label_column)
+    if eval_split is None:
+        eval_split = next(splits_to_evaluate(parts, train_split if training else None, label_column), None)
+    looked_at = {train_split, eval_split or train_split} if training else {eval_split or train_split}
+    check_images([path for split in sorted(looked_at) for path in file_paths(parts[split], image_column)], name)
     names = class_names(train, label_column)
     train = with_class_numbers(train, label_column, names, f"split {train_split!r} of {name}")
     if eval_split is None:
         whole = not training and Path(name).resolve().name.lower() in EVAL_NAMES
         train, evaluation = (train, train) if whole else _held_out(train, label_column, eval_share, seed, name)
+    elif label_column not in parts[eval_split].column_names:
+        raise InvalidDataError(f"split {eval_split!r} of {name} has no labels")
     else:
-        evaluation = parts[eval_split]
-        if label_column not in evaluation.column_names:
-            raise InvalidDataError(f"split {eval_split!r} of {name} has no labels")
-        evaluation = with_class_numbers(evaluation, label_column, names, f"split {eval_split!r} of {name}")
+        where = f"split {eval_split!r} of {name}"
+        evaluation = with_class_numbers(parts[eval_split], label_column, names, where)
     images = LabelledImages(train, evaluation, names, image_column, label_column, name)
     if training:
         _check_classes(images)
     return images
-
-
-def _split(asked: str | None, parts: Mapping[str, Any], source: str) -> str | None:
-    """The split of that name, or of another name for the same."""
-    alike = next((names for names in SPLIT_NAMES if asked in names), ())
-    found = next((name for name in (asked, *alike) if name in parts), None)
-    if asked is not None and found is None:
-        raise InvalidDataError(f"{source} has no split {asked!r}; it has {', '.join(parts)}")
-    return found
 
 
 def _held_out(dataset: Any, column: str, share: float, seed: int, source: str) -> tuple[Any, Any]:

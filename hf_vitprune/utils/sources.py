@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidDataError, MissingExtraError
-from .images import check_images, walk_images
+from .columns import has_labels
+from .images import walk_images
 
 #: name of the data that needs no download: 1797 real handwritten digits that ship with scikit-learn
 DIGITS = "digits"
@@ -88,6 +89,44 @@ def load_parts(source: Source) -> Any:
         raise InvalidDataError(f"{name}: {error} (give it as '{name},config=NAME')") from error
 
 
+def choose_splits(
+    train: str | None, evaluation: str | None, parts: Mapping[str, Any], source: str, training: bool
+) -> tuple[str, str | None]:
+    """(split to train on, split to evaluate on) that are asked for, by another name for the same too.
+
+    Args:
+        train, evaluation: names; None: by default.
+        parts: split -> data.
+        source: what errors call the data.
+        training: False: for lack of a training split, any other says what the classes are.
+
+    Raises:
+        InvalidDataError: there is no such split, or none to train on.
+    """
+    found = []
+    for asked in (train, evaluation):
+        alike = next((names for names in SPLIT_NAMES if asked in names), ())
+        found.append(next((name for name in (asked, *alike) if name in parts), None))
+        if asked is not None and found[-1] is None:
+            raise InvalidDataError(f"{source} has no split {asked!r}; it has {', '.join(parts)}")
+    default = [name for name in parts if name.lower() in TRAIN_NAMES]
+    if not training:
+        default += [*filter(None, found), *(name for name in parts if name.lower() in EVAL_NAMES)]
+    if found[0] is None and not default:
+        raise InvalidDataError(
+            f"{source} has no split 'train'; it has {', '.join(parts)}: name one with '{source},train=SPLIT'"
+        )
+    return found[0] or default[0], found[1]
+
+
+def splits_to_evaluate(parts: Mapping[str, Any], train_split: str | None, column: str) -> Iterator[str]:
+    """Splits that are called like one to evaluate on, the likelier first; the Hub's tests may come without labels."""
+    for known in EVAL_NAMES:
+        for name, part in parts.items():
+            if name.lower() == known and name != train_split and has_labels(part, column):
+                yield name
+
+
 def built_in_digits() -> dict[str, Any]:
     """scikit-learn's digits, all in one split."""
     try:
@@ -117,7 +156,6 @@ def _in_folder(folder: Path, config: str | None) -> Any:
     files: Files = [(path.relative_to(folder).parts[:-1], path) for path in sorted(walk_images(folder))]
     if files:
         splits = {name: _of_classes(part, folder) for name, part in _splits(files).items()}
-        check_images([path for part in splits.values() for _, path in part], str(folder))
         names = sorted({label for part in splits.values() for label, _ in part})
         return {split: _dataset(part, names, Dataset) for split, part in splits.items()}
     if any(path.suffix in _DATA_FILES for depth in ("*", "*/*") for path in folder.glob(depth)):

@@ -153,6 +153,21 @@ def test_damaged_files_are_named_before_anything_is_trained(tmp_path: Path) -> N
     assert "half.jpg (" in message and "half.png (" in message
 
 
+def test_damage_where_nobody_looks_and_in_a_list_of_files(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        image_folder(tmp_path / "a" / split, count=2)
+    (tmp_path / "a" / "train" / "cat" / "empty.png").touch()
+    assert len(load_images(str(tmp_path / "a"), training=False).evaluation) == 4
+    with pytest.raises(InvalidDataError, match="1 of the 9 images"):
+        load_images(str(tmp_path / "a"))
+    paint(tmp_path / "b", 4)
+    (tmp_path / "b" / "2.png").write_text("no image")
+    rows = ["file_name,label", *(f"{i}.png,{'cat' if i % 2 else 'dog'}" for i in range(4))]
+    (tmp_path / "b" / "metadata.csv").write_text("\n".join(rows))
+    with pytest.raises(InvalidDataError, match=r"1 of the 4 images.*2\.png \(not an image\)"):
+        load_images(str(tmp_path / "b"))
+
+
 def test_damage_that_only_reading_shows_is_named_too(tmp_path: Path) -> None:
     image_folder(tmp_path, count=2)
     images = load_images(str(tmp_path))
@@ -269,6 +284,16 @@ def test_columns_and_splits(saved: Path) -> None:
     ):
         with pytest.raises(InvalidDataError, match=message):
             load_images(f"{saved},{settings}")
+
+
+def test_a_test_split_without_labels_is_passed_over(tmp_path: Path) -> None:
+    digits = built_in_digits()["train"].select(range(200))
+    hidden = digits.select(range(20)).remove_columns("label").add_column("label", [-1] * 20, feature=Value("int64"))
+    parts = {"test": hidden.cast(digits.features), "train": digits}
+    images = load_images("digits", parts=parts)
+    assert (len(images.train), len(images.evaluation)) == (160, 40)
+    with pytest.raises(InvalidDataError, match=r"20 of the 20 images of split 'test' of digits have no label"):
+        load_images("digits,eval=test", parts=parts)
 
 
 def test_parquet_files_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
