@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from hf_vitprune import OneShotScores, count, prune
-from hf_vitprune.publish.zero_shot import zero_shot_accuracy
+from hf_vitprune.evaluation.zero_shot import zero_shot_accuracy
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
 SHAPES = ("disc", "square", "cross")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from .compensate import compensate_plan
@@ -15,6 +14,7 @@ from .errors import InvalidConfigError, InvalidPlanError, NativeExportError
 from .modeling.native import make_stock_
 from .modeling.peft_twin import is_peft, merged_twin
 from .peft import prune_peft
+from .plan.lineage import named_source
 from .plan.plan import PruningPlan
 from .spec.architecture import unwrap
 from .spec.towers import Tower, find_tower
@@ -118,9 +118,8 @@ def _prune_part(
 
 
 def _base_model(whole: Any) -> dict[str, str]:
-    """Hub id of a bigger model, for the record of its tower; a folder of this machine is nobody else's business."""
-    name = getattr(getattr(whole, "config", None), "_name_or_path", "")
-    return {"base_model": name} if name and not Path(name).exists() else {}
+    """Hub id of a bigger model, or the name of its folder, for the record of its tower."""
+    return named_source(getattr(getattr(whole, "config", None), "_name_or_path", ""))
 
 
 def mask(model: Any, plan: PruningPlan) -> Any:

@@ -92,7 +92,7 @@ def empty_output(path: Path, force: bool, *sources: str | Path | None, file: boo
         path: what is written.
         force: as ``--force``, which does not help against writing over what is read.
         sources: models, images and files that are read; None and ids on the Hub are passed over.
-        file: a file is written. Beside a model there may be one, but of its own only a card, page or figure goes.
+        file: a file is written. Beside a model there may be one; only a card, page, figure or results give way.
 
     Raises:
         FileExistsError: it is, holds or lies in one of the sources; or something is there, and no ``force`` is given.
@@ -100,7 +100,8 @@ def empty_output(path: Path, force: bool, *sources: str | Path | None, file: boo
     for source in (Path(source) for source in sources if source is not None and Path(source).exists()):
         inside, holds = _lies_in(path, source), source.is_dir() and _lies_in(source, path)
         if file and source.is_dir():
-            inside = inside and path.exists() and path.suffix not in (".md", ".html", *FIGURES)
+            own = path.name == "results.json" or path.suffix in (".md", ".html", *FIGURES)
+            inside = inside and path.exists() and not own
         if inside or holds:
             how = "holds" if not inside else "lies in" if source.is_dir() and not holds else "is"
             raise FileExistsError(f"{path} {how} {source}, which is read: choose another place, --force or not")

@@ -10,6 +10,7 @@ from .app import make_app
 from .card import card
 from .convert import convert
 from .demo import demo
+from .evaluate import evaluate
 from .export import export
 from .inspect import inspect
 from .latency import latency
@@ -17,7 +18,7 @@ from .prune import prune
 from .report import report
 
 app = make_app("hf-vitprune", "Structured pruning of Hugging Face vision transformers.")
-for command in (demo, inspect, prune, latency, export, report, convert, card):
+for command in (demo, inspect, prune, latency, evaluate, export, report, convert, card):
     app.command()(command)
 
 

@@ -82,6 +82,26 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
+def load_skeleton(model: str) -> PreTrainedModel:
+    """A saved model without its weights; of adapters without a config beside them, with those of their base."""
+    if is_adapter_alone(model):
+        return load_adapted(model)
+    config = load_any_config(model)
+    with torch.device("meta"), no_init_weights():
+        return model_class_of(config)(config)
+
+
+def is_adapter_alone(model: str) -> bool:
+    """Whether a folder has adapters, and no config of a whole model."""
+    folder = Path(model)
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def load_adapted(model: str) -> Any:
+    """An image classifier of a folder of adapters, over the base that they name."""
+    return transformers.AutoModelForImageClassification.from_pretrained(model).eval()
+
+
 def load_tower(model: str, part: str | None = None) -> tuple[Architecture, PreTrainedConfig]:
     """The architecture of a saved model, or of a tower in it, and its config; weights are not read.
 

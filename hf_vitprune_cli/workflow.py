@@ -17,10 +17,13 @@ from hf_vitprune.evaluation.metrics import accuracy_of
 from hf_vitprune.latency.measure import Timing, measure_speed
 from hf_vitprune.losses.distillation import DistillationConfig
 from hf_vitprune.methods import PruningConfig, method_for
+from hf_vitprune.plan.lineage import lineage_of, note, plain_name
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.publish.block_report import plot_kept
 from hf_vitprune.publish.card import model_card
+from hf_vitprune.publish.kept import CARD, PLOT, beside, license_of
 from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune.spec.towers import tower_module
 from hf_vitprune.training.exporting import is_compensated
 from hf_vitprune.training.model import get_pruning_model
 from hf_vitprune.training.trainer import PruningTrainer
@@ -247,23 +250,37 @@ def save_result(
         dataset: what the accuracies were measured on; None where there are none.
         base_model: Hub id of the dense model.
     """
+    before = {"accuracy": result.accuracy["dense"]} if result.accuracy else None
+    if before is not None:
+        _note_before(result, before, dataset)
     folder.mkdir(parents=True, exist_ok=True)
     result.model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
     result.plan.save(folder / "plan.json")
-    plot_kept(result.plan, folder / "kept.png")
+    plot_kept(result.plan, folder / PLOT)
     card = model_card(
         result.model,
         base_model=base_model,
-        info=result.plan.info,
-        before={"accuracy": result.accuracy["dense"]} if result.accuracy else None,
+        before=before,
         after={"accuracy": result.final_accuracy} if result.accuracy else None,
         dataset=dataset,
         timings=timings,
         part=result.plan.part,
+        plot=PLOT,
+        beside=beside(folder),
+        license=license_of(base_model),
     )
-    card.save(folder / "README.md")
+    card.save(folder / CARD)
+
+
+def _note_before(result: PrunedResult, metrics: dict[str, float], dataset: str | None) -> None:
+    """The accuracy of the model that was pruned goes into the record, with its size: the two belong together."""
+    config = tower_module(result.model, result.plan.part).config
+    history = lineage_of(config).get("history")
+    if history:
+        last = {**history[-1], "metrics": metrics, "dataset": plain_name(dataset or "")}
+        note(config, history=[*history[:-1], last])
 
 
 class NamedProgress(ProgressCallback):

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from hf_vitprune.publish.zero_shot import zero_shot_accuracy
+from hf_vitprune.evaluation.zero_shot import zero_shot_accuracy
 from hf_vitprune.utils.classes import chance_note
 from hf_vitprune.utils.data import load_images
 

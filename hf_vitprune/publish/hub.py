@@ -20,8 +20,8 @@ from ..spec.architecture import unwrap
 from ..utils.finite import check_finite
 from ..utils.upload import register_upload
 from .card import model_card
+from .kept import CARD, beside, draw, take_figures
 
-CARD = "README.md"
 #: weights of an earlier push in other pieces; they would be loaded in place of, or beside, the new ones
 _SHARDS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 #: an adapter of an earlier push, with its base; it would be put into a model that has it already, or another one
@@ -43,6 +43,7 @@ def push_to_hub(
     max_shard_size: int | str | None = None,
     tags: Sequence[str] = (),
     portable: bool = False,
+    card_folder: str | Path | None = None,
 ) -> CommitInfo:
     """Upload a model in a single commit, so that a push that is cut off leaves nothing half-finished to load.
 
@@ -61,6 +62,7 @@ def push_to_hub(
         max_shard_size: largest file of weights, for instance ``"5GB"``.
         tags: added to the card, also to one that is kept.
         portable: with a file of code by which ``trust_remote_code=True`` loads the model without this library.
+        card_folder: where the card and its figure are; by default the folder that the model was loaded from.
 
     Returns:
         What the Hub says of the commit.
@@ -88,9 +90,10 @@ def push_to_hub(
         if image_processor is not None:
             image_processor.save_pretrained(folder)
         with _explained(repo_id, "nothing was changed there"):
-            text = _card_text(api, model, repo_id, card, CARD in present, revision, tags, portable)
+            text = _card_text(api, model, repo_id, card, CARD in present, revision, tags, folder, card_folder)
         if text is not None:
             (folder / CARD).write_text(text, encoding="utf-8")
+            take_figures(text, _source(model, card_folder), folder, unwrap(model))
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         old = _SHARDS if hasattr(model, "peft_config") else (*_SHARDS, *_ADAPTER)
         stale = [path for path in sorted(present - files.keys()) if any(fnmatch.fnmatch(path, p) for p in old)]
@@ -121,7 +124,8 @@ def _card_text(
     is_there: bool,
     revision: str | None,
     tags: Sequence[str],
-    portable: bool,
+    folder: Path,
+    card_folder: str | Path | None,
 ) -> str | None:
     """What README.md should say; None to leave the one that is there."""
     if card is None and is_there:
@@ -129,9 +133,10 @@ def _card_text(
             return None
         path = api.hf_hub_download(repo_id, CARD, revision=revision)
         card = Path(path).read_text(encoding="utf-8")
-    chosen = card if card is not None else _card_beside(model)
+    chosen = card if card is not None else _card_beside(model, card_folder)
     if chosen is None:
-        return str(model_card(model, repo_id=repo_id, tags=tags, portable=portable))
+        facts: dict[str, Any] = {"plot": draw(unwrap(model), folder), "beside": beside(folder)}
+        return str(model_card(model, repo_id=repo_id, tags=tags, **facts))
     if tags:
         chosen = ModelCard(str(chosen))
         data: Any = chosen.data
@@ -139,13 +144,20 @@ def _card_text(
     return str(chosen)
 
 
-def _card_beside(model: Any) -> str | None:
-    """The card in the folder that the model was loaded from, if it is about a model of this very shape.
+def _source(model: Any, card_folder: str | Path | None) -> Path:
+    """Where a card may be."""
+    if card_folder is not None and (Path(card_folder) / CARD).is_file():
+        return Path(card_folder)
+    return Path(unwrap(model).config._name_or_path or "-")
+
+
+def _card_beside(model: Any, card_folder: str | Path | None = None) -> str | None:
+    """The card in a folder, that which the model was loaded from, if it is about a model of this very shape.
 
     A freshly pruned model remembers the folder of its dense model, whose card is about that one.
     """
     config = unwrap(model).config
-    folder = Path(config._name_or_path or "-")
+    folder = _source(model, card_folder)
     if not (folder / CARD).is_file() or not (folder / "config.json").is_file():
         return None
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from ..modeling.norms import mask_norm
 from ..modeling.outer import Outer, find_outer, narrow_outer
 from ..modeling.registry import stock_ancestor
 from ..modeling.structure import finish_mixers, layer_paths, put_mixer, replace_mixer, resize_
-from ..plan.lineage import lineage
+from ..plan.lineage import lineage, named_source
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
 from ..spec.configs import lineage_of
@@ -179,8 +178,7 @@ def empty_like(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """The skeleton that loading makes from the small model's config: on the meta device, without weights."""
     info = dict(plan.info)
     base = getattr(model.config, "_name_or_path", "")
-    if base and not Path(base).exists():  # a Hub id; a folder of this machine is nobody else's business
-        info.setdefault("base_model", base)
+    info = {**named_source(base), **info}
     info.update(lineage(model.config, plan))
     config = config_for(plan.architecture, model.config, info)
     _follow_states(model, config, plan)

@@ -14,6 +14,7 @@ from ..errors import InvalidConfigError
 from ..methods import PruningMethod, Stage
 from ..utils.batches import ImageBatches
 from .model import PruningModel
+from .recipe import training_facts
 from .setup import check_agreement, check_model, check_setup, check_trainer
 from .zero import restore_precision
 
@@ -38,6 +39,7 @@ class PruningCallback(TrainerCallback):
     Attributes:
         gradient_scale: what undoes the clipping of the current gradients; ``PruningTrainer`` sets it.
         by_engine: DeepSpeed's engine calls :meth:`before_step`, as it takes backward pass and step in one.
+        learned_from: what the loss is of, in words for the model's card.
         checked: ``PruningTrainer`` has called :meth:`check_images`, as no pass may begin inside of the model now.
 
     Raises:
@@ -53,6 +55,7 @@ class PruningCallback(TrainerCallback):
         self._logged: set[str] = set()
         self.gradient_scale: float | None = None
         self.by_engine = False
+        self.learned_from = "labels"
         self.checked = False
 
     def on_train_begin(
@@ -130,6 +133,7 @@ class PruningCallback(TrainerCallback):
         pruning_model.training_images = _images_of(kwargs.get("train_dataloader"))
         if self.by_engine:
             restore_precision(pruning_model.method.parameters())
+        pruning_model.learned = training_facts(args, state, self.learned_from)
         pruning_model.decide(self.images)
         numbers = {name: n for name, n in pruning_model.method.logs().items() if name not in self._logged}
         if numbers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ class PruningModel(Checkpoints):
         self.compensate: Any = "auto"
         self.tuned = False
         self.guided = False
+        self.learned: dict[str, Any] | None = None  # how the gates were trained, for the record
         self._changes: int | None = None  # of the weights, when the first training pass began
         if is_peft(model) and self.method.traits.adapters == "sliced":
             check_sliceable(model, self.pruning_config.method_name, self.tower.path)
@@ -331,6 +333,8 @@ class PruningModel(Checkpoints):
             settings = {"calibration": calibration, "compensate": compensate, "weights": weights}
             return None if model is None else model.export(native, **settings)
         plan = export_plan(self, calibration, compensate, weights)
+        if self.learned is not None:
+            plan = replace(plan, info={**plan.info, "learning": self.learned})
         source = self.model if weights is None else weights
         small = prune(source, plan, allow_unchanged=self.method.traits.may_keep_everything)
         if native:

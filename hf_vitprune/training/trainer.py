@@ -21,10 +21,11 @@ from ..methods import Stage
 from ..spec.architecture import unwrap
 from ..utils.batches import fixed_randomness
 from ..utils.sharding import is_sharded
-from ..utils.upload import upload
+from ..utils.upload import upload, write_card
 from .callback import PruningCallback, pruning_model_of
 from .lessons import Answers, Lesson, by_features, lessons_of, pairs_of
 from .model import PruningModel
+from .recipe import learned_from, note_training, training_facts
 from .resume import enable_exact_resume
 from .setup import check_setup
 from .sharded import ShardedTraining
@@ -109,7 +110,12 @@ class PruningTrainer(ShardedTraining):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's. In a hyperparameter search, what counts is the model after the decision."""
+        source = learned_from(self._has_labels(self.model), self.lessons)
+        if self._gated:
+            self._pruning_callback.learned_from = source
         output = super().train(*args, **kwargs)
+        if not self._gated:
+            note_training(self.model, training_facts(self.args, self.state, source))
         if self._gated and self.hp_search_backend is not None:
             self.objective = None  # of the last evaluation, all units there; the search then evaluates once more
         return output
@@ -275,9 +281,15 @@ class PruningTrainer(ShardedTraining):
         if not self.is_world_process_zero():
             return None
         repo = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir or "").name
+        kwargs.setdefault("card_folder", self.args.output_dir)
         kwargs.setdefault("token", self.args.hub_token)
         kwargs.setdefault("private", self.args.hub_private_repo)
         return upload(model, repo, image_processor=self.processing_class, commit_message=commit_message, **kwargs)
+
+    def create_model_card(self, **kwargs: Any) -> None:  # type: ignore[override]  # by name alone
+        """As the parent's; of a pruned model a card that says so, and one that is there already stays."""
+        if self.is_world_process_zero() and not write_card(self, **kwargs):
+            super().create_model_card(**kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """After the decision of a PruningModel: the small model, which ``from_pretrained`` loads.

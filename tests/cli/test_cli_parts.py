@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast, pipeline
+from transformers import CLIPImageProcessorPil, CLIPModel, pipeline
 
+import words
 from command_line import misused, printed, refused
 from hf_vitprune import PruningPlan, count, prune
 from hf_vitprune.errors import InvalidDataError, UnsupportedModelError
-from hf_vitprune.publish.zero_shot import zero_shot_accuracy
+from hf_vitprune.evaluation.zero_shot import zero_shot_accuracy
 from hf_vitprune_cli import zero_shot
 from processes import run_python
 from tiny_composites import dual, pixels, upernet
 
-WORDS = ["[PAD]", "[UNK]", "a", "photo", "of", ".", "red", "blue"]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    known = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    known.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=known, pad_token="[PAD]", unk_token="[UNK]", model_max_length=8)
+tokenizer = partial(words.tokenizer, "red", "blue")
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 from ..errors import InvalidDataError, UnsupportedModelError
 from ..utils.batches import ImageBatches
 from ..utils.modes import evaluating
+from .metrics import TopK, ranked_classes
 
 _NO_DUAL = "compares no images with texts: zero-shot accuracy is for dual encoders"
 
 
-@torch.no_grad()
 def zero_shot_accuracy(
     model: Any,
     tokenizer: Any,
@@ -25,7 +25,20 @@ def zero_shot_accuracy(
     template: str = "a photo of a {}.",
     batch_size: int = 64,
 ) -> float:
-    """Share of images whose own class's caption is the most similar one (CLIP, arXiv 2103.00020, section 3.1).
+    """Share of images whose own class's caption is the most similar one; see :func:`zero_shot_metrics`."""
+    return zero_shot_metrics(model, tokenizer, data, class_names, template, batch_size)["accuracy"]
+
+
+def zero_shot_metrics(
+    model: Any,
+    tokenizer: Any,
+    data: Any,
+    class_names: Sequence[str],
+    template: str = "a photo of a {}.",
+    batch_size: int = 64,
+    k: int = 5,
+) -> dict[str, float]:
+    """Accuracy with class names as captions (CLIP, arXiv 2103.00020, section 3.1).
 
     Args:
         model: a dual encoder: it gives ``logits_per_image`` for ``input_ids`` and ``pixel_values``.
@@ -33,7 +46,12 @@ def zero_shot_accuracy(
         data: images with class numbers: anything that ``ImageBatches`` takes.
         class_names: one a class, in the order of the numbers.
         template: the caption of a class, with ``{}`` for its name.
-        batch_size: images a forward pass.
+        batch_size: images a forward pass; accuracies do not depend on it.
+        k: of ``top_k_accuracy``, which is left out where there are no more classes than that.
+
+    Returns:
+        ``accuracy``, share of images whose own class's caption is the most similar one, and ``top_k_accuracy``, share
+        of those whose own is among the ``k`` most similar.
 
     Raises:
         UnsupportedModelError: the model compares no images with texts.
@@ -43,23 +61,26 @@ def zero_shot_accuracy(
         raise InvalidDataError(f"the template has a {{}} for the name of the class, and {template!r} has none")
     if not {"input_ids", "pixel_values"} <= inspect.signature(model.forward).parameters.keys():
         raise UnsupportedModelError(f"{type(model).__name__} {_NO_DUAL}")
-    captions = [template.format(name.replace("_", " ")) for name in class_names]
-    # SigLIP was trained on captions of one length, and has no mask for shorter ones
-    padding: Any = "max_length" if "siglip" in model.config.model_type else True
-    words = dict(tokenizer(text=captions, padding=padding, truncation=True, return_tensors="pt"))
-    device = next(model.parameters()).device
-    words = {name: words[name].to(device) for name in ("input_ids", "attention_mask") if name in words}
-    right = total = 0
+    words = _captions(model, tokenizer, [template.format(name.replace("_", " ")) for name in class_names])
+    k = k if k < len(class_names) else 1
+    metric = TopK()
     with evaluating(model):
         for batch in tqdm(ImageBatches(data, batch_size), "zero-shot", leave=False, delay=3):
             labels = batch.get("labels")
             whole = isinstance(labels, torch.Tensor) and labels.ndim == 1 and not labels.is_floating_point()
-            if not whole or not 0 <= int(labels.min()) <= int(labels.max()) < len(captions):
-                raise InvalidDataError(f"zero-shot accuracy needs labels, numbers of the {len(captions)} classes")
-            pixels = batch["pixel_values"].to(device, next(model.parameters()).dtype)
+            if not whole or not 0 <= int(labels.min()) <= int(labels.max()) < len(class_names):
+                raise InvalidDataError(f"zero-shot accuracy needs labels, numbers of the {len(class_names)} classes")
+            pixels = batch["pixel_values"].to(model.device, model.dtype)
             outputs = model(pixel_values=pixels, **words)
             if "logits_per_image" not in outputs:
                 raise UnsupportedModelError(f"{type(model).__name__} {_NO_DUAL}")
-            right += int((outputs.logits_per_image.argmax(-1).cpu() == labels.cpu()).sum())
-            total += len(labels)
-    return right / total
+            logits = outputs.logits_per_image.float().cpu().numpy()
+            metric.add_batch(predictions=ranked_classes(logits, k), references=labels.tolist())
+    return metric.compute() or {}
+
+
+def _captions(model: Any, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
+    # SigLIP was trained on captions of one length, and has no mask for shorter ones
+    padding: Any = "max_length" if "siglip" in model.config.model_type else True
+    words = dict(tokenizer(text=captions, padding=padding, truncation=True, return_tensors="pt"))
+    return {name: words[name].to(model.device) for name in ("input_ids", "attention_mask") if name in words}
