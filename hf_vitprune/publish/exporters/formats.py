@@ -22,7 +22,7 @@ _PACKAGES = {
     "executorch": ("executorch",),
 }
 #: format -> what int8 needs besides, in the extra "int8"
-_INT8_PACKAGES = {"onnx": (), "openvino": ("nncf",), "executorch": ("torchao",)}
+_INT8_PACKAGES = {"onnx": (), "openvino": ("nncf",), "executorch": ()}
 
 
 def check_format(to: str, int8: bool = False) -> None:
