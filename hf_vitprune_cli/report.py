@@ -36,7 +36,7 @@ def report(
 ) -> None:
     """Compare pruned models with the dense one: cost, and the sizes of every layer.
 
-    Reads configs; weights with --classes and --out alone.
+    Reads configs, and what evaluate left beside them; weights with --classes and --out alone.
     """
     if out is None and not (images is None and data is None and scores is None):
         raise typer.BadParameter("--images, --data and --scores are for a page: add --out report.html")
@@ -57,17 +57,17 @@ def report(
 
     architectures = {name: load_architecture(name, part) for name in (dense, *pruned)}
     whole = count(architectures[dense], image_size)
-    accuracies: dict[str, float] = {}
+    metrics = {name: _saved_metrics(name) for name in architectures}
     if classes is not None:
         from .zero_shot import accuracy_of_saved
 
-        accuracies = {name: accuracy_of_saved(name, classes) for name in architectures}
+        for name, found in metrics.items():
+            found["zero-shot accuracy"] = accuracy_of_saved(name, classes)
     rows = []
     for name, architecture in architectures.items():
         cost = count(architecture, image_size)
         shares = {"MACs kept": cost.macs / whole.macs, "parameters kept": cost.params / whole.params}
-        zero_shot = {"zero-shot accuracy": accuracies[name]} if accuracies else {}
-        rows.append({"name": name, **zero_shot, "params": cost.params, "macs": cost.macs, **shares})
+        rows.append({"name": name, **metrics[name], "params": cost.params, "macs": cost.macs, **shares})
     if plot is not None:
         plot_kept({name: architectures[name] for name in pruned}, plot)
     if out is not None:
@@ -83,7 +83,7 @@ def report(
             part=part,
             batch_size=batch_size,
             rounds=rounds,
-            metrics={name: {"zero-shot accuracy": accuracy} for name, accuracy in accuracies.items()},
+            metrics=metrics,
         )
     if as_json:
         layers = {name: layer_rows(architecture, image_size) for name, architecture in architectures.items()}
@@ -95,3 +95,11 @@ def report(
         console.print(layer_table(architectures[name], image_size, title=name))
     if out is not None:
         say(f"page written to {out}")
+
+
+def _saved_metrics(model: str) -> dict[str, float]:
+    """What ``hf-vitprune evaluate`` has found of a model's very weights, by names that say on which data."""
+    from hf_vitprune.evaluation.results import results_of
+
+    found = results_of(model) or {"metrics": {}}
+    return {f"{name.replace('_', ' ')} on {found['data']}": value for name, value in found["metrics"].items()}

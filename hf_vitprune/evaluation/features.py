@@ -34,23 +34,34 @@ def image_features(
         InvalidDataError: the tower gives no tokens, or does not take the images.
     """
     reader = FeatureReader(model, part=part)
-    family, config = reader.architecture.family, reader.architecture.config
-    registers = getattr(family.sizes_config(config), "num_register_tokens", 0) or 0
-    has_cls = family.extra_tokens_of(config) > registers
     rows: list[torch.Tensor] = []
     labels: list[int] = []
     with evaluating(reader.tower):
         for batch in tqdm(ImageBatches(data, batch_size), "features", leave=False, delay=3):
             with reader.reading() as states:
                 run_images(reader.tower, batch)
-            tokens = states[0]
-            if tokens.ndim == 4:  # a map of channels
-                tokens = tokens.flatten(2).transpose(1, 2)
-            if tokens.ndim != 3:
-                raise InvalidDataError(f"features are (images, tokens, channels), and these are {tuple(tokens.shape)}")
-            rows.append((tokens[:, 0] if has_cls else tokens[:, registers:].mean(1)).float().cpu())
+            rows.append(image_vectors(reader, states[0]).float().cpu())
             labels += batch["labels"].tolist() if "labels" in batch else []
     return torch.cat(rows).numpy(), np.asarray(labels) if labels else None
+
+
+def image_vectors(reader: FeatureReader, tokens: torch.Tensor) -> torch.Tensor:
+    """(images, channels): CLS, or where there is none, the mean over patches.
+
+    Args:
+        reader: of the tower.
+        tokens: (images, tokens, channels) that left it, or a map (images, channels, height, width).
+
+    Raises:
+        InvalidDataError: they are neither.
+    """
+    family, config = reader.architecture.family, reader.architecture.config
+    registers = getattr(family.sizes_config(config), "num_register_tokens", 0) or 0
+    if tokens.ndim == 4:
+        tokens = tokens.flatten(2).transpose(1, 2)
+    if tokens.ndim != 3:
+        raise InvalidDataError(f"features are (images, tokens, channels), and these are {tuple(tokens.shape)}")
+    return tokens[:, 0] if family.extra_tokens_of(config) > registers else tokens[:, registers:].mean(1)
 
 
 def evaluate_features(

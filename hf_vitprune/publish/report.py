@@ -103,7 +103,8 @@ def comparison_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def _writer(name: str) -> Callable[[Any], str]:
     if name in _COLUMNS:
         return _COLUMNS[name][1]
-    return _percent if name.endswith(("accuracy", " kept")) or name.startswith("same ") else "{:.4g}".format
+    is_share = "accuracy" in name or name.endswith(" kept") or name.startswith(("same ", "shared "))
+    return _percent if is_share else "{:.4g}".format
 
 
 # ---------------------------------------------------------------------- cells as tables

@@ -15,6 +15,7 @@ from browser import Visits, faint, scrolls_sideways
 from command_line import VIT, misused, printed, refused
 from hf_vitprune import OneShotScores, PruningPlan, prune
 from hf_vitprune.cost import count
+from hf_vitprune.evaluation.results import save_results, weights_digest
 from hf_vitprune.utils.data import load_images
 from hf_vitprune_cli.page import short_names
 from image_folders import image_folder
@@ -165,6 +166,17 @@ def make_from(folder: Path) -> Any:
     from transformers import AutoModelForImageClassification
 
     return AutoModelForImageClassification.from_pretrained(folder).eval()
+
+
+def test_what_evaluate_saved_is_in_the_tables(work: Path, tmp_path: Path) -> None:
+    for name in ("dense", "narrow"):
+        shutil.copytree(work / name, tmp_path / name)
+        save_results(tmp_path / name, {"data": "pets", "metrics": {"top_5_accuracy": 0.875}, "weights": "others"})
+    right = {"data": "pets", "metrics": {"top_5_accuracy": 0.75}, "weights": weights_digest(tmp_path / "narrow")}
+    save_results(tmp_path / "narrow", right)
+    dense, narrow = json.loads(printed("report", tmp_path / "dense", tmp_path / "narrow", "--json"))
+    assert narrow["top 5 accuracy on pets"] == 0.75 and "top 5 accuracy on pets" not in dense  # of other weights
+    assert "75.0%" in printed("report", tmp_path / "dense", tmp_path / "narrow")
 
 
 def test_what_cannot_be_meant_is_refused_before_work(work: Path, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from sklearn.neighbors import NearestNeighbors
 from tqdm.auto import tqdm
 
 from ...errors import InvalidDataError
+from ...evaluation.features import image_vectors
 from ...evaluation.metrics import NearestNeighbourAccuracy, TopK, ranked_classes
 from ...losses.features import FeatureReader
 from ...methods.oneshot.probe import read_outputs
 from ...spec.architecture import Architecture
-from ...utils.batches import ImageBatches, run_images
+from ...utils.batches import ImageBatches, fixed_randomness, run_images
 from ...utils.modes import evaluating
 from .pictures import Pictures
 
@@ -72,7 +73,7 @@ def compare_answers(
     """Run all models on the images.
 
     Classifiers are compared by their classes, as whole models. Everything else by features: a tower runs by itself,
-    and an image's features are the model's image embedding or pooled output, else the mean of its last tokens.
+    and an image's features are CLS or the mean over patches, as ``hf-vitprune evaluate`` takes them.
 
     Args:
         models: name -> model; the first one is the dense one.
@@ -97,9 +98,7 @@ def compare_answers(
         )
     if not is_classifier and len(pictures) < 2:
         raise InvalidDataError("neighbours need at least two images")
-    readers = {
-        name: FeatureReader(model, (len(Architecture.of(model, part).layers),), part) for name, model in models.items()
-    }
+    readers = {name: FeatureReader(model, part=part) for name, model in models.items()}
     runs = dict(models) if is_classifier else {name: reader.tower for name, reader in readers.items()}
     rows, errors = _run(runs, readers, ImageBatches(pictures.processed(processor), batch_size), is_classifier)
     if is_classifier:
@@ -121,12 +120,12 @@ def _run(
         for batch in tqdm(batches, "comparing", delay=3, leave=False):
             expected = None
             for name, model in models.items():
-                with readers[name].reading() as states:
+                with readers[name].reading() as states, fixed_randomness():  # all see the same patches of ViT-MAE
                     output = run_images(model, batch)
-                (tokens,) = states.values()
-                rows[name].append((output.logits if is_classifier else features_of(output, tokens)).float().cpu())
+                vectors = output.logits if is_classifier else image_vectors(readers[name], states[0])
+                rows[name].append(vectors.float().cpu())
                 read = read_outputs(output, special)
-                read = tokens.flatten(1).double() if read is None else read
+                read = states[0].flatten(1).double() if read is None else read
                 if expected is None:
                     expected, whole = read, whole + float(read.square().sum())
                 elif read.shape == expected.shape:
@@ -135,21 +134,6 @@ def _run(
                     lost[name] = float("nan")
     errors = {name: lost[name] / whole for name in [*models][1:] if lost[name] == lost[name]}
     return {name: torch.cat(some).numpy() for name, some in rows.items()}, errors
-
-
-def features_of(output: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """(images, features): a model's image embedding or pooled output, else the mean of its last tokens.
-
-    Args:
-        output: of the model.
-        tokens: (images, tokens, channels) that leave its last layer.
-    """
-    for name in ("image_embeds", "pooler_output"):
-        value = getattr(output, name, None)
-        if isinstance(value, torch.Tensor) and value.ndim == 2:
-            return value
-    final = getattr(output, "last_hidden_state", None)
-    return (final if isinstance(final, torch.Tensor) and final.ndim == 3 else tokens).mean(1)
 
 
 def _classes(
