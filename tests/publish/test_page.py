@@ -99,7 +99,7 @@ def test_classes_that_changed() -> None:
     assert answers.errors["small"] == pytest.approx(float((a - b).square().sum() / a.square().sum()), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["Dinov2Model", "Dinov2Backbone", "SwinModel", "ViTMAEModel"])
+@pytest.mark.parametrize("name", ["Dinov2Model", "Dinov2Backbone", "SwinModel", "CLIPVisionModelWithProjection"])
 def test_neighbours_that_changed(name: str) -> None:
     dense = make(name)
     small = prune(dense, PruningPlan.magnitude(dense, 0.5, units=["mlp"]))
@@ -122,9 +122,9 @@ def test_what_cannot_be_compared() -> None:
     other.config.id2label = {i: f"other {i}" for i in range(5)}
     with pytest.raises(InvalidDataError, match="other classes"):
         compare_answers({"dense": dense, "other": other}, Tensors(), pictures())
-    text = make("CLIPTextModel")
-    with pytest.raises(UnsupportedModelError, match="a page of images"):
-        compare_answers({"dense": text}, Tensors(), pictures())
+    for name in ("CLIPTextModel", "ViTMAEModel", "VideoMAEModel"):  # words, images with holes, frames
+        with pytest.raises(UnsupportedModelError, match="a page of images"):
+            compare_answers({"dense": make(name)}, Tensors(), pictures())
 
 
 def test_budgets_fall_and_lie_where_their_plans_are() -> None:

@@ -18,7 +18,7 @@ from ...evaluation.metrics import NearestNeighbourAccuracy, TopK, ranked_classes
 from ...losses.features import FeatureReader
 from ...methods.oneshot.probe import read_outputs
 from ...spec.architecture import Architecture
-from ...utils.batches import ImageBatches, fixed_randomness, run_images
+from ...utils.batches import ImageBatches, run_images
 from ...utils.modes import evaluating
 from .pictures import Pictures
 
@@ -120,7 +120,7 @@ def _run(
         for batch in tqdm(batches, "comparing", delay=3, leave=False):
             expected = None
             for name, model in models.items():
-                with readers[name].reading() as states, fixed_randomness():  # all see the same patches of ViT-MAE
+                with readers[name].reading() as states:
                     output = run_images(model, batch)
                 vectors = output.logits if is_classifier else image_vectors(readers[name], states[0])
                 rows[name].append(vectors.float().cpu())
