@@ -51,6 +51,9 @@ def prune(
         str, _goal("What target counts: macs, params, or latency by a file that hf-vitprune latency made.")
     ] = "macs",
     round_to: Annotated[int, _goal("Kept sizes are multiples of this (of heads: any).", min=1)] = 8,
+    uniform: Annotated[
+        bool, _goal("The same sizes in every layer: a stock model, which loads without hf_vitprune.", "--uniform")
+    ] = False,
     train: Annotated[
         Train | None,
         _training("none (by default with --images), features of the dense model, or labels (by default with --data)."),
@@ -92,11 +95,12 @@ def prune(
             "models (no --part)"
         )
     table = None if target_metric in ("macs", "params") else Path(target_metric)
-    goal = {
+    goal: dict[str, Any] = {
         "target": target,
         "target_metric": target_metric if table is None else "latency",
         "latency_table": table,
     }
+    goal |= {"uniform": True} if uniform else {}
     if data is None:
         from hf_vitprune.training.recovery import Recovery
 

@@ -15,8 +15,9 @@ from ..spec.units import UnitSet, channels_per_unit, has_embedding_set, unit_set
 from .layer_plan import Indices
 from .ranking import Ranking
 from .select import best, check_ratio, check_units, keep_count, rounded
+from .uniform import StockSizes
 
-SCOPES = ("global", "local", "isomorphic")
+SCOPES = ("global", "local", "isomorphic", "uniform")
 
 
 class MakesMeters(Protocol):
@@ -74,6 +75,7 @@ class Selection:
         missing = [name for name in self.sets if name not in scores]
         if missing:
             raise ScoresError(f"there are no scores of {', '.join(missing)}: leave them out of units, or score them")
+        self.stock = StockSizes(source, self.units, round_to) if scope == "uniform" else None
         self._parts = {part: (one, where, scores[one.name][where]) for part, one, where in self._split()}
         self.ranking = Ranking(self._keys())
 
@@ -98,7 +100,7 @@ class Selection:
             return {part: values / values.mean().clamp(min=tiny) for part, values in scores.items()}
         groups: dict[Any, list[str]] = {}
         for part in scores:
-            groups.setdefault(part if self.scope == "local" else self._kind(part), []).append(part)
+            groups.setdefault(self._kind(part) if self.scope == "isomorphic" else part, []).append(part)
         keys: dict[str, torch.Tensor] = {}
         for members in groups.values():
             shares = _shares(torch.cat([scores[part] for part in members]))
@@ -117,6 +119,8 @@ class Selection:
             InvalidPlanError: a ratio outside (0, 1), or that empties a set where every set loses the same.
         """
         ratio = check_ratio(ratio)
+        if self.stock is not None:
+            return self._uniform(self.stock, ratio)
         if self.scope != "local":
             return self.without(round(ratio * len(self.ranking)))
         counts = {
@@ -127,11 +131,27 @@ class Selection:
 
     def without(self, dropped: int) -> dict[str, Indices]:
         """Without about this many units, in the order of the ranking; every set keeps some."""
+        if self.stock is not None:
+            return self._uniform(self.stock, dropped / len(self.ranking))
         kept = self.ranking.kept(dropped)
         return self._kept(
             {
                 part: rounded(int(kept[part].sum()), len(values), self._step(one))
                 for part, (one, _, values) in self._parts.items()
+            }
+        )
+
+    def _uniform(self, stock: StockSizes, ratio: float) -> dict[str, Indices]:
+        """Without this share of every set, or of what a stock class can hold next to it."""
+        names = {"channels" if unit in ("qk", "v") else unit for unit in self.units}
+        sizes = stock.nearest(dict.fromkeys(names, 1 - ratio))
+        layers = max(1, round(len(self.source.layers) * (1 - ratio)))
+        return self._kept(
+            {
+                part: layers
+                if one.unit == "layers"
+                else sizes.of(one.unit) // channels_per_unit(self.source, one.unit)
+                for part, (one, _, _) in self._parts.items()
             }
         )
 

@@ -88,10 +88,12 @@ class PruningPlan:
             target: fraction of the model's cost that may remain, in (0, 1); the weakest plan that gets there.
             target_metric: what ``target`` counts: ``macs``, ``params`` or ``latency``.
             ratio: share of the units to remove, in (0, 1), instead of ``target``.
-            scope: which units are compared. ``local``: every set loses the same share. ``isomorphic``: one ranking
-                over the like sets of all layers (heads with heads), of which each loses the same share (Isomorphic
-                Pruning, arXiv 2407.04616). ``global``: one ranking over all sets, scores divided by the mean of their
-                set (Torch-Pruning's normalisation, arXiv 2301.12900).
+            scope: which units are compared. ``local``: every set loses the same share. ``uniform``: so it does, with
+                the sizes of every layer next to that share that a stock class can hold, so that the small model is a
+                stock one, which loads without this library. ``isomorphic``: one ranking over the like sets of all
+                layers (heads with heads), of which each loses the same share (Isomorphic Pruning, arXiv 2407.04616).
+                ``global``: one ranking over all sets, scores divided by the mean of their set (Torch-Pruning's
+                normalisation, arXiv 2301.12900).
             units: any of ``heads``, ``qk``, ``v``, ``mlp``, ``embedding``, ``layers``; None: the first five as far as
                 the family has them.
             round_to: kept channels and neurons are a multiple of this (heads and layers are never rounded).
@@ -137,15 +139,17 @@ class PruningPlan:
         round_to: int = 1,
         seed: int = 0,
         part: str | None = None,
+        uniform: bool = False,
     ) -> PruningPlan:
         """Remove ``ratio`` of the units of every set, at random: the baseline of every method.
 
-        See :meth:`from_scores`, with ``scope="local"`` and scores of :func:`hf_vitprune.criteria.random`.
+        See :meth:`from_scores`, with ``scope="local"`` (``"uniform"`` where ``uniform``) and scores of
+        :func:`hf_vitprune.criteria.random`.
         """
         check_ratio(ratio)
         source = Architecture.given(model, part)
         scores = criteria.random(source, seed, check_units(source, units))
-        return cls.from_scores(source, scores, ratio=ratio, scope="local", units=units, round_to=round_to)
+        return cls.from_scores(source, scores, ratio=ratio, scope=_scope(uniform), units=units, round_to=round_to)
 
     @classmethod
     def magnitude(
@@ -155,14 +159,17 @@ class PruningPlan:
         units: Sequence[str] | None = None,
         round_to: int = 1,
         part: str | None = None,
+        uniform: bool = False,
     ) -> PruningPlan:
         """Remove the ``ratio`` of units with the smallest weights (L2 norm) from every set.
 
-        See :meth:`from_scores`, with ``scope="local"`` and scores of :func:`hf_vitprune.criteria.magnitude`.
+        See :meth:`from_scores`, with ``scope="local"`` (``"uniform"`` where ``uniform``) and scores of
+        :func:`hf_vitprune.criteria.magnitude`.
         """
         check_ratio(ratio)
         scores = criteria.magnitude(model, part=part)
-        return cls.from_scores(model, scores, ratio=ratio, scope="local", units=units, round_to=round_to, part=part)
+        scope = _scope(uniform)
+        return cls.from_scores(model, scores, ratio=ratio, scope=scope, units=units, round_to=round_to, part=part)
 
     # ------------------------------------------------------------------ what follows from it
     @property
@@ -345,3 +352,7 @@ class PruningPlan:
         if "weights_file" in record:
             plan = replace(plan, weights=load_file(path.with_name(record["weights_file"])))
         return plan
+
+
+def _scope(uniform: bool) -> str:
+    return "uniform" if uniform else "local"

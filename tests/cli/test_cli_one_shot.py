@@ -104,6 +104,21 @@ def test_the_commands_of_the_documentation(
     )
 
 
+def test_the_same_sizes_in_every_layer_make_a_stock_folder(
+    model: Path, folder: Path, tmp_path: Path, quick: None
+) -> None:
+    small = tmp_path / "small"
+    printed("prune", model, small, "--images", folder, "--target", 0.6, "--uniform", "--scores", tmp_path / "scores")
+    assert 0.45 < ratio(small, model) <= 0.6
+    assert type(AutoModelForImageClassification.from_pretrained(small)) is ViTForImageClassification
+    assert not (small / "modeling_hf_vitprune.py").exists()
+    printed("prune", model, small, "--scores", tmp_path / "scores", "--target", 0.8, "--uniform", "--force")
+    assert type(AutoModelForImageClassification.from_pretrained(small)) is ViTForImageClassification
+    assert "NViTConfig has no uniform" in refused(
+        "prune", model, tmp_path / "other", "--data", "digits", "--method", "nvit", "--uniform"
+    )
+
+
 def test_a_second_run_gives_the_same_model_over_what_is_there(
     model: Path, folder: Path, tmp_path: Path, quick: None
 ) -> None:

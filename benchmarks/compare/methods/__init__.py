@@ -16,7 +16,7 @@ from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.methods import method_names
 
 from ..tasks import Task
-from .baselines import activation, magnitude, random_units, taylor, taylor_global, taylor_isomorphic
+from .baselines import activation, magnitude, one_shot, random_units, taylor, taylor_global, taylor_isomorphic
 from .depgraph import torch_pruning_taylor
 from .learned import by_goal, nvit, vtp
 from .spvit import multi_path, random_search, shared_gradients, spvit, topmost_gradients
@@ -30,8 +30,11 @@ METHODS: dict[str, Method] = {
     "taylor": taylor,
     "taylor-global": taylor_global,
     "taylor-isomorphic": taylor_isomorphic,
+    "one-shot": one_shot,
+    "one-shot-uniform": partial(one_shot, uniform=True),
     "torch-pruning": torch_pruning_taylor,
     "vtp": vtp,
+    "vtp-uniform": partial(vtp, uniform=True),
     "vtp-1e-3": partial(vtp, sparsity_weight=1e-3),
     "vtp-1e-5": partial(vtp, sparsity_weight=1e-5),
     "nvit": nvit,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hf_vitprune import PruningPlan, criteria, prune
+from hf_vitprune import OneShotScores, PruningPlan, criteria, prune
 from hf_vitprune.criteria import UnitScores
 from hf_vitprune.utils.batches import ImageBatches
 
@@ -42,3 +42,9 @@ activation = _scored("local", lambda model, task, seed: criteria.activation(mode
 taylor = _scored("local", _taylor)
 taylor_global = _scored("global", _taylor)
 taylor_isomorphic = _scored("isomorphic", _taylor)
+
+
+def one_shot(model: Any, task: Task, budget: float, steps: int, seed: int, uniform: bool = False) -> Any:
+    """One-shot scores and compensation from the training images: no steps are taken."""
+    scores = OneShotScores.measure(model, _images(task))
+    return prune(model, scores.plan(budget, round_to=ROUND_TO, uniform=uniform), calibration=_images(task))

@@ -34,9 +34,12 @@ def nvit(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
     return tune(wrapped.export(compensate=False), model, task, steps - first, seed, wrapped.plan())
 
 
-def vtp(model: Any, task: Task, budget: float, steps: int, seed: int, sparsity_weight: float = 1e-4) -> Any:
+def vtp(
+    model: Any, task: Task, budget: float, steps: int, seed: int, sparsity_weight: float = 1e-4, **settings: Any
+) -> Any:
     """VTP: scores that an L1 penalty pulls to zero, then a threshold."""
     config = VTPConfig(
+        **settings,
         target=budget,
         sparsity_weight=sparsity_weight,
         sparsity_warmup=0.2,

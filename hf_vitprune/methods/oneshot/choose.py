@@ -14,6 +14,7 @@ from ...errors import InvalidConfigError, UnreachableTargetError, UnsupportedUni
 from ...plan.layer_plan import LayerPlan
 from ...plan.plan import PruningPlan
 from ...plan.select import check_units
+from ...plan.uniform import StockSizes
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import LayerShape
 from ..base import PruningConfig
@@ -42,6 +43,8 @@ class Goal(NamedTuple):
     units: tuple[str, ...]
     round_to: int
     settings: OneShotSettings
+    #: sizes that a stock class holds, where all layers shall have the same
+    stock: StockSizes | None = None
 
 
 def check_target(
@@ -50,6 +53,7 @@ def check_target(
     *,
     units: Sequence[str] = UNITS,
     round_to: int = 8,
+    uniform: bool = False,
     **config: Any,
 ) -> Goal:
     """What :meth:`OneShotScores.plan` takes, checked before anything is scored.
@@ -57,6 +61,7 @@ def check_target(
     Raises:
         UnreachableTargetError: the smallest sizes cost more.
         InvalidConfigError, UnsupportedUnitError, LatencyTableError: impossible settings.
+        InvalidPlanError: ``uniform``, and no stock class holds fewer of the units.
     """
     checked = PruningConfig(**config)
     if checked.target is None:
@@ -72,7 +77,8 @@ def check_target(
     usable = tuple(u for u in UNITS if u in units and u in architecture.units and (u != "qk" or plain))
     if not usable:
         raise UnsupportedUnitError(f"{architecture.model_type} models turn or normalise queries and keys: no qk here")
-    goal = Goal(checked.target, meter, usable, round_to, settings)
+    stock = StockSizes(architecture, usable, round_to) if uniform else None
+    goal = Goal(checked.target, meter, usable, round_to, settings, stock)
     lowest = meter.ratio(architecture.replace(layers=tuple(_smallest(s, goal) for s in architecture.layers)))
     if lowest > goal.target:
         raise UnreachableTargetError(
@@ -83,6 +89,9 @@ def check_target(
 
 
 def _smallest(shape: LayerShape, goal: Goal) -> LayerShape:
+    if goal.stock is not None:
+        heads, channels, mlp, _ = goal.stock.smallest()
+        return replace(shape, heads=heads, qk_dim=channels, v_dim=channels, mlp=mlp)
     if shape.mixer == "attention":
         qk, v = (goal.settings.ranks(size) for size in (shape.qk_dim, shape.v_dim))
         shape = replace(
@@ -109,14 +118,45 @@ def best_plan(
             branches.append(_mlp(i, shape, mine, goal, cost))
     whole = goal.meter.total(architecture)
     fixed = whole - sum(float(branch.options.costs[0]) for branch in branches)  # outside of what can be cut
-    picked, gap = allocate([branch.options for branch in branches], goal.target * whole - fixed)
+    budget = goal.target * whole - fixed
+    if goal.stock is None:
+        picked, gap = allocate([branch.options for branch in branches], budget)
+    else:
+        picked, gap = _allocate_alike(branches, goal.stock, budget)
     layers = [LayerPlan.dense(i, shape) for i, shape in enumerate(architecture.layers)]
     for branch, position in zip(branches, picked, strict=True):
         layers[branch.layer] = branch.apply(layers[branch.layer], branch.sizes[position])
     error = sum(float(branch.options.errors[p]) for branch, p in zip(branches, picked, strict=True))
     info = {"method": "OneShot", "target": goal.target, "target_metric": goal.meter.metric, "error": error}
     info |= {"gap": gap, "units": list(goal.units), "round_to": goal.round_to}
+    info |= {} if goal.stock is None else {"uniform": True}
     return PruningPlan(architecture, tuple(layers), info=info).validated()
+
+
+def _allocate_alike(branches: list[Branch], stock: StockSizes, budget: float) -> tuple[list[int], float]:
+    """The same option for the branches of one kind in all layers, of those that a stock class holds.
+
+    Returns:
+        As :func:`allocate`: the option of every branch, and the gap.
+    """
+    width = stock.whole.embedding
+    pairs, neurons = {(h, d, d) for h, d in stock.attention[width]}, {(m,) for m in stock.mlp[width]}
+    kinds = [[b for b in branches if len(b.sizes[0]) == length] for length in (3, 1)]
+    held = [[s for s in kind[0].sizes if s in pairs or s in neurons] for kind in kinds]
+    places = [[[b.sizes.index(s) for s in sizes] for b in kind] for kind, sizes in zip(kinds, held, strict=True)]
+    alike = [
+        Options(
+            *(sum(getattr(b.options, name)[p] for b, p in zip(kind, place, strict=True)) for name in Options._fields)
+        )
+        for kind, place in zip(kinds, places, strict=True)
+    ]
+    picked, gap = allocate(alike, budget)
+    found = {
+        id(b): p[pick]
+        for kind, place, pick in zip(kinds, places, picked, strict=True)
+        for b, p in zip(kind, place, strict=True)
+    }
+    return [found[id(branch)] for branch in branches], gap
 
 
 def _branch_cost(architecture: Architecture, meter: CostMeter, layer: int) -> Callable[..., float]:

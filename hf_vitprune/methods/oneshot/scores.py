@@ -101,6 +101,7 @@ class OneShotScores:
         *,
         units: Sequence[str] = ("heads", "qk", "v", "mlp"),
         round_to: int = 8,
+        uniform: bool = False,
         **goal: Any,
     ) -> PruningPlan:
         """The sizes that lose least at a target.
@@ -110,6 +111,8 @@ class OneShotScores:
             target_metric: ``macs``, ``params`` or ``latency``.
             units: what may be removed: any of ``heads``, ``qk``, ``v``, ``mlp``.
             round_to: kept channels and neurons are a multiple of this, or all there are (heads: any number).
+            uniform: the same sizes in every layer, q/k as v, of those that a stock class can hold: the small model is
+                then a stock one, which loads without this library.
             goal: ``image_size``, ``latency_table``, ``latency_batch_size``, ``allow_other_device`` as in every
                 method's config.
 
@@ -121,8 +124,10 @@ class OneShotScores:
         Raises:
             UnreachableTargetError: the smallest sizes cost more.
             InvalidConfigError, UnsupportedUnitError, LatencyTableError: impossible settings.
+            InvalidPlanError: ``uniform``, and no stock class holds fewer of the units; says why.
         """
         goal |= {"target": target, "target_metric": target_metric, "units": units, "round_to": round_to}
+        goal["uniform"] = uniform
         return best_plan(self.architecture, self.tensors, self.settings, goal)
 
     def compensate(self, model: Any, plan: PruningPlan) -> PruningPlan:

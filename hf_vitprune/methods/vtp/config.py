@@ -13,6 +13,9 @@ from ..base import PruningConfig, check_number, check_open_interval
 #: of the paper: in front of every Linear, so that queries and keys keep their width
 POINTS = tuple(name for name in points.POINTS if name != "queries")
 
+#: where stock classes can hold fewer channels: of the values whole heads, and hidden neurons
+UNIFORM_POINTS = ("attention_out", "mlp_hidden")
+
 
 @dataclass
 class VTPConfig(PruningConfig):
@@ -29,6 +32,9 @@ class VTPConfig(PruningConfig):
         round_to: kept channels of a set are a multiple of this, and at least this many.
         uneven: heads of a layer may keep different numbers of channels (the paper's free choice); the shorter ones
             are padded with zeros. By default the layer's budget is split evenly over its heads.
+        uniform: the same number of heads and of hidden neurons in every layer, of those that a stock class can hold:
+            whole heads and neurons go (``points`` are ``attention_out`` and ``mlp_hidden``), and the small model is a
+            stock one, which loads without this library.
         binarize: kept scores become 1, as in the paper; by default they are folded into the weights, so that the
             pruned model computes what the gated one did.
         target_modules: regular expression; only layers whose path matches (``re.search``) are gated. None: all.
@@ -41,6 +47,7 @@ class VTPConfig(PruningConfig):
     points: tuple[str, ...] = POINTS
     round_to: int = 8
     uneven: bool = False
+    uniform: bool = False
     binarize: bool = False
     target_modules: str | None = None
     exclude_modules: str | None = None
@@ -59,10 +66,17 @@ class VTPConfig(PruningConfig):
         names = tuple(self.points) if isinstance(self.points, (list, tuple)) else ()
         if not names or any(name not in POINTS for name in names) or len(set(names)) < len(names):
             raise InvalidConfigError(f"points is a non-empty choice of {', '.join(POINTS)}, not {self.points!r}")
+        if self.uniform is True:
+            names = UNIFORM_POINTS if names == POINTS else names
+            if self.uneven or not {*names} <= {*UNIFORM_POINTS}:
+                raise InvalidConfigError(
+                    "uniform=True cuts whole heads and hidden neurons, the same in every layer: leave uneven out, and "
+                    f"of points all but {' and '.join(UNIFORM_POINTS)}"
+                )
         self.points = names
         if type(self.round_to) is not int or self.round_to < 1:
             raise InvalidConfigError(f"round_to is a whole number of at least 1, not {self.round_to!r}")
-        for name in ("uneven", "binarize"):
+        for name in ("uneven", "uniform", "binarize"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidConfigError(f"{name} is True or False, not {getattr(self, name)!r}")
         for name in ("target_modules", "exclude_modules"):

@@ -18,6 +18,7 @@ from ...plan.plan import PruningPlan
 from ...plan.ranking import Ranking
 from ...plan.select import best, rounded
 from ...plan.targets import reach_target
+from ...plan.uniform import Sizes, StockSizes
 from ...surgery.gates import Gate
 from ...surgery.points import POINTS, attach, point_name, point_sizes
 from ...utils.batches import ImageBatches
@@ -39,6 +40,7 @@ class VTP(PruningMethod):
                 f"VTP removes v channels, which a {self.architecture.model_type} model cannot lose: leave "
                 "'attention_out' out of points=(...)"
             )
+        self.stock = self._stock_sizes() if config.uniform else None
         device = next(model.parameters()).device
         for i, paths in enumerate(layer_paths(model, self.architecture)):
             for point, size in point_sizes(self.architecture, i).items():
@@ -51,6 +53,12 @@ class VTP(PruningMethod):
             )
         if config.target is not None:
             self.choose()  # an unreachable target says so before any training
+
+    def _stock_sizes(self) -> StockSizes:
+        if self.config.target_modules is not None or self.config.exclude_modules is not None:
+            raise InvalidConfigError("uniform=True cuts every layer: leave target_modules and exclude_modules out")
+        units = {"attention_out": "heads", "mlp_hidden": "mlp"}
+        return StockSizes(self.architecture, [units[point] for point in self.config.points], self.config.round_to)
 
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
         return attach(model, self.architecture, self.gates)
@@ -148,7 +156,24 @@ class VTP(PruningMethod):
 
     def _plan(self, above: _Sets, scores: _Sets) -> PruningPlan:
         plan = PruningPlan.dense(self.architecture)
+        if self.stock is not None:
+            sizes = self.stock.nearest({"heads": _share(above, "attention_out"), "mlp": _share(above, "mlp_hidden")})
+            return plan.with_layers(self._alike(entry, sizes, scores) for entry in plan.layers).validated()
         return plan.with_layers(self._layer(entry, above, scores) for entry in plan.layers).validated()
+
+    def _alike(self, entry: LayerPlan, sizes: Sizes, scores: _Sets) -> LayerPlan:
+        """The heads with the highest sums of scores, and the best neurons: as many as in every layer."""
+        name = point_name(entry.index, "mlp_hidden")
+        if name in scores:
+            kept = best(scores[name], sizes.mlp)
+            entry = self._scaled(replace(entry, mlp=kept), "mlp", name, kept)
+        name = point_name(entry.index, "attention_out")
+        if name in scores:
+            v_dim = self.architecture.layers[entry.index].v_dim
+            entry = entry.keep_heads(best(scores[name].view(-1, v_dim).sum(1), sizes.heads))
+            flat = tuple(h * v_dim + c for h in entry.heads for c in range(v_dim))
+            entry = self._scaled(entry, "v", name, flat)
+        return entry
 
     def _layer(self, entry: LayerPlan, above: _Sets, scores: _Sets) -> LayerPlan:
         for point in ("attention_in", "mlp_in", "mlp_hidden"):
@@ -210,3 +235,9 @@ class VTP(PruningMethod):
                 if name in kept:
                     kept[name][slice(None) if units is None else list(units)] = True
         return kept
+
+
+def _share(kept: _Sets, point: str) -> float:
+    """Of the channels of a point, over all layers; 1 where there are none."""
+    there = [units for name, units in kept.items() if name.endswith(point)]
+    return float(torch.cat(there).double().mean()) if there else 1.0

@@ -1,0 +1,140 @@
+"""The same sizes in every layer, of those that a stock class can hold: what has them needs no code to load."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from ..errors import InvalidPlanError, NativeExportError
+from ..modeling.native import native_config
+from ..spec.architecture import Architecture
+
+
+class Sizes(NamedTuple):
+    """Sizes of every layer, and of the residual stream; stock attention has one number of channels for q/k and v."""
+
+    heads: int
+    channels: int
+    mlp: int
+    embedding: int
+
+    def of(self, unit: str) -> int:
+        """What stays of a unit."""
+        return int(getattr(self, "channels" if unit in ("qk", "v") else unit))
+
+
+class StockSizes:
+    """Sizes that all layers of a model may have together.
+
+    Attributes:
+        whole: those that it has.
+        attention: residual width -> (heads, channels a head) that go with it.
+        mlp: residual width -> neurons that go with it.
+    """
+
+    def __init__(self, source: Architecture, units: Collection[str], round_to: int) -> None:
+        """Try all sizes on the stock config.
+
+        Args:
+            source: architecture of the model.
+            units: what may be cut: q/k and v channels only where both are in it.
+            round_to: kept channels and neurons are multiples of this, or all there are.
+
+        Raises:
+            InvalidPlanError: the layers of the model are not alike, or no stock class can hold fewer of any unit; says
+                why.
+        """
+        self.source, first = source, source.layers[0]
+        self._check_alike()
+        family, config = source.family, source.config
+        self.whole = Sizes(first.heads, first.qk_dim, first.mlp, source.hidden_size)
+        both = {"qk", "v"} <= {*units}
+        heads = range(1, first.heads + 1) if "heads" in units else [first.heads]
+        channels = _multiples(first.qk_dim, round_to, both)
+        neurons = _multiples(first.mlp, round_to, "mlp" in units)
+        neck = family.has_neck(config, source.task)
+        widths = _multiples(source.hidden_size, round_to, "embedding" in units and not neck)
+        self.attention: dict[int, list[tuple[int, int]]] = {}
+        self.mlp: dict[int, list[int]] = {}
+        for width in widths:
+            known = self._natural_mlp(width)
+            pairs = [(h, d) for h in heads for d in channels if self._holds(Sizes(h, d, known, width))]
+            if pairs:
+                fitting = [m for m in neurons if self._holds(Sizes(*pairs[-1], m, width))]
+                if fitting:
+                    self.attention[width], self.mlp[width] = pairs, fitting
+        if self.smallest() == self.whole:
+            raise InvalidPlanError(
+                f"the same sizes in every layer: no stock class holds fewer of {', '.join(sorted(units))} "
+                f"({self._reason()}); leave uniform out, and save portable=True to load without hf_vitprune"
+            )
+
+    def _check_alike(self) -> None:
+        try:
+            if self.source.depths is not None:  # they differ by stage, as the stock config has them
+                self.source.family.uniform_config(self.source.config, 1, 1, 1, self.source.hidden_size)
+            native_config(self.source)
+        except (NativeExportError, ValueError) as error:
+            raise InvalidPlanError(
+                f"the same sizes in every layer: no stock class holds them ({error}); leave uniform out"
+            ) from error
+
+    def _natural_mlp(self, width: int) -> int:
+        """The neurons that a config of this width has, if nothing else is said."""
+        config = copy.deepcopy(self.source.config)
+        family = self.source.family
+        sizes = family.sizes_config(config)
+        sizes.__dict__["hidden_size"] = width
+        return family.mlp_size(sizes)
+
+    def _holds(self, sizes: Sizes) -> bool:
+        try:
+            self._fields(sizes)
+        except ValueError:
+            return False
+        return True
+
+    def _fields(self, sizes: Sizes) -> None:
+        self.source.family.uniform_config(self.source.config, *sizes)
+
+    def smallest(self) -> Sizes:
+        """The least that every layer may have, of the narrowest residual stream."""
+        found = [
+            Sizes(*min(pairs, key=lambda pair: pair[0] * pair[1]), min(self.mlp[width]), width)
+            for width, pairs in self.attention.items()
+        ]
+        return min(found, key=lambda s: (s.embedding, s.heads * s.channels, s.mlp), default=self.whole)
+
+    def _reason(self) -> str:
+        whole = self.whole
+        for fewer in (whole._replace(mlp=max(1, whole.mlp // 2)), whole._replace(heads=max(1, whole.heads // 2))):
+            try:
+                self._fields(fewer)
+            except ValueError as error:
+                return str(error)
+        return "all of what may go is needed"
+
+    def nearest(self, kept: Mapping[str, float]) -> Sizes:
+        """The sizes next to these shares of what there is (all, where none is named) that go together."""
+        wanted = {name: kept.get(name, 1.0) * size for name, size in self.whole._asdict().items()}
+
+        def off(name: str, size: int) -> float:
+            whole: int = getattr(self.whole, name)
+            return abs(size - wanted[name]) / whole
+
+        best: tuple[float, Sizes] | None = None
+        for width, pairs in self.attention.items():
+            pair = min(pairs, key=lambda p: off("heads", p[0]) + off("channels", p[1]))
+            neurons = min(self.mlp[width], key=lambda m: off("mlp", m))
+            sizes = Sizes(*pair, neurons, width)
+            distance = sum(off(name, size) for name, size in sizes._asdict().items())
+            if best is None or distance < best[0]:
+                best = distance, sizes
+        assert best is not None
+        return best[1]
+
+
+def _multiples(size: int, step: int, free: bool) -> list[int]:
+    """Sizes that may be kept, ascending, all of it the last."""
+    return [*(range(step, size, step) if free else ()), size]
