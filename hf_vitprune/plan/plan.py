@@ -27,6 +27,7 @@ from .layer_plan import (
 )
 from .select import check_ratio, check_share, check_units, plan_keeping
 from .targets import reach_target
+from .uniform import check_stock
 
 __all__ = ["PAD", "LayerPlan", "PruningPlan"]
 
@@ -121,13 +122,18 @@ class PruningPlan:
             check_share("the target", target)
             meter = meter_of(source, target_metric, image_size, latency_table, allow_other_device)
             goal = {"target": target, "target_metric": target_metric}
-            return reach_target(lambda k: plan(selection.without(k), **goal), len(selection.ranking), target, meter)
+            found = reach_target(lambda k: plan(selection.without(k), **goal), len(selection.ranking), target, meter)
+            if scope == "uniform":
+                check_stock(found.architecture)
+            return found
         found = plan(selection.at_ratio(check_ratio(ratio)), ratio=ratio)
         if found.removes_nothing:
             raise InvalidPlanError(
                 f"a ratio of {ratio} removes no unit of {', '.join(selection.units)} (round_to={round_to}): raise the "
                 "ratio or lower round_to"
             )
+        if scope == "uniform":
+            check_stock(found.architecture)
         return found
 
     @classmethod

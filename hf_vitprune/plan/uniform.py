@@ -6,8 +6,13 @@ import copy
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+import torch
+from transformers.initialization import no_init_weights
+
 from ..errors import InvalidPlanError, NativeExportError
-from ..modeling.native import native_config
+from ..modeling.build import config_for
+from ..modeling.native import native_config, to_native
+from ..modeling.registry import class_for_task
 from ..spec.architecture import Architecture
 
 
@@ -138,3 +143,20 @@ class StockSizes:
 def _multiples(size: int, step: int, free: bool) -> list[int]:
     """Sizes that may be kept, ascending, all of it the last."""
     return [*(range(step, size, step) if free else ()), size]
+
+
+def check_stock(architecture: Architecture) -> None:
+    """Make a model of this shape a stock one, without weights.
+
+    Raises:
+        InvalidPlanError: that cannot be; says why.
+    """
+    with torch.device("meta"), no_init_weights():
+        pruned = class_for_task(architecture.family, architecture.task)(config_for(architecture))
+        try:
+            to_native(pruned)
+        except NativeExportError as error:
+            raise InvalidPlanError(
+                f"the same sizes in every layer are not enough for a stock {architecture.model_type}: {error}; leave "
+                "the unit 'embedding' out, or uniform"
+            ) from error

@@ -82,15 +82,27 @@ def test_local_is_uniform_where_the_stock_class_holds_it() -> None:
     assert {len(entry.mlp) for entry in PruningPlan.magnitude(dino, 0.4, ["mlp"], uniform=True).layers} == {32}
 
 
-def test_heads_go_with_the_width_where_a_config_has_no_head_dim() -> None:
-    model = make("CLIPVisionModel")
+@pytest.mark.parametrize(
+    "case", ["CLIPVisionModel", "DINOv3ViTModel", "InternVLVisionModel", "SiglipVisionModel-headless", "ViTMAEModel"]
+)
+def test_heads_go_with_the_width_where_a_config_has_no_head_dim(case: str) -> None:
+    model = make(case)
     scores = criteria.magnitude(model)
     plan = PruningPlan.from_scores(model, scores, ratio=0.5, scope="uniform", units=[*UNITS, "embedding"], round_to=8)
     small = prune(model, plan)
     assert_stock(small, model, plan)
     shape = plan.architecture.layers[0]
     assert plan.architecture.hidden_size == shape.heads * shape.v_dim == 16
-    assert_same(run(small), run(type(small).from_pretrained(None, config=small.config, state_dict=small.state_dict())))
+    again = type(small).from_pretrained(None, config=small.config, state_dict=small.state_dict())
+    assert_same(run(small), run(again.eval()))
+
+
+@pytest.mark.parametrize("case", ["VideoMAEForVideoClassification", "Aimv2VisionModel-native"])
+def test_widths_that_no_stock_class_makes_positions_for_are_refused(case: str) -> None:
+    model = make(case)
+    units = [*UNITS, "embedding"]
+    with pytest.raises(InvalidPlanError, match="leave the unit 'embedding' out"):
+        PruningPlan.from_scores(model, criteria.magnitude(model), ratio=0.5, scope="uniform", units=units)
 
 
 def test_a_target_is_met_from_below() -> None:
