@@ -64,6 +64,8 @@ from hf_vitprune.methods import config_class_of, method_names
 from hf_vitprune.modeling.native import to_native
 from hf_vitprune.publish.block_report import plot_architecture
 from hf_vitprune.publish.card import model_card
+from hf_vitprune.publish.kept import beside, license_of
+from hf_vitprune.publish.kept import draw as draw_kept
 from hf_vitprune.publish.run_report import plot_gates
 from hf_vitprune.utils.classes import chance_note
 from hf_vitprune.utils.data import LabelledImages
@@ -360,18 +362,23 @@ def save(
     if model_args.native:
         small = to_native(small)
     small = small.to("cpu", dtype=torch.float32)
-    small.save_pretrained(training_args.output_dir)
-    processor.save_pretrained(training_args.output_dir)
+    folder = Path(training_args.output_dir)
+    small.save_pretrained(folder)
+    processor.save_pretrained(folder)
     card = model_card(
         small,
         after={"accuracy": summary["accuracy"]},
         dataset=data_args.dataset,
         base_model=model_args.model_name_or_path,
+        license=license_of(model_args.model_name_or_path),
+        plot=draw_kept(small, folder),
+        beside=beside(folder),
     )
-    card.save(Path(training_args.output_dir) / "README.md")
+    card.save(folder / "README.md")
     if training_args.push_to_hub:
-        repo = training_args.hub_model_id or Path(training_args.output_dir).name
-        push_to_hub(small, repo, card=card, image_processor=processor, private=training_args.hub_private_repo)
+        repo = training_args.hub_model_id or folder.name
+        private = training_args.hub_private_repo
+        push_to_hub(small, repo, card=card, image_processor=processor, private=private, card_folder=folder)
 
 
 if __name__ == "__main__":

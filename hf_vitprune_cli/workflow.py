@@ -20,8 +20,8 @@ from hf_vitprune.methods import PruningConfig, method_for
 from hf_vitprune.plan.lineage import lineage_of, note, plain_name
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.publish.block_report import plot_kept
-from hf_vitprune.publish.card import model_card
-from hf_vitprune.publish.kept import CARD, PLOT, beside, license_of
+from hf_vitprune.publish.card import CARD, model_card
+from hf_vitprune.publish.kept import PLOT, beside, license_of
 from hf_vitprune.spec.architecture import Architecture
 from hf_vitprune.spec.towers import tower_module
 from hf_vitprune.training.exporting import is_compensated

@@ -28,6 +28,8 @@ from .stages import stage_rows
 if TYPE_CHECKING:
     from ..latency.measure import Timing
 
+#: the file that a card is
+CARD = "README.md"
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 

@@ -19,8 +19,7 @@ from ..peft.folder import name_base
 from ..spec.architecture import unwrap
 from ..utils.finite import check_finite
 from ..utils.upload import register_upload
-from .card import model_card
-from .kept import CARD, beside, draw, take_figures
+from .card import CARD, model_card
 
 #: weights of an earlier push in other pieces; they would be loaded in place of, or beside, the new ones
 _SHARDS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
@@ -92,6 +91,8 @@ def push_to_hub(
         with _explained(repo_id, "nothing was changed there"):
             text = _card_text(api, model, repo_id, card, CARD in present, revision, tags, folder, card_folder)
         if text is not None:
+            from .kept import take_figures  # the import of the package is quick
+
             (folder / CARD).write_text(text, encoding="utf-8")
             take_figures(text, _source(model, card_folder), folder, unwrap(model))
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
@@ -135,6 +136,8 @@ def _card_text(
         card = Path(path).read_text(encoding="utf-8")
     chosen = card if card is not None else _card_beside(model, card_folder)
     if chosen is None:
+        from .kept import beside, draw
+
         facts: dict[str, Any] = {"plot": draw(unwrap(model), folder), "beside": beside(folder)}
         return str(model_card(model, repo_id=repo_id, tags=tags, **facts))
     if tags:

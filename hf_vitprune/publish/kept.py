@@ -17,10 +17,10 @@ from ..evaluation.results import results_of
 from ..spec.architecture import Architecture
 from ..spec.origin import pruned_tower
 from .block_report import plot_kept
-from .card import hub_id
+from .card import CARD, hub_id
 from .snippet import Beside
 
-CARD, PLOT = "README.md", "kept.png"
+PLOT = "kept.png"
 #: of metrics whose data has no name
 UNNAMED = "unnamed data"
 #: what a Trainer measures besides

@@ -11,8 +11,7 @@ from ..spec.architecture import unwrap
 from ..spec.origin import is_pruned
 from ..spec.towers import towers
 from ..utils.upload import register_card
-from .card import model_card
-from .kept import CARD, UNNAMED, beside, draw, metrics_of
+from .card import CARD, model_card
 
 
 def trainer_card(
@@ -34,6 +33,8 @@ def trainer_card(
     Returns:
         False, and nothing is written, where the model is not pruned.
     """
+    from .kept import UNNAMED, beside, draw, metrics_of  # the import of the package is quick
+
     model: Any = trainer.model
     if hasattr(model, "pruning_config") and hasattr(model, "export"):
         if not model.method.decided:

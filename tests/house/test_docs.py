@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import torch
+from datasets import Image as ImageFeature
+from PIL import Image
 
 import toy_method
 from hf_vitprune import PruningPlan, prune
@@ -54,3 +56,18 @@ def test_the_paper_index_names_files_that_are_there() -> None:
     named = set(re.findall(r"`([\w/]+\.(?:py|json))", text))
     homes = [ROOT, ROOT / "hf_vitprune", ROOT / "tests", ROOT / "benchmarks" / "vtab"]
     assert len(named) > 30 and not [name for name in named if not any((home / name).is_file() for home in homes)]
+
+
+def test_evaluate(tmp_path: Path, monkeypatch) -> None:
+    from datasets import Dataset
+    from transformers import ViTImageProcessorPil
+
+    monkeypatch.chdir(tmp_path)
+    pictures = [Image.new("RGB", (16, 16), (40 * i, 20, 10)) for i in range(6)]
+    dataset = Dataset.from_dict({"image": pictures, "label": [0, 1] * 3}).cast_column("image", ImageFeature())
+    names = {"model": make("ViTForImageClassification"), "dataset": dataset}
+    names["processor"] = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    (block,) = examples("evaluate.md")
+    exec(block, names)
+    assert 0 <= names["metrics"]["accuracy"] <= 1 and len(names["ranks"]) == 6
+    assert '"data": "pets"' in (tmp_path / "results.json").read_text()
