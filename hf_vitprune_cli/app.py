@@ -91,13 +91,14 @@ def empty_output(path: Path, force: bool, *sources: str | Path | None, file: boo
     Args:
         path: what is written.
         force: as ``--force``, which does not help against writing over what is read.
-        sources: models, images and files that are read; None and ids on the Hub are passed over.
+        sources: models, data (``FOLDER,label=...``) and files that are read; None and ids on the Hub are passed over.
         file: a file is written. Beside a model there may be one; only a card, page, figure or results give way.
 
     Raises:
         FileExistsError: it is, holds or lies in one of the sources; or something is there, and no ``force`` is given.
     """
-    for source in (Path(source) for source in sources if source is not None and Path(source).exists()):
+    read = [one if Path(one).exists() else str(one).partition(",")[0] for one in sources if one is not None]
+    for source in (Path(one) for one in read if one and Path(one).exists()):
         inside, holds = _lies_in(path, source), source.is_dir() and _lies_in(source, path)
         if file and source.is_dir():
             own = path.name == "results.json" or path.suffix in (".md", ".html", *FIGURES)

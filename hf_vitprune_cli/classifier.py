@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_vitprune.utils.data import LabelledImages
+
+from .saved import load_any_config
 
 
 def load_classifier(
@@ -39,6 +42,18 @@ def load_classifier(
         names = dict(sorted(zip(aligned.match.numbers, images.label_names, strict=True)))
         settings |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
     return AutoModelForImageClassification.from_pretrained(model, **settings), aligned
+
+
+def aligned(images: LabelledImages, model: str) -> LabelledImages:
+    """The images with the class numbers of a saved classifier, which may have more classes; tells how on stderr.
+
+    Raises:
+        InvalidDataError: there are classes that the classifier does not have.
+    """
+    found = images.aligned_to(load_any_config(model), every=False, model=model)
+    if found.match is not None and found.match.how:
+        print(found.match.how, file=sys.stderr)  # what is printed may be JSON
+    return found
 
 
 def _renew_heads(model: Any) -> None:

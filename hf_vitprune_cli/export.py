@@ -62,7 +62,7 @@ def export(
 
     Batches may be of any size. --int8 takes --images or --data, and says what it costs on them.
     """
-    empty_output(out, force, model, images)
+    empty_output(out, force, model, images, data)
     if images is not None and data is not None:
         raise typer.BadParameter("give --images or --data, not both")
     if int8 and images is None and data is None:
@@ -99,7 +99,8 @@ def read_images(model: str, images: Path | None, data: str | None, side: int | N
     """
     from hf_vitprune.utils.data import load_images, read_folder
 
-    from .saved import load_any_config, load_processor
+    from .classifier import aligned
+    from .saved import load_processor
 
     processor = load_processor(model)
     if side is not None:
@@ -108,7 +109,7 @@ def read_images(model: str, images: Path | None, data: str | None, side: int | N
         processor.crop_size = square
     if images is not None:
         return read_folder(images, processor, NUM_IMAGES)
-    labelled = load_images(data or "").aligned_to(load_any_config(model), every=False, model=model)
+    labelled = aligned(load_images(data or "", training=False), model)
     return labelled.at_most(None, NUM_IMAGES).processed(processor)[1]
 
 

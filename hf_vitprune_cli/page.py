@@ -15,6 +15,7 @@ from hf_vitprune.spec.configs import lineage_of
 from hf_vitprune.spec.towers import tower_module
 from hf_vitprune.utils.data import LabelledImages, load_images
 
+from .classifier import aligned
 from .saved import load_any_config, load_processor, load_tower, model_class_of
 
 #: images that are drawn; more change percentages by less than a point
@@ -126,4 +127,4 @@ def _labelled(data: str, model: str) -> LabelledImages:
     images, config = load_images(data, training=False), load_any_config(model)
     if "ForImageClassification" not in model_class_of(config).__name__:
         return images
-    return images.aligned_to(config, every=False, model=model)
+    return aligned(images, model)

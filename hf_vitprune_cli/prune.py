@@ -81,8 +81,7 @@ def prune(
     method = _method(method, data, images, scores)
     train = _train(train, data, images, steps)
     going_on = train == Train.features and is_unfinished(out)
-    labelled = data if data is None or Path(data).exists() else data.partition(",")[0]
-    empty_output(out, force or going_on, model, labelled, images, scores)
+    empty_output(out, force or going_on, model, data, images, scores)
     if images is not None and scores is not None:
         empty_output(scores, force or going_on, model, images, file=True)
     if force:
