@@ -111,7 +111,8 @@ def test_files_beside_a_model(place: Path) -> None:
         assert "kept.png is there already" in refused(*command), command
     assert "is a folder, and a file is written" in refused("card", model, "--out", place / "taken", "--force")
     assert "taken is there already" in refused("demo", "--output", place / "taken")
-    (model / "README.md").unlink()
+    for name in ("README.md", "kept.png"):  # a card and its figure
+        (model / name).unlink()
     assert contents(model) == before and figure.read_bytes() == b"another figure"
 
 
