@@ -51,6 +51,11 @@ class Cuts:
     Args:
         model_id, scores, part: see above.
 
+    Raises:
+        UnsupportedModelError: the model reads something else than images.
+        InvalidDataError: the scores are of another model.
+        InvalidConfigError: no budget can be reached.
+
     Attributes:
         percentages: of the multiply-adds that can be asked for.
         can_fit: whether the scores hold what :meth:`OneShotScores.compensate` works from.
@@ -62,6 +67,7 @@ class Cuts:
         self.processor = load_processor(model_id)
         self.scores = OneShotScores.load(_scores_file(model_id, scores))
         self.scores.check(self.dense)
+        self.scores.architecture.check_looks("this app")
         self.can_fit = self.scores.settings.statistics
         self.is_classifier = "ForImageClassification" in type(self.dense).__name__
         self.percentages = [p for p in range(5, 100, 5) if self._reachable(p)]

@@ -21,11 +21,11 @@ from transformers import ViTImageProcessorPil
 
 from browser import Visits, scrolls_sideways
 from hf_vitprune import OneShotScores, count, prune
-from hf_vitprune.errors import InvalidConfigError, InvalidDataError
+from hf_vitprune.errors import InvalidConfigError, InvalidDataError, UnsupportedModelError
 from hf_vitprune.methods import OneShotSettings
 from hf_vitprune.publish.report import human
 from processes import ROOT
-from tiny import images, make
+from tiny import feed, images, make
 
 SPACE = ROOT / "examples" / "space"
 
@@ -45,7 +45,8 @@ def scored(folder: Path, name: str, **settings: Any) -> Path:
     model = make(name, intermediate_size=64) if name.startswith("ViT") else make(name)
     model.save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
-    OneShotScores.measure(model, images(8), OneShotSettings(**settings)).save(folder / "scores.safetensors")
+    data = [{name: tensor[0] for name, tensor in feed(model, images(1, seed=i)).items()} for i in range(8)]
+    OneShotScores.measure(model, data, OneShotSettings(**settings)).save(folder / "scores.safetensors")
     return folder
 
 
@@ -151,6 +152,8 @@ def test_what_it_cannot_start_with(app: ModuleType, tmp_path: Path, monkeypatch:
     monkeypatch.delenv("MODEL_ID", raising=False)
     with pytest.raises(InvalidConfigError, match="set MODEL_ID"):
         app.main()
+    with pytest.raises(UnsupportedModelError, match="this app runs the model on images"):
+        app.Cuts(str(scored(tmp_path / "videos", "VideoMAEForVideoClassification")))
     folder = scored(tmp_path / "vit", "ViTForImageClassification")
     with pytest.raises(FileNotFoundError, match="set SCORES"):
         app.Cuts(str(folder), "nothing.safetensors")
