@@ -65,6 +65,10 @@ class ExportError(VitPruneError, RuntimeError):
     """A model cannot be written in a format, or what was written does not compute what the model does."""
 
 
+class BenchError(VitPruneError, RuntimeError):
+    """A model does not run in a form that is to be timed."""
+
+
 class AdapterError(VitPruneError, ValueError):
     """A PEFT adapter cannot be carried over to the pruned model, or belongs to another architecture."""
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .app import make_app
+from .bench import bench
 from .card import card
 from .convert import convert
 from .demo import demo
@@ -18,7 +19,7 @@ from .prune import prune
 from .report import report
 
 app = make_app("hf-vitprune", "Structured pruning of Hugging Face vision transformers.")
-for command in (demo, inspect, prune, latency, evaluate, export, report, convert, card):
+for command in (demo, inspect, prune, latency, evaluate, export, bench, report, convert, card):
     app.command()(command)
 
 

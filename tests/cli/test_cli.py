@@ -196,7 +196,7 @@ def test_commands_are_listed_without_slow_imports() -> None:
 import sys
 from hf_vitprune_cli.main import app
 from typer.testing import CliRunner
-commands = ("demo", "inspect", "prune", "latency", "evaluate", "export", "report", "convert", "card")
+commands = ("demo", "inspect", "prune", "latency", "evaluate", "export", "bench", "report", "convert", "card")
 print(CliRunner().invoke(app, ["--help"]).output)
 for command in commands:
     shown = CliRunner().invoke(app, [command, "--help"])

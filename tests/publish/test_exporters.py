@@ -12,6 +12,9 @@ import numpy as np
 import peft
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoImageProcessor, ViTImageProcessor, pipeline
+from transformers.exporters import ExportedModel
 
 from hf_vitprune import PruningPlan, VTPConfig, get_pruning_model, prune
 from hf_vitprune.errors import (
@@ -92,6 +95,18 @@ def test_onnx_needs_nothing_of_ours(small: Any, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("vit", [VIT]) and "pruning_config" not in config
     assert len(config["id2label"]) == small.config.num_labels
+
+
+@slow
+def test_a_pipeline_on_onnxruntime(small: Any, tmp_path: Path) -> None:
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    export(small, tmp_path / "out", "onnx", processor=processor)
+    loaded = ExportedModel.from_pretrained(tmp_path / "out", device="cpu")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 24, 3), dtype=np.uint8))
+    own = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    found, expected = (pipeline("image-classification", model=m, image_processor=own)(image) for m in (loaded, small))
+    assert [row["label"] for row in found] == [row["label"] for row in expected]
+    assert [row["score"] for row in found] == pytest.approx([row["score"] for row in expected], abs=1e-5)
 
 
 KINDS: dict[str, Any] = {

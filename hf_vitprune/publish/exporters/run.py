@@ -87,7 +87,7 @@ def export(
     folder = Path(folder)
     if not force and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
         raise FileExistsError(f"{folder} is there already; choose another place, or give force=True")
-    source = _prepared(model, part, folder=to in FOLDERS)
+    source = prepared(model, part, folder=to in FOLDERS)
     sizes = [pair(size) for size in image_sizes]
     if len(sizes) > 1:
         _check_sizes_vary(source, to)
@@ -106,7 +106,7 @@ def export(
     return record
 
 
-def _prepared(model: Any, part: str | None, folder: bool) -> Any:
+def prepared(model: Any, part: str | None = None, folder: bool = False) -> Any:
     """A copy in evaluation mode, merged, on the CPU, and (of what is no folder) in float32."""
     if isinstance(model, PruningModel):
         raise InvalidConfigError("a PruningModel has gates: export what its export() gives")
