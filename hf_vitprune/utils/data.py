@@ -23,8 +23,6 @@ from .columns import (
     with_class_numbers,
 )
 from .images import check_images, reading_errors, to_rgb
-from .images import image_files as image_files
-from .images import open_image as open_image
 from .images import read_folder as read_folder
 from .sources import DIGITS as DIGITS
 from .sources import EVAL_NAMES, Source, choose_splits, load_parts, splits_to_evaluate

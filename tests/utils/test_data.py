@@ -7,7 +7,8 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from hf_vitprune.errors import InvalidDataError
-from hf_vitprune.utils.data import DIGITS, image_files, load_images, open_image
+from hf_vitprune.utils.data import DIGITS, load_images
+from hf_vitprune.utils.images import image_files, open_image
 from image_folders import image_folder
 
 
