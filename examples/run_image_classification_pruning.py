@@ -368,7 +368,7 @@ def save(
     card = model_card(
         small,
         after={"accuracy": summary["accuracy"]},
-        dataset=data_args.dataset,
+        dataset=data_args.name,
         base_model=model_args.model_name_or_path,
         license=license_of(model_args.model_name_or_path),
         plot=draw_kept(small, folder),

@@ -22,6 +22,7 @@ from hf_vitprune.publish.purpose import pipeline_tag
 from hf_vitprune.publish.report import comparison_table
 from hf_vitprune.spec.towers import find_tower
 from hf_vitprune.utils.data import LabelledImages, load_images, read_folder
+from hf_vitprune.utils.sources import Source
 
 from .app import say
 from .saved import is_adapter_alone, load_adapted, load_any_config, model_class_of
@@ -70,11 +71,16 @@ def ask(question: Question, model: str, dense: str | None = None) -> dict[str, A
     if task == FEATURES:
         found = _features(question, model, loaded, dense, other)
     else:
-        images = load_images(question.data, eval_split=question.split, training=question.split is None).at_most(
+        images = load_images(question.data, eval_split=question.split, training=False).at_most(
             evaluation=question.limit
         )
         found = _predictions(question, task, images, model, loaded, dense, other)
-    common = {"task": task, "part": question.part, "data": plain_name(question.data), "split": question.split}
+    common = {
+        "task": task,
+        "part": question.part,
+        "data": plain_name(Source.parse(question.data).name),
+        "split": question.split,
+    }
     setting = {"batch_size": question.batch_size, "device": device_name()}
     _show(question, found)
     return {**common, "setting": setting, **found}
@@ -82,7 +88,7 @@ def ask(question: Question, model: str, dense: str | None = None) -> dict[str, A
 
 def _labelled(question: Question) -> LabelledImages:
     """The images; without a split those that a training on this data holds out, and never those it sees."""
-    return load_images(question.data, eval_split=question.split, training=question.split is None)
+    return load_images(question.data, eval_split=question.split, training=False)
 
 
 def load_model(model: str) -> Any:
@@ -193,7 +199,7 @@ def _feature_images(question: Question, model: str, has_dense: bool) -> tuple[An
                 "are compared with, or a folder with one sub-folder a class"
             )
         return read_folder(folder, processor, question.limit), None
-    images = load_images(question.data, eval_split=question.split, training=question.split is None).at_most(
+    images = load_images(question.data, eval_split=question.split, training=False).at_most(
         question.limit, question.limit
     )
     gallery, evaluation = images.processed(processor)

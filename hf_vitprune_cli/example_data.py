@@ -37,6 +37,11 @@ class DataArguments:
     force: bool = field(default=False, metadata={"help": "overwrite what is in output_dir"})
 
     @property
+    def name(self) -> str:
+        """Of the data, without what is said of its splits and columns."""
+        return Source.parse(self.dataset).name
+
+    @property
     def in_memory(self) -> bool:
         """Whether all of it may be kept in memory, processed."""
         return Source.parse(self.dataset).is_built_in
@@ -71,4 +76,4 @@ class DataArguments:
         """
         if PartialState().is_main_process:  # the others may come late, and find what this one wrote
             force = self.force or bool(args.resume_from_checkpoint)
-            empty_output(Path(args.output_dir or "."), force, model, Source.parse(self.dataset).name)
+            empty_output(Path(args.output_dir or "."), force, model, self.name)

@@ -73,6 +73,6 @@ def prune_from_labels(
     )
     rows, timings = compare(classifier, result.accuracy["dense"], {config.method_name: result}, batch_size=8)
     pair = {"before": timings["dense"], "after": timings[config.method_name]}
-    save_result(out, result, processor, pair, dataset=data, base_model=model)
+    save_result(out, result, processor, pair, dataset=images.source, base_model=model)
     Console().print(comparison_table(rows, title=f"{model} on {data}, measured on {device_name()}, batch 8"))
     say(f"saved to {out}")

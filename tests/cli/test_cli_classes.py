@@ -91,7 +91,9 @@ def seen(model: Path, colours: Path) -> dict[str, str]:
 
 def test_a_model_keeps_its_names_and_what_they_mean(named: Path, colours: Path, tmp_path: Path) -> None:
     """Its classes are red, green, blue, and the folder's blue, green, red."""
-    text = printed("prune", named, tmp_path / "out", "--data", colours, *OPTIONS)
+    text = printed("prune", named, tmp_path / "out", "--data", f"{colours},label=label", *OPTIONS)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert colours.name in card and "label=label" not in card and str(colours) not in card
     assert "matched by name" in text and "'red' = 'Red'" in text and "chance" not in text
     assert "100.0%" in text.split("dense")[1].splitlines()[0]
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label[0] == "Red"

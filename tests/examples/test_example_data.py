@@ -79,6 +79,7 @@ def test_samples_are_of_all_classes_and_columns_are_named(place: Path) -> None:
     assert sorted(images.train["label"]) == [0] * 3 + [1] * 3 + [2] * 3
     assert sorted(images.evaluation["label"]) == [0, 0, 1, 1, 2, 2]
     assert images.train["image"] == arguments.drawn(arguments.load(seed=0), seed=0).train["image"]
+    assert DataArguments(dataset="me/pets,label=kind").name == "me/pets"
     for changes in ({"label_column": "kind"}, {"image_column": "kind"}):
         with pytest.raises(InvalidDataError, match="has no column 'kind'; its columns are image, label"):
             DataArguments(dataset=str(place / "same"), **changes).load(seed=0)
