@@ -26,9 +26,10 @@ from hf_vitprune.training.recovery import Recovery, hold_out, recover
 from hf_vitprune.utils.data import read_folder
 
 from .app import say
-from .saved import load_any_config, load_config, load_processor, model_class_of
+from .progress import NamedProgress
+from .saved import load_any_config, load_config, load_processor, model_class_of, take_tokenizer
 from .unfinished import Unfinished
-from .workflow import NamedProgress, PrunedResult, model_row, save_result
+from .workflow import PrunedResult, model_row, save_result
 
 #: images that are drawn from the folder to train on; of those that are not held out, so many are calibrated with
 NUM_TRAINED, NUM_CALIBRATED = 1024, 512
@@ -153,6 +154,7 @@ def _finish(model: str, out: Path, dense: Any, small: Any, plan: PruningPlan, pr
     rows = [model_row(key, one, None, timings.get(key)) for key, one in towers.items()]
     macs, params = (rows[1][key] / rows[0][key] for key in ("macs", "params"))
     pair = {"before": timings["dense"], "after": timings["pruned"]} if measured else None
+    take_tokenizer(model, out)
     save_result(out, PrunedResult(small, plan, {}, macs, params), processor, pair, dataset=None, base_model=model)
     where = f", measured on {device_name()}, batch 8" if measured else ""
     Console().print(comparison_table(rows, title=f"{model}{where}"))

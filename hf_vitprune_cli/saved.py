@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from peft import AutoPeftModel
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import cached_file
 
 from hf_vitprune.errors import InvalidConfigError, UnsupportedModelError
 from hf_vitprune.families import PRUNED_PREFIX, family_of, find_family
@@ -82,10 +84,10 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
-def load_skeleton(model: str) -> PreTrainedModel:
+def load_skeleton(model: str) -> Any:
     """A saved model without its weights; of adapters without a config beside them, with those of their base."""
     if is_adapter_alone(model):
-        return load_adapted(model)
+        return AutoPeftModel.from_pretrained(model)
     config = load_any_config(model)
     with torch.device("meta"), no_init_weights():
         return model_class_of(config)(config)
@@ -165,3 +167,9 @@ def on_meta(model: str) -> Any:
     config = load_any_config(model)
     with torch.device("meta"), no_init_weights():
         return model_class_of(config)(config)
+
+
+def take_tokenizer(model: str, out: Path) -> None:
+    """Save the tokenizer of a saved model, if it has one, with the small one: what reads texts goes on doing so."""
+    if cached_file(model, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+        AutoTokenizer.from_pretrained(model).save_pretrained(out)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_vitprune.cost import count
 from hf_vitprune.evaluation.metrics import accuracy_of
@@ -30,6 +30,7 @@ from hf_vitprune.training.trainer import PruningTrainer
 from hf_vitprune.utils.classes import chance_note
 
 from .app import say
+from .progress import use_quiet_progress
 
 
 @dataclass(frozen=True)
@@ -281,31 +282,3 @@ def _note_before(result: PrunedResult, metrics: dict[str, float], dataset: str |
     if history:
         last = {**history[-1], "metrics": metrics, "dataset": plain_name(dataset or "")}
         note(config, history=[*history[:-1], last])
-
-
-class NamedProgress(ProgressCallback):
-    """A progress bar that says which stage runs, and leaves the numbers to the caller's table."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__()
-        self.what = what
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.what)
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        pass  # metrics are shown in one table at the end
-
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
-        pass  # evaluation takes a moment here
-
-
-def use_quiet_progress(trainer: Trainer, what: str) -> None:
-    """Replace the Trainer's printing by one named progress bar."""
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(NamedProgress(what))

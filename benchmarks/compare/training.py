@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from hf_vitprune import DistillationConfig, PruningPlan, PruningTrainer
 from hf_vitprune.errors import InvalidDataError
-from hf_vitprune_cli.workflow import use_quiet_progress
+from hf_vitprune_cli.progress import use_quiet_progress
 
 from .tasks import Examples, Task, Unlabelled
 

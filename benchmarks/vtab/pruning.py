@@ -16,7 +16,7 @@ from hf_vitprune import Architecture, PruningPlan, PruningTrainer, count, get_pr
 from hf_vitprune.errors import InvalidConfigError, InvalidPlanError
 from hf_vitprune.methods import config_class_of
 from hf_vitprune.methods.depth import fewest_layers
-from hf_vitprune_cli.workflow import use_quiet_progress
+from hf_vitprune_cli.progress import use_quiet_progress
 
 from .adapters import FULL, set_trainable
 from .choices import RANDOM, SLS, Choice

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from hf_vitprune.contrib.drop_path import attach_drop_path
 from hf_vitprune.contrib.retraining import retraining_arguments
 from hf_vitprune.errors import InvalidDataError
-from hf_vitprune_cli.workflow import use_quiet_progress
+from hf_vitprune_cli.progress import use_quiet_progress
 
 from .adapters import trained_tensors
 from .settings import Machine, Recipe

@@ -58,7 +58,8 @@ def kept_of(folder: str | Path, dataset: str | None = None) -> Kept:
     if (folder / CARD).is_file():
         data: Any = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data
         kept.eval_results = list(data.eval_results or [])
-        known = {"license": data.license, "base_model": data.base_model}
+        ours = "hf_vitprune" in (data.tags or [])  # PEFT's cards name a path as base model
+        known = {"license": data.license, "base_model": data.base_model if ours else None}
         kept.settings = {name: value for name, value in known.items() if isinstance(value, str)}
     results = results_of(folder)
     if results is not None:

@@ -26,7 +26,7 @@ from hf_vitprune import PruningPlan, count
 from hf_vitprune.errors import InvalidDataError
 from hf_vitprune.utils.data import read_folder
 from hf_vitprune_cli import from_images
-from hf_vitprune_cli.workflow import NamedProgress
+from hf_vitprune_cli.progress import NamedProgress
 from processes import ROOT, run, run_on_two
 from tiny import make, reset_weights
 

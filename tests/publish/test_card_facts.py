@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import ViTForImageClassification, ViTImageProcessorPil
 
 from command_line import printed
-from hf_vitprune import PruningPlan, PruningTrainer, count, prune
+from hf_vitprune import PruningPlan, PruningTrainer, count, prune, truncate
 from hf_vitprune.evaluation.results import save_results, weights_digest
 from hf_vitprune.plan.lineage import lineage_of
 from hf_vitprune.publish.card import model_card
@@ -236,3 +236,24 @@ def test_what_lies_beside(tmp_path: Path) -> None:
     for name in ("preprocessor_config.json", "tokenizer_config.json", "adapter_config.json"):
         (tmp_path / name).touch()
     assert beside(tmp_path) == Beside(processor=True, tokenizer=True, adapter=True)
+
+
+def test_the_card_of_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fewer layers over the dense model, and over a pruned base beside them: code that loads both."""
+    monkeypatch.chdir(tmp_path)
+    dense = pushed(make(VIT), Path("models/dense"))
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"], init_lora_weights=False)
+    short = truncate(get_peft_model(ViTForImageClassification.from_pretrained(dense), lora), 2)
+    narrow = get_peft_model(halved(ViTForImageClassification.from_pretrained(dense)), lora)
+    for name, model in (("short", short), ("narrow", narrow)):
+        folder = pushed(model, tmp_path / name)
+        assert (folder / "README.md").is_file()  # PEFT's own
+        text = printed("card", folder)
+        data: Any = ModelCard(text).data
+        assert data.library_name == "peft" and "base_model" not in data.to_dict() and "`dense`" in text
+        loading = blocks(text)[-1].replace("path/to/model", str(folder))
+        found: dict[str, Any] = {}
+        exec(loading, found)
+        pixels = images(2)
+        expected = model.eval()(pixel_values=pixels).logits
+        assert found["model"](pixel_values=pixels).logits.allclose(expected, atol=1e-6)
