@@ -71,9 +71,7 @@ def ask(question: Question, model: str, dense: str | None = None) -> dict[str, A
     if task == FEATURES:
         found = _features(question, model, loaded, dense, other)
     else:
-        images = load_images(question.data, eval_split=question.split, training=False).at_most(
-            evaluation=question.limit
-        )
+        images = _labelled(question).at_most(evaluation=question.limit)
         found = _predictions(question, task, images, model, loaded, dense, other)
     common = {
         "task": task,
@@ -199,11 +197,10 @@ def _feature_images(question: Question, model: str, has_dense: bool) -> tuple[An
                 "are compared with, or a folder with one sub-folder a class"
             )
         return read_folder(folder, processor, question.limit), None
-    images = load_images(question.data, eval_split=question.split, training=False).at_most(
-        question.limit, question.limit
-    )
-    gallery, evaluation = images.processed(processor)
-    return evaluation, None if question.split == "train" else gallery
+    labelled = _labelled(question)
+    gallery, evaluation = labelled.at_most(question.limit, question.limit).processed(processor)
+    same = labelled.train._fingerprint == labelled.evaluation._fingerprint  # an image would be its own neighbour
+    return evaluation, None if same else gallery
 
 
 def _show(question: Question, found: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from transformers import CLIPImageProcessorPil, ViTConfig, ViTForImageClassifica
 from command_line import call, printed, refused
 from hf_vitprune import PruningPlan, count, prune
 from hf_vitprune.errors import InvalidDataError
+from hf_vitprune.evaluation.features import image_features
+from hf_vitprune.evaluation.metrics import NearestNeighbourAccuracy
 from hf_vitprune.evaluation.results import load_results, results_of, weights_digest
 from hf_vitprune.peft import save_pruned_peft
+from hf_vitprune.utils.data import load_images
 from processes import run_python
 from tiny_composites import dual
 from words import tokenizer
@@ -212,3 +216,19 @@ def test_results_are_those_of_the_weights_beside_them(labelled: Path, tmp_path: 
     (folder / "results.json").write_text('{"loss": 1}')
     with pytest.raises(InvalidDataError, match="no 'metrics' in it"):
         results_of(folder)
+
+
+def test_an_image_is_not_its_own_neighbour(labelled: Path, tmp_path: Path) -> None:
+    """Where gallery and images are the same: by the name of the split, and in a folder called as one."""
+    torch.manual_seed(1)
+    model = ViTModel(ViTConfig(**SIZES)).eval()
+    folder = saved(model, tmp_path / "model")
+    images = load_images(str(labelled), eval_split="train", training=False)
+    features, labels = image_features(model, images.processed(processor())[1])
+    expected = NearestNeighbourAccuracy().compute(predictions=features, references=labels, k=1)
+    assert expected is not None and expected["1_nearest_neighbour_accuracy"] < 1
+    assert evaluated(tmp_path, folder, labelled, "--neighbours", 1)["metrics"] == expected
+    shutil.copytree(labelled, tmp_path / "val")
+    printed("evaluate", folder, tmp_path / "val", "--neighbours", 1, "--out", tmp_path / "v.json")
+    found = load_results(tmp_path / "v.json")
+    assert (found["images"], found["metrics"]) == (40, expected)
