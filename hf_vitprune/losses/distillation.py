@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import InvalidConfigError
+from ..errors import InvalidConfigError, InvalidDataError
 from ..plan.plan import PruningPlan
 from ..utils.batches import accepted
+from ..utils.classes import match_classes
 
 __all__ = ["DistillationConfig", "Teacher", "distillation_loss", "distillation_term", "task_share"]
 
@@ -265,5 +266,8 @@ def _check_pair(teacher: nn.Module, student: nn.Module) -> None:
     names = [[label for _, label in sorted(config.id2label.items())] for config in configs]
     if len(names[0]) != len(names[1]):
         raise InvalidConfigError(f"the teacher has {len(names[0])} classes and the student {len(names[1])}")
-    if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
+    turned = names[0] != names[1] and sorted(names[0]) == sorted(names[1])
+    with suppress(InvalidDataError):  # names that have nothing to do with each other say nothing of the order
+        turned |= match_classes(names[1], configs[0].id2label).numbers != tuple(range(len(names[0])))
+    if turned:
         raise InvalidConfigError("teacher and student have the same classes in a different order (config.id2label)")

@@ -23,6 +23,7 @@ from transformers import (
 
 from command_line import call, printed
 from hf_vitprune.utils.data import load_images
+from hf_vitprune.utils.sources import built_in_digits
 from hf_vitprune_cli import workflow
 from hf_vitprune_cli.classifier import load_classifier
 
@@ -156,3 +157,6 @@ def test_a_folder_called_digits_wins(
     assert load_images("digits").label_names == [str(i) for i in range(10)]
     (tmp_path / "digits").symlink_to(colours)
     assert load_images("digits").label_names == ["blue", "green", "red"]
+    assert (
+        len(load_images("digits", parts=built_in_digits()).label_names) == 10
+    )  # what the demo takes, wherever it runs

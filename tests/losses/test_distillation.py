@@ -234,6 +234,12 @@ def test_a_teacher_that_does_not_fit_is_refused():
     names = {"id2label": {0: "a", 1: "b", 2: "c"}}, {"id2label": {0: "b", 1: "a", 2: "c"}}
     with pytest.raises(ValueError, match="different order"):
         Teacher(vit(**names[0]), vit(**names[1]))
+    with pytest.raises(ValueError, match="different order"):  # the same classes, though not by the same words
+        Teacher(
+            vit(id2label={0: "big dog", 1: "cat, Felis", 2: "emu"}), vit(id2label={0: "cat", 1: "Big_dog", 2: "emu"})
+        )
+    Teacher(vit(id2label={0: "cat, Felis", 1: "dog", 2: "emu"}), vit(id2label={0: "cat", 1: "Dog", 2: "emu"}))
+    Teacher(vit(id2label={0: "x", 1: "y", 2: "z"}), vit(**names[0]))
     Teacher(vit(**names[0]), student)  # unnamed classes may be the same ones
     assert all(p.requires_grad for p in student.parameters())
 
