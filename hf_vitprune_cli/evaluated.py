@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from hf_vitprune.cost import count
@@ -32,6 +34,8 @@ CLASSIFY, ZERO_SHOT, FEATURES = (
     "zero-shot-image-classification",
     "image-feature-extraction",
 )
+#: formats of exported graphs
+GRAPHS = ("onnx", "openvino", "executorch")
 #: what evaluate's evaluator says of time
 _TIMES = ("total_time_in_seconds", "samples_per_second", "latency_in_seconds")
 
@@ -90,26 +94,39 @@ def _labelled(question: Question) -> LabelledImages:
 
 
 def load_model(model: str) -> Any:
-    """A saved model of any form, in evaluation mode: stock, pruned, or adapters with their base.
+    """A saved model of any form, in evaluation mode: stock, pruned, adapters with their base, an exported graph.
 
     Raises:
         OSError: there is no such model.
         UnsupportedModelError: transformers or this library does not know its kind.
     """
+    record = Path(model) / "checked.json"
+    to = json.loads(record.read_text("utf-8")).get("to") if record.is_file() else None
+    if to in GRAPHS:
+        from hf_vitprune.publish.exporters.formats import load_graph
+
+        return load_graph(to, model)
     if is_adapter_alone(model):
         return load_adapted(model)
     return model_class_of(load_any_config(model)).from_pretrained(model).eval()
 
 
 def _task(model: Any) -> str:
+    if not isinstance(model, nn.Module):
+        kind = next(iter(model.config.architectures or []), "")
+        if not kind.endswith("ForImageClassification"):
+            raise InvalidConfigError(f"of exported graphs only image classifiers are evaluated, and this is a {kind}")
+        return CLASSIFY
     tag = pipeline_tag(model)
     return tag if tag in (CLASSIFY, ZERO_SHOT) else FEATURES
 
 
 def _row(model: str, loaded: Any, part: str | None) -> dict[str, Any]:
+    about = {"model": plain_name(model), "weights": weights_digest(model) if Path(model).is_dir() else None}
+    if not isinstance(loaded, nn.Module):  # its config has the dense model's sizes
+        return {**about, "params": None, "macs": None}
     cost = count(loaded, part=part)
-    digest = weights_digest(model) if Path(model).is_dir() else None
-    return {"model": plain_name(model), "weights": digest, "params": cost.params, "macs": cost.macs}
+    return {**about, "params": cost.params, "macs": cost.macs}
 
 
 # ---------------------------------------------------------------------- classes

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from evaluate import ImageClassificationEvaluator
 from evaluate.evaluator.utils import DatasetColumn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import ImageClassificationPipeline
+from transformers.image_utils import load_image
 
 from ..errors import InvalidDataError
 from ..utils.modes import evaluating
@@ -21,6 +24,23 @@ class _LogitsPipeline(ImageClassificationPipeline):
 
     def postprocess(self, model_outputs: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         return model_outputs["logits"][0].float().numpy()
+
+
+class _GraphPipeline:
+    """The same for an exported graph, which is no model of transformers."""
+
+    def __init__(self, graph: Any, processor: Any, batch_size: int) -> None:
+        self.graph, self.processor, self.batch_size = graph, processor, batch_size
+
+    def __call__(self, images: Any, **_: Any) -> list[np.ndarray]:
+        images = images if isinstance(images, list) else [images]
+        rows: list[np.ndarray] = []
+        for start in range(0, len(images), self.batch_size):
+            places = range(start, min(start + self.batch_size, len(images)))
+            batch = [load_image(images[i]) for i in places]
+            pixels = self.processor(images=batch, return_tensors="pt")["pixel_values"]
+            rows += list(self.graph(pixel_values=pixels).logits.float().numpy())
+        return rows
 
 
 class _Images(DatasetColumn):
@@ -77,7 +97,7 @@ def evaluate_classifier(
     """Accuracy of a classifier's pipeline, and how long it takes, from the decoded image to the class.
 
     Args:
-        model: an image classifier.
+        model: an image classifier, or a graph that was exported from one.
         processor: its image processor.
         data: ``datasets.Dataset`` with the two columns.
         image_column, label_column: their names.
@@ -100,9 +120,12 @@ def evaluate_classifier(
     unknown = sorted(set(map(int, data[label_column])) - set(known))
     if unknown:
         raise InvalidDataError(f"there are images of class {unknown[0]}, and the model has {classes} classes")
-    pipeline = _LogitsPipeline(model=model, image_processor=processor, device=model.device, batch_size=batch_size)
+    is_model = isinstance(model, nn.Module)
+    pipeline: Any = _GraphPipeline(model, processor, batch_size)
+    if is_model:
+        pipeline = _LogitsPipeline(model=model, image_processor=processor, device=model.device, batch_size=batch_size)
     judge = RankingEvaluator(numbers, k if k < classes else 1)
-    with evaluating(model):
+    with evaluating(model) if is_model else torch.no_grad():
         pipeline(data[0][image_column])  # the first run prepares, and is not timed
         try:
             found = judge.compute(pipeline, data, metric=TopK(), input_column=image_column, label_column=label_column)

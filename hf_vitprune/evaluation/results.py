@@ -15,7 +15,7 @@ from ..errors import InvalidDataError, MissingExtraError
 
 #: name under which a model's folder has its results, for cards and reports to find
 RESULTS = "results.json"
-_WEIGHTS = ("*.safetensors", "base/*.safetensors", "*.onnx", "*.bin")
+_WEIGHTS = ("*.safetensors", "base/*.safetensors", "*.onnx", "*.onnx.data", "*.bin", "*.pte")
 
 
 def check_can_save() -> None:

@@ -232,3 +232,13 @@ def test_an_image_is_not_its_own_neighbour(labelled: Path, tmp_path: Path) -> No
     printed("evaluate", folder, tmp_path / "val", "--neighbours", 1, "--out", tmp_path / "v.json")
     found = load_results(tmp_path / "v.json")
     assert (found["images"], found["metrics"]) == (40, expected)
+
+
+@pytest.mark.slow
+def test_an_exported_graph(dense: Path, labelled: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    printed("export", dense, tmp_path / "onnx", "--to", "onnx")
+    assert (tmp_path / "onnx" / "preprocessor_config.json").is_file()
+    found = evaluated(tmp_path, tmp_path / "onnx", labelled, "--dense", dense)
+    assert found["metrics"]["accuracy"] == 34 / 40 and found["metrics"]["same_prediction_as_dense"] == 1
+    assert found["macs"] is None and found["weights"] is not None and found["timing"]["samples_per_second"] > 0
