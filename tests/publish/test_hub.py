@@ -18,6 +18,7 @@ from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
+from hf_vitprune import PruningTrainer
 from hf_vitprune.errors import HubUploadError, InvalidConfigError, NotFiniteError, UnsupportedModelError
 from hf_vitprune.latency.measure import Timing, environment
 from hf_vitprune.modeling.native import to_native
@@ -28,7 +29,8 @@ from hf_vitprune.publish.card import model_card
 from hf_vitprune.publish.hub import push_to_hub
 from hub_standin import HubStandIn, hub_environment
 from processes import ROOT
-from tiny import make
+from pruning_runs import arguments
+from tiny import LABELS, images, make
 from tiny_composites import COMPOSITES
 
 REPO = "tester/small-vit"
@@ -172,6 +174,24 @@ def test_card_beside_the_model_goes_along(hub: HubStandIn, tmp_path: Path) -> No
     (tmp_path / "small" / "README.md").write_text("---\nlicense: mit\n---\n# The small model")
     type(small).from_pretrained(tmp_path / "small").push_to_hub(REPO, token=hub.token)
     assert hub.files(REPO)["README.md"].decode() == "---\nlicense: mit\n---\n# The small model"
+
+
+def test_the_figure_of_a_card_goes_along(hub: HubStandIn, tmp_path: Path) -> None:
+    """From the folder that the card is in, of a Trainer too; drawn where there is none."""
+    pytest.importorskip("matplotlib")
+    small, data = small_vit(), [{"pixel_values": x, "labels": i % LABELS} for i, x in enumerate(images(4))]
+    trainer = PruningTrainer(small, arguments(tmp_path, max_steps=1), train_dataset=data)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(license="mit")
+    (tmp_path / "kept.png").write_bytes(b"drawn by the author")
+    trainer.args.hub_model_id = REPO
+    trainer.push_to_hub(token=hub.token)
+    files = hub.files(REPO)
+    assert files["kept.png"] == b"drawn by the author" and ModelCard(files["README.md"].decode()).data.license == "mit"
+    push_to_hub(small_vit(), "tester/drawn", token=hub.token)
+    drawn = hub.files("tester/drawn")
+    assert "](kept.png)" in drawn["README.md"].decode() and drawn["kept.png"][:4] == b"\x89PNG"
 
 
 def test_weights_of_an_earlier_push_go(hub: HubStandIn) -> None:
