@@ -21,6 +21,8 @@ from .conv_mixer import GRID
 #: keywords that transformers hands through every model, and that mean the same to every attention kernel
 #: (``use_cache`` is for the language model of a bigger one)
 _KNOWN = frozenset(TransformersKwargs.__annotations__) | {"use_cache"}
+#: attention of graphs for other runtimes, which take q/k and v of different widths as they are
+UNPADDED = "sdpa_unpadded"
 #: names under which attentions keep their rate of dropout
 _DROPOUTS = ("attention_dropout", "dropout_prob", "dropout")
 
@@ -99,7 +101,7 @@ class PrunedAttentionMixin(InPlaceMixin):
 
         _check_known(module, kwargs)
         implementation = module.config._attn_implementation
-        if implementation != "eager":
+        if implementation not in ("eager", UNPADDED):
             width = max(module.qk_dim, module.v_dim)
             if width > module.qk_dim:
                 query, key = F.pad(query, (0, width - module.qk_dim)), F.pad(key, (0, width - module.qk_dim))

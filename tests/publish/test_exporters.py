@@ -109,6 +109,26 @@ def test_a_pipeline_on_onnxruntime(small: Any, tmp_path: Path) -> None:
     assert [row["score"] for row in found] == pytest.approx([row["score"] for row in expected], abs=1e-5)
 
 
+def test_a_graph_holds_no_work_that_is_for_nothing(tmp_path: Path) -> None:
+    """No masks that mask nothing, no padding of q/k to the width of v."""
+    import onnx
+
+    model = make(VIT)
+    small = prune(model, PruningPlan.random(model, 0.5, ["qk"], round_to=1), stock=False)
+    export(small, tmp_path / "out", "onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
+    assert not {"Where", "Pad", "Not", "Less"} & {*kinds} and kinds.count("Softmax") == len(model.vit.layers)
+    assert small.config._attn_implementation == model.config._attn_implementation
+
+
+def test_portable(small: Any, tmp_path: Path) -> None:
+    assert export(small, tmp_path / "out", "portable").error == 0
+    assert list((tmp_path / "out").glob("*.py"))
+    with pytest.raises(ExportError, match="use --to native"):
+        export(make(VIT), tmp_path / "stock", "portable")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 KINDS: dict[str, Any] = {
     "mixers": lambda: hybrid(VIT),
     "backbone": lambda: pruned("Dinov2Backbone"),

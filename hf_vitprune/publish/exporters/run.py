@@ -27,6 +27,7 @@ from ...training.model import PruningModel
 from ...utils.batches import ImageBatches
 from ...utils.offload import check_present
 from ...utils.sharding import all_finite, check_whole
+from .attention import without_empty_masks
 from .checks import LEAST_COSINE, TOLERANCE, agreement, largest_error
 from .formats import FOLDERS, GRAPHS, check_format, int8_quantizer, load_graph, make_graph
 from .inputs import Size, axis_names, example_inputs, own_size, varying_axes
@@ -193,7 +194,8 @@ def _graph(
         quantizer = int8_quantizer(to, calibration)
     with contextlib.redirect_stdout(sys.stderr):  # the libraries tell of their steps
         try:
-            graph = make_graph(to, model, inputs, axes, quantizer)
+            with without_empty_masks(model, inputs):
+                graph = make_graph(to, model, inputs, axes, quantizer)
         except VitPruneError:
             raise
         except Exception as error:
