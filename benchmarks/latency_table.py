@@ -27,6 +27,7 @@ from hf_vitprune import Architecture, LatencyTable, build, count
 from hf_vitprune.latency.measure import device_name, measure_speed
 from hf_vitprune.publish.run_report import plot_predictions
 from hf_vitprune.spec.layer_shape import LayerShape
+from hf_vitprune.utils.extras import need
 
 
 def vit(config_class: Any, width: int, heads: int, **fields: Any) -> Any:
@@ -83,7 +84,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save", type=Path, help="save the new table here")
     parser.add_argument("--json", type=Path, help="write every number here")
     parser.add_argument("--plot", type=Path, help="draw predicted against measured times into this file")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.plot:
+        need("plots", "matplotlib")
+    return args
 
 
 def measured(args: argparse.Namespace, config: Any, models: dict[str, Any]) -> tuple[LatencyTable, dict[str, float]]:

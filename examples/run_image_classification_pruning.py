@@ -69,6 +69,7 @@ from hf_vitprune.publish.kept import draw as draw_kept
 from hf_vitprune.publish.run_report import plot_gates
 from hf_vitprune.utils.classes import chance_note
 from hf_vitprune.utils.data import LabelledImages
+from hf_vitprune.utils.extras import need
 from hf_vitprune_cli.classifier import load_classifier
 from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
 from hf_vitprune_cli.example_data import DataArguments
@@ -240,6 +241,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     run, arguments = Run.of(sys.argv[1:] if argv is None else argv, Path(__file__).parent / "recipes")
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
     data_args.check_output(training_args, model_args.model_name_or_path)
+    need("the figures that are drawn at the end", "matplotlib")
     set_seed(training_args.seed)
 
     images = data_args.drawn(data_args.load(training_args.seed), training_args.seed)

@@ -16,13 +16,15 @@ from .modeling.peft_twin import is_peft, merged_twin
 from .peft import prune_peft
 from .plan.lineage import named_source
 from .plan.plan import PruningPlan
-from .spec.architecture import unwrap
+from .spec.architecture import Architecture, unwrap
 from .spec.towers import Tower, find_tower
 from .surgery.composite import with_masked_tower, with_tower
 from .surgery.read_layers import kept_feature_layers, layers_read
 from .surgery.reload import load_pruned
 from .surgery.transplant import empty_like, mask_plain, prune_plain
-from .utils.offload import check_present
+from .utils.examples import processed
+from .utils.finite import check_finite
+from .utils.offload import check_present, check_weights
 from .utils.sharding import check_whole
 
 __all__ = ["load_pruned", "mask", "prune", "truncate"]
@@ -64,11 +66,16 @@ def prune(
         AdapterError: an adapter can be neither sliced nor merged.
         InvalidDataError: the calibration images are none, or not for this model.
         InvalidConfigError: ``compensate`` asks for something and there is no ``calibration``.
+        NotFiniteError: the model has weights that are infinite or no numbers.
     """
     if calibration is None and compensate is not False and compensate not in ("auto", "none"):
         raise InvalidConfigError(f"compensate={compensate!r} needs calibration images: pass calibration=<images>")
     check_whole(model)
     tower = find_tower(model, plan.part)
+    Architecture.of(unwrap(model), plan.part)  # raises where the model is not what its config says
+    check_weights(model, "prune")
+    check_finite(model, "pruned")
+    calibration = processed(calibration, model)
     if tower.path:
         check_present(model, "pruning a tower inside of a bigger model")
         return _prune_part(model, tower, plan, calibration, compensate, allow_unchanged, stock)

@@ -85,6 +85,17 @@ def say(text: str) -> None:
     Console().print(text, highlight=False, soft_wrap=True, markup=False)
 
 
+def need_plots() -> None:
+    """What draws at its end looks for matplotlib before it begins.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    from hf_vitprune.utils.extras import need
+
+    need("plots", "matplotlib")
+
+
 def empty_output(path: Path, force: bool, *sources: str | Path | None, file: bool = False) -> Path:
     """The path, if nothing is lost when a folder (or, with ``file``, a file) is written there.
 

@@ -21,6 +21,7 @@ from hf_vitprune.methods import OneShotScores, PruningConfig, SLSConfig, config_
 from hf_vitprune.pruning import prune
 from hf_vitprune.publish.report import comparison_table
 from hf_vitprune.utils.data import DIGITS, LabelledImages, load_images
+from hf_vitprune.utils.extras import need
 from hf_vitprune.utils.sources import built_in_digits
 
 from .workflow import PrunedResult, Schedule, compare, evaluate, prune_and_tune, save_result, train
@@ -97,6 +98,7 @@ def run_demo(output: Path, seed: int = 0, console: Console | None = None) -> lis
         VitPruneError: a reloaded model does not predict what the saved one did.
     """
     console = console or Console()
+    need("the demo's figures", "matplotlib")
     set_seed(seed)
     images = load_images(DIGITS, seed=seed, parts=built_in_digits())
     processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})

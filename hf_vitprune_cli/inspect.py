@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .app import ClassesOption, ForceOption, ImageSizeOption, ModelArgument, PartOption, empty_output, say
+from .app import ClassesOption, ForceOption, ImageSizeOption, ModelArgument, PartOption, empty_output, need_plots, say
 
 
 def inspect(
@@ -26,6 +26,7 @@ def inspect(
     """
     if plot is not None:
         empty_output(plot, force, model, file=True)
+        need_plots()
 
     from rich.console import Console
 

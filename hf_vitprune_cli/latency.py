@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .app import ForceOption, ImageSizeOption, empty_output, say
+from .app import ForceOption, ImageSizeOption, empty_output, need_plots, say
 
 
 class Dtype(StrEnum):
@@ -50,6 +50,7 @@ def latency(
         empty_output(out, force, model, file=True)
     if show is not None:
         empty_output(show, force, model, file=True)
+        need_plots()
 
     import torch
     from rich.console import Console

@@ -11,7 +11,17 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import UNFINISHED, ForceOption, ModelArgument, OutArgument, PartOption, empty_output, grouped, is_unfinished
+from .app import (
+    UNFINISHED,
+    ForceOption,
+    ModelArgument,
+    OutArgument,
+    PartOption,
+    empty_output,
+    grouped,
+    is_unfinished,
+    need_plots,
+)
 
 _source = partial(grouped, "What it learns from: one of these")
 _goal = partial(grouped, "What remains")
@@ -93,6 +103,7 @@ def prune(
             "--stream reads a layer at a time, which a training cannot (--data, --train features), and prunes whole "
             "models (no --part)"
         )
+    need_plots()
     table = None if target_metric in ("macs", "params") else Path(target_metric)
     goal: dict[str, Any] = {
         "target": target,

@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from .app import ClassesOption, ForceOption, ImageSizeOption, ModelArgument, PartOption, empty_output, grouped, say
+from .app import (
+    ClassesOption,
+    ForceOption,
+    ImageSizeOption,
+    ModelArgument,
+    PartOption,
+    empty_output,
+    grouped,
+    need_plots,
+    say,
+)
 
 _page = partial(grouped, "A page")
 
@@ -46,6 +56,7 @@ def report(
         empty_output(out, force, dense, *pruned, images, data, scores, file=True)
     if plot is not None:
         empty_output(plot, force, dense, *pruned, file=True)
+        need_plots()
     from rich.console import Console
 
     from hf_vitprune.cost import count

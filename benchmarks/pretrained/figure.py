@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from hf_vitprune.utils.extras import need
+
 from .drawings import MEAN, STD, Drawings
 from .measures import features
 from .tower import Decoder
@@ -27,6 +29,7 @@ def draw(path: Path, towers: dict[str, Any], decoder: Decoder, pixels: torch.Ten
         towers: title -> tower.
         pixels: (images, 3, size, size) as the towers take them.
     """
+    need("figures", "matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")

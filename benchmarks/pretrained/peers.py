@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_vitprune.utils.extras import need
+
 
 def torch_pruning(model: Any, pixels: torch.Tensor, share: float = 0.5) -> Any:
     """A copy with this share of the channels of heads and of the hidden neurons removed by ``torch_pruning``.
@@ -16,6 +18,7 @@ def torch_pruning(model: Any, pixels: torch.Tensor, share: float = 0.5) -> Any:
     narrows Linears and leaves the attention's ``head_dim``, with which transformers would cut the channels into fewer
     heads, without an error: it is set here.
     """
+    need("peers", "torch_pruning")
     import torch_pruning as tp
 
     small = copy.deepcopy(model)

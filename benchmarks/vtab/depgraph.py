@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from hf_vitprune import PruningPlan
-from hf_vitprune.errors import MissingExtraError, UnsupportedModelError
+from hf_vitprune.errors import UnsupportedModelError
 from hf_vitprune.modeling.peft_twin import is_peft
 from hf_vitprune.modeling.structure import layer_paths
 from hf_vitprune.plan.layer_plan import LayerPlan
 from hf_vitprune.plan.select import check_ratio
 from hf_vitprune.spec.architecture import Architecture, unwrap
 from hf_vitprune.utils.batches import ImageBatches
+from hf_vitprune.utils.extras import need
 
 BATCHES, BATCH_SIZE = 10, 32
 ROUND_TO = 2
@@ -36,12 +37,9 @@ def torch_pruning() -> Any:
     Raises:
         MissingExtraError: it is not installed.
     """
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise MissingExtraError(
-            "the DepGraph baseline needs Torch-Pruning: pip install torch-pruning (it is no dependency of hf_vitprune)"
-        ) from error
+    need("DepGraph baselines", "torch_pruning")
+    import torch_pruning
+
     return torch_pruning
 
 

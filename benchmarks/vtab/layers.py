@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_vitprune import SLSConfig
 from hf_vitprune.methods.sls import LayerAnalysis, analyse_layers, extract_features
+from hf_vitprune.utils.extras import need
 
 from .data import load_task
 from .experiment import Experiment
@@ -36,6 +37,7 @@ def analyse(
     Raises:
         InvalidDataError: the task is not here, or its images cannot be scored.
     """
+    need("figures", "matplotlib")
     settings = store.settings()
     assert settings is not None, "the store was claimed"
     data = load_task(find_task(run.task), root, settings.source, any_size=settings.any_size)

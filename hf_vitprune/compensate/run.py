@@ -17,6 +17,7 @@ from ..surgery.cuts import Cut, find_cuts
 from ..surgery.transplant import check_plan, prune_plain
 from ..utils.batches import ImageBatches
 from ..utils.crops import Views
+from ..utils.examples import processed
 from ..utils.offload import StateDict, device_of
 from ..utils.processes import shard
 from .attention import compensate_attention
@@ -75,6 +76,7 @@ def compensate_plan(
     small = prune_plain(dense, bare, checked=True)  # a reference may be a masked model
     _check_weights(plan, find_cuts(dense, small, bare))
     form = plan.source.family.form(plan.source.config)
+    calibration = processed(calibration, model)
     batches = ImageBatches(calibration, settings.batch_size, settings.images, shard=shard(), form=form)
     first = next(iter(ImageBatches(batches, settings.batch_size)))
     walks = Walk(dense, plan.source, first), Walk(small, plan.architecture, first)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch.utils.data import Sampler
 
 from ..errors import InvalidConfigError
 from ..training.trainer import PruningTrainer
+from ..utils.extras import need
 from .layer_rates import check_layer_decay, decay_by_layer
 
 
@@ -200,10 +200,9 @@ class AugmentedTrainer(PruningTrainer):
 
 def check_available() -> None:
     """Raises:
-    InvalidConfigError: kornia is not installed.
+    MissingExtraError: kornia is not installed.
     """
-    if find_spec("kornia") is None:
-        raise InvalidConfigError("augmentation is kornia's: pip install 'hf_vitprune[augment]'")
+    need("augmentations", "kornia")
 
 
 def _kornia() -> Any:

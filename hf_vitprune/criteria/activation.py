@@ -12,7 +12,9 @@ from ..families import LayerPaths
 from ..spec.architecture import Architecture
 from ..spec.units import channels_per_unit, has_embedding_set, set_name
 from ..utils.batches import run_images
+from ..utils.examples import processed
 from ..utils.modes import evaluating
+from ..utils.offload import check_weights
 from .batches import batches_of
 from .scores import UnitScores, model_to_score
 
@@ -38,13 +40,14 @@ def activation(model: Any, images: Any, part: str | None = None) -> UnitScores:
         ScoresError: an activation is not finite.
     """
     base, architecture, paths = model_to_score(model, part)
+    check_weights(model, "scoring")
     architecture.check_looks("the activation criterion", at_images=False)
     count = 0
     meter = _Magnitudes()
     handles = [handle for i, path in enumerate(paths) for handle in _attach(base, architecture, i, path, meter)]
     try:
         with evaluating(base):
-            for batch in batches_of(images, architecture.family.form(architecture.config)):
+            for batch in batches_of(processed(images, model), architecture.family.form(architecture.config)):
                 count += len(batch["pixel_values"])
                 run_images(base, batch)
     finally:

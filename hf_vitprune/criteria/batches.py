@@ -36,7 +36,7 @@ def _batches(data: Any, form: Form | None) -> Iterable[dict[str, Any]]:
     streams = isinstance(data, DataLoader) and isinstance(data.dataset, IterableDataset)
     batched = isinstance(data, (list, tuple)) and len(data) > 0 and _is_batch(data[0], form)
     if streams or batched or isinstance(data, Iterator):
-        return (checked for batch in data for checked in _checked(batch, form))
+        return _each(data, form)
     if isinstance(data, ImageBatches) and form in (None, data.form):
         return data
     return ImageBatches(data, (getattr(data, "batch_size", None)) or 64, form=form)
@@ -52,10 +52,19 @@ def _is_batch(item: Any, form: Form | None) -> bool:
     return pixels.ndim >= (4 if form is None else form.axes)
 
 
-def _checked(batch: Any, form: Form | None) -> ImageBatches:
-    """The batch, as the only one of an ``ImageBatches``."""
+def _each(batches: Iterable[Any], form: Form | None) -> Iterator[dict[str, Any]]:
+    seen = 0
+    for batch in batches:
+        checked = _checked(batch, form, seen)
+        seen += checked.images
+        yield from checked
+
+
+def _checked(batch: Any, form: Form | None, seen: int) -> ImageBatches:
+    """The batch, as the only one of an ``ImageBatches``; so many images came before."""
     if not isinstance(batch, (Mapping, list, tuple)):
         raise InvalidDataError(f"a batch is a mapping, or a pair of images and labels, not {type(batch).__name__}")
     if not isinstance(batch, Mapping):
         batch = dict(zip(("pixel_values", "labels"), batch, strict=False))
-    return ImageBatches(batch, len(batch["pixel_values"]) if "pixel_values" in batch else 1, form=form)
+    images = len(batch["pixel_values"]) if "pixel_values" in batch else 1
+    return ImageBatches(batch, images, form=form, offset=seen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..utils.offload import StateDict
+from ..utils.offload import StateDict, check_weights
 from .scores import UnitScores, UnitSums, model_to_score
 
 
@@ -23,6 +23,7 @@ def magnitude(model: Any, part: str | None = None) -> UnitScores:
         ScoresError: a weight is not finite.
     """
     base, architecture, paths = model_to_score(model, part)
+    check_weights(model, "scoring")
     weights, state = dict(base.named_parameters()), StateDict(base)
     squares = UnitSums(architecture, paths, weights)
     for name in weights:

@@ -14,7 +14,9 @@ from ..modeling.peft_twin import is_peft, merged_twin
 from ..spec.architecture import unwrap
 from ..spec.configs import task_of
 from ..utils.batches import run_images
+from ..utils.examples import processed
 from ..utils.modes import evaluating
+from ..utils.offload import check_weights
 from .batches import batches_of
 from .scores import UnitScores, UnitSums, model_to_score
 
@@ -46,6 +48,7 @@ def taylor(model: Any, batches: Any, loss: Loss | None = None, part: str | None 
     """
     whole = merged_twin(model) if is_peft(model) else unwrap(model)
     base, architecture, paths = model_to_score(whole, part)
+    check_weights(model, "scoring")
     if loss is None and not task_of(base).startswith("ForImageClassification"):
         raise UnsupportedModelError(
             f"{type(base).__name__} is no image classifier: pass loss=, a function of (model, batch)"
@@ -55,7 +58,7 @@ def taylor(model: Any, batches: Any, loss: Loss | None = None, part: str | None 
     device = next(base.parameters()).device
     images = count = 0
     with evaluating(whole), _trainable(base), torch.enable_grad():
-        for batch in batches_of(batches):
+        for batch in batches_of(processed(batches, whole)):
             on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             value = (loss or _classification_loss)(whole, on_device)
             gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)

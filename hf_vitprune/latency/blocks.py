@@ -149,6 +149,8 @@ class TimedModel:
             parameter = next(p for p in model_or_config.parameters() if p.is_floating_point())
             at, kind = parameter.device, parameter.dtype
         at = at if device is None else torch.device(device)
+        if at.type == "meta":
+            raise UnsupportedModelError("nothing runs on the meta device: say where to measure, with device=")
         return cls(architecture, batch_size, _image_size(architecture, image_size), dtype or kind, at)
 
     def calls(self, points: Sequence[Point]) -> list[Call]:

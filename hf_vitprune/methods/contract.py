@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -191,6 +191,16 @@ class PruningMethod(nn.Module):
             images: training images with labels, in a fixed order; given if there are any.
         """
         raise NotImplementedError
+
+    #: how to come closer to a target that a decision ended far under
+    undershoot: ClassVar[str] = "Lower round_to, or raise the target"
+
+    def against_target(self) -> tuple[float, float, str] | None:
+        """(cost of the current plan as a fraction of the model's, the target, what cost is); None without a target."""
+        if self.config.target is None:
+            return None
+        meter = self.config.meter(self.architecture)
+        return meter.ratio(self.choose().architecture), self.config.target, meter.metric
 
     @property
     def decided(self) -> bool:

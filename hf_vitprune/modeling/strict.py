@@ -77,7 +77,8 @@ class StrictMixin:
         except RuntimeError as error:
             if "ignore_mismatched_sizes" in str(error) or "size mismatch" in str(error):
                 raise CheckpointMismatchError(
-                    "the checkpoint's tensors have other sizes than its config states (see the report above): "
+                    "the checkpoint's tensors have other sizes than its config states (see the report above). For "
+                    "another number of labels, pass ignore_mismatched_sizes=True, which makes a new head; otherwise "
                     "config.json and the weights are not of one model"
                 ) from error
             raise

@@ -26,7 +26,7 @@ from .layer_plan import (
     optional_whole_numbers,
 )
 from .select import check_ratio, check_share, check_units, plan_keeping
-from .targets import reach_target
+from .targets import reach_target, say_if_far_under
 from .uniform import check_stock
 
 __all__ = ["PAD", "LayerPlan", "PruningPlan"]
@@ -125,6 +125,8 @@ class PruningPlan:
             found = reach_target(lambda k: plan(selection.without(k), **goal), len(selection.ranking), target, meter)
             if scope == "uniform":
                 check_stock(found.architecture)
+            share = meter.ratio(found.architecture)
+            say_if_far_under(share, target, target_metric, "Lower round_to, or leave out coarse units")
             return found
         found = plan(selection.at_ratio(check_ratio(ratio)), ratio=ratio)
         if found.removes_nothing:

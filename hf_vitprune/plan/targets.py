@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from transformers.utils import logging
+
 from ..cost.meter import CostMeter
 from ..errors import UnreachableTargetError
 from ..spec.architecture import Architecture
+
+logger = logging.get_logger(__name__)
 
 
 class _Plan(Protocol):
@@ -16,6 +20,26 @@ class _Plan(Protocol):
 
 
 P = TypeVar("P", bound=_Plan)
+
+
+#: a cost so far under its target, as a share of it, is not what was asked for
+FAR_UNDER = 0.1
+
+
+def say_if_far_under(ratio: float, target: float, metric: str, cure: str) -> None:
+    """Warn of a plan that takes much more away than its target asks for.
+
+    Args:
+        ratio: its cost, as a fraction of the source's.
+        target: that fraction, as it was asked for.
+        metric: what cost is.
+        cure: how to come closer.
+    """
+    if ratio < (1 - FAR_UNDER) * target:
+        logger.warning(
+            f"the plan leaves {ratio:.3f} of the {metric}, far under the target of {target:.3f}: it takes more away "
+            f"than was asked for. {cure}"
+        )
 
 
 def reach_target(plan_at: Callable[[int], P], strongest: int, target: float, meter: CostMeter) -> P:

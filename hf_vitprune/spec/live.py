@@ -35,7 +35,15 @@ _WRAPPERS = {
     "DistributedDataParallel": "model.module (accelerator.unwrap_model(model))",
     "DataParallel": "model.module",
     "FullyShardedDataParallel": "the model from before it was sharded",
+    "TopLevelTracedModule": "what torch.jit.trace was given, and trace the small model",
+    "RecursiveScriptModule": "what torch.jit was given, and script the small model",
+    "GraphModule": "the model that the graph was made of (by torch.export or torch.fx), and export the small one",
 }
+#: packages whose layers, or whose tensors, hold quantized weights
+_QUANTIZERS = (
+    "aqlm", "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "eetq", "fbgemm", "gptqmodel", "hqq", "optimum",
+    "quanto", "torch.ao", "torchao", "vptq",
+)  # fmt: skip
 
 
 def check_live(model: nn.Module, architecture: Any) -> None:
@@ -51,6 +59,11 @@ def check_live(model: nn.Module, architecture: Any) -> None:
     family, config = architecture.family, architecture.config
     if getattr(model, "is_quantized", False):
         raise ModelMismatchError("the model is quantized: prune it in full precision, then quantize the small one")
+    for path, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule":
+            raise ModelMismatchError(
+                f"{path} is compiled: put back its _orig_mod, and compile the small model instead"
+            )
     prefix = family.encoder_path(model)
     _check_depth(model, architecture, prefix)
     for i, name in enumerate(architecture.layer_names()):
@@ -112,6 +125,7 @@ def check_linear(model: nn.Module, path: str, outputs: int, inputs: int) -> None
 
 
 def _check_own_weight(module: nn.Module, path: str) -> None:
+    _check_precision(module, path)
     if parametrize.is_parametrized(module):
         raise ModelMismatchError(
             f"the weight of {path} is computed from other tensors (weight norm, ...): call "
@@ -124,6 +138,19 @@ def _check_own_weight(module: nn.Module, path: str) -> None:
         )
     if "weight_g" in module._parameters:
         raise ModelMismatchError(f"{path} has weight norm: call torch.nn.utils.remove_weight_norm(module) first")
+
+
+def _check_precision(module: nn.Module, path: str) -> None:
+    weight = module._parameters.get("weight")
+    kinds = (type(module), type(weight), type(getattr(weight, "data", None)))
+    packages = [kind.__module__ for kind in kinds]
+    quantized = any(package == name or package.startswith(f"{name}.") for package in packages for name in _QUANTIZERS)
+    if quantized or (weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize < 2)):
+        held = "" if weight is None else f" with a weight in {str(weight.dtype).removeprefix('torch.')}"
+        raise ModelMismatchError(
+            f"{path} is quantized (a {type(module).__module__}.{type(module).__name__}{held}): prune the model in "
+            "full precision, then quantize the small one"
+        )
 
 
 def _check_stem(model: nn.Module, architecture: Any, path: str) -> None:

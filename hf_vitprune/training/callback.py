@@ -13,6 +13,8 @@ from ..compensate import Compensation
 from ..errors import InvalidConfigError
 from ..methods import PruningMethod, Stage
 from ..utils.batches import ImageBatches
+from ..utils.examples import processed
+from ..utils.finite import check_gradients
 from .model import PruningModel
 from .recipe import training_facts
 from .setup import check_agreement, check_model, check_setup, check_trainer
@@ -89,6 +91,8 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         scale = 1.0 if self.gradient_scale is None else self.gradient_scale
+        if not (self.by_engine or args.fp16):  # whose scaler skips such steps
+            check_gradients(pruning_model_of(model).model, state.global_step)
         if not self.by_engine:
             self._penalty = pruning_model_of(model).before_step(state.global_step, state.max_steps, scale)
 
@@ -168,7 +172,8 @@ class PruningCallback(TrainerCallback):
             )
         if method.decided:
             return
-        images = None if self.images is None else ImageBatches(self.images)
+        given = processed(self.images, model.get_base_model())
+        images = None if given is None else ImageBatches(given)
         if images is None and method.traits.decides_by == "held_out_images":
             raise InvalidConfigError(
                 f"{method.config.method_name} decides by images that were not trained on: give the Trainer "
@@ -198,7 +203,7 @@ def _images_of(loader: Any) -> ImageBatches | None:
     dataset: Any = getattr(loader, "dataset", None)
     if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) or not len(dataset):
         return None
-    return ImageBatches(loader)
+    return ImageBatches(loader, as_trained=True)
 
 
 def pruning_model_of(model: Any) -> PruningModel:

@@ -17,6 +17,7 @@ from ..plan.plan import PruningPlan
 from ..spec.architecture import unwrap
 from ..surgery.transplant import mask_plain
 from ..utils.batches import ImageBatches, fixed_randomness
+from ..utils.examples import processed
 from ..utils.modules import get
 from ..utils.processes import by_itself
 
@@ -40,7 +41,7 @@ def export_plan(pruning_model: Any, calibration: Any, compensate: Any, weights: 
         InvalidConfigError: ``compensate`` asks for something, and there are no images.
         InvalidDataError, UnsupportedModelError: as :func:`hf_vitprune.compensate.compensate_plan`.
     """
-    asked, images = calibration is not None, calibration
+    asked, images = calibration is not None, processed(calibration, pruning_model.get_base_model())
     if not asked and weights is None:
         images = pruning_model.training_images
     if not asked and compensate == "auto":

@@ -17,15 +17,18 @@ from ..modeling.native import to_native
 from ..modeling.peft_twin import is_peft, plain_twin
 from ..peft import save_pruned_peft
 from ..plan.plan import PruningPlan
+from ..plan.targets import say_if_far_under
 from ..pruning import prune
 from ..spec.architecture import Architecture, unwrap
 from ..spec.towers import find_tower
 from ..surgery.composite import check_host
 from ..surgery.read_layers import layers_needed, layers_read
 from ..utils.batches import ImageBatches
+from ..utils.examples import processed
+from ..utils.finite import check_finite, check_step
 from ..utils.modules import get
 from ..utils.offload import check_present
-from ..utils.processes import broadcast
+from ..utils.processes import broadcast, is_first_process
 from ..utils.sharding import all_finite, gathered, is_sharded, shaped, unsharded, whole_root
 from ..utils.upload import upload
 from .checkpoints import Checkpoints
@@ -52,6 +55,7 @@ def get_pruning_model(model: Any, config: PruningConfig, part: str | None = None
         InvalidConfigError: the config is no pruning config; the model is in a wrapper (DataParallel, an engine), or
             its parameters are spread over processes in a way that cannot be pruned.
         UnreachableTargetError: the target lies under what the settings allow.
+        NotFiniteError: the model has weights that are infinite or no numbers.
     """
     check_present(model, "training")
     check_model(model)
@@ -94,6 +98,7 @@ class PruningModel(Checkpoints):
             raise UnsupportedModelError(f"expected a transformers or PEFT model, got {type(model).__name__}")
         self.tower = find_tower(base, part)
         Architecture.of(base, part)  # raises where the model is not what its config says
+        check_finite(model, "trained")
         if self.tower.path:
             with unsharded(base):
                 check_host(plain_twin(base, part=self.tower.path) if is_peft(model) else base, self.tower)
@@ -235,7 +240,12 @@ class PruningModel(Checkpoints):
         return self.method.before_step(self.scored, step / max(max_steps, 1), gradient_scale)
 
     def after_step(self, step: int, max_steps: int) -> None:
-        """To be called right after ``optimizer.step()``, with the same numbers as :meth:`before_step`."""
+        """To be called right after ``optimizer.step()``, with the same numbers as :meth:`before_step`.
+
+        Raises:
+            NotFiniteError: the step has made weights infinite, or no numbers.
+        """
+        check_step(self.model, step + 1)
         self.method.after_step(self.scored, step + 1, max_steps)
 
     # ------------------------------------------------------------------ results
@@ -260,7 +270,7 @@ class PruningModel(Checkpoints):
         if not method.decided:
             self._check_trained()
         if images is not None:
-            batches: ImageBatches | None = ImageBatches(images)
+            batches: ImageBatches | None = ImageBatches(processed(images, self.get_base_model()))
         else:
             batches = None if method.traits.decides_by == "held_out_images" else self.training_images
         if batches is None and not method.decided and method.traits.decides_by in ("images", "held_out_images"):
@@ -272,9 +282,13 @@ class PruningModel(Checkpoints):
             raise InvalidDataError(
                 f"{self.pruning_config.method_name} decides by images: pass decide(images={kind}), or {cure}"
             )
+        fresh = not method.decided
         with whole_root(self):
             self.method.decide(self.scored, batches)
         broadcast(self.method)
+        reached = method.against_target() if fresh else None
+        if reached is not None and is_first_process():
+            say_if_far_under(*reached, method.undershoot)
 
     def _check_trained(self) -> None:
         trained = self._changes is not None and _changes(self.model) > self._changes
@@ -332,6 +346,8 @@ class PruningModel(Checkpoints):
             model = gathered(self, shared=self.training_images)
             settings = {"calibration": calibration, "compensate": compensate, "weights": weights}
             return None if model is None else model.export(native, **settings)
+        if self.method.decided:  # else the decision looks
+            check_finite(self.model if weights is None else weights, "exported")
         plan = export_plan(self, calibration, compensate, weights)
         if self.learned is not None:
             plan = replace(plan, info={**plan.info, "learning": self.learned})

@@ -22,10 +22,14 @@ from ..methods.base import check_number, check_open_interval
 from ..plan.plan import PruningPlan
 from ..utils.batches import ImageBatches
 from ..utils.crops import random_crops
+from ..utils.examples import processed
 from .keep_best import KeepBest
 from .trainer import PruningTrainer
 
 logger = logging.get_logger(__name__)
+
+#: images that are looked at before a recovery begins
+LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,10 @@ def recover(
     config = distillation or DistillationConfig(kind="features", plan=plan)
     if config.kind != "features":
         raise InvalidConfigError(f"a recovery is by features, without labels, not by {config.kind!r} distillation")
+    images, held_out = processed(images, dense), processed(held_out, dense)
+    for given in (images, held_out):
+        if given is not None:
+            next(iter(ImageBatches(given, LOOKED_AT, LOOKED_AT)))  # raises
     train_set, judged = _split(images, settings.held_out) if held_out is None else (_all(images), _all(held_out))
     keep = KeepBest(folder=folder)
     with contextlib.nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory() as place:
@@ -184,7 +192,8 @@ class _Unlabelled(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         example = self.images.example(self.chosen[i])
-        return {name: value for name, value in example.items() if name not in ("labels", "label")}
+        kept = {name: value for name, value in example.items() if name not in ("labels", "label")}
+        return {**kept, "pixel_values": torch.as_tensor(kept["pixel_values"])}
 
 
 def _all(images: Any) -> _Unlabelled:

@@ -20,6 +20,7 @@ from ..losses.task import is_classifier, task_loss
 from ..methods import Stage
 from ..spec.architecture import unwrap
 from ..utils.batches import fixed_randomness
+from ..utils.finite import check_images, check_loss
 from ..utils.sharding import is_sharded
 from ..utils.upload import upload, write_card
 from .callback import PruningCallback, pruning_model_of
@@ -127,6 +128,20 @@ class PruningTrainer(ShardedTraining):
         ours.gradient_scale = 1.0
         callbacks[:] = [ours, *(c for c in callbacks if c is not ours)]
         self._pruning_callback = ours
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As the parent's; images or a loss that are no numbers end the training, ``logging_nan_inf_filter`` or not.
+
+        In fp16 a step with such a loss is skipped instead, and the scale of the loss lowered, as ever.
+
+        Raises:
+            NotFiniteError: naming the cause.
+        """
+        check_images(inputs, self.state.global_step)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self.args.fp16:
+            check_loss(loss, self.state.global_step)
+        return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """As the parent's; methods that score by gradients learn what the clipping has multiplied them by."""

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import default_data_collator
 
 from ..errors import CheckpointMismatchError, InvalidDataError
+from .examples import Columns, examples_of
+from .finite import first_not_finite
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,18 @@ class ImageBatches:
     Every pass gives the same batches in the order of the data, whatever shuffling a loader does.
 
     Args:
-        data: a tensor of images (images, channels, height, width); a mapping of columns, such as
-            ``{"pixel_values": <such a tensor>, "interpolate_pos_encoding": True}``; a map-style dataset or list whose
-            examples are mappings with ``pixel_values`` (or pairs of image and label); a DataLoader over one; or
-            ImageBatches.
+        data: a tensor or array of images (images, channels, height, width), or a list of such, of one image each or of
+            several; a mapping of columns, such as what processors make, or ``{"pixel_values": <such a tensor>,
+            "interpolate_pos_encoding": True}``, or a list of these; a map-style dataset or list whose examples are
+            mappings with ``pixel_values`` (or pairs of image and label); a DataLoader over one; or ImageBatches.
         batch_size: images a batch.
         limit: use only this many images, evenly spaced over the data (which may be sorted by class); None: all.
         collate_fn: makes a batch of a list of examples; by default the loader's own, or transformers' collator.
         shard: (rank, processes): every ``processes``-th batch only, from the rank's on.
         form: what the model takes, where it may be something else than images. Examples that hold several images each
             (the crops of LLaVA-NeXT) are then taken apart; what is zero all over is padding and left out.
+        offset: number of the first image, in errors that name one.
+        as_trained: the model was trained on these: they are as bright as they should be.
 
     Raises:
         InvalidDataError: there are no images, or they cannot be read in a fixed order.
@@ -63,20 +67,18 @@ class ImageBatches:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         shard: tuple[int, int] = (0, 1),
         form: Form | None = None,
+        offset: int = 0,
+        as_trained: bool = False,
     ) -> None:
         if isinstance(data, (ImageBatches, DataLoader)):
             own: Any = data
             data, collate_fn = own.dataset, collate_fn or own.collate_fn
             form = form or getattr(own, "form", None)
-        self.form = form
-        if isinstance(data, torch.Tensor):
-            if data.ndim not in _axes(form):
-                raise InvalidDataError(
-                    f"a tensor of images is (images, channels, height, width), not of shape {tuple(data.shape)}"
-                )
-            data = TensorDataset(data)
+            as_trained = as_trained or getattr(own, "as_trained", False)
+        self.form, self.as_trained = form, as_trained
+        data = examples_of(data, _axes(form))
         if isinstance(data, Mapping):
-            data = _Columns(data, _axes(form))
+            data = Columns(data, _axes(form))
             collate_fn = collate_fn or data.collate
         if (
             isinstance(data, (IterableDataset, str, bytes))
@@ -94,7 +96,7 @@ class ImageBatches:
         if limit is not None and limit < len(data):
             data = Subset(data, [i * len(data) // limit for i in range(limit)])
         self.dataset: Any = data
-        self.batch_size, self.shard = batch_size, shard
+        self.batch_size, self.shard, self.offset = batch_size, shard, offset
         self.collate_fn = collate_fn or default_data_collator
 
     @property
@@ -114,13 +116,34 @@ class ImageBatches:
         rank, processes = self.shard
         for start in range(rank * self.batch_size, self.images, processes * self.batch_size):
             examples = [self.dataset[i] for i in range(start, min(start + self.batch_size, self.images))]
-            batch = _checked(self.collate_fn([_as_mapping(example) for example in examples]), _axes(self.form))
+            batch = _checked(self._collated(examples), _axes(self.form), self._place(start), self.as_trained)
             if self.form is None:
                 yield batch
                 continue
             if batch["pixel_values"].ndim > self.form.axes:
                 batch = _taken_apart(batch)
             yield from self.form.split(batch)
+
+    def _collated(self, examples: list[Any]) -> Any:
+        try:
+            return self.collate_fn([_as_mapping(example) for example in examples])
+        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+            strange = [type(e).__name__ for e in examples if not isinstance(e, (Mapping, tuple, list))]
+            if strange:
+                raise InvalidDataError(
+                    f"an example is a mapping with pixel_values, not {strange[0]}: put the images through the model's "
+                    "image processor"
+                ) from error
+            raise InvalidDataError(
+                f"the images cannot be put into one batch ({str(error).strip().splitlines()[0]}): they are of one "
+                "size, each a tensor pixel_values (channels, height, width), and what goes with them is numbers. Put "
+                "them through the model's image processor"
+            ) from error
+
+    def _place(self, start: int) -> Callable[[int], int]:
+        """Place in a batch -> place in the data."""
+        chosen = self.dataset.indices if isinstance(self.dataset, Subset) else None
+        return lambda i: self.offset + (start + i if chosen is None else chosen[start + i])
 
 
 @contextlib.contextmanager
@@ -165,7 +188,7 @@ def _taken_apart(batch: dict[str, Any]) -> dict[str, Any]:
     return {**constant, **{name: value.flatten(0, 1)[kept] for name, value in own.items()}}
 
 
-def _checked(batch: Any, axes: tuple[int, ...]) -> dict[str, Any]:
+def _checked(batch: Any, axes: tuple[int, ...], place: Callable[[int], int], bright: bool) -> dict[str, Any]:
     if not isinstance(batch, Mapping) or not isinstance(batch.get("pixel_values"), torch.Tensor):
         given = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise InvalidDataError(
@@ -176,37 +199,38 @@ def _checked(batch: Any, axes: tuple[int, ...]) -> dict[str, Any]:
     if pixels.ndim not in axes:
         wanted = "(batch, channels, height, width)" if 4 in axes else f"of {axes[0]} axes"
         raise InvalidDataError(f"pixel_values are {wanted}, got {tuple(pixels.shape)}")
-    if not torch.isfinite(pixels).all():
-        raise InvalidDataError("there are pixel values that are not finite numbers")
+    check_values(pixels, place, bright)
     return {name: value for name, value in batch.items() if value is not None}
 
 
-class _Columns(Dataset):
-    """Images in columns: those with a row an image are split, what holds for all of them goes into every batch."""
+#: over this, values that are never negative are those of image files, not what processors make of them
+_BRIGHT = 20.0
 
-    def __init__(self, columns: Mapping[str, Any], axes: tuple[int, ...]) -> None:
-        pixels = columns.get("pixel_values")
-        if not isinstance(pixels, torch.Tensor) or pixels.ndim not in axes:
-            raise InvalidDataError(
-                "a mapping of columns needs pixel_values, a tensor (images, channels, height, width); it has "
-                f"{', '.join(map(str, columns))} (of several splits of a data set, pass one)"
-            )
-        self.columns: dict[str, Any] = {}
-        self.constant: dict[str, Any] = {}
-        for name, value in columns.items():
-            single = isinstance(value, str) or not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0
-            if not single and len(value) != len(pixels):
-                raise InvalidDataError(f"{name} has {len(value)} rows, and there are {len(pixels)} images")
-            (self.constant if single else self.columns)[name] = value
 
-    def __len__(self) -> int:
-        return len(self.columns["pixel_values"])
+def check_values(pixels: torch.Tensor, place: Callable[[int], int], bright: bool = False) -> None:
+    """Are these the numbers that a processor makes of images?
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: column[index] for name, column in self.columns.items()}
+    Args:
+        pixels: (batch, ...).
+        place: place in the batch -> number of the image, for errors.
+        bright: they may go up to 255.
 
-    def collate(self, examples: list[Any]) -> dict[str, Any]:
-        return {**default_data_collator(examples), **self.constant}
+    Raises:
+        InvalidDataError: naming the cure; of values that are no numbers, naming the first image.
+    """
+    files = "as in image files: the model's image processor makes what the model takes of them"
+    if not pixels.is_floating_point():
+        raise InvalidDataError(f"pixel values are {str(pixels.dtype).removeprefix('torch.')}, {files}")
+    wrong = first_not_finite(pixels)
+    if wrong is not None:
+        raise InvalidDataError(f"there are pixel values that are not finite numbers, in image {place(wrong)} (from 0)")
+    if pixels.ndim == 4 and pixels.shape[1] not in (1, 3, 4) and pixels.shape[-1] in (1, 3, 4):
+        raise InvalidDataError(
+            f"images are (channels, height, width), and these are {tuple(pixels.shape[1:])}, their channels last: "
+            "permute(0, 3, 1, 2)"
+        )
+    if not bright and pixels.numel() and float(pixels.min()) >= 0 and float(pixels.max()) > _BRIGHT:
+        raise InvalidDataError(f"pixel values go from {float(pixels.min()):g} to {float(pixels.max()):g}, {files}")
 
 
 # ---------------------------------------------------------------------- running a model

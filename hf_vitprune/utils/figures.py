@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError
+from .extras import need
 
 #: colours that stay apart for the colour-blind, each at least 3:1 against white (after Okabe and Ito)
 PALETTE = ("#0072b2", "#d55e00", "#00855f", "#a4508b", "#7a6a00", "#55606b")
@@ -24,10 +24,9 @@ def new_figure(width: float, height: float) -> Any:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("plots need matplotlib: pip install 'hf_vitprune[plots]'") from error
+    need("plots", "matplotlib")
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

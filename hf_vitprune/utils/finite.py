@@ -47,6 +47,72 @@ def check_finite(model: nn.Module, what: str, state: Mapping[str, Any] | None = 
         )
 
 
+def check_images(inputs: Mapping[str, Any], step: int) -> None:
+    """Refuse to train on images that are no numbers: the next step would make all weights such.
+
+    Args:
+        inputs: a batch.
+        step: updates made so far.
+
+    Raises:
+        NotFiniteError: naming the first image.
+    """
+    pixels = inputs.get("pixel_values")
+    image = first_not_finite(pixels) if isinstance(pixels, torch.Tensor) and pixels.is_floating_point() else None
+    if image is not None:
+        raise NotFiniteError(
+            f"after {step} steps comes a batch whose image {image} (from 0) has pixel values that are not finite, "
+            "which would make all weights so: look for damaged images, or for a transform that divides by zero"
+        )
+
+
+def check_loss(loss: torch.Tensor, step: int) -> None:
+    """Refuse to train on a loss that is no number.
+
+    Args:
+        loss: of a batch whose images are finite.
+        step: updates made so far.
+
+    Raises:
+        NotFiniteError: naming the learning rate.
+    """
+    if not bool(loss.detach().isfinite().all()):
+        raise NotFiniteError(
+            f"the loss is {float(loss.detach().mean())} after {step} steps, of images that are finite: lower the "
+            "learning rate, or warm it up"
+        )
+
+
+def check_gradients(model: nn.Module, step: int) -> None:
+    """Refuse to step along gradients that are no numbers; those of a model that is spread are not looked at.
+
+    Raises:
+        NotFiniteError: naming the first tensor.
+    """
+    _check_tensors(model, ((name, p.grad) for name, p in model.named_parameters()), "gradients", step)
+
+
+def check_step(model: nn.Module, step: int) -> None:
+    """Refuse to train on with weights that an optimizer's step has made infinite, or no numbers.
+
+    Raises:
+        NotFiniteError: naming the first tensor.
+    """
+    _check_tensors(model, model.named_parameters(), "weights", step)
+
+
+def _check_tensors(model: nn.Module, named: Iterable[tuple[str, Any]], what: str, step: int) -> None:
+    present = [(name, tensor) for name, tensor in named if tensor is not None]
+    tensors = [tensor for _, tensor in present]
+    if is_sharded(model.parameters()) or is_sharded(tensors) or all_finite_fast(tensors):
+        return
+    broken = not_finite(present)
+    raise NotFiniteError(
+        f"{len(broken)} {what} of the {type(model).__name__} are not finite after {step} steps ({broken[0]}, ...): "
+        "the training diverges. Look for images that are not finite, or lower the learning rate"
+    )
+
+
 @torch.no_grad()
 def all_finite_fast(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether all of many tensors are finite, with one wait for a device."""

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..errors import InvalidDataError, MissingExtraError
+from ..errors import InvalidDataError
+from .extras import need
 
 #: what follows the last pixel in a whole file of these formats, within so many bytes of the end
 _ENDS = {"JPEG": (b"\xff\xd9", 32), "PNG": (b"IEND", 12)}
@@ -154,10 +155,9 @@ def _last_bytes(path: Path, count: int) -> bytes:
 
 
 def _image_suffixes() -> set[str]:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingExtraError("images need Pillow: pip install 'hf_vitprune[vision]'") from error
+    need("images", "PIL")
+    from PIL import Image
+
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} - {".pdf", ".mpg"}
 
 

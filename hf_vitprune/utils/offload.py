@@ -39,10 +39,28 @@ def check_present(model: Any, what: str) -> None:
     Raises:
         UnsupportedModelError: they do.
     """
+    check_weights(model, what)
     if is_offloaded(model):
         raise UnsupportedModelError(
             f"{what} needs all weights in the model, and device_map left some on the disk or in CPU memory: load it "
             "without device_map (prune and OneShotScores.measure read such models layer by layer)"
+        )
+
+
+def check_weights(model: Any, what: str) -> None:
+    """Refuse a model that was built on the meta device, and has no weights.
+
+    Args:
+        what: names what is done with it, in the error.
+
+    Raises:
+        UnsupportedModelError: it has none, and none wait outside.
+    """
+    empty = [name for name, p in model.named_parameters() if p.is_meta] if isinstance(model, nn.Module) else []
+    if empty and not is_offloaded(model):
+        raise UnsupportedModelError(
+            f"{what} needs weights, and {len(empty)} of the model's are on the meta device ({empty[0]}, ...): load it "
+            "with from_pretrained, or build it outside of torch.device('meta')"
         )
 
 

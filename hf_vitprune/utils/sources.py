@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidDataError, MissingExtraError
+from ..errors import InvalidDataError
 from .columns import has_labels
+from .extras import need
 from .images import walk_images
 
 #: name of the data that needs no download: 1797 real handwritten digits that ship with scikit-learn
@@ -129,12 +130,10 @@ def splits_to_evaluate(parts: Mapping[str, Any], train_split: str | None, column
 
 def built_in_digits() -> dict[str, Any]:
     """scikit-learn's digits, all in one split."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingExtraError("images need Pillow: pip install 'hf_vitprune[vision]'") from error
+    need("images", "PIL")
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageFeature
+    from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -12,7 +12,7 @@ from hf_vitprune.errors import InvalidDataError
 from hf_vitprune.utils.batches import ImageBatches, run_images
 from tiny import make
 
-PIXELS = torch.arange(10 * 12, dtype=torch.float32).reshape(10, 3, 2, 2)
+PIXELS = torch.arange(10 * 12, dtype=torch.float32).reshape(10, 3, 2, 2) / 8
 EXAMPLES = [{"pixel_values": image, "labels": i} for i, image in enumerate(PIXELS)]
 
 

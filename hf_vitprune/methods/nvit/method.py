@@ -249,6 +249,8 @@ class NViT(PruningMethod):
         self._zeroed = None
 
     # ------------------------------------------------------------------ decision
+    undershoot = "A group is more than was missing: lower group_sizes"
+
     @property
     def decided(self) -> bool:
         return self._decided

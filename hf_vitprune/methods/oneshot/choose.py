@@ -14,6 +14,7 @@ from ...errors import InvalidConfigError, UnreachableTargetError, UnsupportedUni
 from ...plan.layer_plan import LayerPlan
 from ...plan.plan import PruningPlan
 from ...plan.select import check_units
+from ...plan.targets import say_if_far_under
 from ...plan.uniform import StockSizes
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import LayerShape
@@ -130,7 +131,10 @@ def best_plan(
     info = {"method": "OneShot", "target": goal.target, "target_metric": goal.meter.metric, "error": error}
     info |= {"gap": gap, "units": list(goal.units), "round_to": goal.round_to}
     info |= {} if goal.stock is None else {"uniform": True}
-    return PruningPlan(architecture, tuple(layers), info=info).validated()
+    plan = PruningPlan(architecture, tuple(layers), info=info).validated()
+    ratio = goal.meter.ratio(plan.architecture)
+    say_if_far_under(ratio, goal.target, goal.meter.metric, "Lower round_to, or score more sizes")
+    return plan
 
 
 def _allocate_alike(branches: list[Branch], stock: StockSizes, budget: float) -> tuple[list[int], float]:

@@ -18,7 +18,8 @@ from ...modeling.peft_twin import is_peft, plain_part
 from ...plan.plan import PruningPlan
 from ...spec.architecture import Architecture
 from ...utils.batches import ImageBatches
-from ...utils.offload import StateDict, device_of
+from ...utils.examples import processed
+from ...utils.offload import StateDict, check_weights, device_of
 from ...utils.processes import shard
 from ...utils.sharding import check_whole
 from .choose import best_plan
@@ -87,8 +88,10 @@ class OneShotScores:
         settings = settings or OneShotSettings()
         base, architecture = plain_part(model, part)
         architecture.check_looks("one-shot scoring", at_images=False)
+        check_weights(model, "one-shot scoring")
         device_of(base, "one-shot scoring")
         form = architecture.family.form(architecture.config)
+        images = processed(images, model)
         batches = ImageBatches(images, settings.batch_size, settings.images, shard=shard(), form=form)
         tensors = Measurement(base, batches, settings).run()
         return cls(architecture, fingerprint(base), settings, batches.images, tensors, name)

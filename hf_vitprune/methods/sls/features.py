@@ -16,7 +16,9 @@ from tqdm.auto import tqdm
 from ...errors import InvalidConfigError, InvalidDataError
 from ...spec.architecture import Architecture, unwrap
 from ...utils.batches import ImageBatches, run_images
+from ...utils.examples import processed
 from ...utils.modes import evaluating
+from ...utils.offload import check_weights
 from ..depth import class_numbers
 from .config import SLSConfig
 
@@ -48,6 +50,8 @@ def extract_features(
     """
     config = config or SLSConfig()
     Architecture.of(unwrap(model)).check_looks("SLS")
+    check_weights(model, "reading features")
+    data = processed(data, model)
     batches = ImageBatches(data, batch_size=config.batch_size, limit=config.max_samples)
     base = _in_float32(unwrap(model))
     architecture = Architecture.of(base)

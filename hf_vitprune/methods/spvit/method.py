@@ -154,7 +154,7 @@ class SPViT(PruningMethod):
     def stage(self) -> Stage:
         if self.finished:
             return Stage.FINISHED
-        met = self.decided or self._cost_now() <= (1 + self.config.tolerance) * self.target
+        met = self.decided or abs(self._cost_now() - self.target) <= self.config.tolerance * self.target
         return Stage.ON_TARGET if met else Stage.REMOVING
 
     def _anneal(self) -> None:
@@ -193,6 +193,15 @@ class SPViT(PruningMethod):
         return numbers
 
     # ------------------------------------------------------------------ decision
+    undershoot = (
+        "The search has switched gates off faster than the cost could call them back: lower gate_learning_rate or "
+        "cost_weight, or train longer"
+    )
+
+    def against_target(self) -> tuple[float, float, str]:
+        """As the parent's; of the paper's absolute targets, too."""
+        return self._meter.ratio(self._shapes().architecture), self.target, self._meter.metric
+
     @property
     def decided(self) -> bool:
         return any(gates.decided for gates in self._all_gates())

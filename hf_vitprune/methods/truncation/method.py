@@ -102,6 +102,8 @@ class Truncation(DepthMethod):
         found = {f"{what}_{layers}_layers": number for layers, number in self.found.items()}
         return {"kept_layers": self.depth.layers, **found}
 
+    undershoot = "A layer is more than was missing: prune units of layers instead, or raise the target"
+
     def _layers_for_target(self) -> int:
         """As many as the target allows."""
         dense = PruningPlan.dense(self.architecture)

@@ -1,0 +1,188 @@
+"""What people hand over as images -> a data set of examples ``{"pixel_values": (channels, height, width), ...}``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, TensorDataset
+from transformers import AutoImageProcessor, default_data_collator
+from transformers.image_utils import load_image
+
+from ..errors import InvalidDataError
+
+#: columns of data sets with images as they were taken, and with their classes
+IMAGE_COLUMNS = ("image", "img", "pixel_values")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+_CURE = (
+    "Put the images through the model's image processor first: [processor(image, return_tensors='pt') for image in "
+    "images] (hf_vitprune.utils.data.ProcessedImages does it for a data set)"
+)
+
+
+def examples_of(data: Any, axes: tuple[int, ...]) -> Any:
+    """The data, as something with examples and a length; what is so already, or what nobody knows, as it is.
+
+    Args:
+        data: tensors or arrays of images; a list of them, of one image each or of several; a list of mappings such as
+            processors make, of one image each or of several.
+        axes: of ``pixel_values``, in a batch.
+
+    Raises:
+        InvalidDataError: tensors of other axes, or of several shapes.
+    """
+    data = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
+    if isinstance(data, (list, tuple)) and data and all(isinstance(item, (torch.Tensor, np.ndarray)) for item in data):
+        data = _stacked([torch.as_tensor(item) for item in data], axes)
+    if isinstance(data, torch.Tensor):
+        if data.ndim not in axes:
+            raise InvalidDataError(
+                f"a tensor of images is (images, channels, height, width), not of shape {tuple(data.shape)}"
+            )
+        return TensorDataset(data)
+    if isinstance(data, (list, tuple)) and data and _are_batches(data, axes):
+        return Flattened(data)
+    return data
+
+
+def _stacked(items: list[torch.Tensor], axes: tuple[int, ...]) -> torch.Tensor:
+    """One tensor of all images, of tensors with one image each or with several."""
+    shapes = {tuple(item.shape[-3:]) for item in items}
+    if len(shapes) > 1:
+        different = next(i for i, item in enumerate(items) if item.shape[-3:] != items[0].shape[-3:])
+        raise InvalidDataError(
+            f"images are of one size, and the first is {tuple(items[0].shape)} and number {different} "
+            f"{tuple(items[different].shape)}. {_CURE}"
+        )
+    several = all(item.ndim == axes[0] for item in items)
+    return torch.cat(items) if several else torch.stack(items)
+
+
+def _are_batches(items: Sequence[Any], axes: tuple[int, ...]) -> bool:
+    """Whether mappings are of several images each (or of one, with an axis for the batch), as processors make them.
+
+    Where the crops of an image may come as its ``pixel_values``, batches are what has a label for each, or nothing but
+    images, of other numbers.
+    """
+    if not all(isinstance(item, Mapping) for item in items):
+        return False
+    pixels = [item.get("pixel_values") for item in items]
+    if not all(isinstance(some, (torch.Tensor, np.ndarray)) and some.ndim == axes[0] for some in pixels):
+        return False
+    labels = items[0].get("labels")
+    labelled = getattr(labels, "ndim", 0) == 1 and len(labels) == len(pixels[0])
+    alone = all(item.keys() <= {"pixel_values", "labels"} for item in items)
+    return len(axes) == 1 or labelled or (alone and len({len(some) for some in pixels}) > 1)
+
+
+class Flattened(Dataset):
+    """Batches, example by example."""
+
+    def __init__(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        self.batches = batches
+        lengths = [len(batch["pixel_values"]) for batch in batches]
+        self.places = [(i, j) for i, length in enumerate(lengths) for j in range(length)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        i, j = self.places[index]
+        batch, rows = self.batches[i], len(self.batches[i]["pixel_values"])
+        single = {name for name, value in batch.items() if not hasattr(value, "__len__") or len(value) != rows}
+        return {name: value if name in single else value[j] for name, value in batch.items() if value is not None}
+
+
+class Columns(Dataset):
+    """Images in columns: those with a row an image are split, what holds for all of them goes into every batch."""
+
+    def __init__(self, columns: Mapping[str, Any], axes: tuple[int, ...]) -> None:
+        pixels = columns.get("pixel_values")
+        if isinstance(pixels, (list, tuple)) and pixels and isinstance(pixels[0], (torch.Tensor, np.ndarray)):
+            pixels = _stacked([torch.as_tensor(item) for item in pixels], axes)
+        pixels = torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
+        if not isinstance(pixels, torch.Tensor) or pixels.ndim not in axes:
+            raise InvalidDataError(
+                "a mapping of columns needs pixel_values, a tensor (images, channels, height, width); it has "
+                f"{', '.join(map(str, columns))} (of several splits of a data set, pass one)"
+            )
+        self.columns: dict[str, Any] = {}
+        self.constant: dict[str, Any] = {}
+        for name, value in {**columns, "pixel_values": pixels}.items():
+            single = isinstance(value, str) or not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0
+            if not single and len(value) != len(pixels):
+                raise InvalidDataError(f"{name} has {len(value)} rows, and there are {len(pixels)} images")
+            (self.constant if single else self.columns)[name] = value
+
+    def __len__(self) -> int:
+        return len(self.columns["pixel_values"])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: column[index] for name, column in self.columns.items()}
+
+    def collate(self, examples: list[Any]) -> dict[str, Any]:
+        return {**default_data_collator(examples), **self.constant}
+
+
+# ---------------------------------------------------------------------- images as they were taken
+class Processed(Dataset):
+    """Images as they were taken (PIL), put through an image processor one by one; with their classes, if any."""
+
+    def __init__(self, data: Any, column: str | None, processor: Any) -> None:
+        self.data, self.column, self.processor = data, column, processor
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.data[index]
+        image, *rest = row if isinstance(row, (tuple, list)) else (row if self.column is None else row[self.column],)
+        made = self.processor(images=load_image(image), return_tensors="pt")
+        label = rest[0] if rest else None
+        if self.column is not None:
+            label = next((row[name] for name in LABEL_COLUMNS if row.get(name) is not None), None)
+        return {**{name: value[0] for name, value in made.items()}, **({} if label is None else {"labels": label})}
+
+
+def processed(data: Any, model: Any) -> Any:
+    """Images as they were taken, through the image processor that lies beside the model; all else as it is.
+
+    Args:
+        data: a list of PIL images, of pairs of image and class, or of rows with an image; a ``datasets.Dataset``.
+        model: was loaded from a folder or repository with an image processor.
+
+    Raises:
+        InvalidDataError: there is no such processor.
+    """
+    if isinstance(data, (str, bytes, Mapping)) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        return data
+    if not len(data) or isinstance(data, (torch.Tensor, np.ndarray, TensorDataset)):
+        return data
+    first = data[0]
+    image = first[0] if isinstance(first, (tuple, list)) and first else first
+    column = None
+    if isinstance(first, Mapping):
+        column = next((name for name in IMAGE_COLUMNS if _is_picture(first.get(name))), None)
+        image = None if column is None else first[column]
+    if not _is_picture(image):
+        return data
+    return Processed(data, column, _processor_of(model))
+
+
+def _is_picture(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "PIL"
+
+
+def _processor_of(model: Any) -> Any:
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    try:
+        if name:
+            return AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0][:200].rstrip(".")
+        raise InvalidDataError(f"no image processor is beside the model in {name} ({reason}). {_CURE}") from error
+    raise InvalidDataError(
+        f"these are images as they were taken, and the model was not loaded from where its processor is. {_CURE}"
+    )
