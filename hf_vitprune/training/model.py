@@ -288,7 +288,8 @@ class PruningModel(Checkpoints):
         broadcast(self.method)
         reached = method.against_target() if fresh else None
         if reached is not None and is_first_process():
-            say_if_far_under(*reached, method.undershoot)
+            ratio, target, metric = reached
+            say_if_far_under(ratio, target, metric, method.undershoot)
 
     def _check_trained(self) -> None:
         trained = self._changes is not None and _changes(self.model) > self._changes

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -17,6 +14,7 @@ from transformers import default_data_collator
 
 from ..errors import CheckpointMismatchError, InvalidDataError
 from .examples import Columns, examples_of
+from .examples import fixed_randomness as fixed_randomness
 from .finite import first_not_finite
 
 
@@ -144,21 +142,6 @@ class ImageBatches:
         """Place in a batch -> place in the data."""
         chosen = self.dataset.indices if isinstance(self.dataset, Subset) else None
         return lambda i: self.offset + (start + i if chosen is None else chosen[start + i])
-
-
-@contextlib.contextmanager
-def fixed_randomness(seed: int = 0) -> Iterator[None]:
-    """The same random numbers every time, for data sets that augment their images; the caller's are left alone."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
 
 def _as_mapping(example: Any) -> Any:

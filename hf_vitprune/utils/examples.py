@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,6 +129,21 @@ class Columns(Dataset):
 
 
 # ---------------------------------------------------------------------- images as they were taken
+@contextlib.contextmanager
+def fixed_randomness(seed: int = 0) -> Iterator[None]:
+    """The same random numbers every time, for data sets that augment their images; the caller's are left alone."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
 class Processed(Dataset):
     """Images as they were taken (PIL), put through an image processor one by one; with their classes, if any."""
 
@@ -160,7 +177,8 @@ def processed(data: Any, model: Any) -> Any:
         return data
     if not len(data) or isinstance(data, (torch.Tensor, np.ndarray, TensorDataset)):
         return data
-    first = data[0]
+    with fixed_randomness():
+        first = data[0]
     image = first[0] if isinstance(first, (tuple, list)) and first else first
     column = None
     if isinstance(first, Mapping):

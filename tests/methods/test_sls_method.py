@@ -90,7 +90,7 @@ def test_half_precision_models_are_read_in_float32() -> None:
         ({"labels": torch.zeros(5)}, "one class number an image"),
         ({"labels": 0.5}, "one class number an image"),
         ({"labels": None}, "no labels"),
-        ({"pixel_values": torch.full((3, SIZE, SIZE), 1e38)}, "layer 1 are not finite"),
+        ({"pixel_values": torch.full((3, SIZE, SIZE), -1e38)}, "layer 1 are not finite"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(row: dict[str, Any], words: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, default_data_collator
 
 from hf_vitprune import NViTConfig, PruningModel, SPViTConfig, TruncationConfig, VTPConfig, get_pruning_model
-from hf_vitprune.errors import InvalidConfigError, InvalidPlanError
+from hf_vitprune.errors import InvalidConfigError, InvalidPlanError, NotFiniteError
 from pruning_runs import SMALL_GROUPS, VIT, Patterns, gated, lora_model, nvit, state_of, trainer
 from tiny import assert_same, images, make, run
 
@@ -129,8 +129,16 @@ def test_a_diverged_training_is_not_exported(make_model: Callable[[], PruningMod
             row = super().__getitem__(i)
             return {**row, "pixel_values": row["pixel_values"] * float("nan" if i == 5 else 1)}
 
-    with pytest.raises(InvalidPlanError, match="not finite"):
+    with pytest.raises(NotFiniteError, match="pixel values that are not finite"):
         trainer(make_model(), tmp_path, max_steps=6, train_dataset=Broken()).train()
+
+
+def test_what_diverged_unwatched_is_not_decided() -> None:
+    model = get_pruning_model(make(VIT), TruncationConfig(layers=2))
+    own_loop(model, guided=False)
+    model.model.vit.layers[0].mlp.fc1.weight.data[0, 0] = float("nan")
+    with pytest.raises(InvalidPlanError, match="1 tensors of the model are not finite"):
+        model.export()
 
 
 def test_a_copy_and_a_pickle_are_whole(tmp_path: Path) -> None:
