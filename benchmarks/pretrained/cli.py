@@ -169,6 +169,25 @@ def figure(
     console.print(f"{out}: {out.stat().st_size / 1024:.0f} kB")
 
 
+@app.command("composite")
+def of_composite(
+    images: Annotated[int, typer.Option(help="Unlabelled images, to calibrate with and to train on.")] = 512,
+    size: Annotated[int, typer.Option(help="Side of the images, a multiple of 14.")] = 140,
+    target: Annotated[float, typer.Option(help="Share of the tower's MACs.")] = 0.5,
+    steps: Annotated[int, typer.Option(help="Of training.")] = 200,
+    rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 1e-5,
+    cache: Annotated[Path, typer.Option(help="Folder of what is fetched.")] = CACHE,
+) -> None:
+    """Tower and decoder as one model, pruned in its tower, trained on the dense maps: IoU on test drawings."""
+    from . import drawings, tower
+    from .composite import Goal, composite, rows
+
+    model = composite(*tower.rebuild(tower.fetch(cache)))
+    split = drawings.split(drawings.fetch(cache), size, images, 24, 15)
+    for row in rows(model, split, Goal(target, steps, rate)):
+        console.print(json.dumps(row), highlight=False)
+
+
 @app.command()
 def peers(
     size: Annotated[int, typer.Option(help="Side of the images, a multiple of 14.")] = 140,

@@ -52,15 +52,20 @@ def probe(
 
 @torch.no_grad()
 def saliency(decoder: Decoder, dense: torch.Tensor, small: torch.Tensor, size: tuple[int, int]) -> tuple[float, float]:
-    """Of the decoder's maps: intersection over union of the salient pixels, and correlation; means over images."""
-    one, other = (decoder(tokens[:, 1:], size).flatten(1).double() for tokens in (dense, small))
+    """:func:`overlap` of the maps that the decoder makes of tokens."""
+    return overlap(*(decoder(tokens[:, 1:], size).flatten(1) for tokens in (dense, small)))
+
+
+def overlap(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """Of maps (images, pixels): intersection over union of the salient pixels, and correlation; means over images."""
+    one, other = one.double(), other.double()
     here, there = (
         values >= torch.lerp(values.amin(1, True), values.amax(1, True), THRESHOLD) for values in (one, other)
     )
-    overlap = (here & there).sum(1) / (here | there).sum(1)
+    shared = (here & there).sum(1) / (here | there).sum(1)
     one, other = (values - values.mean(1, keepdim=True) for values in (one, other))
     correlation = nn.functional.cosine_similarity(one, other, dim=1)
-    return float(overlap.double().mean()), float(correlation.mean())
+    return float(shared.double().mean()), float(correlation.mean())
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 from typer.testing import CliRunner
 
-from benchmarks.pretrained import cli, drawings, figure, measures, runs, tower
+from benchmarks.pretrained import cli, composite, drawings, figure, measures, runs, tower
 
 
 def tiny() -> tuple[Dinov2Model, tower.Decoder]:
@@ -100,6 +100,19 @@ def test_rows_are_kept_and_read_again(folder: Path, tmp_path: Path) -> None:
     table = CliRunner().invoke(cli.app, ["report", "--output", str(output), "--markdown"]).stdout
     assert len(table.splitlines()) == 2 + len(found)
     assert {json.loads(text)["method"] for text in files.values()} <= {*wanted, "dense"}
+
+
+def test_tower_and_decoder_as_one_model(folder: Path) -> None:
+    model, decoder = tiny()
+    whole = composite.composite(model, decoder)
+    pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = decoder(model(pixel_values=pixels).last_hidden_state[:, 1:], (28, 28))
+        assert torch.equal(whole(pixel_values=pixels).predicted_depth, expected)
+    split = drawings.split(folder, 28, calibration=8, classes=2, each=2)
+    untrained, trained = composite.rows(whole, split, composite.Goal(0.4, steps=60, rate=3e-4, batch=8))
+    assert untrained["steps"] == 0 and trained["steps"] == 60
+    assert untrained["correlation"] < trained["correlation"] <= 1
 
 
 @pytest.mark.parametrize(
