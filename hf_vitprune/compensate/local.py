@@ -15,7 +15,7 @@ from .settings import Compensation
 from .site import Site
 
 #: of Adam, after a linear warm-up over a tenth of the steps, before a linear decay to zero
-RATE = 5e-4
+RATE = 3e-4
 #: images (or views) a step
 IMAGES = 16
 

@@ -76,3 +76,20 @@ def test_rows_of_recoveries(packed: tuple[Path, Dinov2Model, tower.Decoder, draw
     assert len(rows.read_text().splitlines()) == len(found)
     unknown = CliRunner().invoke(cli.app, [*arguments, "--jobs", "luck"])
     assert unknown.exit_code == 2 and "jobs are" in unknown.output
+
+
+def test_half_an_hour_begins_with_fits_to_all_drawings(
+    packed: tuple[Path, Dinov2Model, tower.Decoder, drawings.Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    monkeypatch.setattr("benchmarks.pretrained.jobs.HALF_AN_HOUR", 30.0)
+    arguments = ["recover", str(packed[0]), "--device", "cpu", "--steps", "4", "--round-to", "1", "--size", "28"]
+    done = CliRunner().invoke(cli.app, [*arguments, "--jobs", "refit", "--output", str(rows)])
+    assert done.exit_code == 0, done.output
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["name"] for row in found] == [
+        name for share in (0.5, 0.35) for name in (f"refitted {share}", f"refitted {share}, then trained")
+    ]
+    for fitted, trained in zip(found[::2], found[1::2], strict=True):
+        assert fitted["end"] == trained["start"] and 2 <= trained["settings"]["steps"] <= 4
+        assert 0 < fitted["cpu_seconds"] and 0 < trained["cpu_seconds"]
