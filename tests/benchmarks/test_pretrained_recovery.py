@@ -92,4 +92,4 @@ def test_half_an_hour_begins_with_fits_to_all_drawings(
     ]
     for fitted, trained in zip(found[::2], found[1::2], strict=True):
         assert fitted["end"] == trained["start"] and 2 <= trained["settings"]["steps"] <= 4
-        assert 0 < fitted["cpu_seconds"] and 0 < trained["cpu_seconds"]
+        assert min(fitted["cpu_seconds"], trained["cpu_seconds"]) > 0
