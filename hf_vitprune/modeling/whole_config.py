@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..errors import InvalidArchitectureError, PortableError, UnsupportedModelError
 from ..families import find_family
 from ..spec.origin import is_pruned
+from ..utils.finite import check_finite
 from ..utils.mixing import InPlaceMixin, mix_into, unmix
 from ..utils.upload import upload
 from .hosts import host_class, stock_host
@@ -65,8 +66,14 @@ class HoldsPrunedMixin(InPlaceMixin):
         super().__init_subclass__(**kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, portable: bool = False, **kwargs: Any) -> None:
-        """As transformers', and as a portable folder; see :class:`~hf_vitprune.modeling.strict.StrictMixin`."""
+        """As transformers', and as a portable folder; see :class:`~hf_vitprune.modeling.strict.StrictMixin`.
+
+        Raises:
+            NotFiniteError: there are weights that are infinite or no numbers.
+            PortableError: ``portable``, and the model holds what that file cannot bring along.
+        """
         save: Any = super().save_pretrained  # type: ignore[misc]
+        check_finite(self, "saved", kwargs.get("state_dict"))  # type: ignore[arg-type]
         if portable:
             save_portable(self, functools.partial(save, save_original_format=False), save_directory, *args, **kwargs)
         else:

@@ -89,12 +89,11 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save(root / case / str(plan), small, case, outputs(small))
     for name in FEW_WHOLES:
         save_whole(root, name)
-    (root / "ViTForImageClassification" / "None" / "uses").touch()
     return root
 
 
 def test_folders_load_without_the_package(quick: Path) -> None:
-    """Bit for bit, and saved again they are the same folders; untrusted they are refused. See ``uses``, too."""
+    """Bit for bit, and saved again they are the same folders; untrusted they are refused."""
     load_without_the_package(quick)
 
 
@@ -125,6 +124,16 @@ def test_every_family_and_kind_of_architecture(tmp_path: Path) -> None:
     for case in sorted({*CASES} - {*EVERY_FAMILY}):
         small = pruned(case, "mlp")
         save(tmp_path / case / "mlp", small, case, outputs(small))
+    load_without_the_package(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["everything", None])
+def test_dtypes_devices_shards_pipelines_and_training(plan: str | None, tmp_path: Path) -> None:
+    """See ``portable_folders.uses``."""
+    small = pruned("ViTForImageClassification", plan)
+    save(tmp_path / "small", small, "ViTForImageClassification", outputs(small))
+    (tmp_path / "small" / "uses").touch()
     load_without_the_package(tmp_path)
 
 
