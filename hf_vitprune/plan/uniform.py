@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -119,6 +120,24 @@ class StockSizes:
             except ValueError as error:
                 return str(error)
         return "all of what may go is needed"
+
+    def best(self, worth: Callable[[Sizes], float], fits: Callable[[Sizes], bool]) -> Sizes | None:
+        """Of the sizes that fit, those that are worth most; None where nothing fits.
+
+        Args:
+            worth: does not fall when a size grows.
+            fits: holds for smaller sizes where it holds for larger ones.
+        """
+        found = []
+        for width, pairs in self.attention.items():
+            neurons = self.mlp[width]
+            for pair in pairs:
+                count = bisect.bisect_left(
+                    range(len(neurons)), True, key=lambda k: not fits(Sizes(*pair, neurons[k], width))
+                )
+                if count:
+                    found.append(Sizes(*pair, neurons[count - 1], width))
+        return max(found, key=worth, default=None)
 
     def nearest(self, kept: Mapping[str, float]) -> Sizes:
         """The sizes next to these shares of what there is (all, where none is named) that go together."""

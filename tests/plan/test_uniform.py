@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -188,6 +189,23 @@ def test_vtp_cuts_whole_heads_and_neurons(goal: dict[str, float], binarize: bool
         assert {*entry.heads} == {*score.view(4, 8).sum(1).topk(len(entry.heads)).indices.tolist()}
     if "target" in goal:
         assert count(plan.architecture).macs <= 0.6 * count(model).macs
+
+
+def test_vtp_takes_the_common_sizes_worth_most_within_the_target() -> None:
+    model = make("ViTForImageClassification")
+    wrapped = scatter_scores(get_pruning_model(model, VTPConfig(target=0.6, uniform=True, round_to=4)))
+    gates = {name: gate.score.detach().abs() for name, gate in wrapped.method.gates.items()}
+    source, found = wrapped.plan().source, {}
+    for heads, mlp in product(range(1, 5), range(4, 49, 4)):
+        layers = tuple(replace(shape, heads=heads, mlp=mlp) for shape in source.layers)
+        if count(source.replace(layers=layers)).macs <= 0.6 * count(model).macs:
+            kept = [s.view(4, 8).sum(1).topk(heads) for name, s in gates.items() if name.endswith("attention_out")]
+            kept += [s.topk(mlp) for name, s in gates.items() if name.endswith("mlp_hidden")]
+            found[heads, mlp] = sum(float(one.values.sum()) for one in kept)
+    shape = wrapped.plan().architecture.layers[0]
+    assert (shape.heads, shape.mlp) == max(found, key=lambda sizes: found[sizes])
+    with pytest.raises(UnreachableTargetError, match="the smallest model these settings allow"):
+        get_pruning_model(model, VTPConfig(target=0.1, uniform=True, round_to=4))
 
 
 def test_vtp_settings_that_contradict_are_refused() -> None:

@@ -147,6 +147,8 @@ class VTP(PruningMethod):
         if config.pruning_ratio is not None:
             return self._plan(ranking.kept(round(len(ranking) * config.pruning_ratio)), scores)
         assert config.target is not None
+        if self.stock is not None:
+            return self._best_alike(scores, self.stock, config.target)
         return reach_target(
             lambda dropped: self._plan(ranking.kept(dropped), scores),
             len(ranking),
@@ -160,6 +162,31 @@ class VTP(PruningMethod):
             sizes = self.stock.nearest({"heads": _share(above, "attention_out"), "mlp": _share(above, "mlp_hidden")})
             return plan.with_layers(self._alike(entry, sizes, scores) for entry in plan.layers).validated()
         return plan.with_layers(self._layer(entry, above, scores) for entry in plan.layers).validated()
+
+    def _best_alike(self, scores: _Sets, stock: StockSizes, target: float) -> PruningPlan:
+        """Of the sizes within the target that all layers can have, those whose scores have the highest sum.
+
+        Raises:
+            UnreachableTargetError: the smallest cost more.
+        """
+        meter, dense = self.config.meter(self.architecture), PruningPlan.dense(self.architecture)
+        v_dim = stock.whole.channels
+        heads = [s.view(-1, v_dim).sum(1) for name, s in scores.items() if name.endswith("attention_out")]
+        neurons = [s for name, s in scores.items() if name.endswith("mlp_hidden")]
+
+        def worth(sizes: Sizes) -> float:
+            parts = [(one, sizes.heads) for one in heads] + [(one, sizes.mlp) for one in neurons]
+            return sum(float(one.topk(number).values.sum()) for one, number in parts)
+
+        def plan(sizes: Sizes) -> PruningPlan:
+            return dense.with_layers(self._alike(entry, sizes, scores) for entry in dense.layers).validated()
+
+        def fits(sizes: Sizes) -> bool:
+            shapes = (replace(shape, heads=sizes.heads, mlp=sizes.mlp) for shape in self.architecture.layers)
+            return meter.ratio(replace(self.architecture, layers=tuple(shapes))) <= target
+
+        found = stock.best(worth, fits)
+        return reach_target(lambda strength: plan(found or stock.smallest()), 1, target, meter)
 
     def _alike(self, entry: LayerPlan, sizes: Sizes, scores: _Sets) -> LayerPlan:
         """The heads with the highest sums of scores, and the best neurons: as many as in every layer."""
