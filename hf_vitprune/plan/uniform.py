@@ -122,11 +122,14 @@ class StockSizes:
         return "all of what may go is needed"
 
     def best(self, worth: Callable[[Sizes], float], fits: Callable[[Sizes], bool]) -> Sizes | None:
-        """Of the sizes that fit, those that are worth most; None where nothing fits.
+        """With each number of heads and channels the most neurons that fit; of these, those that are worth most.
 
         Args:
-            worth: does not fall when a size grows.
+            worth: of sizes; the highest is taken.
             fits: holds for smaller sizes where it holds for larger ones.
+
+        Returns:
+            None where nothing fits.
         """
         found = []
         for width, pairs in self.attention.items():

@@ -191,19 +191,30 @@ def test_vtp_cuts_whole_heads_and_neurons(goal: dict[str, float], binarize: bool
         assert count(plan.architecture).macs <= 0.6 * count(model).macs
 
 
-def test_vtp_takes_the_common_sizes_worth_most_within_the_target() -> None:
+def test_vtp_takes_the_largest_common_sizes_next_to_its_ranking() -> None:
     model = make("ViTForImageClassification")
-    wrapped = scatter_scores(get_pruning_model(model, VTPConfig(target=0.6, uniform=True, round_to=4)))
-    gates = {name: gate.score.detach().abs() for name, gate in wrapped.method.gates.items()}
-    source, found = wrapped.plan().source, {}
-    for heads, mlp in product(range(1, 5), range(4, 49, 4)):
-        layers = tuple(replace(shape, heads=heads, mlp=mlp) for shape in source.layers)
-        if count(source.replace(layers=layers)).macs <= 0.6 * count(model).macs:
-            kept = [s.view(4, 8).sum(1).topk(heads) for name, s in gates.items() if name.endswith("attention_out")]
-            kept += [s.topk(mlp) for name, s in gates.items() if name.endswith("mlp_hidden")]
-            found[heads, mlp] = sum(float(one.values.sum()) for one in kept)
-    shape = wrapped.plan().architecture.layers[0]
-    assert (shape.heads, shape.mlp) == max(found, key=lambda sizes: found[sizes])
+    scores = {
+        f"layer{i}_{point}": size for i in range(3) for point, size in (("attention_out", 32), ("mlp_hidden", 48))
+    }
+    for strong in ("attention_out", "mlp_hidden"):  # the other point's units all go first
+        wrapped = get_pruning_model(model, VTPConfig(target=0.6, uniform=True, round_to=4))
+        for name, size in scores.items():
+            worth = torch.rand(size, generator=torch.Generator().manual_seed(size)) + (
+                10 if name.endswith(strong) else 0
+            )
+            wrapped.method.gates[name].score.data.copy_(worth)
+        source, shape = wrapped.plan().source, wrapped.plan().architecture.layers[0]
+        fitting = {
+            (heads, mlp)
+            for heads, mlp in product(range(1, 5), range(4, 49, 4))
+            if count(source.replace(layers=tuple(replace(s, heads=heads, mlp=mlp) for s in source.layers))).macs
+            <= 0.6 * count(model).macs
+        }
+        assert (shape.heads, shape.mlp) in fitting and (shape.heads, shape.mlp + 4) not in fitting
+        # all of the strong point, as far as the target allows
+        assert (shape.heads, shape.mlp)[strong == "mlp_hidden"] == max(
+            pair[strong == "mlp_hidden"] for pair in fitting
+        )
     with pytest.raises(UnreachableTargetError, match="the smallest model these settings allow"):
         get_pruning_model(model, VTPConfig(target=0.1, uniform=True, round_to=4))
 

@@ -26,6 +26,8 @@ from ..contract import PruningMethod
 from .config import VTPConfig
 
 _Sets = dict[str, torch.Tensor]
+#: points on the way from nothing removed to all
+PATH = 64
 
 
 class VTP(PruningMethod):
@@ -164,29 +166,34 @@ class VTP(PruningMethod):
         return plan.with_layers(self._layer(entry, above, scores) for entry in plan.layers).validated()
 
     def _best_alike(self, scores: _Sets, stock: StockSizes, target: float) -> PruningPlan:
-        """Of the sizes within the target that all layers can have, those whose scores have the highest sum.
+        """Of the largest sizes within the target that all layers can have, those next to what the ranking keeps.
+
+        Heads are few, so that their number alone misses most targets: as many neurons stay as the rest allows.
 
         Raises:
             UnreachableTargetError: the smallest cost more.
         """
-        meter, dense = self.config.meter(self.architecture), PruningPlan.dense(self.architecture)
-        v_dim = stock.whole.channels
-        heads = [s.view(-1, v_dim).sum(1) for name, s in scores.items() if name.endswith("attention_out")]
-        neurons = [s for name, s in scores.items() if name.endswith("mlp_hidden")]
+        meter, dense, ranking = (
+            self.config.meter(self.architecture),
+            PruningPlan.dense(self.architecture),
+            Ranking(scores),
+        )
+        path = []
+        for step in range(PATH + 1):
+            kept = ranking.kept(round(len(ranking) * step / PATH))
+            path.append((_share(kept, "attention_out"), _share(kept, "mlp_hidden")))
 
-        def worth(sizes: Sizes) -> float:
-            parts = [(one, sizes.heads) for one in heads] + [(one, sizes.mlp) for one in neurons]
-            return sum(float(one.topk(number).values.sum()) for one, number in parts)
-
-        def plan(sizes: Sizes) -> PruningPlan:
-            return dense.with_layers(self._alike(entry, sizes, scores) for entry in dense.layers).validated()
+        def nearness(sizes: Sizes) -> float:
+            heads, neurons = sizes.heads / stock.whole.heads, sizes.mlp / stock.whole.mlp
+            return -min(abs(heads - h) + abs(neurons - m) for h, m in path)
 
         def fits(sizes: Sizes) -> bool:
             shapes = (replace(shape, heads=sizes.heads, mlp=sizes.mlp) for shape in self.architecture.layers)
             return meter.ratio(replace(self.architecture, layers=tuple(shapes))) <= target
 
-        found = stock.best(worth, fits)
-        return reach_target(lambda strength: plan(found or stock.smallest()), 1, target, meter)
+        sizes = stock.best(nearness, fits) or stock.smallest()
+        plan = dense.with_layers(self._alike(entry, sizes, scores) for entry in dense.layers).validated()
+        return reach_target(lambda strength: plan, 1, target, meter)
 
     def _alike(self, entry: LayerPlan, sizes: Sizes, scores: _Sets) -> LayerPlan:
         """The heads with the highest sums of scores, and the best neurons: as many as in every layer."""
