@@ -47,7 +47,7 @@ def bench(
     from hf_vitprune.utils.figures import new_figure
 
     from .export import read_images
-    from .saved import load_with_adapters
+    from .saved import load_with_adapters, saved_metrics
 
     if plot is not None:
         new_figure(1, 1)  # before any work, where matplotlib is missing
@@ -60,9 +60,13 @@ def bench(
         check_forms(chosen)
     seen = None if images is None else read_images(dense, images, None, image_size)
     models: dict[str, Any] = {}
+    metrics: dict[str, dict[str, float]] = {}  # what evaluate left beside them
     for path in (dense, *pruned):
         name = Path(path).name
-        models[path if name in models else name] = load_with_adapters(path)
+        name = path if name in models else name
+        models[name] = load_with_adapters(path)
+        if known := saved_metrics(path):
+            metrics[name] = known
     rows, setting = measure(
         models,
         chosen,
@@ -75,9 +79,12 @@ def bench(
         progress=not as_json,
     )
     if as_json:
-        typer.echo(json.dumps({"setting": setting, "rows": [row.to_dict() for row in rows]}, indent=2))
+        found = {"setting": setting, "rows": [row.to_dict() for row in rows], "metrics": metrics}
+        typer.echo(json.dumps(found, indent=2))
     else:
         Console().print(bench_table(rows, setting))
+        for name, known in metrics.items():
+            say(f"{name}: " + ", ".join(f"{metric} {value:.4g}" for metric, value in known.items()))
     if plot is not None:
         said = plot_bench(rows, setting, plot)
         if not as_json:

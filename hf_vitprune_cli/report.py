@@ -64,11 +64,11 @@ def report(
     from hf_vitprune.publish.layers import layer_rows
     from hf_vitprune.publish.report import comparison_table, layer_table
 
-    from .saved import load_architecture
+    from .saved import load_architecture, saved_metrics
 
     architectures = {name: load_architecture(name, part) for name in (dense, *pruned)}
     whole = count(architectures[dense], image_size)
-    metrics = {name: _saved_metrics(name) for name in architectures}
+    metrics = {name: saved_metrics(name) for name in architectures}
     if classes is not None:
         from .zero_shot import accuracy_of_saved
 
@@ -106,11 +106,3 @@ def report(
         console.print(layer_table(architectures[name], image_size, title=name))
     if out is not None:
         say(f"page written to {out}")
-
-
-def _saved_metrics(model: str) -> dict[str, float]:
-    """What ``hf-vitprune evaluate`` has found of a model's very weights, by names that say on which data."""
-    from hf_vitprune.evaluation.results import results_of
-
-    found = results_of(model) or {"metrics": {}}
-    return {f"{name.replace('_', ' ')} on {found['data']}": value for name, value in found["metrics"].items()}

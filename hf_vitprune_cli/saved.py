@@ -173,3 +173,11 @@ def take_tokenizer(model: str, out: Path) -> None:
     """Save the tokenizer of a saved model, if it has one, with the small one: what reads texts goes on doing so."""
     if cached_file(model, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None:
         AutoTokenizer.from_pretrained(model).save_pretrained(out)
+
+
+def saved_metrics(model: str) -> dict[str, float]:
+    """What ``hf-vitprune evaluate`` has found of a model's very weights, by names that say on which data."""
+    from hf_vitprune.evaluation.results import results_of
+
+    found = results_of(model) or {"metrics": {}}
+    return {f"{name.replace('_', ' ')} on {found['data']}": value for name, value in found["metrics"].items()}

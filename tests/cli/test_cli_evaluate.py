@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hf_vitprune import PruningPlan, count, prune
 from hf_vitprune.errors import InvalidDataError
 from hf_vitprune.evaluation.features import image_features
 from hf_vitprune.evaluation.metrics import NearestNeighbourAccuracy
-from hf_vitprune.evaluation.results import load_results, results_of, weights_digest
+from hf_vitprune.evaluation.results import load_results, results_of, save_results, weights_digest
 from hf_vitprune.peft import save_pruned_peft
 from hf_vitprune.utils.data import load_images
 from processes import run_python
@@ -242,3 +243,12 @@ def test_an_exported_graph(dense: Path, labelled: Path, tmp_path: Path) -> None:
     found = evaluated(tmp_path, tmp_path / "onnx", labelled, "--dense", dense)
     assert found["metrics"]["accuracy"] == 34 / 40 and found["metrics"]["same_prediction_as_dense"] == 1
     assert found["macs"] is None and found["weights"] is not None and found["timing"]["samples_per_second"] > 0
+
+
+def test_bench_says_what_evaluate_found(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without timing anything: the metrics beside the models, of these very weights."""
+    monkeypatch.setattr("hf_vitprune.publish.bench.bench", lambda *_, **__: ([], {}))
+    folder = saved(classifier(), tmp_path / "small")
+    save_results(folder, {"metrics": {"accuracy": 0.85}, "data": "pets", "weights": weights_digest(folder)})
+    found = json.loads(printed("bench", dense, folder, "--forms", "eager", "--json"))
+    assert found["metrics"] == {"small": {"accuracy on pets": 0.85}}
