@@ -83,6 +83,7 @@ def test_a_graph_computes_what_the_model_does(to: str, small: Any, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@slow
 def test_onnx_needs_nothing_of_ours(small: Any, tmp_path: Path) -> None:
     import onnxruntime
 
@@ -138,7 +139,8 @@ KINDS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind == "clip" else slow) for kind in KINDS])
+@slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_models(kind: str, tmp_path: Path) -> None:
     record = export(KINDS[kind](), tmp_path / "out", "onnx")
     assert record.error < 1e-4
@@ -217,6 +219,7 @@ def test_a_wrong_int8_file_is_caught(small: Any, tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.iterdir())
 
 
+@slow
 def test_a_file_of_one_batch_size_is_caught(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "varying_axes", lambda inputs, *rest: {name: {} for name in inputs})
     monkeypatch.setattr(exporting, "axis_names", lambda *rest: {})
