@@ -81,7 +81,7 @@ class Augmentation:
         num_labels: classes.
 
     Raises:
-        InvalidConfigError: kornia is not here.
+        MissingExtraError: kornia is not here.
     """
 
     def __init__(self, config: AugmentationConfig, mean: Any, std: Any, num_labels: int) -> None:

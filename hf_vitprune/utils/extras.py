@@ -15,7 +15,7 @@ _EXTRAS = {
     "onnxruntime": ("ONNX Runtime", "pip install 'hf_vitprune[onnx]'"),
     "onnxscript": ("onnxscript", "pip install 'hf_vitprune[onnx]'"),
     "deepspeed": ("DeepSpeed", "pip install 'hf_vitprune[deepspeed]'"),
-    "torch_pruning": ("Torch-Pruning", "pip install 'hf_vitprune[baselines]'"),
+    "torch_pruning": ("Torch-Pruning", "pip install torch-pruning (or 'hf_vitprune[baselines]')"),
 }
 
 

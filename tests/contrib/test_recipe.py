@@ -13,10 +13,10 @@ from peft import PeftConfig
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, SwinConfig, SwinForImageClassification
 
 from hf_vitprune import SPViTConfig, VTPConfig
-from hf_vitprune.contrib import augment
 from hf_vitprune.contrib.augment import AugmentationConfig
 from hf_vitprune.contrib.recipe import Recipe, Run, gpu_hours
-from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune.errors import InvalidConfigError, MissingExtraError
+from hf_vitprune.utils import extras
 from hf_vitprune_cli.digits import tiny_vit
 from processes import ROOT
 
@@ -170,7 +170,7 @@ def test_stages_batches_and_refusals(tmp_path: Path) -> None:
 
 
 def test_without_kornia_nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(augment, "find_spec", lambda name: None)
-    with pytest.raises(InvalidConfigError, match=r"hf_vitprune\[augment\]"):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"hf_vitprune\[augment\]"):
         Run.of(["--recipe", "vtp-40"], RECIPES)
     assert Run.of(["--method", "vtp"], RECIPES) == (Run(None, {"method"}), ["--method", "vtp"])

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_vitprune.contrib import augment
 from hf_vitprune.contrib.augment import Augmentation, AugmentationConfig, AugmentedTrainer, RandomCrop, RepeatedSampler
-from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune.errors import InvalidConfigError, MissingExtraError
+from hf_vitprune.utils import extras
 from pruning_runs import VIT, gated, state_of, trainer
 from tiny import SIZE, make
 
@@ -139,6 +139,6 @@ def test_impossible_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_without_kornia_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(augment, "find_spec", lambda name: None)
-    with pytest.raises(InvalidConfigError, match=r"hf_vitprune\[augment\]"):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"hf_vitprune\[augment\]"):
         made()
