@@ -73,7 +73,7 @@ def prune(
     check_whole(model)
     tower = find_tower(model, plan.part)
     Architecture.of(unwrap(model), plan.part)  # raises where the model is not what its config says
-    check_weights(model, "prune")
+    check_weights(unwrap(model).get_submodule(tower.path) if tower.path else model, "prune")
     check_finite(model, "pruned")
     calibration = processed(calibration, model)
     if tower.path:
