@@ -141,6 +141,7 @@ def mask(model: Any, plan: PruningPlan) -> Any:
     """
     check_present(model, "mask")
     tower = find_tower(model, plan.part)
+    check_weights(unwrap(model).get_submodule(tower.path) if tower.path else model, "mask")
     whole = merged_twin(model, tower.path) if is_peft(model) else unwrap(model)
     if not tower.path:
         return mask_plain(whole, plan)

@@ -27,7 +27,7 @@ from ..utils.batches import ImageBatches
 from ..utils.examples import processed
 from ..utils.finite import check_finite, check_step
 from ..utils.modules import get
-from ..utils.offload import check_present
+from ..utils.offload import check_present, check_weights
 from ..utils.processes import broadcast, is_first_process
 from ..utils.sharding import all_finite, gathered, is_sharded, shaped, unsharded, whole_root
 from ..utils.upload import upload
@@ -58,6 +58,7 @@ def get_pruning_model(model: Any, config: PruningConfig, part: str | None = None
         NotFiniteError: the model has weights that are infinite or no numbers.
     """
     check_present(model, "training")
+    check_weights(model, "training")
     check_model(model)
     if isinstance(model, PruningModel):
         raise InvalidConfigError("the model is a PruningModel already; unload() or export() it first")

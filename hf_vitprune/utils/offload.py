@@ -39,7 +39,6 @@ def check_present(model: Any, what: str) -> None:
     Raises:
         UnsupportedModelError: they do.
     """
-    check_weights(model, what)
     if is_offloaded(model):
         raise UnsupportedModelError(
             f"{what} needs all weights in the model, and device_map left some on the disk or in CPU memory: load it "
