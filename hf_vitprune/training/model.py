@@ -22,7 +22,6 @@ from ..pruning import prune
 from ..spec.architecture import Architecture, unwrap
 from ..spec.towers import find_tower
 from ..surgery.composite import check_host
-from ..surgery.read_layers import layers_needed, layers_read
 from ..utils.batches import ImageBatches
 from ..utils.examples import processed
 from ..utils.finite import check_finite, check_step
@@ -35,7 +34,7 @@ from .checkpoints import Checkpoints
 from .exporting import export_plan
 from .forward import class_with, signature_of, takes_loss_kwargs
 from .setup import check_adapters, check_model, check_sliceable
-from .whole import method_on
+from .whole import check_tower, method_on
 
 
 def get_pruning_model(model: Any, config: PruningConfig, part: str | None = None) -> PruningModel:
@@ -113,7 +112,7 @@ class PruningModel(Checkpoints):
         self.model = model
         self.method = method_on(base, self.tower, config)
         if self.tower.path:
-            self._check_tower(is_peft(model))
+            check_tower(self.method, self.tower, base, is_peft(model))
         self.training_images: ImageBatches | None = None
         self.compensate: Any = "auto"
         self.tuned = False
@@ -127,24 +126,6 @@ class PruningModel(Checkpoints):
         self._classifies = is_classifier(base)
         #: what the Trainer asks: whether the loss below is normalised by num_items_in_batch
         self.accepts_loss_kwargs = self._classifies or takes_loss_kwargs(base)
-
-    def _check_tower(self, adapted: bool) -> None:
-        """Whether the method can do its work on a tower in a bigger model."""
-        method, name, layers = self.method, self.pruning_config.method_name, len(self.method.architecture.layers)
-        base = self.get_base_model()
-        if adapted and method.traits.zeroes_weights:
-            raise AdapterError(
-                f"{name} sets weights of a tower to zero, which adapters of a bigger model share: merge them first "
-                "(model.merge_and_unload()), or use another method"
-            )
-        method.keep_at_least(*layers_needed(base, self.tower, layers))
-        read = layers_read(base, self.tower, layers)
-        if read < layers and method.traits.decides_by == "gradients":
-            raise UnsupportedModelError(
-                f"{name} scores by gradients, and layers {read} to {layers - 1} of the tower get none, as "
-                f"{type(base).__name__} reads what is below them: drop them first, with "
-                "hf_vitprune.truncate(model, 'unused'), which changes no output"
-            )
 
     def __reduce__(self) -> Any:
         return _empty, (signature_of(self.get_base_model()),), self.__dict__
