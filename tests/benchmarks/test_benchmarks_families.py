@@ -15,6 +15,7 @@ def test_the_page_is_current() -> None:
     assert run_python("from benchmarks.families import table; print(table(), end='')") == PAGE.read_text()
 
 
+@pytest.mark.slow
 def test_every_family_is_on_the_page_with_its_classes_and_units() -> None:
     said = "from benchmarks.families import all_families, facts; print(*map(facts, all_families()), sep='\\n')"
     facts = [eval(line) for line in run_python(said).splitlines()]

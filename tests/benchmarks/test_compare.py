@@ -43,6 +43,7 @@ def test_rounded_plans_land_on_the_budget(family: str, budget: float, monkeypatc
         assert count(small).macs / count(model).macs == pytest.approx(budget, rel=runs.TOLERANCE)
 
 
+@pytest.mark.slow
 def test_runs_are_done_once_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "load_task", tiny_task)
     monkeypatch.setattr(models, "STEPS", 2)
@@ -128,6 +129,7 @@ def test_table_has_mean_and_deviation_over_seeds() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_labels_are_thrown_away_where_features_are_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[str]] = []
     original = Unlabelled.__getitem__

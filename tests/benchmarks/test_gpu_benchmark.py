@@ -11,6 +11,7 @@ import pytest
 from benchmarks import gpu
 
 
+@pytest.mark.slow
 def test_every_part_runs_at_small_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--small", "--out", str(tmp_path)]) == 0, (tmp_path / "gpu.json").read_text()
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]

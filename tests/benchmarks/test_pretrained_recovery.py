@@ -55,6 +55,7 @@ def test_what_is_packed_comes_out_again(packed: tuple[Path, Dinov2Model, tower.D
     assert drawings.normalised(images.queries.pixels).shape == (8, 3, 28, 28)
 
 
+@pytest.mark.slow
 def test_rows_of_recoveries(packed: tuple[Path, Dinov2Model, tower.Decoder, drawings.Split], tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     arguments = ["recover", str(packed[0]), "--device", "cpu", "--steps", "4", "--round-to", "1", "--size", "28"]
@@ -78,6 +79,7 @@ def test_rows_of_recoveries(packed: tuple[Path, Dinov2Model, tower.Decoder, draw
     assert unknown.exit_code == 2 and "jobs are" in unknown.output
 
 
+@pytest.mark.slow
 def test_half_an_hour_begins_with_fits_to_all_drawings(
     packed: tuple[Path, Dinov2Model, tower.Decoder, drawings.Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

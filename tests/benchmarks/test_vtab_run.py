@@ -38,6 +38,7 @@ from vtab_runs import MACHINE, results, sweep
 
 
 # ---------------------------------------------------------------------- whole sweeps
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(
     root: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +80,7 @@ def test_a_killed_sweep_goes_on_where_it_was(
     assert "3 of 3 runs are done" in sweep(settings, runs, root, tmp_path / "killed") and not trainings
 
 
+@pytest.mark.slow
 def test_records_say_everything(root: Path, settings: Settings, tmp_path: Path) -> None:
     settings = replace(settings, selection=True, test_limit=10)
     runs = runs_of(["kitti"], ["lora"], ["none", "sls:alpha=0.9", "truncate:k=2"], [3])
@@ -253,6 +255,7 @@ def test_pretrained_source_model(tmp_path: Path) -> None:
     assert not used & set(images.read.indices.tolist())
 
 
+@pytest.mark.slow
 def test_what_every_layer_knows(source: Path, root: Path, settings: Settings, tmp_path: Path) -> None:
     sweep(settings, runs_of(["kitti"], ["lora"], ["none"], [0]), root, tmp_path)
     words = f"layers kitti --seed 0 --data {root} --output {tmp_path} --probe-images 10 --cpu"

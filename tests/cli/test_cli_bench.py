@@ -103,6 +103,7 @@ def test_every_form(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert "cosine" in text and "vs MACs" in text
 
 
+@pytest.mark.slow
 def test_what_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benching, "_made", lambda *args: None)  # no files
     with pytest.raises(BenchError, match="eager does not run: .*inputs|eager does not run: .*0-eager"):

@@ -353,6 +353,7 @@ def plan_of(model: Any) -> PruningPlan:
     return PruningPlan.random(model, 0.4, UNITS["all"])
 
 
+@pytest.mark.slow
 def test_the_zero_shot_example() -> None:
     """A few steps: every line is there, and the cost is what was asked for."""
     code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"

@@ -69,7 +69,8 @@ def test_the_summary_is_of_a_model_at_the_target(undisturbed):
     assert {"README.md", "config.json", "preprocessor_config.json"} <= {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("stage", [pytest.param("learn", marks=pytest.mark.slow), "tune"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["learn", "tune"])
 def test_a_killed_run_resumes_to_the_same_model(undisturbed, tmp_path, stage):
     step = random.randint(
         3, 7
