@@ -102,3 +102,8 @@ def test_the_table_is_that_of_the_families() -> None:
     for name, row in said.items():
         columns = [column for column in row if column != "`model_type`"]
         assert {c: row[c] for c in columns} == {c: found[name][here.get(c, c)] for c in columns}, name
+
+
+def test_promises_name_tests_that_are_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)`", (ROOT / "docs" / "promises.md").read_text())
+    assert len(named) > 20 and not [path for path in named if not (ROOT / path).exists()]
