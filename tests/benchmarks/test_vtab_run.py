@@ -138,7 +138,11 @@ def test_every_adaptation_is_pruned_and_retrained(peft: str, root: Path, setting
         assert cut["cost"]["stored"]["params"] - 68 == pytest.approx(own / 3)
 
 
-@pytest.mark.parametrize("pruning", ["vtp:target=0.6", "nvit:target=0.9", "spvit:target=0.7", "depgraph:ratio=0.5"])
+@pytest.mark.parametrize(
+    "pruning",
+    ["vtp:target=0.6"]
+    + [pytest.param(p, marks=pytest.mark.slow) for p in ("nvit:target=0.9", "spvit:target=0.7", "depgraph:ratio=0.5")],
+)
 def test_width_pruning_stores_whole_models(pruning: str, root: Path, settings: Settings, tmp_path: Path) -> None:
     if pruning.startswith("depgraph"):
         pytest.importorskip("torch_pruning")

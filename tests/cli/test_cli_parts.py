@@ -66,6 +66,7 @@ def test_inspect_and_prune(clip: Path, colours: Path, tmp_path: Path, monkeypatc
     ]
 
 
+@pytest.mark.slow
 def test_zero_shot_pipeline_in_a_fresh_process(clip: Path, tmp_path: Path) -> None:
     model = CLIPModel.from_pretrained(clip).eval()
     small = prune(model, PruningPlan.random(model, 0.4, ["heads", "qk", "v", "mlp"], part="vision"))

@@ -104,6 +104,7 @@ def test_whether_two_models_find_the_same_images_nearest() -> None:
     assert metric.compute(predictions=FAN, references=other, k=1) == {"shared_1_neighbours": 0.4}
 
 
+@pytest.mark.slow
 def test_offline_in_a_home_that_cannot_be_written(tmp_path: Path) -> None:
     code = """
 from hf_vitprune.evaluation.metrics import TopK

@@ -83,6 +83,7 @@ print("exact")
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_both(tmp_path: Path) -> None:
     small: Any = dual("CLIP")
     for part in ("vision", "text"):

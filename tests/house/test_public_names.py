@@ -58,7 +58,10 @@ def test_type_checkers_see_the_names_that_are_loaded() -> None:
     assert shown == hf_vitprune._PUBLIC
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (0, 2, 1)])
+@pytest.mark.parametrize(
+    "order",
+    [pytest.param((0, 1, 2), marks=pytest.mark.slow), (2, 0, 1), pytest.param((0, 2, 1), marks=pytest.mark.slow)],
+)
 def test_it_registers_what_loading_needs_in_whichever_order(order: tuple[int, ...]) -> None:
     run("\n".join(IMPORTS[i] for i in order) + REGISTERED)
 

@@ -273,6 +273,7 @@ load_all()
 """
 
 
+@pytest.mark.slow
 def test_in_a_fresh_process(tmp_path: Path) -> None:
     """Adapters: refused without this package, bit for bit with it. Merged models of k layers: stock, and no PEFT."""
     for kind in ("adalora", "convpass", "lora", "dora"):
