@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--round-to", type=int, default=8, help="sizes are multiples of it")
     parser.add_argument("--layers", type=int, default=12, help="fewer for a trial")
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -34,7 +35,7 @@ def main() -> None:
     models = {"dense": dense}
     for name, units in (("half: heads, mlp", ("heads", "mlp")), ("half: qk, v, mlp", ("qk", "v", "mlp"))):
         scores = criteria.random(dense, 0)
-        plan = PruningPlan.from_scores(dense, scores, target=0.5, units=units, round_to=8)
+        plan = PruningPlan.from_scores(dense, scores, target=0.5, units=units, round_to=given.round_to)
         models[name] = prune(dense, plan, stock=False)
     rows, setting = bench(
         models,
