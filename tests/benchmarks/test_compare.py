@@ -32,7 +32,7 @@ def tiny_task(name: str = "tiny") -> Task:
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
-@pytest.mark.parametrize("budget", [0.5, 0.3])
+@pytest.mark.parametrize("budget", [0.5, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_rounded_plans_land_on_the_budget(family: str, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForImageClassification.from_config(models.FAMILIES[family](tiny_task()))
     monkeypatch.setattr(baselines, "tune", lambda small, *rest: small)
@@ -81,6 +81,7 @@ def test_shapes_are_trained_from_scratch_once(tmp_path: Path, monkeypatch: pytes
         scratch.Training("deit-b", "digits", 4, 1, 4, 0)
 
 
+@pytest.mark.slow
 def test_layers_of_dense_models_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "load_task", tiny_task)
     monkeypatch.setattr(models, "STEPS", 1)

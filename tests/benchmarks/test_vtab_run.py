@@ -155,6 +155,7 @@ def test_width_pruning_stores_whole_models(pruning: str, root: Path, settings: S
     assert cost["params"] <= cost["stored"]["params"] < cost["dense_params"] + 1000
 
 
+@pytest.mark.slow
 def test_depth_of_sls_without_full_depth_first(
     root: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

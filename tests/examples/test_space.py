@@ -122,6 +122,7 @@ def test_a_classifier_is_cut_by_the_slider(
     assert not scrolls_sideways(page)
 
 
+@pytest.mark.slow
 def test_a_backbone_shows_its_tokens(
     app: ModuleType, served: Any, visits: Visits, picture: Path, tmp_path: Path
 ) -> None:

@@ -62,6 +62,7 @@ print("registered")
 """
 
 
+@pytest.mark.slow
 def test_registering_ones_own_family() -> None:
     assert run_python(OWN_FAMILY) == "registered\n"
 

@@ -136,6 +136,7 @@ print(type(model).__name__, len(model.vit.layers))
 """
 
 
+@pytest.mark.slow
 def test_a_stock_shape_of_ones_own_class_needs_no_library(tmp_path: Path) -> None:
     model = mean_pooled()
     small = prune(model, PruningPlan.dense(model).keep_layers([0, 2]))
