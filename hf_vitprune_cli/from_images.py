@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import get_max_memory
 from rich.console import Console
 
 from hf_vitprune.compensate import Compensation
@@ -27,7 +28,15 @@ from hf_vitprune.utils.data import read_folder
 
 from .app import say
 from .progress import NamedProgress
-from .saved import load_any_config, load_config, load_processor, model_class_of, take_tokenizer
+from .saved import (
+    holds_towers,
+    load_any_config,
+    load_config,
+    load_processor,
+    load_skeleton,
+    model_class_of,
+    take_tokenizer,
+)
 from .unfinished import Unfinished
 from .workflow import PrunedResult, model_row, save_result
 
@@ -48,11 +57,13 @@ def prune_from_images(
     batch_size: int,
     recovery: Recovery | None = None,
     part: str | None = None,
-    copies: str | None = None,
+    copies: str,
 ) -> None:
     """Prune, save, and print what came of it.
 
-    With ``recovery``, a run that is cut off leaves in ``out`` what the same run, started again, goes on with.
+    The layers of a whole model that is larger than the memory stay on the disk, where nothing is trained; no latency
+    is measured then. With ``recovery``, a run that is cut off leaves in ``out`` what the same run, started again, goes
+    on with.
 
     Started by torchrun or ``accelerate launch``, every process sees a part of the images; the first one writes.
 
@@ -66,8 +77,7 @@ def prune_from_images(
         batch_size: images a forward pass.
         recovery: train the small model on the features of the dense one; None: no training.
         part: which tower of a bigger model; its only one by default.
-        copies: leave the dense layers on the disk, with copies of what has to be rewritten in this folder, and measure
-            no latency; None: the dense model is in memory.
+        copies: folder for what has to be rewritten of layers that stay on the disk.
 
     Raises:
         InvalidDataError: too few images to train on some and hold others out.
@@ -80,7 +90,9 @@ def prune_from_images(
         state = PartialState(cpu=not torch.accelerator.is_available())
     first = state is None or state.is_main_process
     device = torch.device("cpu") if state is None else state.device
-    if copies is not None:
+    streamed = recovery is None and part is None and not _fits_twice(model, state.num_processes if state else 1)
+    if streamed:
+        say(f"{model} and a copy are larger than the free memory: layers are read from the disk, one at a time")
         dense = load_streamed(model_class_of(load_config(model)), model, copies=copies, device=device)
     else:
         dense = model_class_of(load_any_config(model)).from_pretrained(model).eval().to(device)
@@ -120,7 +132,7 @@ def prune_from_images(
                 folder=kept.folder,
             )
     if first:
-        _finish(model, out, dense, small, plan, processor, measured=copies is None)
+        _finish(model, out, dense, small, plan, processor, measured=not streamed)
         if kept is not None:
             kept.remove()
         how = "without training" if recovered is None else "and trained on the dense model's features"
@@ -130,6 +142,27 @@ def prune_from_images(
     if state is not None:
         state.wait_for_everyone()
         state.destroy_process_group()
+
+
+def _fits_twice(model: str, processes: int) -> bool:
+    """Whether the memory has room for a model, or a bigger one around a tower, and the copy that pruning makes of it.
+
+    Args:
+        processes: that hold it on this machine.
+    """
+    config = load_any_config(model)
+    dtype: Any = config.dtype or torch.float32
+    size = sum(tensor.numel() for tensor in load_skeleton(model).parameters()) * dtype.itemsize
+    return 2 * processes * size < _free_memory() or holds_towers(config)
+
+
+def _free_memory() -> int:
+    """Bytes that this process can still have: of the machine, and of the container it runs in."""
+    free = get_max_memory()["cpu"]
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
 
 
 def _one_shot(

@@ -7,7 +7,7 @@ from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -40,6 +40,29 @@ class Train(StrEnum):
     labels = "labels"
 
 
+class Training(NamedTuple):
+    """What ``--train`` says, as in ``features,learning_rate=1e-4,batch_size=16``."""
+
+    on: Train | None = None
+    learning_rate: float | None = None
+    batch_size: int = 32
+
+    @classmethod
+    def parse(cls, text: str) -> Training:
+        on, *settings = text.split(",")
+        pairs = [setting.partition("=")[::2] for setting in settings]
+        kinds: dict[str, Any] = {"learning_rate": float, "batch_size": int}
+        try:
+            values = {name: kinds[name](value) for name, value in pairs}
+            if len(values) < len(pairs) or any(not value > 0 for value in values.values()):
+                raise ValueError("twice, or not above 0")
+            return cls(Train(on), **values)
+        except (KeyError, ValueError) as error:
+            raise typer.BadParameter(
+                f"{text!r} is not one of {', '.join(Train)}, then learning_rate=..., batch_size=... (numbers above 0)"
+            ) from error
+
+
 def prune(
     model: ModelArgument,
     out: OutArgument,
@@ -65,20 +88,18 @@ def prune(
         bool, _goal("The same sizes in every layer: a stock model, which loads without hf_vitprune.", "--uniform")
     ] = False,
     train: Annotated[
-        Train | None,
-        _training("none (by default with --images), features of the dense model, or labels (by default with --data)."),
+        Training | None,
+        _training(
+            "none (by default with --images), features of the dense model, or labels (by default with --data). With "
+            "settings: features,learning_rate=1e-5,batch_size=32 (these; 1e-4 on labels).",
+            parser=Training.parse,
+            metavar="<none|features|labels>[,...]",
+        ),
     ] = None,
     steps: Annotated[
         int | None, _training("Training steps; by default 300 on features, and 13 epochs on labels.", min=1)
     ] = None,
-    learning_rate: Annotated[
-        float | None, _training("Peak learning rate; by default 1e-5 on features, 1e-4 on labels.")
-    ] = None,
-    batch_size: Annotated[int, _training("Images a step, or a forward pass.", min=1)] = 32,
     new_head: Annotated[bool, _training("A new classifier, for the data's classes.", "--new-head")] = False,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="Read layers from the disk one at a time: for models larger than memory.")
-    ] = False,
     part: PartOption = None,
     force: ForceOption = False,
 ) -> None:
@@ -86,11 +107,13 @@ def prune(
 
     With --data: learn what to prune, prune, fine-tune. With --images: without labels, and without training unless
     --train features, in seconds to minutes; the same command goes on with a training that was cut off. With --scores
-    of an earlier run: to another target, in seconds.
+    of an earlier run: to another target, in seconds. Layers of a model that is larger than the memory are read from
+    the disk one at a time.
     """
     method = _method(method, data, images, scores)
-    train = _train(train, data, images, steps)
-    going_on = train == Train.features and is_unfinished(out)
+    on, rate, batch_size = train or Training()
+    on = _train(on, data, images, steps or rate)
+    going_on = on == Train.features and is_unfinished(out)
     empty_output(out, force or going_on, model, data, images, scores)
     if images is not None and scores is not None:
         empty_output(scores, force or going_on, model, images, file=True)
@@ -98,11 +121,6 @@ def prune(
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     if part is not None and data is not None:
         raise typer.BadParameter("--part is for a tower of a bigger model, which is pruned with --images or --scores")
-    if stream and (data is not None or train == Train.features or part is not None):
-        raise typer.BadParameter(
-            "--stream reads a layer at a time, which a training cannot (--data, --train features), and prunes whole "
-            "models (no --part)"
-        )
     need_plots()
     table = None if target_metric in ("macs", "params") else Path(target_metric)
     goal: dict[str, Any] = {
@@ -116,7 +134,7 @@ def prune(
 
         from .from_images import prune_from_images
 
-        given: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate}
+        given: dict[str, Any] = {"steps": steps, "learning_rate": rate}
         recovery = Recovery(
             batch_size=batch_size, **{name: value for name, value in given.items() if value is not None}
         )
@@ -130,15 +148,14 @@ def prune(
                 round_to=round_to,
                 batch_size=batch_size,
                 part=part,
-                copies=copies if stream else None,
-                recovery=recovery if train == Train.features else None,
+                copies=copies,
+                recovery=recovery if on == Train.features else None,
             )
         return
     from .from_labels import prune_from_labels
     from .workflow import Schedule
 
-    rate = 1e-4 if learning_rate is None else learning_rate
-    learn, tune = (Schedule(number, rate, batch_size, steps=share) for number, share in _shares(steps))
+    learn, tune = (Schedule(number, rate or 1e-4, batch_size, steps=share) for number, share in _shares(steps))
     prune_from_labels(model, out, data, method, goal, learn, tune, round_to=round_to, new_head=new_head)
 
 
@@ -150,7 +167,7 @@ def _shares(steps: int | None) -> list[tuple[float, int | None]]:
     return [(3.0, learn), (10.0, steps - learn)]
 
 
-def _train(train: Train | None, data: str | None, images: Path | None, steps: int | None) -> Train:
+def _train(train: Train | None, data: str | None, images: Path | None, trains: float | None) -> Train:
     """What it is trained on, which goes with what it is given.
 
     Raises:
@@ -163,8 +180,8 @@ def _train(train: Train | None, data: str | None, images: Path | None, steps: in
         raise typer.BadParameter(f"--train {chosen} looks at no labels: give the folder of images by --images")
     if chosen == Train.features and images is None:
         raise typer.BadParameter("--train features takes images, which a file of scores has none of: give --images")
-    if chosen == Train.none and steps is not None:
-        raise typer.BadParameter("--steps is for a training: add --train features")
+    if chosen == Train.none and trains is not None:
+        raise typer.BadParameter("--steps and learning_rate are for a training: add --train features")
     return chosen
 
 

@@ -77,7 +77,7 @@ def named(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> Path:
     return classifier(tmp_path_factory.mktemp("model"), colours, "Red", "green", "blue")
 
 
-OPTIONS = ("--steps", 12, "--target", 0.7, "--batch-size", 16, "--round-to", 1)
+OPTIONS = ("--steps", 12, "--target", 0.7, "--train", "labels,batch_size=16", "--round-to", 1)
 
 
 def seen(model: Path, colours: Path) -> dict[str, str]:

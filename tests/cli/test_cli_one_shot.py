@@ -169,6 +169,13 @@ def test_what_cannot_be_done_is_one_line(
         (("model", "out", "--scores", "s", "--train", "features"), "has none of"),
         (("model", "out", "--images", "i", "--steps", "3"), "add --train features"),
         (("model", "out", "--images", "i", "--train", "features", "--steps", "0"), "--steps"),
+        (("model", "out", "--images", "i", "--train", "none,learning_rate=1e-3"), "add --train features"),
+        (("model", "out", "--images", "i", "--train", "feature"), "not one of none, features, labels"),
+        (("model", "out", "--images", "i", "--train", "features,rate=1"), "learning_rate=..., batch_size=..."),
+        (("model", "out", "--images", "i", "--train", "features,learning_rate=nan"), "above 0"),
+        (("model", "out", "--images", "i", "--train", "features,batch_size=1,batch_size=2"), "above 0"),
+        (("model", "out", "--images", "i", "--train", "features,batch_size=1.5"), "batch_size=..."),
+        (("model", "out", "--images", "i", "--batch-size", "8"), "No such option"),
     ],
 )
 def test_what_cannot_be_meant_is_said_at_once(
@@ -187,8 +194,9 @@ def test_a_backbone_is_trained_on_features_and_never_ends_worse(
     dense = make("Dinov2Model")
     dense.save_pretrained(tmp_path / "dense")
     PROCESSOR.save_pretrained(tmp_path / "dense")
-    options = ("--images", folder, "--train", "features", "--steps", 40, "--batch-size", 8, "--target", 0.6)
-    text = printed("prune", tmp_path / "dense", tmp_path / "small", *options, "--learning-rate", rate)
+    options = ("--images", folder, "--steps", 40, "--target", 0.6)
+    how = f"features,learning_rate={rate},batch_size=8"
+    text = printed("prune", tmp_path / "dense", tmp_path / "small", *options, "--train", how)
     assert "and trained on the dense model's features, from 4 unlabelled images" in text
     assert ("no training step was better" in text) == (rate == 10.0)
     small = AutoModel.from_pretrained(tmp_path / "small")
@@ -201,7 +209,7 @@ def test_a_training_that_was_cut_off_goes_on(
     monkeypatch.setattr(from_images, "NUM_CALIBRATED", 4)
     make("Dinov2Model").save_pretrained(tmp_path / "dense")
     PROCESSOR.save_pretrained(tmp_path / "dense")
-    options = ("--images", folder, "--train", "features", "--steps", 20, "--batch-size", 8, "--learning-rate", 1e-3)
+    options = ("--images", folder, "--train", "features,batch_size=8,learning_rate=1e-3", "--steps", 20)
     command = ("prune", tmp_path / "dense")
     printed(*command, tmp_path / "whole", *options)
 
@@ -274,7 +282,7 @@ def test_two_processes_split_the_images_and_one_writes(model: Path, folder: Path
     for out, launch in ((tmp_path / "two", run_on_two), (tmp_path / "one", run)):
         values = {"OUT": str(out), "SCORES": str(out) + ".safetensors"}
         words = (values.get(name, name) for name in names)
-        printed = launch("-m", "hf_vitprune_cli.main", *words, "--batch-size", "8")
+        printed = launch("-m", "hf_vitprune_cli.main", *words, "--train", "none,batch_size=8")
         assert printed.count("saved to") == 1
     assert (
         PruningPlan.load(tmp_path / "two" / "plan.json").layers
@@ -286,14 +294,19 @@ def test_two_processes_split_the_images_and_one_writes(model: Path, folder: Path
 
 
 @pytest.mark.usefixtures("quick")
-def test_layers_read_from_the_disk_give_the_same_model(model: Path, folder: Path, tmp_path: Path) -> None:
+def test_layers_that_memory_has_no_room_for_are_read_from_the_disk(
+    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ["--images", folder, "--target", 0.6, "--round-to", 1]
     printed("prune", model, tmp_path / "whole", *options)
-    out = printed("prune", model, tmp_path / "streamed", *options, "--stream")
-    assert "latency" not in out and "MACs" in out  # a model on the disk is not timed
+    weights = load_file(model / "model.safetensors").values()
+    size = sum(tensor.numel() * tensor.itemsize for tensor in weights)
+    monkeypatch.setattr(from_images, "_free_memory", lambda: 2 * size + 1)
+    assert "latency" in printed("prune", model, tmp_path / "fits", *options)
+    monkeypatch.setattr(from_images, "_free_memory", lambda: 2 * size)
+    out = printed("prune", model, tmp_path / "streamed", *options)
+    assert (
+        "read from the disk, one at a time" in out and "latency" not in out and "MACs" in out
+    )  # a model on the disk is not timed
     whole, streamed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "streamed"))
     assert whole.keys() == streamed.keys() and all(torch.equal(whole[name], streamed[name]) for name in whole)
-    for wrong in (["--train", "features"], ["--part", "vision"]):
-        assert "--stream reads a layer at a time" in misused(
-            "prune", model, tmp_path / "no", *options, "--stream", *wrong
-        )

@@ -111,7 +111,7 @@ def test_prune_makes_a_loadable_folder_from_a_folder_of_images(
     register_method(ToyConfig, Toy)
     images = image_folder(tmp_path / "pets")
     out = tmp_path / "small"
-    options = ["--steps", 10, "--target", target, "--batch-size", 4, "--method", method.lower()]
+    options = ["--steps", 10, "--target", target, "--train", "labels,batch_size=4", "--method", method.lower()]
     result = run_prune(classifier_folder, out, "--data", images, *options)
     assert result.exit_code == 0, result.output
     model = AutoModelForImageClassification.from_pretrained(out)
@@ -142,7 +142,7 @@ def test_a_classifier_for_other_classes_is_refused_unless_replaced(classifier_fo
     images = image_folder(tmp_path / "pets", classes=("a", "b", "c"))
     result = run_prune(classifier_folder, tmp_path / "out", "--data", images)
     assert result.exit_code == 1 and "--new-head" in result.output
-    options = ["--steps", 10, "--new-head", "--target", 0.6, "--batch-size", 4]
+    options = ["--steps", 10, "--new-head", "--target", 0.6, "--train", "labels,batch_size=4"]
     result = run_prune(classifier_folder, tmp_path / "out", "--data", images, *options)
     assert result.exit_code == 0, result.output
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {
