@@ -22,6 +22,8 @@ from .conv_mixer import GRID
 _KNOWN = frozenset(TransformersKwargs.__annotations__) | {"use_cache"}
 #: attention of graphs for other runtimes, which take q/k and v of different widths as they are
 UNPADDED = "sdpa_unpadded"
+#: the plain steps below, for graphs of ONNX
+IN_STEPS = "in_steps"
 #: names under which attentions keep their rate of dropout
 _DROPOUTS = ("attention_dropout", "dropout_prob", "dropout")
 
@@ -114,7 +116,7 @@ class PrunedAttentionMixin(InPlaceMixin):
 
         _check_known(module, kwargs)
         implementation = module.config._attn_implementation
-        if implementation not in ("eager", UNPADDED):
+        if implementation not in ("eager", UNPADDED, IN_STEPS):
             width = max(module.qk_dim, module.v_dim)
             if width > module.qk_dim:
                 query, key = F.pad(query, (0, width - module.qk_dim)), F.pad(key, (0, width - module.qk_dim))

@@ -111,14 +111,15 @@ def test_a_pipeline_on_onnxruntime(small: Any, tmp_path: Path) -> None:
 
 
 def test_a_graph_holds_no_work_that_is_for_nothing(tmp_path: Path) -> None:
-    """No masks that mask nothing, no padding of q/k to the width of v."""
+    """No masks that mask nothing, no padding of q/k to the width of v, no shapes read while an attention runs."""
     import onnx
 
     model = make(VIT)
     small = prune(model, PruningPlan.random(model, 0.5, ["qk"], round_to=1), stock=False)
     export(small, tmp_path / "out", "onnx")
     kinds = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
-    assert not {"Where", "Pad", "Not", "Less"} & {*kinds} and kinds.count("Softmax") == len(model.vit.layers)
+    assert not {"Where", "Pad", "Not", "Less", "Slice"} & {*kinds} and kinds.count("Softmax") == len(model.vit.layers)
+    assert kinds.count("Shape") == 1  # the batch, for the class token
     assert small.config._attn_implementation == model.config._attn_implementation
 
 

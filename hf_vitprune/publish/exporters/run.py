@@ -194,7 +194,7 @@ def _graph(
         quantizer = int8_quantizer(to, calibration)
     with contextlib.redirect_stdout(sys.stderr):  # the libraries tell of their steps
         try:
-            with without_empty_masks(model, inputs):
+            with without_empty_masks(model, inputs, to):
                 graph = make_graph(to, model, inputs, axes, quantizer)
         except VitPruneError:
             raise
