@@ -14,12 +14,13 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, PushToHubMixin, logging
 
+from ..errors import PortableError
 from ..modeling.embedded import BASE_FOLDER
 from ..modeling.peft_twin import plain_twin
 from ..utils.finite import check_finite
@@ -32,7 +33,17 @@ ELSEWHERE = "elsewhere"
 
 
 def remember(model: Any, *_: Any) -> None:
-    """Tell every adapter's config whose it is; a state dict's pre-hook, as saving begins with one."""
+    """Tell every adapter's config whose it is; a state dict's pre-hook, as saving begins with one.
+
+    Raises:
+        PortableError: PEFT was asked to save a portable folder, a word that it would pass over.
+    """
+    saving = _caller(PeftModel.save_pretrained.__code__)
+    if saving is not None and saving["kwargs"].get("portable"):
+        raise PortableError(
+            "a folder with an adapter needs PEFT and hf_vitprune, so it cannot be portable: save "
+            "peft_model.merge_and_unload() with portable=True"
+        )
     for config in model.__dict__.get("peft_config", {}).values():
         config._model = weakref.ref(model)
 

@@ -250,6 +250,9 @@ def test_adapters_are_merged_first(tmp_path: Path) -> None:
     with pytest.raises(PortableError, match="merge_and_unload"):
         peft.get_base_model().save_pretrained(tmp_path / "small", portable=True)
     with pytest.raises(PortableError, match="merge_and_unload"):
+        peft.save_pretrained(tmp_path / "small", portable=True)
+    assert not (tmp_path / "small" / "adapter_config.json").exists()
+    with pytest.raises(PortableError, match="merge_and_unload"):
         push_to_hub(peft, "tester/peft", portable=True)
     save(tmp_path / "merged", peft.merge_and_unload(), "ViTForImageClassification", expected)
 
