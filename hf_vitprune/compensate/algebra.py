@@ -140,20 +140,20 @@ def obs(
         gone = alive[: max(0, len(alive) - keep)]
         return gone, cov.new_zeros(len(gone))
     inverse = torch.cholesky_inverse(_damped_factor(cov, ridge)[0])
+    rows = weights.T.clone(memory_format=torch.contiguous_format)
     order: list[torch.Tensor] = []
     errors: list[torch.Tensor] = []
     while len(alive) > keep:
-        scores = _scores(_squares(weights, group), _blocks(inverse, group))
+        scores = _scores(_squares(rows, group), _blocks(inverse, group))
         candidates = scores.topk(min(block, len(alive)), largest=False).indices
         columns = _columns(candidates, group)
-        products = weights[:, columns].T @ weights[:, columns]
+        products = rows[columns] @ rows[columns].T
         count = min(max(1, len(candidates) // 2), len(alive) - keep)
         first, added = _lowest(products, inverse[columns[:, None], columns], count, group)
         removed = candidates[first]
         order.append(alive[removed])
         errors.append(added)
-        alive = _without(alive, removed)
-        weights, inverse = _eliminate(weights, inverse, _columns(removed, group))
+        alive, rows, inverse = _without(removed, alive, rows, inverse, group)
     return torch.cat(order), torch.cat(errors).cumsum(0)
 
 
@@ -189,25 +189,31 @@ def _lowest(
 
 
 def _lowest_features(products: torch.Tensor, inverse: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`_lowest`, where a group is one feature: thousands of small steps, which a GPU would wait for."""
+    """As :func:`_lowest`, where a group is one feature: thousands of small steps, which a GPU would wait for.
+
+    Of both matrices only the diagonals follow each removal; a row is brought up to date when its feature goes.
+    """
     device, products, inverse = products.device, products.cpu(), inverse.cpu()
-    left, scale = products.diagonal(), inverse.diagonal()  # views, which follow
+    left, scale = products.diagonal().clone(), inverse.diagonal().clone()
+    # of each removal: W -> W - W_g gain, so that W^T W changes by gain rest^T + rest gain^T, the inverse by row gain^T
+    rows, gains, rests = products.new_zeros(3, count, len(inverse)).unbind()
     dead = torch.zeros_like(left)
     gone: list[int] = []
     errors: list[float] = []
-    for _ in range(count):
+    for j in range(count):
         scores = left / scale + dead
         lowest = int(scores.argmin())
         gone.append(lowest)
         errors.append(float(scores[lowest]))
         dead[lowest] = torch.inf
-        corner = float(scale[lowest])
-        row = inverse[lowest].clone()
-        gain = row / corner
-        rest = products[lowest] - gain * (float(left[lowest]) / 2)
-        products.addr_(gain, rest, alpha=-1).addr_(rest, gain, alpha=-1)
-        inverse.addr_(row, gain, alpha=-1)
-        scale[lowest] = corner  # out of play, and not singular
+        before = gains[:j, lowest]
+        torch.sub(inverse[lowest], before @ rows[:j], out=rows[j])
+        torch.div(rows[j], scale[lowest], out=gains[j])
+        both = before @ rests[:j] + rests[:j, lowest] @ gains[:j]
+        torch.sub(products[lowest], both, out=rests[j]).sub_(gains[j] * (left[lowest] / 2))
+        left.addcmul_(gains[j], rests[j], value=-2)
+        scale.addcmul_(rows[j], gains[j], value=-1)
+        scale[lowest] = 1.0  # out of play, and not singular
     return torch.tensor(gone, device=device), torch.tensor(errors, dtype=products.dtype, device=device)
 
 
@@ -215,32 +221,45 @@ def _columns(groups: torch.Tensor, group: int) -> torch.Tensor:
     return (groups[:, None] * group + torch.arange(group, device=groups.device)).flatten()
 
 
-def _without(items: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    stay = torch.ones(len(items), dtype=torch.bool, device=items.device)
-    stay[positions] = False
-    return items[stay]
+def _without(
+    removed: torch.Tensor, alive: torch.Tensor, rows: torch.Tensor, inverse: torch.Tensor, group: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is left when the other groups take over, in place: the removed ones change places with the last ones.
+
+    Args:
+        removed: positions of groups.
+        alive: (groups,) their numbers.
+        rows: (features, m) weights of the consumer.
+        inverse: (features, features) inverse covariance.
+    """
+    stay = len(alive) - len(removed)
+    last = torch.ones(len(removed), dtype=torch.bool, device=removed.device)
+    last[removed[removed >= stay] - stay] = False
+    low, high = removed[removed < stay], last.nonzero().flatten() + stay
+    here, there = torch.cat([low, high]), torch.cat([high, low])
+    alive[here] = alive[there]
+    here, there, stay = _columns(here, group), _columns(there, group), stay * group
+    rows[here] = rows[there]
+    inverse[here] = inverse[there]
+    inverse[:, here] = inverse[:, there]
+    gain = torch.linalg.solve(inverse[stay:, stay:], inverse[stay:, :stay])
+    rows[:stay].addmm_(gain.T, rows[stay:], alpha=-1)
+    inverse[:stay, :stay].addmm_(inverse[:stay, stay:], gain, alpha=-1)
+    return alive[: stay // group], rows[:stay], inverse[:stay, :stay]
 
 
-def _eliminate(weights: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and inverse covariance of what is left when the rest takes over."""
-    stay = _without(torch.arange(len(inverse), device=inverse.device), gone)
-    gain = torch.linalg.solve(inverse[gone[:, None], gone], inverse[gone][:, stay])
-    left = inverse[stay[:, None], stay].addmm_(inverse[:, gone][stay], gain, alpha=-1)
-    return weights[:, stay].addmm_(weights[:, gone], gain, alpha=-1), left
-
-
-def _squares(weights: torch.Tensor, group: int) -> torch.Tensor:
+def _squares(rows: torch.Tensor, group: int) -> torch.Tensor:
     """(groups, group, group) products of the weights of each group with each other."""
     if group == 1:
-        return weights.square().sum(0)[:, None, None]
-    grouped = weights.T.reshape(-1, group, len(weights))
+        return rows.square().sum(1)[:, None, None]
+    grouped = rows.unflatten(0, (-1, group))
     return grouped @ grouped.mT
 
 
 def _blocks(matrix: torch.Tensor, group: int) -> torch.Tensor:
     """(groups, group, group) on the diagonal."""
     count = len(matrix) // group
-    return matrix.view(count, group, count, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return matrix.unflatten(1, (count, group)).unflatten(0, (count, group)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _scores(products: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:

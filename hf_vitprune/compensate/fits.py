@@ -44,15 +44,6 @@ class Projection(NamedTuple):
         """Weight and bias of the Linear behind which ``maps`` (heads, kept channels, channels) follow."""
         return (maps @ self.weight).flatten(0, 1), (maps @ self.bias[..., None]).flatten()
 
-    def second_moments(self, stats: Statistics) -> torch.Tensor:
-        """(heads, channels, channels) of what it makes of inputs with these statistics."""
-        mean = self.weight @ stats.x + self.bias
-        return self.covariances(stats) + mean[:, :, None] * mean[:, None]
-
-    def covariances(self, stats: Statistics) -> torch.Tensor:
-        """(heads, channels, channels) of what it makes of inputs with these covariances, whatever their mean."""
-        return self.weight @ stats.xx @ self.weight.mT
-
 
 class Branch(NamedTuple):
     """The end of a branch: what its last Linear reads, and how that goes on into the residual stream.

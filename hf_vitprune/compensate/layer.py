@@ -168,12 +168,14 @@ class Layer:
         return context.reshape(len(hidden), -1, context.shape[-1])[:, same._order]
 
     def trace(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What ``q``, ``o`` and ``fc2`` read in one run of the layer, as the methods here give it, and its ``out``."""
+        """What ``q`` and ``k`` give and ``o`` and ``fc2`` read in one run of the layer, and its ``out``."""
         seen: dict[str, torch.Tensor] = {}
-        parts = [part for part in ("q", "o", "fc2") if self.has(part)]
         handles = [
-            self.part(part).register_forward_pre_hook(lambda _, args, part=part: seen.update({part: args[0]}))
-            for part in parts
+            self.part(part).register_forward_hook(
+                lambda _, args, out, part=part: seen.update({part: out if part in ("q", "k") else args[0]})
+            )
+            for part in ("q", "k", "o", "fc2")
+            if self.has(part)
         ]
         try:
             seen["out"] = self.run(hidden)

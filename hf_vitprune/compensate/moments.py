@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import InvalidDataError
-from ..utils.processes import distributed
+from ..utils.processes import distributed, shard
 
 
 class Statistics(NamedTuple):
@@ -99,12 +99,10 @@ class Moments:
             x += whole * sx
             t += whole * st
         sums = count, squares, x, t, xx, tx, tt
-        if distributed():
-            for total in sums:
-                if owner is None:
-                    torch.distributed.all_reduce(total)
-                else:
-                    torch.distributed.reduce(total, dst=owner)
+        for total in sums:
+            _reduce(total, owner)
+        if owner not in (None, shard()[0]):
+            return Statistics(float(count), *sums[2:])
         n = float(count)
         if n <= 0:
             raise InvalidDataError("there are no calibration images that count")
@@ -118,3 +116,46 @@ class Moments:
         xx.addr_(x, x, alpha=-1)
         tx.addr_(t, x, alpha=-1)
         return Statistics(rows, x, t, xx, tx, (tt - t.square()).clamp(min=0))
+
+
+class HeadMoments:
+    """Sums of the products of every head's channels with each other, over batches; products and sums as above."""
+
+    def __init__(self, heads: int, channels: int, device: torch.device) -> None:
+        self.device = precise_device(device)
+        self._sum = torch.zeros(heads, channels, channels, dtype=torch.float64, device=self.device)
+        self._count = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def add(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+        """``x``: (sequences, tokens, heads * channels); ``weights``: (sequences * tokens,), none negative."""
+        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x = x.flatten(0, 1).to(kind).unflatten(1, self._sum.shape[:2]).transpose(0, 1)
+        self._sum += ((x * weights.to(kind)[:, None]).mT @ x).to(self.device)
+        self._count += weights.sum().to(self.device)
+
+    def total(self, owner: int | None = None) -> torch.Tensor:
+        """(heads, channels, channels) means over the batches of all processes; had once, as :meth:`Moments.total`.
+
+        Raises:
+            InvalidDataError: the features are not finite, or there are none.
+        """
+        for total in (self._sum, self._count):
+            _reduce(total, owner)
+        if owner not in (None, shard()[0]):
+            return self._sum
+        if not float(self._count) > 0:
+            raise InvalidDataError("there are no calibration images that count")
+        moments = self._sum.div_(self._count)
+        if not bool(moments.isfinite().all()):
+            raise InvalidDataError("features of the calibration images are not finite numbers")
+        return moments
+
+
+def _reduce(total: torch.Tensor, owner: int | None) -> None:
+    """Sum over processes, in place; on the owner alone where there is one."""
+    if not distributed():
+        return
+    if owner is None:
+        torch.distributed.all_reduce(total)
+    else:
+        torch.distributed.reduce(total, dst=owner)

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
 import torch
 
-from ..utils.processes import distributed
+from ..errors import InvalidDataError
+from ..utils.processes import sum_over_processes
 from .algebra import qk_maps
 from .fits import Projection
-from .moments import Moments, Statistics, precise_device
 from .readers import Inputs
 from .site import Site, real
 
 #: tokens of whole sequences at a time: bounds what their products take
 TOKENS = 1024
+#: bytes of the products of sequences that are kept from when they are summed to when errors are found from them
+HELD = 2**28
 #: differences under this share of a head's products are not worth a word
 ROUNDING = 1e-4
+
+
+class Products(NamedTuple):
+    """(sequences, heads, channels, channels) products of queries, weighted, and of keys around their mean.
+
+    ``weights`` and ``rows``: sum of the queries' weights, and number of keys.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    weights: float
+    rows: int
 
 
 def compensate_queries_and_keys(site: Site, inputs: Inputs, moved: bool) -> None:
@@ -66,13 +83,13 @@ def _rotated(site: Site, query: Projection, key: Projection, plain: torch.Tensor
     theirs it need not be the best one.
     """
     maps = plain.clone()
-    queries, keys = _moments(site)
-    second, around = query.second_moments(queries), key.covariances(keys)
+    (second, around), held = _moments(site, query, key)
     for head, row in enumerate(site.entry.qk):
         there = real(row)
         if 0 < len(there) < site.source.qk_dim:
             maps[0, head, there], maps[1, head, there] = qk_maps(second[head], around[head], len(there))
-    everything, sliced, rotated = _errors(site, query, key, torch.stack([torch.zeros_like(plain), plain, maps]))
+    choices = torch.stack([torch.zeros_like(plain), plain, maps])
+    everything, sliced, rotated = _errors(_products(site, query, key) if held is None else held, choices)
     worse = rotated > sliced
     noticed = rotated > sliced + ROUNDING * everything
     if bool(noticed.any()):
@@ -87,32 +104,8 @@ def _rotated(site: Site, query: Projection, key: Projection, plain: torch.Tensor
     return torch.where(worse[:, None, None], plain, maps)
 
 
-def _moments(site: Site) -> tuple[Statistics, Statistics]:
-    """Of what queries and keys are made from; for keys around the mean of each sequence."""
-    width = site.small.part("q").in_features
-    queries, keys = Moments(width, 0, site.device), Moments(width, 0, site.device)
-    for small in site.streams.small:
-        x = site.small.attention_inputs(small)
-        nothing = x.new_zeros(x.shape[0] * x.shape[1], 0)
-        queries.add(x.flatten(0, 1), nothing, _query_weights(site, small, x))
-        keys.add((x - x.mean(1, keepdim=True)).flatten(0, 1), nothing, x.new_ones(len(nothing)))
-    return queries.total(), keys.total(centred=False)
-
-
-def _query_weights(site: Site, small: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(sequences * tokens,) of a batch; all alike where sequences are windows of images."""
-    rows = x.shape[:2]
-    return site.streams.token_weights(small) if rows == small.shape[:2] else x.new_ones(rows.numel())
-
-
-def _errors(site: Site, query: Projection, key: Projection, maps: torch.Tensor) -> torch.Tensor:
-    """(choices, heads) squared error of the products of queries and keys, over the pairs of every sequence.
-
-    Args:
-        maps: (choices, 2, heads, kept channels, channels) of queries and of keys.
-    """
-    lost = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device) - maps[:, 0].mT @ maps[:, 1]
-    total = torch.zeros(lost.shape[:2], dtype=torch.float64, device=precise_device(site.device))
+def _products(site: Site, query: Projection, key: Projection) -> Iterator[Products]:
+    """Of some sequences at a time."""
     for small in site.streams.small:
         batch = site.small.attention_inputs(small)
         weights = _query_weights(site, small, batch).view(*batch.shape[:2], 1, 1)
@@ -121,11 +114,50 @@ def _errors(site: Site, query: Projection, key: Projection, maps: torch.Tensor) 
             x = x if x.dtype == torch.float64 else x.float()
             q = torch.einsum("stc,hdc->sthd", x, query.weight.to(x)) + query.bias.to(x)
             k = torch.einsum("stc,hdc->sthd", x - x.mean(1, keepdim=True), key.weight.to(x))
-            # over all pairs of a sequence, |q E k^T|^2 is the trace of (q^T q) E (k^T k) E^T
-            qq = torch.einsum("sthd,sthe->shde", q * weight, q)
-            kk = torch.einsum("sthd,sthe->shde", k, k)
-            for choice, between in enumerate(lost.to(x)):
-                total[choice] += ((qq @ between) * (between @ kk)).sum((0, 2, 3)).to(total)
-    if distributed():
-        torch.distributed.all_reduce(total)
-    return total.clamp(min=0)
+            yield Products(
+                torch.einsum("sthd,sthe->shde", q * weight, q),
+                torch.einsum("sthd,sthe->shde", k, k),
+                float(weight.sum()),
+                x.shape[:2].numel(),
+            )
+
+
+def _query_weights(site: Site, small: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(sequences * tokens,) of a batch; all alike where sequences are windows of images."""
+    rows = x.shape[:2]
+    return site.streams.token_weights(small) if rows == small.shape[:2] else x.new_ones(rows.numel())
+
+
+def _moments(site: Site, query: Projection, key: Projection) -> tuple[torch.Tensor, list[Products] | None]:
+    """(2, heads, channels, channels) second moments of queries, and of keys around the mean of their sequence.
+
+    Returns:
+        These, and the products that they are made of, up to ``HELD`` bytes.
+    """
+    size = query.weight.shape[1]
+    sums = query.weight.new_zeros(2, len(query.weight), size, size)
+    counts = query.weight.new_zeros(2)
+    held: list[Products] | None = []
+    for one in _products(site, query, key):
+        sums += torch.stack([one.queries.sum(0), one.keys.sum(0)]).to(sums)
+        counts += counts.new_tensor([one.weights, one.rows])
+        if held is not None:
+            held = [*held, one] if (len(held) + 1) * 2 * one.queries.nbytes <= HELD else None
+    moments = sum_over_processes(sums) / sum_over_processes(counts)[:, None, None, None]
+    if not bool(moments.isfinite().all()):
+        raise InvalidDataError("queries or keys of the calibration images are not finite numbers")
+    return moments, held
+
+
+def _errors(products: Iterable[Products], maps: torch.Tensor) -> torch.Tensor:
+    """(choices, heads) squared error of the products of queries and keys, over the pairs of every sequence.
+
+    Args:
+        maps: (choices, 2, heads, kept channels, channels) of queries and of keys.
+    """
+    lost = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device) - maps[:, 0].mT @ maps[:, 1]
+    total = maps.new_zeros(lost.shape[:2])
+    for qq, kk, _, _ in products:  # over all pairs of a sequence, |q E k^T|^2 is the trace of (q^T q) E (k^T k) E^T
+        for choice, between in enumerate(lost.to(qq)):
+            total[choice] += ((qq @ between) * (between @ kk)).sum((0, 2, 3)).to(total)
+    return sum_over_processes(total).clamp(min=0)

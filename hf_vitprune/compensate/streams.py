@@ -37,7 +37,7 @@ class Streams:
         self.small: list[torch.Tensor] = []
         for batch in batches:
             self.dense.append(dense.start(batch))
-            self.small.append(small.start(batch))
+            self.small.append(self.dense[-1] if plan.embedding is None else small.start(batch))
         self.device = dense.device
         self.kept = None if plan.embedding is None else torch.tensor(plan.embedding, device=self.device)
         self.position = 0

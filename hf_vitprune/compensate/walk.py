@@ -13,10 +13,13 @@ from ..errors import InvalidDataError, UnsupportedModelError
 from ..modeling.peft_twin import whole_shadow
 from ..modeling.structure import finish_mixers, layer_paths
 from ..spec.architecture import Architecture
-from ..utils.batches import run_images
+from ..utils.batches import ImageBatches, run_images
 from ..utils.modules import set_tensor
 from ..utils.offload import StateDict, Waiting, device_of
 from .layer import Layer, inputs_of
+
+#: images that tell how the model calls its layers
+FIRST = 2
 
 
 class Walk:
@@ -26,14 +29,14 @@ class Walk:
         model: a plain transformers model; it is neither changed nor moved. Of weights that wait outside of it, those
             of the layers are fetched when a layer is run, and all others at once.
         architecture: of it.
-        batch: a first batch of ``ImageBatches``: tells how the model calls its layers.
+        batches: images: the first ones tell how the model calls its layers.
 
     Raises:
         InvalidDataError: the model does not take these images, or they come with an attention mask.
         UnsupportedModelError: a layer is not two branches, each behind a norm of its own, on a residual stream.
     """
 
-    def __init__(self, model: PreTrainedModel, architecture: Architecture, batch: Mapping[str, Any]) -> None:
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, batches: ImageBatches) -> None:
         if architecture.family.post_norm:
             raise UnsupportedModelError(
                 f"{architecture.model_type} models have norms behind the branches, which compensation and one-shot "
@@ -50,6 +53,7 @@ class Walk:
         outputs = architecture.family.output_names(len(names), architecture.depths)
         bridges = [root + path for path, name in zip(outputs, names, strict=True) if path != name]
         self._bridges = bridges[: architecture.stages[-1]]  # none behind the last layer, into stages that are empty
+        batch = next(iter(ImageBatches(batches, FIRST)))
         calls = self._record(batch)
         sequences = architecture.family.sequences(architecture.config)
         self.layers = [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_vitprune.compensate.queries_keys import Projection, _errors, _rotated, _selections
+from hf_vitprune.compensate.queries_keys import Projection, _errors, _products, _rotated, _selections
 from hf_vitprune.compensate.site import Ledger, Site
 
 SIZE = 4
@@ -60,7 +60,7 @@ def test_the_basis_is_taken_where_it_loses_less(differ: bool) -> None:
     x, whole = torch.cat(batches), torch.eye(SIZE, dtype=torch.float64).expand(2, 1, SIZE, SIZE)
     exact = product(x, whole)
     lost = [float((exact - product(x, maps)).square().sum()) for maps in (torch.zeros_like(plain), plain, made)]
-    found = _errors(site, query, key, torch.stack([torch.zeros_like(plain), plain, made]))
+    found = _errors(_products(site, query, key), torch.stack([torch.zeros_like(plain), plain, made]))
     torch.testing.assert_close(found[:, 0], torch.tensor(lost, dtype=torch.float64))
     (row,) = site.ledger.rows
     before, after = ((value / lost[0]) ** 0.5 for value in lost[1:])

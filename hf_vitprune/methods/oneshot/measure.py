@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -10,7 +12,7 @@ from transformers import PreTrainedModel
 from ...compensate.algebra import obs, qk_maps, roots
 from ...compensate.fits import Projection
 from ...compensate.layer import Layer
-from ...compensate.moments import Moments, Statistics
+from ...compensate.moments import HeadMoments, Moments, Statistics
 from ...compensate.streams import token_weights
 from ...compensate.walk import Walk
 from ...spec.architecture import Architecture
@@ -25,6 +27,13 @@ from .settings import OneShotSettings
 PROBED = 48
 
 
+class Sums(NamedTuple):
+    """What a pass finds of a layer: moments of what ``o`` and ``fc2`` read, and second moments of ``q`` and ``k``."""
+
+    branches: dict[str, Statistics]
+    heads: dict[str, torch.Tensor]
+
+
 class Measurement:
     """The pass. With several processes, each has a part of the images and owns every so many-th layer.
 
@@ -37,7 +46,7 @@ class Measurement:
     def __init__(self, model: PreTrainedModel, batches: ImageBatches, settings: OneShotSettings) -> None:
         self.architecture = Architecture.of(model)
         self.settings = settings
-        self.walk = Walk(model, self.architecture, next(iter(ImageBatches(batches, settings.batch_size))))
+        self.walk = Walk(model, self.architecture, batches)
         self.hidden = [self.walk.start(batch) for batch in batches]
         probed = max(1, min(settings.probe_images, PROBED // len(self.walk.layers)))
         few = next(iter(ImageBatches(batches, probed, probed)))
@@ -51,7 +60,7 @@ class Measurement:
         bar = tqdm(total=len(layers), desc="scoring", delay=3, disable=rank > 0)
         for start in layers[::processes]:
             turn = layers[start : start + processes]
-            own: dict[int, dict[str, Statistics]] = {}
+            own: dict[int, Sums] = {}
             for i in turn:
                 sums = self._pass(i, i % processes)
                 if i % processes == rank:
@@ -65,13 +74,15 @@ class Measurement:
         self.tensors = shared_tensors(self.tensors, self.walk.device)
         return self.tensors
 
-    def _solve(self, index: int, moments: dict[str, Statistics]) -> None:
+    def _solve(self, index: int, sums: Sums) -> None:
         layer, shape = self.walk.layers[index], self.architecture.layers[index]
         with layer.present():
             if shape.mixer == "attention":
-                self._attention(index, layer, shape, moments)
+                self._attention(index, layer, shape, sums.branches["o"])
+                if sums.heads:
+                    self._query_key(index, layer, shape, torch.stack([sums.heads["q"], sums.heads["k"]]))
             if shape.mlp:
-                self._mlp(index, layer, moments["fc2"])
+                self._mlp(index, layer, sums.branches["fc2"])
         seen: dict[str, list[list[float]]] = {}
         for (name, lost), error in zip(self._probed, self.probe.errors(index), strict=True):
             seen.setdefault(name, []).append([lost, error])
@@ -79,32 +90,33 @@ class Measurement:
         self._keep(index, **{name: torch.tensor(rows).double() for name, rows in seen.items()})
 
     # ------------------------------------------------------------------ statistics
-    def _pass(self, index: int, owner: int) -> dict[str, Statistics]:
-        """Moments of what q and k read and of what the last Linears of the branches read; the stream goes on."""
+    def _pass(self, index: int, owner: int) -> Sums:
+        """Moments of queries and keys and of what the last Linears of the branches read; the stream goes on."""
         layer, shape, stages = self.walk.layers[index], self.architecture.layers[index], self.architecture.stages
         for below in range(stages[index - 1] if index else 0, stages[index]):
             self.hidden = [self.walk.bridge(below, hidden) for hidden in self.hidden]
-        parts = {}
-        if shape.mixer == "attention":
-            width = layer.part("q").in_features
-            parts = {"q": width, "k": width, "o": shape.heads * shape.v_dim}
-        if shape.mlp:
-            parts["fc2"] = shape.mlp
-        moments = {part: Moments(size, 0, self.walk.device) for part, size in parts.items()}
+        device = self.walk.device
+        sizes = {"o": shape.heads * shape.v_dim if shape.mixer == "attention" else 0, "fc2": shape.mlp}
+        moments = {part: Moments(size, 0, device) for part, size in sizes.items() if size}
+        plain = shape.mixer == "attention" and self.architecture.family.has_plain_qk(self.architecture.config)
+        heads = {part: HeadMoments(shape.heads, shape.qk_dim, device) for part in ("q", "k") if plain}
         for b, hidden in enumerate(self.hidden):
             trace = layer.trace(hidden)
             tokens = token_weights(self.architecture, self.settings.token_share, hidden)
             for part, sums in moments.items():
-                x = trace["q" if part == "k" else part]
+                x = trace[part]
+                sums.add(x.flatten(0, 1), x.new_zeros(x.shape[:2].numel(), 0), tokens)
+            for part, products in heads.items():
+                x = trace[part]
                 weights = tokens if x.shape[:2] == hidden.shape[:2] else x.new_ones(x.shape[:2].numel())
                 if part == "k":  # softmax does not see what all keys of a query have in common
                     x, weights = x - x.mean(1, keepdim=True), torch.ones_like(weights)
-                sums.add(x.flatten(0, 1), x.new_zeros(x.shape[:2].numel(), 0), weights)
+                products.add(x, weights)
             self.hidden[b] = trace["out"]
-        return {
-            part: sums.total(part != "k" and layer.part(part).bias is not None, owner)
-            for part, sums in moments.items()
-        }
+        return Sums(
+            {part: sums.total(layer.part(part).bias is not None, owner) for part, sums in moments.items()},
+            {part: products.total(owner) for part, products in heads.items()},
+        )
 
     def _probe(self, layer: int, name: str, lost: torch.Tensor, changes: Changes) -> None:
         """See what a change of a layer, by which its branch loses ``lost``, does to the output."""
@@ -115,9 +127,9 @@ class Measurement:
         self.tensors |= {f"{layer}.{name}": tensor.detach().to("cpu") for name, tensor in tensors.items()}
 
     # ------------------------------------------------------------------ branches
-    def _attention(self, index: int, layer: Layer, shape: LayerShape, moments: dict[str, Statistics]) -> None:
+    def _attention(self, index: int, layer: Layer, shape: LayerShape, stats: Statistics) -> None:
         ridge, size, heads = self.settings.ridge, shape.v_dim, list(range(shape.heads))
-        branch = layer.branch("o", moments["o"])
+        branch = layer.branch("o", stats)
         gone, _ = obs(branch.effect, branch.stats.xx, 1, size, ridge)
         order = gone.tolist() + sorted({*heads} - {*gone.tolist()})
         ranks = self.settings.ranks(size)
@@ -129,14 +141,11 @@ class Measurement:
         self._keep(index, heads=torch.tensor(order), values=errors, v=strength)
         if self.settings.statistics:
             self._keep(index, **packed("context", branch.stats))
-        if self.architecture.family.has_plain_qk(self.architecture.config):
-            self._query_key(index, layer, shape, moments)
 
-    def _query_key(self, index: int, layer: Layer, shape: LayerShape, moments: dict[str, Statistics]) -> None:
-        """Second moments of queries and keys, and what every head's products lose at every rank of them."""
+    def _query_key(self, index: int, layer: Layer, shape: LayerShape, second: torch.Tensor) -> None:
+        """What every head's products lose at every rank of ``second``, the moments (2, heads, channels, channels)."""
         size = shape.qk_dim
         query, key = (Projection.of(*layer.weights(part), size) for part in ("q", "k"))
-        second = torch.stack([query.second_moments(moments["q"]), key.covariances(moments["k"])])
         (rq, _), (rk, _) = roots(second[0]), roots(second[1])
         squares = torch.linalg.svdvals(rq @ rk).square() * self.architecture.scaling(index) ** 2
         left = squares.flip(1).cumsum(1).flip(1)  # what goes when this and all later directions go

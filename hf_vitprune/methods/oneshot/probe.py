@@ -38,7 +38,7 @@ class Probe:
         names = [layer.paths["layer"] for layer in walk.layers]
         for name in names:  # behind the layers, the model goes on as always
             self._readout.get_submodule(name).forward = self._last if name == names[-1] else self._skip
-        self._expected = self._read(self._on([self.hidden], 0)[0])
+        self._expected = self._read(self._on(self.hidden, 0))
         self._changed: list[torch.Tensor] = []
 
     def _skip(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -52,12 +52,12 @@ class Probe:
         outputs = read_outputs(run_images(self._readout, self.batch), self._special)
         return hidden.flatten(1).double() if outputs is None else outputs
 
-    def _on(self, streams: list[torch.Tensor], start: int) -> list[torch.Tensor]:
-        """Streams before layer ``start``, run on behind the last one; of the layers one at a time is in memory."""
+    def _on(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
+        """The stream before layer ``start``, run on behind the last one; of the layers one at a time is in memory."""
         for i in range(start, len(self._stages)):
             with self.walk.layers[i].present():
-                streams = [self.walk.layers[i].run(self._bridged(hidden, i)) for hidden in streams]
-        return streams
+                hidden = self.walk.layers[i].run(self._bridged(hidden, i))
+        return hidden
 
     def _bridged(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
         for below in range(self._stages[layer - 1] if layer else 0, self._stages[layer]):
@@ -77,7 +77,10 @@ class Probe:
 
     def errors(self, layer: int) -> list[float]:
         """Relative squared error of the output for each change of the layer since the last call."""
-        streams, self._changed = self._on(self._changed, layer + 1), []
+        if not self._changed:
+            return []
+        changed, self._changed = torch.cat(self._changed), []
+        streams = self._on(changed, layer + 1).split(len(self.hidden))
         lost = [(self._read(hidden) - self._expected).square().sum() for hidden in streams]
         return [float(one / self._expected.square().sum()) for one in lost]
 
