@@ -19,9 +19,10 @@ from .plan.plan import PruningPlan
 from .spec.architecture import Architecture, unwrap
 from .spec.towers import Tower, find_tower
 from .surgery.composite import with_masked_tower, with_tower
+from .surgery.masked import mask_plain
 from .surgery.read_layers import kept_feature_layers, layers_read
 from .surgery.reload import load_pruned
-from .surgery.transplant import empty_like, mask_plain, prune_plain
+from .surgery.transplant import empty_like, prune_plain
 from .utils.examples import processed
 from .utils.finite import check_finite
 from .utils.offload import check_present, check_weights

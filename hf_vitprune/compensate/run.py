@@ -14,12 +14,13 @@ from ..errors import InvalidConfigError, InvalidPlanError
 from ..modeling.peft_twin import plain_part
 from ..plan.plan import PruningPlan
 from ..surgery.cuts import Cut, find_cuts
+from ..surgery.masked import MaskedState
 from ..surgery.transplant import check_plan, prune_plain
 from ..utils.batches import ImageBatches
 from ..utils.crops import Views
 from ..utils.examples import processed
 from ..utils.offload import StateDict, device_of
-from ..utils.processes import shard
+from ..utils.processes import is_first_process, shard
 from .attention import compensate_attention
 from .local import check_local, reconstruct
 from .mlp import compensate_mlp
@@ -34,7 +35,7 @@ logger = logging.get_logger(__name__)
 
 @torch.no_grad()
 def compensate_plan(
-    model: Any, plan: PruningPlan, calibration: Any, compensate: Any = "auto", *, reference: Any = None
+    model: Any, plan: PruningPlan, calibration: Any, compensate: Any = "auto", *, reference: PruningPlan | None = None
 ) -> PruningPlan:
     """The plan with new weights that make up for what it removes, found from unlabelled images.
 
@@ -49,8 +50,8 @@ def compensate_plan(
         plan: made for it; without factors and weights of its own.
         calibration: unlabelled images: anything that ``ImageBatches`` takes, already through the image processor.
         compensate: ``"auto"``, names of parts, or a :class:`Compensation`; ``"none"`` gives the plan back.
-        reference: plain transformers model of the same architecture that the pruned one is to follow and whose
-            weights it gets, where that is not the model itself: one with the factors that ``plan`` folds.
+        reference: plan of the model under which (see ``mask``) it is what the pruned one is to follow and whose
+            weights that one gets, where that is not the model as it is: with the factors that ``plan`` folds.
 
     Returns:
         The plan with ``weights`` (and, where units were chosen anew, other indices); ``info["compensation"]`` says
@@ -71,20 +72,22 @@ def compensate_plan(
     _check_settings(base, plan, settings)
     if plan.removes_nothing:
         return plan
-    dense = base if reference is None else reference
+    masked = None if reference is None else MaskedState(base, reference)
+    dense = base if masked is None else masked.model
     bare = plan.with_layers(replace(entry, scales={}) for entry in plan.layers)
-    small = prune_plain(dense, bare, checked=True)  # a reference may be a masked model
+    small = prune_plain(dense, bare, checked=True, state=masked)  # a masked model is not what its config says
     _check_weights(plan, find_cuts(dense, small, bare))
     form = plan.source.family.form(plan.source.config)
     calibration = processed(calibration, model)
     batches = ImageBatches(calibration, settings.batch_size, settings.images, shard=shard(), form=form)
-    walks = Walk(dense, plan.source, batches), Walk(small, plan.architecture, batches)
+    walks = Walk(dense, plan.source, batches, masked), Walk(small, plan.architecture, batches)
     streams = Streams(*walks, bare, Views(batches, settings.views), settings)
     ledger = Ledger(lossy=plan.embedding is not None)
     entries = _layers(streams, ledger)
     compensate_head(walks[0].model, small, streams, ledger)
     for note in ledger.notes:
-        logger.warning(f"compensation: {note}")
+        if is_first_process():
+            logger.warning(f"compensation: {note}")
     final = plan.with_layers(
         replace(entry, scales=old.scales) for entry, old in zip(entries, plan.layers, strict=True)
     )

@@ -13,6 +13,7 @@ from ..errors import InvalidDataError, UnsupportedModelError
 from ..modeling.peft_twin import whole_shadow
 from ..modeling.structure import finish_mixers, layer_paths
 from ..spec.architecture import Architecture
+from ..surgery.masked import MaskedState
 from ..utils.batches import ImageBatches, run_images
 from ..utils.modules import set_tensor
 from ..utils.offload import StateDict, Waiting, device_of
@@ -30,13 +31,20 @@ class Walk:
             of the layers are fetched when a layer is run, and all others at once.
         architecture: of it.
         batches: images: the first ones tell how the model calls its layers.
+        state: the weights, where the model is one without a copy of its own.
 
     Raises:
         InvalidDataError: the model does not take these images, or they come with an attention mask.
         UnsupportedModelError: a layer is not two branches, each behind a norm of its own, on a residual stream.
     """
 
-    def __init__(self, model: PreTrainedModel, architecture: Architecture, batches: ImageBatches) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        batches: ImageBatches,
+        state: MaskedState | None = None,
+    ) -> None:
         if architecture.family.post_norm:
             raise UnsupportedModelError(
                 f"{architecture.model_type} models have norms behind the branches, which compensation and one-shot "
@@ -45,9 +53,9 @@ class Walk:
         self.model: Any = whole_shadow(model).eval()
         finish_mixers(self.model, architecture.family)  # the shadow has lost the hook
         self.architecture = architecture
-        self.device = device_of(model, "running layers one by one")
+        self.device = device_of(model, "running layers one by one") if state is None else state.device
         self._paths = layer_paths(model, architecture)
-        waiting = self._fetch(StateDict(model))
+        waiting = self._fetch(StateDict(model) if state is None else state)
         root = architecture.family.encoder_path(model)
         names = architecture.layer_names()
         outputs = architecture.family.output_names(len(names), architecture.depths)

@@ -17,6 +17,9 @@ from ..spec.architecture import Architecture
 from ..spec.units import Axis, set_name, unit_table
 from ..utils.offload import input_device
 
+#: buffers of a small model that say which channels it reads or turns
+INDICES = (".input_index", ".qk_index")
+
 
 @dataclass
 class Cut:
@@ -28,6 +31,10 @@ class Cut:
     source: str
     index: dict[int, torch.Tensor] = field(default_factory=dict)
     scale: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def changes(self, shape: torch.Size) -> bool:
+        """Whether what is taken of a tensor of this shape can differ from it."""
+        return bool(self.scale) or any(i.tolist() != [*range(shape[axis])] for axis, i in self.index.items())
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """The small tensor (always a copy)."""
@@ -76,13 +83,28 @@ def small_state(
     state = {name: cut.take(big_state[cut.source]) for name, cut in cuts.items() if name not in plan.weights}
     state.update(_input_indices(big_state, model, small, plan))
     state.update(_qk_indices(big_state, model, small, plan))
-    expected = small.state_dict()
-    missing = sorted(expected.keys() - state.keys() - plan.weights.keys())
+    return state | new_weights(model, small, plan, cuts, given_away)
+
+
+def new_weights(
+    model: PreTrainedModel,
+    small: PreTrainedModel,
+    plan: PruningPlan,
+    cuts: Mapping[str, Cut],
+    given_away: Collection[str] = (),
+) -> dict[str, torch.Tensor]:
+    """The plan's new weights on the model's device and in its dtype; arguments as in :func:`small_state`.
+
+    Raises:
+        InvalidPlanError: one is missing, has no place, or another shape.
+    """
+    expected, held = small.state_dict(), model.state_dict()
+    missing = sorted(n for n in expected.keys() - cuts.keys() - plan.weights.keys() if not n.endswith(INDICES))
     if missing:
         raise InvalidPlanError(
             f"the plan makes new mixers and lacks {len(missing)} of their weights (first: {missing[0]})"
         )
-    held = model.state_dict()
+    found = {}
     for name, tensor in plan.weights.items():
         if name not in expected or expected[name].shape != tensor.shape:
             shape = tuple(expected[name].shape) if name in expected else None
@@ -91,8 +113,8 @@ def small_state(
             )
         like = held[cuts[name].source] if name in cuts else expected[name]
         device = input_device(model) if like.device.type == "meta" else like.device
-        state[name] = tensor.to(device, like.dtype, copy=name not in given_away)
-    return state
+        found[name] = tensor.to(device, like.dtype, copy=name not in given_away)
+    return found
 
 
 def find_cuts(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan) -> dict[str, Cut]:
@@ -115,7 +137,7 @@ def find_cuts(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan)
             continue
         layer = next((new for new in renamed if name.startswith(new + ".")), None)
         source = name if layer is None else renamed[layer] + name[len(layer) :]
-        if source in shapes and not name.endswith((".input_index", ".qk_index")):
+        if source in shapes and not name.endswith(INDICES):
             cuts[name] = Cut(source)
             if layer is None and plan.embedding is not None:
                 _cut_embedding(cuts[name], shapes[source], tensor.shape, plan)

@@ -18,7 +18,7 @@ from ..spec.layer_shape import LayerShape
 from ..spec.units import LAYER_UNITS
 from .gates import DepthGate, UnitMask
 from .hooks import GateHook
-from .transplant import residual_norms
+from .masked import residual_norms
 
 
 class Point(NamedTuple):

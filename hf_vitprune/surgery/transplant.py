@@ -1,9 +1,8 @@
-"""Surgery on a plain transformers model: the small one, or the full-size one that computes the same."""
+"""Surgery on a plain transformers model: the small one."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -13,19 +12,17 @@ from transformers import PreTrainedModel
 
 from ..errors import InvalidPlanError
 from ..modeling import config_for, pruned_model_class
-from ..modeling.blocks import RemovedAttention
 from ..modeling.custom import CUSTOM, custom_parts
-from ..modeling.norms import mask_norm
 from ..modeling.outer import Outer, find_outer, narrow_outer
 from ..modeling.registry import stock_ancestor
-from ..modeling.structure import finish_mixers, layer_paths, put_mixer, replace_mixer, resize_
+from ..modeling.structure import layer_paths, resize_
 from ..plan.lineage import lineage, named_source
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
 from ..spec.configs import lineage_of
 from ..utils.modules import meta_copy, named_tensors, owner
 from ..utils.offload import StateDict
-from .cuts import Cut, find_cuts, small_state
+from .cuts import small_state
 from .hooks import strip_gates
 
 
@@ -36,18 +33,20 @@ def prune_plain(
     allow_unchanged: bool = False,
     checked: bool = False,
     given_away: Collection[str] = (),
+    state: StateDict | None = None,
 ) -> Any:
     """``pruning.prune`` of a model without adapters: a copy of the live model, cut in place, as its pruned twin.
 
     Modules, attributes and hooks stay; only tensors that carry a removed unit are replaced. ``checked``: the plan is
     known to fit; for masked models, in which other mixers stand than their config says.
     ``given_away``: new weights of the plan that nobody else uses, so that the small model need not copy them.
+    ``state``: the model's weights, where they are not its own.
     """
     if not checked:
         check_plan(model, plan, allow_unchanged)
     small = resized_copy(model, plan)
-    state = small_state(StateDict(model), model, small, plan, given_away)
-    small.load_state_dict(state, strict=True, assign=True)
+    tensors = small_state(StateDict(model) if state is None else state, model, small, plan, given_away)
+    small.load_state_dict(tensors, strict=True, assign=True)
     tie(small, model)
     return small
 
@@ -129,32 +128,6 @@ def tie(small: nn.Module, model: nn.Module) -> None:
                 module._parameters[leaf] = other._parameters[other_leaf]
 
 
-def mask_plain(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
-    """``surgery.mask`` of a model without adapters."""
-    check_plan(model, plan, allow_unchanged=True)
-    small = resized_copy(model, plan)
-    state = small_state(model.state_dict(), model, small, plan)
-    full = copy.deepcopy(model)
-    strip_gates(full)
-    tensors = full.state_dict()
-    with torch.no_grad():
-        for name, cut in find_cuts(model, small, plan).items():
-            if tensors[cut.source].is_floating_point():  # an index buffer of the small model has no place here
-                tensors[cut.source].copy_(cut.scatter(state[name], tensors[cut.source].shape))
-        for prefix in _removed_branches(model, plan):
-            for name, tensor in tensors.items():
-                if name.startswith(prefix):
-                    tensor.zero_()
-    _replace_mixers(full, small, state, plan)
-    if plan.embedding is not None:
-        kept = torch.tensor(plan.embedding, device=next(full.parameters()).device)
-        outer = outer_of(model, plan.source, len(plan.embedding))
-        custom = [full.get_submodule(path) for path in outer.norms] if outer is not None else []
-        for norm in residual_norms(full, plan.source) + custom:
-            mask_norm(norm, kept)
-    return full
-
-
 def check_plan(model: PreTrainedModel, plan: PruningPlan, allow_unchanged: bool) -> None:
     """Refuse a plan made for another shape, or one that changes nothing.
 
@@ -208,61 +181,6 @@ def _empty_modules_like(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _removed_branches(model: PreTrainedModel, plan: PruningPlan) -> list[str]:
-    """Prefixes of the parameters that write a removed branch into the residual stream."""
-    paths = layer_paths(model, plan.source)
-    kept = {entry.index: entry for entry in plan.layers}
-    prefixes, post = [], plan.source.family.post_norm
-    for i, (path, shape) in enumerate(zip(paths, plan.source.layers, strict=True)):
-        entry = kept.get(i)
-        written = shape.mixer == "attention" or (post and shape.mixer != "none")
-        if written and (entry is None or entry.mixer == "none"):
-            prefixes.append(f"{path.norm1 if post else path.o}.")
-        if shape.mlp and (entry is None or not entry.mlp):
-            prefixes.append(f"{path.norm2 if post else path.fc2}.")
-    return prefixes
-
-
-def _replace_mixers(
-    full: PreTrainedModel, small: PreTrainedModel, state: dict[str, torch.Tensor], plan: PruningPlan
-) -> None:
-    """Put the mixers that the plan makes, or that zeros cannot silence, into the full-size model, in place."""
-    source, family = plan.source, plan.source.family
-    kept = {
-        e.index: (e, new.attention) for e, new in zip(plan.layers, layer_paths(small, plan.architecture), strict=True)
-    }
-    for i, (paths, shape) in enumerate(zip(layer_paths(full, source), source.layers, strict=True)):
-        entry, prefix = kept.get(i, (None, ""))
-        if entry is None or entry.mixer == "none":
-            if shape.mixer not in ("attention", "none"):  # special tokens pass it, whatever its weights
-                put_mixer(full, paths, RemovedAttention())
-        elif entry.replaces_mixer(shape):
-            replace_mixer(full, family, source.config, paths, entry.shape(shape), source.width(i))
-            mixer = full.get_submodule(paths.attention)
-            _fill_mixer(mixer, {name: state[f"{prefix}.{name}"] for name in mixer.state_dict()}, plan)
-            mixer.train(full.training)
-    finish_mixers(full, family)
-
-
-def _fill_mixer(mixer: nn.Module, weights: dict[str, torch.Tensor], plan: PruningPlan) -> None:
-    """Give a full-size mixer the weights of a small one, at the places of the kept residual channels."""
-    for name, full in mixer.state_dict().items():
-        if weights[name].shape != full.shape:
-            index = torch.tensor(plan.embedding)
-            weights[name] = Cut(name, {1 if name == "conv.weight" else 0: index}).scatter(weights[name], full.shape)
-    mixer.load_state_dict(weights, assign=True)
-
-
-def residual_norms(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
-    """Every norm that runs over the residual stream."""
-    names = architecture.family.stream_norms(model)
-    for paths, shape in zip(layer_paths(model, architecture), architecture.layers, strict=True):  # type: ignore[arg-type]
-        names += [paths.norm1] if shape.mixer != "none" else []
-        names += [paths.norm2] if shape.mlp else []
-    norms = [model.get_submodule(name) for name in names]
-    return [norm for norm in norms if not isinstance(norm, nn.Identity)]  # somebody may have taken one out
 
 
 def _follow_states(model: PreTrainedModel, config: Any, plan: PruningPlan) -> None:

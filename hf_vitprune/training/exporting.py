@@ -15,7 +15,6 @@ from ..peft.absorb import why_merged
 from ..plan.lineage import lineage_of, removes_only_layers
 from ..plan.plan import PruningPlan
 from ..spec.architecture import unwrap
-from ..surgery.transplant import mask_plain
 from ..utils.batches import ImageBatches, fixed_randomness
 from ..utils.examples import processed
 from ..utils.modules import get
@@ -93,8 +92,8 @@ def _followed(
     """The plan with the weights that bring it to the model under the plan ``whole`` (None: to the model itself)."""
     base = plain_part(model, plan.part)[0]
     plain = whole is None or (whole.removes_nothing and not any(entry.scales for entry in whole.layers))
+    reference = None if plain or whole is None else whole.of_part(None)
     with by_itself(), fixed_randomness():
-        reference = None if plain or whole is None else mask_plain(base, whole)
         alone = compensate_plan(base, plan.of_part(None), ImageBatches(images), settings, reference=reference)
     return alone.of_part(plan.part)
 

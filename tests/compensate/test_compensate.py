@@ -363,7 +363,7 @@ def test_a_plan_with_factors_follows_its_reference() -> None:
             scales={"mlp": e.scales["mlp"][8:], "v": tuple(s for i, s in enumerate(e.scales["v"]) if i % 8 < 4)},
         ),
     )
-    made = compensate_plan(model, plan, pixels(), reference=reference)
+    made = compensate_plan(model, plan, pixels(), reference=dense)
     expected = logits(reference, pixels(16, 3))
     error = relative_error(logits(prune(model, made), pixels(16, 3)), expected)
     assert error < relative_error(logits(prune(model, plan), pixels(16, 3)), expected)

@@ -21,7 +21,7 @@ from hf_vitprune.errors import AdapterError, UnsupportedUnitError
 from hf_vitprune.modeling.peft_twin import merged_twin, tuner_layers
 from hf_vitprune.peft import prune_peft, save_pruned_peft
 from hf_vitprune.plan.plan import PruningPlan
-from hf_vitprune.surgery.transplant import mask_plain
+from hf_vitprune.surgery.masked import mask_plain
 from tiny import relative_error
 from tiny_adapters import CONFIGS, randomize
 
