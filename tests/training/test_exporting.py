@@ -24,9 +24,11 @@ from hf_vitprune import (
     VTPConfig,
     get_pruning_model,
 )
+from hf_vitprune.compensate.moments import Moments
 from hf_vitprune.errors import AdapterError, InvalidConfigError, InvalidDataError
 from hf_vitprune.publish.card import model_card
 from hf_vitprune.spec.configs import lineage_of
+from memory import live_bytes, only_new_objects
 from pruning_runs import SMALL_GROUPS, VIT, Patterns, gated, lora_model, nvit, scatter_scores, state_of, trainer
 from tiny import CLASSIFIERS, assert_same, images, make, relative_error, run
 
@@ -177,6 +179,37 @@ def test_spvit_is_without_what_its_gates_switched_off(monkeypatch: pytest.Monkey
     plain, small = under.export(weights=before), under.export(weights=before, calibration=pixels())
     assert {layer.mixer for layer in Architecture.of(small).layers} & {"conv3x3", "conv1x1"}
     assert distance(logits(small), logits(before)) < distance(logits(plain), logits(before))
+
+
+@pytest.mark.parametrize("method", ["VTP", "SPViT"])
+def test_what_is_followed_is_no_second_copy(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Live tensors whenever sums are done: what the gated model computes is made of its weights, layer by layer."""
+    sizes = {"num_hidden_layers": 16, "hidden_size": 64, "intermediate_size": 96, "image_size": 16}
+    configs = {"VTP": VTPConfig(target=0.5), "SPViT": SPViTConfig(target=0.5, enforce_target=True)}
+    total: Callable[..., Any] = Moments.total
+    peaks = []
+
+    def counted(self: Moments, *args: Any, **options: Any) -> Any:
+        peaks.append(live_bytes() - before)
+        return total(self, *args, **options)
+
+    with only_new_objects():
+        model = get_pruning_model(make(VIT, **sizes), configs[method])
+        if method == "VTP":
+            scatter_scores(model)
+        else:
+            generator = torch.Generator().manual_seed(2)
+            for gates in model.method.gates.values():
+                gates.score.data = torch.rand(gates.score.shape, generator=generator) + 0.1
+        dense = sum(p.nbytes for p in model.get_base_model().parameters())
+        plan, seen = model.plan(), images(4, 16)
+        before = live_bytes()
+        monkeypatch.setattr(Moments, "total", counted)
+        small = model.export(calibration=seen)
+        share = sum(p.nbytes for p in small.parameters()) / dense
+    assert plan.architecture == Architecture.of(small) and record(small)["fits"] and len(peaks) > 16
+    # beside what is left: two layers of 16, hidden states and sums
+    assert share / 2 < max(peaks) / dense < share + 0.3
 
 
 # ---------------------------------------------------------------------- adapters

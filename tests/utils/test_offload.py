@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from hf_vitprune.methods import OneShotSettings
 from hf_vitprune.modeling.streamed import load_streamed
 from hf_vitprune.utils import offload
 from hf_vitprune.utils.offload import StateDict, Waiting, is_offloaded
+from memory import live_bytes, only_new_objects
 from plans import plan_named
 from tiny import images, make
 
@@ -125,30 +125,14 @@ def test_one_layer_is_in_memory_at_a_time(present: list[int], tmp_path: Path) ->
     assert max(present) == 2  # a layer that takes over, and one that it takes over from
 
 
-@pytest.fixture
-def only_new_objects() -> Iterator[None]:
-    """What was there before is out of the collector's sight: it would look through it at every count."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-def live_bytes() -> int:
-    """Bytes of all tensors that the collector sees, each storage once."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, nn.Parameter) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
 @pytest.mark.parametrize("in_memory", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.usefixtures("only_new_objects")
 def test_never_two_copies_in_memory(in_memory: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Live tensors whenever a tensor of the dense model is read: by the compensation, and by the cut after it."""
+    with only_new_objects():
+        _never_two_copies(in_memory, monkeypatch, tmp_path)
+
+
+def _never_two_copies(in_memory: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, streamed = pair(tmp_path, DINO, num_hidden_layers=16, hidden_size=64)
     dense = sum(p.nbytes for p in model.parameters())
     plan = PruningPlan.magnitude(model, 0.5, units=("heads", "mlp"))
