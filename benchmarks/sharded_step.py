@@ -1,81 +1,147 @@
-"""A sharded pruning step against a plain sharded one, and both against each other in turns.
+"""A sharded pruning step against a plain step of the same sharded model, by the Trainer, in turns.
 
-``torchrun --nproc_per_node 2 -m benchmarks.sharded_step``, on CPUs with ``OMP_NUM_THREADS=1``; prints JSON.
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m benchmarks.sharded_step --way fsdp2    # or zero2, zero3
+
+On CPUs (gloo); a ViT-S of random weights and six layers, four images a process. Of every turn the first two steps do
+not count. Prints JSON: medians of seconds a step, and of every turn the ratio to the plain training next to it. ZeRO
+wants deepspeed.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
 import statistics
+import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from transformers import ViTConfig, ViTForImageClassification
+from torch.utils.data import Dataset
+from transformers import (
+    DistributedConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
-from hf_vitprune import NViTConfig, VTPConfig, get_pruning_model
-from hf_vitprune.utils.processes import mean_gradients
+from hf_vitprune import NViTConfig, PruningTrainer, SPViTConfig, VTPConfig, get_pruning_model
 
-METHODS = {"VTP": VTPConfig(target=0.5), "NViT": NViTConfig(target=0.5)}
-
-
-def sharded(mesh: Any) -> Any:
-    """A random ViT-S of six layers, every layer sharded."""
-    torch.manual_seed(0)
-    config = ViTConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536)
-    model = ViTForImageClassification(config)
-    for layer in model.vit.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-class Run:
-    """One training; ``method`` None: plain."""
-
-    def __init__(self, mesh: Any, config: Any) -> None:
-        model = sharded(mesh)
-        self.model = model if config is None else get_pruning_model(model, config)
-        groups = model.parameters() if config is None else self.model.parameter_groups()
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-4)
-        self.gated, self.step_number = config is not None, 0
-
-    def step(self, pixels: torch.Tensor, labels: torch.Tensor) -> float:
-        torch.distributed.barrier()
-        begin = time.perf_counter()
-        self.model(pixel_values=pixels, labels=labels).loss.backward()
-        if self.gated:
-            mean_gradients(self.model.method.parameters())
-            self.model.before_step(self.step_number, 1000)
-        self.optimizer.step()
-        if self.gated:
-            self.model.after_step(self.step_number, 1000)
-        self.optimizer.zero_grad()
-        self.step_number += 1
-        return time.perf_counter() - begin
+METHODS: dict[str, Any] = {
+    "VTP": VTPConfig(target=0.5),
+    "NViT": NViTConfig(target=0.5),
+    "SPViT": SPViTConfig(target=0.5, gate_learning_rate=0.4),
+}
+WARM_UP = 2
+SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
+#: the same at a size for tests
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 
-def measure(batch: int = 4, rounds: int = 8) -> dict[str, Any]:
-    """Medians of seconds a step, and of the ratios of neighbours in time."""
+class Noise(Dataset[dict[str, Any]]):
+    """Images of noise, always the same."""
+
+    def __init__(self, length: int, side: int) -> None:
+        self.length, self.pixels = length, torch.randn(16, 3, side, side)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"pixel_values": self.pixels[i % 16], "labels": i % 2}
+
+
+class Clock(TrainerCallback):
+    """Seconds from the beginning of a step to that of the next one."""
+
+    def __init__(self) -> None:
+        self.begun: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun.append(time.perf_counter())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        return [after - before for before, after in zip(self.begun, self.begun[1:], strict=False)][WARM_UP:-1]
+
+
+def settings(way: str, folder: str, steps: int) -> TrainingArguments:
+    changes: dict[str, Any] = {}
+    if way.startswith("zero"):
+        sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        zero = {"zero_optimization": {"stage": int(way[-1])}, **dict.fromkeys(sizes, "auto")}
+        changes["deepspeed"] = zero | {"gradient_clipping": "auto"}
+    return TrainingArguments(
+        folder, max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-5, report_to=[], save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, use_cpu=True, **changes,
+    )  # fmt: skip
+
+
+def turn(dense: Path, way: str, method: Any, steps: int) -> list[float]:
+    """Seconds of every step of one training; ``method`` None: plain."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        args = settings(way, folder, steps)  # before the model: ZeRO-3 cuts it to pieces while it is loaded
+        spread = {"distributed_config": DistributedConfig(fsdp_size=torch.distributed.get_world_size())}
+        model: Any = ViTForImageClassification.from_pretrained(dense, **(spread if way == "fsdp2" else {}))  # type: ignore[arg-type]
+        data = Noise(4 * steps * torch.distributed.get_world_size(), model.config.image_size)
+        if method is None:
+            Trainer(model, args, train_dataset=data, callbacks=[clock]).train()
+        else:
+            wrapped = get_pruning_model(model, method)
+            PruningTrainer(wrapped, args, train_dataset=data, compensate=False, callbacks=[clock]).train()
+    gc.collect()
+    return clock.seconds
+
+
+def measure(dense: Path, way: str, rounds: int, steps: int) -> dict[str, Any]:
+    """Method -> ``seconds`` a step, and ``ratios`` to the plain step of each turn with their median."""
+    methods = {"plain": None, **{n: c for n, c in METHODS.items() if n != "SPViT" or way == "fsdp2"}}
+    medians: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(rounds):
+        for name, method in methods.items():
+            medians[name].append(statistics.median(turn(dense, way, method, steps)))
+    found: dict[str, Any] = {name: {"seconds": round(statistics.median(m), 3)} for name, m in medians.items()}
+    for name in list(methods)[1:]:
+        ratios = [own / plain for own, plain in zip(medians[name], medians["plain"], strict=True)]
+        found[name] |= {"ratio": round(statistics.median(ratios), 3), "ratios": [round(r, 3) for r in ratios]}
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--way", choices=("fsdp2", "zero2", "zero3"), default="fsdp2")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="of every turn")
+    parser.add_argument("--small", action="store_true", help="sizes that take seconds")
+    given = parser.parse_args(arguments)
     torch.distributed.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    runs = {"plain": Run(mesh, None), **{name: Run(mesh, config) for name, config in METHODS.items()}}
-    pixels, labels = torch.randn(batch, 3, 224, 224), torch.zeros(batch, dtype=torch.long)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 1):
-        for name, run in runs.items():
-            times[name].append(run.step(pixels, labels))
-    times = {name: seconds[1:] for name, seconds in times.items()}  # the first is a warm-up
-    result: dict[str, Any] = {name: {"seconds": statistics.median(seconds)} for name, seconds in times.items()}
-    for name in METHODS:
-        ratios = [own / plain for own, plain in zip(times[name], times["plain"], strict=True)]
-        result[name] |= {"ratio": statistics.median(ratios), "ratios": [round(r, 3) for r in ratios]}
-    return result
+    if given.way.startswith("zero"):
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")  # as TrainingArguments do on GPUs
+    torch.manual_seed(0)
+    config = ViTConfig(**SMALL, image_size=32) if given.small else ViTConfig(**SHAPE)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        torch.distributed.broadcast_object_list(folder)
+        ViTForImageClassification(config).save_pretrained(folder[0])  # the first process does
+        torch.distributed.barrier()
+        found = measure(Path(folder[0]), given.way, given.rounds, given.steps)
+        torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(found, indent=1))
+    torch.distributed.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    measured = measure()
-    if torch.distributed.get_rank() == 0:
-        print(json.dumps(measured, indent=1))
-    torch.distributed.destroy_process_group()
+    sys.exit(main())

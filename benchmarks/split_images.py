@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.here:
         torch.distributed.init_process_group("gloo")
-        found = measure(*map(int, given.shape.split("x")), [int(n) for n in given.images.split(",")])  # type: ignore[arg-type]
+        width, layers = map(int, given.shape.split("x"))
+        found = measure(width, layers, [int(count) for count in given.images.split(",")])
         if torch.distributed.get_rank() == 0:
             print(json.dumps(found))
         torch.distributed.destroy_process_group()
