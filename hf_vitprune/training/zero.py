@@ -56,13 +56,14 @@ def check_zero(plugin: Any, model: Any) -> None:
 def keep_whole(engine: Any, parameters: Iterable[Any]) -> None:
     """Let ZeRO-3 leave parameters whole on every process, as it does with small ones."""
     offload = getattr(engine.optimizer, "parameter_offload", None)
-    missing = [p for p in parameters if hasattr(p, "ds_id") and not p.ds_persist]
-    if offload is None or not missing:
+    cut = [p for p in parameters if hasattr(p, "ds_id")]
+    if offload is None or not cut:
         return
-    for parameter in missing:
-        parameter.ds_persist = True
-    offload.persistent_parameters.extend(missing)
-    missing[0].all_gather(missing)
+    for parameter in cut:
+        if not parameter.ds_persist:
+            parameter.ds_persist = True
+            offload.persistent_parameters.append(parameter)
+    cut[0].all_gather(cut)  # small ones, too: those would be whole after the first step only
 
 
 def take_type_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:

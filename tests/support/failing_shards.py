@@ -31,7 +31,7 @@ def begin(case: str, out: Path) -> None:
     changes: dict[str, Any] = {}
     dtype = torch.float64
     if way.startswith("zero"):
-        changes, dtype = {"deepspeed": zero(int(way[-1])), **SINGLE_PRECISION}, torch.float32
+        changes, dtype = {"deepspeed": zero(way), **SINGLE_PRECISION}, torch.float32
     alive = two_shards.arguments(out / way, **{k: v for k, v in changes.items() if k == "deepspeed"})
     if what == "disagree" and rank == 1:
         two_shards.RUNS["vtp"] = (VTPConfig(target=0.9, gate_learning_rate=0.3, round_to=4), {})
