@@ -47,8 +47,9 @@ class ShardedTraining(Trainer):
         if self.is_deepspeed_enabled:
             take_type_of(model.model, method.parameters())
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-            keep_whole(self.deepspeed, method.parameters())
-            engine = SteppingEngine(self.deepspeed, lambda: callback.before_step(model, self.state))
+            gates = list(method.parameters())
+            keep_whole(self.deepspeed, gates)
+            engine = SteppingEngine(self.deepspeed, lambda: callback.before_step(model, self.state), gates)
             self.accelerator.deepspeed_engine_wrapped = engine
             callback.by_engine = True
             return prepared

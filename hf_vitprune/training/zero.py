@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -53,17 +53,21 @@ def check_zero(plugin: Any, model: Any) -> None:
         raise InvalidConfigError("units would be spread over processes by tensor parallelism: leave autotp_size out")
 
 
-def keep_whole(engine: Any, parameters: Iterable[Any]) -> None:
+def keep_whole(engine: Any, parameters: Collection[Any]) -> None:
     """Let ZeRO-3 leave parameters whole on every process, as it does with small ones."""
     offload = getattr(engine.optimizer, "parameter_offload", None)
-    cut = [p for p in parameters if hasattr(p, "ds_id")]
-    if offload is None or not cut:
-        return
-    for parameter in cut:
-        if not parameter.ds_persist:
+    for parameter in parameters if offload is not None else ():
+        if hasattr(parameter, "ds_id") and not parameter.ds_persist:
             parameter.ds_persist = True
             offload.persistent_parameters.append(parameter)
-    cut[0].all_gather(cut)  # small ones, too: those would be whole after the first step only
+    gather(parameters)
+
+
+def gather(parameters: Iterable[Any]) -> None:
+    """Make parameters that ZeRO-3 leaves whole so, where they are not yet: it keeps nothing before its first step."""
+    cut = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if cut:
+        cut[0].all_gather(cut)
 
 
 def take_type_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
@@ -95,11 +99,17 @@ class SteppingEngine(DeepSpeedEngineWrapper):
     Args:
         engine: DeepSpeed's.
         before_step: called after the last backward pass of an update; gives the gradients to add.
+        whole: parameters that it reads, which :func:`keep_whole` has had.
     """
 
-    def __init__(self, engine: Any, before_step: Callable[[], list[tuple[nn.Parameter, torch.Tensor]]]) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        before_step: Callable[[], list[tuple[nn.Parameter, torch.Tensor]]],
+        whole: Collection[nn.Parameter] = (),
+    ) -> None:
         super().__init__(engine)
-        self._before_step = before_step
+        self._before_step, self._whole = before_step, whole
         self._added: list[tuple[torch.Tensor, int, torch.Tensor]] = []
         engine.optimizer.optimizer.register_step_pre_hook(self._add)
 
@@ -108,6 +118,7 @@ class SteppingEngine(DeepSpeedEngineWrapper):
         self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
         self.engine.backward(loss, **kwargs)
         if sync_gradients:
+            gather(self._whole)
             self._added = [self._place(parameter, grad.flatten()) for parameter, grad in self._before_step()]
             self.engine.step()
 

@@ -190,6 +190,8 @@ def sharded_run(out: Path, name: str, way: str) -> None:
         changes = {"save_strategy": "steps"} if len(parts) > 1 and part == "through" else {}
         if way.startswith("zero"):
             changes |= {"deepspeed": zero(way), **SINGLE_PRECISION}
+        if way == "zero-default3":
+            changes |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
         # what the arguments say decides how from_pretrained loads
         alive = arguments(folder, **{k: v for k, v in changes.items() if k == "deepspeed"})
         dtype = torch.float32 if way.startswith("zero") else torch.float64

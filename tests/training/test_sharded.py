@@ -102,7 +102,7 @@ def test_zero(way: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_zero_3_as_it_is_by_default(tmp_path: Path) -> None:
-    """What is small is not cut there after the first step; before it, it is."""
+    """What is small is not cut there after the first step; before it, it is. One batch an update."""
     pytest.importorskip("deepspeed")
     launch(tmp_path, "vtp:zero-default3", "nvit:zero-default3")
     for name in ("vtp", "nvit"):
