@@ -49,16 +49,19 @@ def score_seconds(tower: Tower) -> float:
     """One-shot scores from ``IMAGES`` images, split over the GPUs; every GPU solves every ``GPUS``-th layer."""
     rows, probes = IMAGES * tower.tokens, PROBES * PROBED / 2  # each runs half of the layers
     forward = (IMAGES + probes) * tower.forward
-    moments = tower.layers * rows * (tower.mlp**2 + 3.0 * tower.width**2)
+    moments = tower.layers * rows * (tower.mlp**2 + tower.width**2)  # of q and k, head by head, next to nothing
     solved = tower.layers * (2.0 * tower.mlp**3 + 3.0 * tower.width * tower.mlp**2 + 4.0 * tower.width**3)
     return (forward / HALF + moments / SINGLE + solved / DOUBLE) / GPUS
 
 
 def compensation_seconds(tower: Tower, kept: float = 0.5) -> float:
-    """New weights from as many images; each layer is solved by all, since the next one waits for it."""
+    """New weights from as many images; each layer is solved by all, since the next one waits for it.
+
+    Queries and keys are projected once more.
+    """
     rows, mlp = IMAGES * tower.tokens, kept * tower.mlp
     forward = (1 + kept) * IMAGES * tower.forward
-    moments = tower.layers * rows * (mlp**2 + 2.0 * tower.width * mlp + 5.0 * tower.width**2)
+    moments = tower.layers * rows * (mlp**2 + 2.0 * tower.width * mlp + 7.0 * tower.width**2)
     solved = tower.layers * (mlp**3 / 3 + 8.0 * tower.width * mlp**2 + 8.0 * tower.width**3)
     return (forward / HALF + moments / SINGLE) / GPUS + solved / DOUBLE
 

@@ -35,7 +35,8 @@ from hf_vitprune import NViTConfig, PruningTrainer, SPViTConfig, VTPConfig, get_
 METHODS: dict[str, Any] = {
     "VTP": VTPConfig(target=0.5),
     "NViT": NViTConfig(target=0.5),
-    "SPViT": SPViTConfig(target=0.5, gate_learning_rate=0.4),
+    # slowly enough that all gates are on until the last steps
+    "SPViT": SPViTConfig(target=0.5, gate_learning_rate=0.3),
 }
 WARM_UP = 2
 SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
@@ -120,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--way", choices=("fsdp2", "zero2", "zero3"), default="fsdp2")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8, help="of every turn")
+    parser.add_argument("--steps", type=int, default=6, help="of every turn")
     parser.add_argument("--small", action="store_true", help="sizes that take seconds")
     given = parser.parse_args(arguments)
     torch.distributed.init_process_group("gloo")
