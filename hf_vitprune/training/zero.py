@@ -56,7 +56,9 @@ def check_zero(plugin: Any, model: Any) -> None:
 def keep_whole(engine: Any, parameters: Collection[Any]) -> None:
     """Let ZeRO-3 leave parameters whole on every process, as it does with small ones."""
     offload = getattr(engine.optimizer, "parameter_offload", None)
-    for parameter in parameters if offload is not None else ():
+    if offload is None:
+        return
+    for parameter in parameters:
         if hasattr(parameter, "ds_id") and not parameter.ds_persist:
             parameter.ds_persist = True
             offload.persistent_parameters.append(parameter)
