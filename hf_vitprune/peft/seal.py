@@ -26,8 +26,9 @@ from .types import pruned_config_class
 def pruned_adapter_config(model: nn.Module, config: Any) -> Any:
     """The config of an adapter that loads onto this pruned model only, for ``get_peft_model`` or ``add_adapter``.
 
-    Models of a Pruned class do this by themselves. Where pruning left a stock shape, the model is of a stock class,
-    and nothing tells PEFT that it was pruned: use this function, or ``save_pruned_peft`` at the end.
+    Models of a Pruned class do this by themselves, and so do models of a stock class as long as they are the ones
+    that ``prune`` gave, or a ``PruningTrainer`` trains. Nothing tells PEFT that a model of a stock class was pruned
+    before it was loaded: use this function, or ``save_pruned_peft`` at the end.
 
     Args:
         model: the pruned model.
@@ -60,6 +61,12 @@ def seal_all(model: Any, *_: Any) -> None:
         if not hasattr(config, "pruning") and "plan" in lineage_of(model.config):
             seal(config, model)
     remember(model)
+
+
+def seal_on_saving(model: nn.Module) -> None:
+    """Have the adapters sealed that PEFT will put on a pruned model of a stock class, whenever they are saved."""
+    if "plan" in lineage_of(model.config) and seal_all not in model._state_dict_pre_hooks.values():  # type: ignore[arg-type]
+        model.register_state_dict_pre_hook(seal_all)
 
 
 class SealedConfigs:

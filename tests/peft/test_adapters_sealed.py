@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from transformers import AutoModelForImageClassification, Trainer, TrainingArgum
 from hf_vitprune.errors import AdapterError
 from hf_vitprune.peft import pruned_adapter_config, save_pruned_peft
 from hf_vitprune.plan.plan import PruningPlan
-from hf_vitprune.pruning import mask, prune
+from hf_vitprune.pruning import mask, prune, truncate
+from hf_vitprune.training.trainer import PruningTrainer
 from plans import uneven
 from tiny import LABELS, assert_same, images, make, relative_error, run
 from tiny_adapters import adapted, randomize
@@ -41,6 +43,11 @@ def load(folder: Path) -> Any:
 
 def lora(**fields: Any) -> LoraConfig:
     return LoraConfig(r=3, **{"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"], **fields})
+
+
+def rows() -> list[dict[str, Any]]:
+    pixels = images()
+    return [{"pixel_values": pixels[i % len(pixels)], "labels": i % LABELS} for i in range(8)]
 
 
 def type_in(folder: Path) -> str:
@@ -105,18 +112,16 @@ def test_adapters_of_transformers(tmp_path: Path) -> None:
 
 
 def test_trained_and_saved_by_trainer(tmp_path: Path) -> None:
-    pixels = images()
-    rows = [{"pixel_values": pixels[i % len(pixels)], "labels": i % LABELS} for i in range(8)]
     args = TrainingArguments(
         str(tmp_path / "run"), max_steps=2, save_steps=1, per_device_train_batch_size=4, use_cpu=True, report_to=[]
     )
     model = get_peft_model(small_in(tmp_path), lora())
-    trainer = Trainer(model, args, train_dataset=Dataset.from_list(rows).with_format("torch"))
+    trainer = Trainer(model, args, train_dataset=Dataset.from_list(rows()).with_format("torch"))
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     assert_same(run(AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()), run(model.eval()))
     resumed = get_peft_model(load(tmp_path), lora())
-    Trainer(resumed, args, train_dataset=Dataset.from_list(rows).with_format("torch")).train(
+    Trainer(resumed, args, train_dataset=Dataset.from_list(rows()).with_format("torch")).train(
         resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1")
     )
     assert_same(run(resumed.eval()), run(model.eval()))
@@ -138,6 +143,29 @@ def test_a_stock_library_does_not_know_the_type(tmp_path: Path) -> None:
     code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path / 'adapter')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode and "VITPRUNE_LORA" in done.stderr
+
+
+@pytest.mark.parametrize("cut", ["truncate", "narrow", "copy", "trainer"])
+def test_adapters_of_a_pruned_model_of_a_stock_class(cut: str, tmp_path: Path) -> None:
+    narrow = PruningPlan.magnitude(make(VIT), 0.5, units=["mlp"])
+    small = truncate(make(VIT), 2) if cut != "narrow" else prune(make(VIT), narrow)
+    small.save_pretrained(tmp_path / "base")
+    assert type(small) is type(make(VIT))
+    small = copy.deepcopy(small) if cut == "copy" else load(tmp_path) if cut == "trainer" else small
+    model = randomize(get_peft_model(small, lora())).eval()
+    if cut == "trainer":
+        args = TrainingArguments(str(tmp_path / "run"), max_steps=1, use_cpu=True, report_to=[])
+        PruningTrainer(model, args, train_dataset=Dataset.from_list(rows()).with_format("torch")).train()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    assert type_in(tmp_path / "adapter") == "VITPRUNE_LORA"
+    with pytest.raises(AdapterError, match="pruned base model that was saved with it"):
+        PeftModel.from_pretrained(make(VIT), str(tmp_path / "adapter"))
+    for again in (
+        PeftModel.from_pretrained(load(tmp_path), str(tmp_path / "adapter")),
+        AutoPeftModel.from_pretrained(tmp_path / "adapter"),
+    ):
+        assert type(again.get_base_model()) is type(make(VIT))
+        assert_same(run(again.eval()), run(model))
 
 
 def test_the_documented_call(tmp_path: Path) -> None:
