@@ -10,11 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ..spec.layer_shape import LayerShape
+from ..spec.units import LAYER_UNITS
 from ..utils.figures import new_figure, save_figure
 from .table import LatencyTable
 
 #: sizes of a block, in the order of tables and plots
-SIZES = ("embedding", "heads", "qk", "v", "mlp")
+SIZES = ("embedding", *LAYER_UNITS)
 
 
 class Curve(NamedTuple):

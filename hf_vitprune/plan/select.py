@@ -10,10 +10,8 @@ import torch
 
 from ..errors import InvalidPlanError, UnsupportedUnitError
 from ..spec.architecture import Architecture
-from ..spec.units import LAYER_UNITS, channels_per_unit, set_name
+from ..spec.units import DEFAULT_UNITS, LAYER_UNITS, channels_per_unit, set_name
 from .layer_plan import Indices, LayerPlan
-
-DEFAULT_UNITS = ("heads", "qk", "v", "mlp", "embedding")
 
 
 def check_ratio(ratio: Any) -> float:

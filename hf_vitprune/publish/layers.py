@@ -8,6 +8,7 @@ from ..cost import cost_parts
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
 from ..spec.origin import dense_of
+from ..spec.units import LAYER_UNITS
 
 #: sizes of a layer that a plan can reduce, in the order of tables and plots, and what they are called there
 SIZES = {
@@ -57,13 +58,8 @@ def _sizes(architecture: Architecture, layer: int) -> dict[str, Any]:
     return {
         **stage,
         "mixer": shape.mixer,
-        "heads": shape.heads,
-        "qk": shape.qk_dim,
-        "v": shape.v_dim,
-        "mlp": shape.mlp,
-        "conv_channels": shape.conv_channels,
-        "attention_in": shape.attention_in,
-        "mlp_in": shape.mlp_in,
+        **{unit: getattr(shape, field) for unit, field in LAYER_UNITS.items()},
+        **{name: getattr(shape, name) for name in ("conv_channels", "attention_in", "mlp_in")},
     }
 
 

@@ -153,28 +153,15 @@ def shape_from_words(row: Any, where: str) -> LayerShape:
 
 def shape_to_words(shape: LayerShape) -> dict[str, Any]:
     """The row of ``per_layer_config``: inverse of :func:`shape_from_words`."""
-    row: dict[str, Any] = {}
     skip = [name for name, gone in (("attention", shape.mixer == "none"), ("mlp", shape.mlp == 0)) if gone]
-    if skip:
-        row["skip"] = skip
-    if shape.mixer == "attention":
-        row["num_attention_heads"] = shape.heads
-        if shape.qk_dim == shape.v_dim:
-            row["head_dim"] = shape.qk_dim
-        else:
-            row["qk_head_dim"], row["v_head_dim"] = shape.qk_dim, shape.v_dim
-        if shape.attention_in is not None:
-            row["attention_input_size"] = shape.attention_in
-    elif shape.mixer != "none":
-        row["mixer"] = shape.mixer
-        for name in _CONV_SIZES if shape.kernel else ():
-            row[name] = getattr(shape, name)
-    if shape.mlp:
-        row["intermediate_size"] = shape.mlp
-        if shape.mlp_in is not None:
-            row["mlp_input_size"] = shape.mlp_in
-    if shape.shifted is not None:
-        row["shifted"] = shape.shifted
+    row: dict[str, Any] = {"skip": skip} if skip else {}
+    sizes = {word: getattr(shape, field) for word, field in _WORDS.items()}
+    row |= {word: size for word, size in sizes.items() if size is not None and (size != 0 or size is False)}
+    if shape.mixer in ("attention", "none"):
+        del row["mixer"]
+    if shape.mixer == "attention" and shape.qk_dim == shape.v_dim:
+        row["head_dim"] = row.pop("qk_head_dim")
+        del row["v_head_dim"]
     return row
 
 

@@ -18,6 +18,8 @@ from .architecture import Architecture
 
 #: units inside a layer -> name of their number in the layer's shape
 LAYER_UNITS = {"qk": "qk_dim", "v": "v_dim", "heads": "heads", "mlp": "mlp"}
+#: all that make a model narrower, as options and errors list them
+DEFAULT_UNITS = ("heads", "qk", "v", "mlp", "embedding")
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class UnitSet:
         unit: ``qk``, ``v``, ``heads``, ``mlp``, ``embedding`` or ``layers``.
         layer: the layer it belongs to; None for ``embedding`` and ``layers``.
         size: number of units.
+        channels: of a head that a q/k unit is: two where rotary positions turn pairs of them.
     """
 
     name: str
     unit: str
     layer: int | None
     size: int
+    channels: int = 1
 
 
 class Axis(NamedTuple):
@@ -56,6 +60,16 @@ class Axis(NamedTuple):
     repeats: int = 1
     run: int = 1
     layer: int | None = None
+
+    @property
+    def module(self) -> str:
+        """Path of the module that has the tensor."""
+        return self.tensor.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """Of the tensor in its module."""
+        return self.tensor.rpartition(".")[2]
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:
         """(units,) sums over all values of a unit.
@@ -94,8 +108,8 @@ def unit_sets(architecture: Architecture) -> dict[str, UnitSet]:
     for i, shape in enumerate(architecture.layers):
         for unit, field in LAYER_UNITS.items():
             if (unit == "mlp" or shape.mixer == "attention") and getattr(shape, field):
-                size = getattr(shape, field) // channels_per_unit(architecture, unit)
-                sets.append(UnitSet(set_name(unit, i), unit, i, size))
+                channels = channels_per_unit(architecture, unit)
+                sets.append(UnitSet(set_name(unit, i), unit, i, getattr(shape, field) // channels, channels))
     if has_embedding_set(architecture):
         sets.append(UnitSet("embedding", "embedding", None, architecture.hidden_size))
     return {one.name: one for one in sets}

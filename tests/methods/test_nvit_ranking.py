@@ -16,7 +16,7 @@ from hf_vitprune.cost.meter import ClosedFormMeter
 from hf_vitprune.errors import InvalidConfigError, UnreachableTargetError, UnsupportedUnitError
 from hf_vitprune.methods.nvit.ranking import Sizes, fewest_groups, removals, smallest_ratio
 from hf_vitprune.methods.nvit.schedule import Schedule
-from hf_vitprune.methods.nvit.units import UnitSet, plan_of, resized, unit_sets
+from hf_vitprune.methods.nvit.units import GroupedSet, grouped_sets, plan_of, resized
 from pruning_runs import SMALL_GROUPS, VIT, nvit, scatter_scores
 from tiny import CASES, make
 
@@ -27,15 +27,15 @@ VIT_CONFIG = ViTConfig(
 GROUPS = {"embedding": 8, "heads": 1, "qk": 4, "v": 4, "mlp": 8}
 
 
-def make_sets(config: Any = VIT_CONFIG, **options: Any) -> tuple[Architecture, tuple[UnitSet, ...]]:
+def make_sets(config: Any = VIT_CONFIG, **options: Any) -> tuple[Architecture, tuple[GroupedSet, ...]]:
     architecture = Architecture.dense(config)
-    return architecture, unit_sets(architecture, NViTConfig(**{"target": 0.5, "group_sizes": GROUPS, **options}))
+    return architecture, grouped_sets(architecture, NViTConfig(**{"target": 0.5, "group_sizes": GROUPS, **options}))
 
 
 # ---------------------------------------------------------------------- sets and groups
 def test_deit_base_has_the_published_units_and_groups() -> None:
     architecture = Architecture.dense(DeiTConfig(), "ForImageClassificationWithTeacher")
-    sets = unit_sets(architecture, NViTConfig(target=0.5))
+    sets = grouped_sets(architecture, NViTConfig(target=0.5))
     assert (len(sets), sets[-1].places.stop, sum(one.groups for one in sets)) == (49, 39_312, 2_616)
     assert [one.size for one in sets[:5]] == [768, 12, 64, 64, 3072]
     assert [one.group for one in sets[:5]] == [16, 2, 8, 8, 16]
@@ -46,7 +46,7 @@ def test_deit_base_has_the_published_units_and_groups() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_every_family_has_sets(case: str) -> None:
     architecture = Architecture.of(make(case))
-    kinds = {one.kind for one in unit_sets(architecture, NViTConfig(target=0.5, group_sizes=SMALL_GROUPS))}
+    kinds = {one.unit for one in grouped_sets(architecture, NViTConfig(target=0.5, group_sizes=SMALL_GROUPS))}
     assert kinds == architecture.units - {"layers"}
 
 
@@ -64,7 +64,7 @@ def test_group_sizes_that_do_not_divide_are_refused() -> None:
 def test_a_model_pruned_at_its_inputs_has_no_embedding_set() -> None:
     layers = [{"attention_in": 16}, {}, {}, {}]
     architecture = Architecture.from_layers(VIT_CONFIG, layers)
-    assert unit_sets(architecture, NViTConfig(target=0.5, group_sizes=GROUPS))[0].kind == "heads"
+    assert grouped_sets(architecture, NViTConfig(target=0.5, group_sizes=GROUPS))[0].unit == "heads"
 
 
 # ---------------------------------------------------------------------- cost, kept up to date

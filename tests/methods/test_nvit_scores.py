@@ -16,7 +16,7 @@ from hf_vitprune.errors import InvalidConfigError, MissingGradientsError
 from hf_vitprune.methods.nvit.activations import ActivationSums
 from hf_vitprune.methods.nvit.average import RunningScores
 from hf_vitprune.methods.nvit.scores import WeightSums, divisors
-from hf_vitprune.methods.nvit.units import UnitSet, unit_sets
+from hf_vitprune.methods.nvit.units import GroupedSet, grouped_sets
 from hf_vitprune.modeling.peft_twin import merged_twin
 from hf_vitprune.modeling.structure import layer_paths
 from pruning_runs import DROPOUT, SMALL_GROUPS, VIT, Images, lora_model, nvit, state_of, trainer
@@ -27,11 +27,11 @@ TWO_HEADS = "DeiTForImageClassificationWithTeacher"
 FAMILIES = [*CLASSIFIERS, TWO_HEADS]
 
 
-def sums_of(model: Any, config: NViTConfig | None = None) -> tuple[Architecture, tuple[UnitSet, ...], torch.Tensor]:
+def sums_of(model: Any, config: NViTConfig | None = None) -> tuple[Architecture, tuple[GroupedSet, ...], torch.Tensor]:
     """A model after one backward pass in double precision, and its Taylor sums."""
     model.double()
     architecture = Architecture.of(model)
-    sets = unit_sets(architecture, config or NViTConfig(target=0.5, group_sizes=SMALL_GROUPS))
+    sets = grouped_sets(architecture, config or NViTConfig(target=0.5, group_sizes=SMALL_GROUPS))
     total_loss(model, images().double()).backward()
     return architecture, sets, WeightSums(model, architecture, sets).take(1.0)
 
@@ -47,7 +47,7 @@ def test_identities_of_attention(case: str) -> None:
     """q and k agree channel by channel, v and the columns behind it too, and a key bias does nothing."""
     model = make(case)
     architecture, sets, sums = sums_of(model)
-    scored = {(one.layer, one.kind): sums[one.places] for one in sets}
+    scored = {(one.layer, one.unit): sums[one.places] for one in sets}
     for i, (paths, shape) in enumerate(zip(layer_paths(model, architecture), architecture.layers, strict=True)):
         q, k, v, o = (model.get_submodule(path) for path in (paths.q, paths.k, paths.v, paths.o))
 
@@ -87,8 +87,8 @@ def test_sums_are_gradients_of_masks(case: str) -> None:
                 model.get_submodule(path).register_forward_hook(Factor(masks[i, kind], repeats))
     total_loss(model, images().double()).backward()
     for one in sets:
-        if (one.layer, one.kind) in masks:
-            assert relative_error(sums[one.places], masks[one.layer, one.kind].grad) < 1e-9
+        if (one.layer, one.unit) in masks:
+            assert relative_error(sums[one.places], masks[one.layer, one.unit].grad) < 1e-9
 
 
 @pytest.mark.parametrize("case", [name for name in FAMILIES if not name.startswith("Swin")])
@@ -101,14 +101,14 @@ def test_the_embeddings_sum_is_over_the_tensors_of_the_page(case: str) -> None:
             linear = model.get_submodule(path)
             expected = expected + (linear.weight * linear.weight.grad).sum(0)
         expected = expected + row_sums(model.get_submodule(paths.o)) + row_sums(model.get_submodule(paths.fc2))
-    assert sets[0].kind == "embedding" and relative_error(sums[sets[0].places], expected) < 1e-12
+    assert sets[0].unit == "embedding" and relative_error(sums[sets[0].places], expected) < 1e-12
 
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_activations_give_the_same_sums_as_weights(case: str) -> None:
     model = make(case).double()
     architecture = Architecture.of(model)
-    sets = unit_sets(architecture, NViTConfig(target=0.5, group_sizes=SMALL_GROUPS))
+    sets = grouped_sets(architecture, NViTConfig(target=0.5, group_sizes=SMALL_GROUPS))
     weights, activations = (kind(model, architecture, sets) for kind in (WeightSums, ActivationSums))
     activations.attach(model)
     for seed in (1, 2):  # two micro-batches
@@ -118,28 +118,28 @@ def test_activations_give_the_same_sums_as_weights(case: str) -> None:
 
 def test_swin_has_no_embedding_and_a_part_can_be_asked_for() -> None:
     swin = make("SwinForImageClassification")
-    assert "embedding" not in {one.kind for one in sums_of(swin)[1]}
+    assert "embedding" not in {one.unit for one in sums_of(swin)[1]}
     everything, only = make(VIT), make(VIT)
     _, sets, sums = sums_of(everything)
     config = NViTConfig(target=0.9, group_sizes=SMALL_GROUPS, units=["v", "mlp"])
     _, few, part = sums_of(only, config)
-    assert {one.kind for one in few} == {"v", "mlp"}
-    whole = {(one.layer, one.kind): sums[one.places] for one in sets}
-    torch.testing.assert_close(part, torch.cat([whole[one.layer, one.kind] for one in few]))
+    assert {one.unit for one in few} == {"v", "mlp"}
+    whole = {(one.layer, one.unit): sums[one.places] for one in sets}
+    torch.testing.assert_close(part, torch.cat([whole[one.layer, one.unit] for one in few]))
 
 
 def test_divisors() -> None:
     deit = Architecture.dense(DeiTConfig(num_hidden_layers=4))
     swiglu = Architecture.of(make("Dinov2ForImageClassification-swiglu"))
     for architecture, embedding, mlp in ((deit, 4.0, 1.0), (swiglu, 3.0, 2.0)):
-        sets = unit_sets(architecture, NViTConfig(target=0.5, group_sizes=SMALL_GROUPS))
+        sets = grouped_sets(architecture, NViTConfig(target=0.5, group_sizes=SMALL_GROUPS))
         for reference, expected in (
             (False, {"embedding": embedding, "heads": 6.0, "qk": 2.0, "v": 2.0, "mlp": mlp}),
             (True, {"embedding": 12.0, "heads": 12.0, "qk": 2.0, "v": 2.0, "mlp": 1.0}),
         ):
             table = divisors(architecture, sets, reference)
             for one in sets:
-                assert set(table[one.places].tolist()) == {expected[one.kind]}
+                assert set(table[one.places].tolist()) == {expected[one.unit]}
 
 
 # ---------------------------------------------------------------------- over time

@@ -10,12 +10,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ...errors import MissingGradientsError
-from ...modeling.structure import get_wrapped, layer_paths
+from ...modeling.structure import get_wrapped
 from ...spec.architecture import Architecture
+from ...spec.units import Axis
 from ...surgery.hooks import GateHook
 from ...utils.processes import mean_over_processes
-from .scores import LayerSums
-from .units import UnitSet
+from .scores import scored_axes
+from .units import GroupedSet
 
 
 class ActivationSums:
@@ -31,28 +32,20 @@ class ActivationSums:
         sets: its prunable sets.
     """
 
-    def __init__(self, model: PreTrainedModel, architecture: Architecture, sets: Sequence[UnitSet]) -> None:
-        self.sets = sets
-        self.paths = layer_paths(model, architecture)
-        self.layers = [LayerSums(architecture, i, paths) for i, paths in enumerate(self.paths)]
-        self.patch = architecture.family.patch_path(model)
-        self.taps: dict[str, Tap] = {}
-        names = [self.patch] if sets[0].layer is None else []
-        for i, (layer, paths) in enumerate(zip(self.layers, self.paths, strict=True)):
-            kinds = {one.kind for one in sets if one.layer == i}
-            attention = [paths.q] if kinds & {"heads", "qk"} else []
-            attention += [paths.k] if "heads" in kinds else []
-            attention += [paths.v] if kinds & {"heads", "v"} else []
-            names += attention + (list(paths.fc1) if "mlp" in kinds else [])
-            if sets[0].layer is None:
-                names += [paths.norm1, paths.o] if layer.shape.mixer == "attention" else []
-                names += [paths.norm2, paths.fc2] if layer.shape.mlp else []
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, sets: Sequence[GroupedSet]) -> None:
+        patch = architecture.family.patch_path(model)
+        self.axes = [
+            [
+                axis
+                for axis in axes
+                if axis.name == "weight" and (axis.module == patch or (axis.axis == 0 and axis.layer is not None))
+            ]
+            for axes in scored_axes(model, architecture, sets)
+        ]
         # the patch projection first: what comes behind it then has gradients even where all weights are frozen
-        stem: Any = get_wrapped(model, self.patch)
-        maps = isinstance(stem, torch.nn.Conv2d)  # channels in front of rows and columns
-        self.taps = {
-            name: Tap(channels_first=maps and name == self.patch) for name in dict.fromkeys([self.patch, *names])
-        }
+        names = [patch, *(axis.module for axes in self.axes for axis in axes)]
+        maps = isinstance(get_wrapped(model, patch), torch.nn.Conv2d)  # channels in front of rows and columns
+        self.taps = {name: Tap(channels_first=maps and name == patch) for name in dict.fromkeys(names)}
 
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
         """Hook the taps in, behind all hooks that change activations."""
@@ -66,25 +59,15 @@ class ActivationSums:
                 f"no gradient came through {silent[0]}, and NViT scores by gradients: the forward pass of this update "
                 "ran without gradients, or the module takes no part in the loss"
             )
-        parts: dict[tuple[int | None, str], torch.Tensor] = {}
-        for one in self.sets:
-            if one.layer is None:
-                used = [
-                    self.patch,
-                    *(p for p in self.taps if any(p in (s.norm1, s.norm2, s.o, s.fc2) for s in self.paths)),
-                ]
-                parts[None, one.kind] = torch.stack([self._rows(path) for path in used]).sum(0)
-            else:
-                parts[one.layer, one.kind] = self.layers[one.layer].units(one.kind, self._rows)
-        sums = torch.cat([parts[one.layer, one.kind] for one in self.sets])
+        sums = torch.cat([torch.stack([self._sums(axis) for axis in axes]).sum(0) for axes in self.axes])
         for tap in self.taps.values():
             tap.sums = None
         return mean_over_processes(sums)  # as DDP averages gradients
 
-    def _rows(self, path: str) -> torch.Tensor:
-        sums = self.taps[path].sums
+    def _sums(self, axis: Axis) -> torch.Tensor:
+        sums = self.taps[axis.module].sums
         assert sums is not None
-        return sums
+        return axis.sums(sums)
 
 
 class Tap(GateHook):

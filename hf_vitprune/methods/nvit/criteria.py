@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ... import criteria
-from .units import UnitSet
+from .units import GroupedSet
 
 
-def magnitudes(model: Any, sets: Sequence[UnitSet], alive: torch.Tensor) -> torch.Tensor:
+def magnitudes(model: Any, sets: Sequence[GroupedSet], alive: torch.Tensor) -> torch.Tensor:
     """(units,) L2 norm of every unit's weights, over the mean of its set and the size of a group.
 
     Norms of sets are of different sizes (a head has more weights than a neuron) and cannot be ranked as they are.
@@ -29,7 +29,7 @@ def magnitudes(model: Any, sets: Sequence[UnitSet], alive: torch.Tensor) -> torc
     return torch.cat(parts)
 
 
-def random_scores(sets: Sequence[UnitSet], seed: int) -> torch.Tensor:
+def random_scores(sets: Sequence[GroupedSet], seed: int) -> torch.Tensor:
     """(units,) uniform draws, over the size of a group: sets then shrink alike."""
     generator = torch.Generator().manual_seed(seed)
     return torch.cat([torch.rand(one.size, generator=generator) / one.group for one in sets])

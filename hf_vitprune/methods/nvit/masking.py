@@ -18,12 +18,14 @@ from ...surgery.points import EMBEDDING, POINTS, point_name
 from ...surgery.transplant import empty_like
 from ...utils.pieces import is_spread, piece_of
 from ...utils.sharding import shaped
-from .units import UnitSet
+from .units import GroupedSet
 
 
-def set_masks(masks: nn.ModuleDict, architecture: Architecture, sets: Sequence[UnitSet], alive: torch.Tensor) -> None:
+def set_masks(
+    masks: nn.ModuleDict, architecture: Architecture, sets: Sequence[GroupedSet], alive: torch.Tensor
+) -> None:
     """Switch off what is not ``alive`` (units,)."""
-    kept = {(one.layer, one.kind): alive[one.places] for one in sets}
+    kept = {(one.layer, one.unit): alive[one.places] for one in sets}
     for i, shape in enumerate(architecture.layers):
         heads = kept.get((i, "heads"), torch.ones(shape.heads, dtype=torch.bool))
         for place, size in (("queries", shape.qk_dim), ("attention_out", shape.v_dim)):

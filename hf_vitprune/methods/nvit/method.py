@@ -17,7 +17,6 @@ from ...errors import InvalidConfigError, MissingGradientsError, UnreachableTarg
 from ...losses.distillation import DistillationConfig
 from ...modeling.peft_twin import is_peft
 from ...plan.plan import PruningPlan
-from ...spec.units import set_name
 from ...surgery.points import attach, make_masks
 from ...utils.batches import ImageBatches
 from ...utils.processes import broadcast, is_first_process
@@ -32,7 +31,7 @@ from .schedule import Schedule
 from .scores import TaylorSums, WeightSums, divisors
 from .snapshots import save_run, save_snapshot
 from .trajectory import Moment, Trajectory
-from .units import plan_of, unit_sets
+from .units import grouped_sets, plan_of
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +52,7 @@ class NViT(PruningMethod):
     def __init__(self, config: NViTConfig, model: PreTrainedModel) -> None:
         super().__init__(config, model)
         device = next(model.parameters()).device
-        self.sets = unit_sets(self.architecture, config)
+        self.sets = grouped_sets(self.architecture, config)
         self.trajectory = Trajectory(self.sets, device)
         if config.criterion not in ("squared_taylor", "taylor"):
             self.traits = replace(self.traits, decides_by="steps")
@@ -81,7 +80,7 @@ class NViT(PruningMethod):
     def at_full_width(self) -> NViTConfig | None:
         if self.config.units is not None:
             return None
-        return replace(self.config, units=tuple(dict.fromkeys(one.kind for one in self.sets if one.layer is not None)))
+        return replace(self.config, units=tuple(dict.fromkeys(one.unit for one in self.sets if one.layer is not None)))
 
     def _check_target(self) -> None:
         """An unreachable target says so before any training."""
@@ -183,7 +182,7 @@ class NViT(PruningMethod):
         before, now = self.trajectory.counts(self._logged), self.trajectory.counts()
         self._logged = self.groups
         lost = [(one, old - new) for one, old, new in zip(self.sets, before, now, strict=True) if old > new]
-        names = [set_name(one.kind, one.layer).replace("layer ", "layer").replace(" ", "_") for one, _ in lost]
+        names = [one.name.replace("layer ", "layer").replace(" ", "_") for one, _ in lost]
         return {f"taken_{name}": count for name, (_, count) in zip(names, lost, strict=True)}
 
     # ------------------------------------------------------------------ removing groups

@@ -9,7 +9,7 @@ import torch
 
 from ...cost.meter import CostMeter
 from ...spec.architecture import Architecture
-from .units import UnitSet, resized, resized_layer
+from .units import GroupedSet, resized, resized_layer
 
 
 @dataclass
@@ -30,7 +30,9 @@ class Removal:
 class Sizes:
     """Units left of every set, the model's cost, and what a group of each set would save: kept up to date cheaply."""
 
-    def __init__(self, source: Architecture, sets: Sequence[UnitSet], counts: Sequence[int], meter: CostMeter) -> None:
+    def __init__(
+        self, source: Architecture, sets: Sequence[GroupedSet], counts: Sequence[int], meter: CostMeter
+    ) -> None:
         self.sets, self.meter = sets, meter
         self.counts = list(counts)
         now = resized(source, sets, counts)
@@ -135,12 +137,12 @@ def removals(sizes: Sizes, alive: torch.Tensor, scores: torch.Tensor, eta: float
         yield Removal(chosen, units, sizes.ratio)
 
 
-def smallest_ratio(source: Architecture, sets: Sequence[UnitSet], meter: CostMeter) -> float:
+def smallest_ratio(source: Architecture, sets: Sequence[GroupedSet], meter: CostMeter) -> float:
     """Cost with every set at its floor of one group, as a fraction of the unpruned model's."""
     return meter.ratio(resized(source, sets, [one.group for one in sets]))
 
 
-def fewest_groups(source: Architecture, sets: Sequence[UnitSet], meter: CostMeter, target: float) -> int:
+def fewest_groups(source: Architecture, sets: Sequence[GroupedSet], meter: CostMeter, target: float) -> int:
     """Groups that must go at the least to reach the target: as if each saved what it saves from the whole model."""
     sizes = Sizes(source, sets, [one.size for one in sets], meter)
     savings = sorted(

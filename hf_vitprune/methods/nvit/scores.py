@@ -10,13 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ...errors import MissingGradientsError
-from ...families import LayerPaths
 from ...modeling.structure import get_wrapped, layer_paths
 from ...spec.architecture import Architecture
-from ...spec.units import channels_per_unit
+from ...spec.units import Axis, unit_table
 from ...utils.pieces import is_spread, piece_of
 from ...utils.processes import sum_over_processes
-from .units import UnitSet
+from .units import GroupedSet
 
 #: divisors of the published code; the 12 of heads is twice what its formula says
 REFERENCE_DIVISORS = {"embedding": 12.0, "heads": 12.0, "qk": 2.0, "v": 2.0, "mlp": 1.0}
@@ -37,7 +36,7 @@ class TaylorSums(Protocol):
         ...
 
 
-def divisors(architecture: Architecture, sets: Sequence[UnitSet], reference: bool) -> torch.Tensor:
+def divisors(architecture: Architecture, sets: Sequence[GroupedSet], reference: bool) -> torch.Tensor:
     """(units,) what a unit's sum is divided by before it is squared: the number of tensors that were summed up.
 
     ``reference``: of the published code. By default the embedding's is the number of layers, a head's 6, and a
@@ -46,31 +45,28 @@ def divisors(architecture: Architecture, sets: Sequence[UnitSet], reference: boo
     branches = len(architecture.family.fc1_names(architecture.config))
     own = {**REFERENCE_DIVISORS, "embedding": float(len(architecture.layers)), "heads": 6.0, "mlp": float(branches)}
     table = REFERENCE_DIVISORS if reference else own
-    return torch.cat([torch.full((one.size,), table[one.kind]) for one in sets])
+    return torch.cat([torch.full((one.size,), table[one.unit]) for one in sets])
 
 
-class LayerSums:
-    """The sums of a layer's parts, put together to those of its units.
+def scored_axes(model: PreTrainedModel, architecture: Architecture, sets: Sequence[GroupedSet]) -> list[list[Axis]]:
+    """Axes of every set that it is scored by: of a layer's units what computes them, of q/k the queries alone.
 
-    ``rows(path)`` is the sum over every output channel of a Linear: weights, and bias, times their gradients;
-    ``columns(path)`` over every input channel, without bias.
+    Args:
+        model: of which they are.
+        architecture: of it.
+        sets: its prunable sets.
     """
-
-    def __init__(self, architecture: Architecture, layer: int, paths: LayerPaths) -> None:
-        self.shape = architecture.layers[layer]
-        self.paths = paths
-        self.per_unit = channels_per_unit(architecture, "qk")
-
-    def units(self, kind: str, rows: Any) -> torch.Tensor:
-        """(units,) of one kind: heads over q, k and v; q/k channels over q; v channels over v; neurons over fc1."""
-        shape, paths = self.shape, self.paths
-        if kind == "mlp":
-            return torch.stack([rows(path) for path in paths.fc1]).sum(0)
-        if kind == "heads":
-            q, k, v = (rows(path).view(shape.heads, -1).sum(1) for path in (paths.q, paths.k, paths.v))
-            return q + k + v
-        channels = rows(paths.q if kind == "qk" else paths.v).view(shape.heads, -1).sum(0)
-        return channels.view(self.per_unit if kind == "qk" else 1, -1).sum(0)
+    paths = layer_paths(model, architecture)
+    table = unit_table(architecture, paths)
+    scored = []
+    for one in sets:
+        axes = table[one.name]
+        if one.layer is not None:
+            path = paths[one.layer]
+            modules = {path.q, path.v, *path.fc1} | ({path.k} if one.unit == "heads" else set())
+            axes = [axis for axis in axes if axis.module in modules]
+        scored.append(axes)
+    return scored
 
 
 class WeightSums:
@@ -85,13 +81,18 @@ class WeightSums:
         sets: its prunable sets.
     """
 
-    def __init__(self, model: PreTrainedModel, architecture: Architecture, sets: Sequence[UnitSet]) -> None:
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, sets: Sequence[GroupedSet]) -> None:
+        self.modules: dict[str, Any] = {}
+        #: tensor -> places of the sets that it counts for, and the axis of each
+        self.uses: dict[str, list[tuple[int, Axis]]] = {}
         self.sets = sets
-        self.layers = [LayerSums(architecture, i, paths) for i, paths in enumerate(layer_paths(model, architecture))]
-        self.patch, self.stem_axis = architecture.family.patch_path(model), architecture.family.stem_axis
-        self.with_embedding = sets[0].layer is None
-        names = [path for layer in self.layers for path in _linears(layer)]
-        self.modules: dict[str, Any] = {name: get_wrapped(model, name) for name in (*names, self.patch)}
+        for position, axes in enumerate(scored_axes(model, architecture, sets)):
+            for axis in axes:
+                module: Any = get_wrapped(model, axis.module)
+                is_linear = len(_shape(getattr(module, "weight", torch.empty(0)))) > 1
+                if is_linear and getattr(module, axis.name, None) is not None:
+                    self.modules[axis.module] = module
+                    self.uses.setdefault(axis.tensor, []).append((position, axis))
 
     @property
     def trained(self) -> bool:
@@ -102,52 +103,31 @@ class WeightSums:
         """As :class:`TaylorSums`. Of weights that are spread over processes, each sums up its pieces, and what is then
         summed over the processes is no more than this vector.
         """
-        kinds = {(one.layer, one.kind) for one in self.sets}
-        parts: dict[tuple[int | None, str], torch.Tensor] = {}
-        embedding = self._rows(self.patch, self._terms(self.patch), self.stem_axis) if self.with_embedding else None
-        for i, layer in enumerate(self.layers):
-            terms = {path: self._terms(path) for path in self._needed(i, layer)}
-            rows = {path: self._rows(path, own) for path, own in terms.items()}
-            for kind in ("heads", "qk", "v", "mlp"):
-                if (i, kind) in kinds:
-                    parts[i, kind] = layer.units(kind, rows.__getitem__)
-            if embedding is not None:
-                readers, writers = _sides(layer)
-                embedding = embedding + sum(terms[path].over(1) for path in readers)
-                embedding = embedding + sum(rows[path] for path in writers)
-        if embedding is not None:
-            parts[None, "embedding"] = embedding
-        taken = torch.cat([parts[one.layer, one.kind] for one in self.sets])
+        sums: list[Any] = [0.0] * len(self.sets)
+        for uses in self.uses.values():
+            terms = self._terms(uses[0][1])
+            over = {axis.axis: terms.over(axis.axis) for _, axis in uses}
+            for position, axis in uses:
+                sums[position] = sums[position] + axis.sums(over[axis.axis])
+        taken = torch.cat(sums)
         if is_spread(module.weight for module in self.modules.values()):
             taken = sum_over_processes(taken)
         return taken * gradient_scale
 
-    def _needed(self, index: int, layer: LayerSums) -> list[str]:
-        """Linears whose gradients the sets of this layer (and the embedding) take."""
-        if self.with_embedding:
-            return _linears(layer)
-        kinds = {one.kind for one in self.sets if one.layer == index}
-        paths = layer.paths
-        needed = [paths.q] if kinds & {"heads", "qk"} else []
-        needed += [paths.k] if "heads" in kinds else []
-        needed += [paths.v] if kinds & {"heads", "v"} else []
-        return needed + (list(paths.fc1) if "mlp" in kinds else [])
-
-    def _terms(self, path: str) -> _Terms:
-        terms = _Terms(self.modules[path].weight)
+    def _terms(self, axis: Axis) -> _Terms:
+        terms = _Terms(getattr(self.modules[axis.module], axis.name))
         if terms.lack_gradients:
             raise MissingGradientsError(
-                f"{path}.weight has no gradient when the optimizer is about to step, and NViT scores by gradients. "
+                f"{axis.tensor} has no gradient when the optimizer is about to step, and NViT scores by gradients. "
                 "Either the weight was frozen after get_pruning_model (wrap the model again), or the optimizer works "
                 "in the backward pass and drops gradients at once: use one that keeps them until its step"
             )
         return terms
 
-    def _rows(self, path: str, terms: _Terms, axis: int = 0) -> torch.Tensor:
-        """(outputs,) of a Linear's weight and bias."""
-        bias = getattr(self.modules[path], "bias", None)
-        sums = terms.over(axis)
-        return sums if bias is None else sums + _Terms(bias).over(0)
+
+def _shape(parameter: Any) -> torch.Size:
+    """Of the whole parameter, under ZeRO-3 too."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 class _Terms:
@@ -158,7 +138,7 @@ class _Terms:
     """
 
     def __init__(self, parameter: Any) -> None:
-        self._shape = getattr(parameter, "ds_shape", parameter.shape)
+        self._shape = _shape(parameter)
         self._precise = torch.promote_types(parameter.dtype, torch.float32)
         self._device = parameter.device
         self._piece = piece = piece_of(parameter)
@@ -174,17 +154,3 @@ class _Terms:
             return self._piece.over(axis, self._terms)
         size = math.prod(self._shape[1:]) if axis else self._shape[0]
         return torch.zeros(size, dtype=self._precise, device=self._device)
-
-
-def _sides(layer: LayerSums) -> tuple[list[str], list[str]]:
-    """Linears that read the residual stream, and those that write to it."""
-    paths = layer.paths
-    attention = layer.shape.mixer == "attention"
-    readers = ([paths.q, paths.k, paths.v] if attention else []) + (list(paths.fc1) if layer.shape.mlp else [])
-    writers = ([paths.o] if attention else []) + ([paths.fc2] if layer.shape.mlp else [])
-    return readers, writers
-
-
-def _linears(layer: LayerSums) -> list[str]:
-    readers, writers = _sides(layer)
-    return readers + writers

@@ -21,8 +21,9 @@ from ...plan.plan import PruningPlan
 from ...plan.select import plan_keeping
 from ...pruning import prune
 from ...spec.architecture import Architecture
+from ...spec.units import set_name
 from .trajectory import Moment, Trajectory
-from .units import UnitSet
+from .units import GroupedSet
 
 RUN_FILE = "run.json"
 PLAN_FILE = "plan.json"
@@ -58,7 +59,7 @@ def save_snapshot(model: Any, plan: PruningPlan, folder: str | Path, target: flo
 def save_run(trajectory: Trajectory, moments: list[Moment], folder: str | Path) -> None:
     """Write what :func:`model_at` needs besides the snapshots: the order of removals and the costs."""
     record = {
-        "sets": [[one.kind, one.layer, one.start, one.size, one.group] for one in trajectory.sets],
+        "sets": [[one.unit, one.layer, one.start, one.size, one.group] for one in trajectory.sets],
         "order": trajectory.order.tolist(),
         "steps": [moment.step for moment in moments],
         "ratios": [moment.ratio for moment in moments],
@@ -101,14 +102,19 @@ def model_at(folder: str | Path, target: float) -> Any:
     plan = PruningPlan.load(path / PLAN_FILE)
     loader: Any = _LOADERS.get(plan.source.task, AutoModel)
     model = loader.from_pretrained(path)
-    sets = [UnitSet(*row) for row in record["sets"]]
+    sets = [
+        GroupedSet(set_name(unit, layer), unit, layer, size, start=start, group=group)
+        for unit, layer, start, size, group in record["sets"]
+    ]
     groups = next(i for i, ratio in enumerate(ratios) if ratio <= target)
     order = torch.tensor(record["order"])
     further = _relative(plan, sets, (order == 0) | (order > groups), Architecture.of(model))
     return model if further.removes_nothing else prune(model, replace(further, info=plan.info))
 
 
-def _relative(big: PruningPlan, sets: list[UnitSet], alive: torch.Tensor, architecture: Architecture) -> PruningPlan:
+def _relative(
+    big: PruningPlan, sets: list[GroupedSet], alive: torch.Tensor, architecture: Architecture
+) -> PruningPlan:
     """The plan for the model that ``big`` gave, with only the units that are ``alive`` in ``big``'s source."""
     kept = {}
     for one in sets:
@@ -117,6 +123,6 @@ def _relative(big: PruningPlan, sets: list[UnitSet], alive: torch.Tensor, archit
             before: Sequence[int] = big.embedding or range(one.size)
         else:
             entry = big.layers[one.layer]
-            before = {"heads": entry.heads, "qk": entry.qk[0], "v": entry.v[0], "mlp": entry.mlp}[one.kind]
+            before = {"heads": entry.heads, "qk": entry.qk[0], "v": entry.v[0], "mlp": entry.mlp}[one.unit]
         kept[one.name] = tuple(i for i, unit in enumerate(before) if unit in living)
     return PruningPlan(architecture, *plan_keeping(architecture, kept)).validated()

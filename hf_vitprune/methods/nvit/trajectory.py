@@ -11,7 +11,7 @@ from torch import nn
 from ...cost.meter import CostMeter
 from ...spec.architecture import Architecture
 from .ranking import Removal, Sizes
-from .units import UnitSet
+from .units import GroupedSet
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Trajectory(nn.Module):
     order: torch.Tensor
     steps: torch.Tensor
 
-    def __init__(self, sets: Sequence[UnitSet], device: torch.device) -> None:
+    def __init__(self, sets: Sequence[GroupedSet], device: torch.device) -> None:
         super().__init__()
         self.sets = tuple(sets)
         units, groups = sets[-1].places.stop, sum(one.groups for one in sets)

@@ -18,13 +18,14 @@ from ...plan.targets import say_if_far_under
 from ...plan.uniform import StockSizes
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import LayerShape
+from ...spec.units import DEFAULT_UNITS, LAYER_UNITS
 from ..base import PruningConfig
 from .allocate import Options, allocate
 from .rebuild import of_layer
 from .settings import OneShotSettings
 
 #: what can be scored and chosen
-UNITS = ("heads", "qk", "v", "mlp")
+UNITS = tuple(unit for unit in DEFAULT_UNITS if unit in LAYER_UNITS)
 
 
 class Branch(NamedTuple):
