@@ -22,6 +22,7 @@ from ..utils.modules import put
 from .folder import NOT_STOCK
 from .pretrained import PrunedModelMixin, overridden
 from .registry import copy_conversions, pruned_model_class
+from .sealed import seal
 from .strict import StrictMixin
 
 #: classes that make their towers, or the configs of these, from one class -> the Auto classes that map them
@@ -57,6 +58,8 @@ class PrunedHostConfigMixin:
         config: Any = self
         fields = json.loads(config.to_json_string(use_diff=use_diff))
         for name, part in _pruned_parts(fields):
+            if part.get("pruning_config"):
+                seal(part, type(getattr(config, name)))
             part[family_of(getattr(config, name)).width_field] = NOT_STOCK
         Path(json_file_path).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -29,6 +29,7 @@ from .folder import PORTABLE, STUB_MODULE
 from .portable_record import differences, stock_class_of
 from .portable_source import MOST_LINES, assemble
 from .rebuild import fields_set, rebuild_
+from .sealed import SEALED
 
 #: model type of a portable bigger model, whose stock class asks the Auto classes for its tower
 WHOLE_TYPE = f"{PRUNED_PREFIX}tower_model"
@@ -133,6 +134,7 @@ class Portable:
         module = {"AutoConfig": self.config_name} | dict.fromkeys(self.auto_classes, self.model_name)
         fields["auto_map"] = {auto: f"{STUB_MODULE}.{name}" for auto, name in module.items()}
         fields |= {"model_type": self.model_type, "portable": self.record}
+        fields.pop(SEALED, None)  # their own code does not read it, and would keep it when values change
         path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (folder / f"{STUB_MODULE}.py").write_text(self.source, encoding="utf-8")
 

@@ -20,6 +20,7 @@ from .complete import check_adapters_whole
 from .custom import check_class, check_modules, loading
 from .folder import NOT_STOCK, STUB, STUB_MODULE
 from .rebuild import materialize
+from .sealed import seal, unsealed
 from .strict import StrictMixin
 from .structure import layer_paths, resize_
 
@@ -35,8 +36,8 @@ class PrunedConfigMixin:
         """As transformers'; the record of a pruned model may not be missing.
 
         Raises:
-            InvalidArchitectureError: a pruned model's config without its ``pruning_config``, or with values that no
-                config of its kind can have.
+            InvalidArchitectureError: a pruned model's config without its ``pruning_config``, with values that no
+                config of its kind can have, or with others than were saved.
         """
         stated: Any = cls
         config_dict = {name: value for name, value in config_dict.items() if name != "portable"}
@@ -47,7 +48,7 @@ class PrunedConfigMixin:
                 f"the config is of a {stated.model_type} model but has no pruning_config, without which its sizes are "
                 "unknown; fetch config.json again"
             )
-        fields = _with_width(config_dict, stated.model_type)
+        fields = unsealed(_with_width(config_dict, stated.model_type), stated)
         for name, kinds in (("dtype", (str, torch.dtype, dict)), ("architectures", (list, tuple))):
             if not isinstance(fields.get(name), (*kinds, type(None))):
                 raise InvalidArchitectureError(f"config.json says {name} {fields[name]!r}; fetch it again")
@@ -69,6 +70,7 @@ class PrunedConfigMixin:
         config: Any = self
         fields = json.loads(config.to_json_string(use_diff=use_diff))
         if fields.get("pruning_config"):
+            seal(fields, type(config))
             family = family_of(config)
             sizes = fields.setdefault(family.sub_config, {}) if family.sub_config else fields
             sizes[family.width_field] = NOT_STOCK
