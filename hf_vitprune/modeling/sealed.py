@@ -16,6 +16,8 @@ from ..errors import InvalidArchitectureError
 
 #: key of config.json, and of no config in memory
 SEALED = "sealed_fields"
+#: sizes that the record of the pruned shape has, and checks
+_RECORDED = {"hidden_size", "embed_dim", "num_hidden_layers", "depths", "num_attention_heads", "num_heads"}
 #: fields that only training reads
 _TRAINING = re.compile("drop|init")
 
@@ -49,8 +51,8 @@ def unsealed(fields: dict[str, Any], config_class: type[PreTrainedConfig]) -> di
 
 def _read_by_forward(fields: dict[str, Any], config_class: Any) -> dict[str, Any]:
     """Path -> value of what is of the model's kind, and not of training alone, in a config and those inside of it."""
-    general = {"pruning_config", *(field.name for field in dataclasses.fields(PreTrainedConfig))}
-    own = {field.name for field in dataclasses.fields(config_class)} - general
+    general = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    own = {field.name for field in dataclasses.fields(config_class)} - general - _RECORDED - {"pruning_config"}
     found = {name: fields[name] for name in sorted(own & fields.keys()) if not _TRAINING.search(name)}
     for name, sub_class in config_class.sub_configs.items():
         if isinstance(fields.get(name), dict) and dataclasses.is_dataclass(sub_class):

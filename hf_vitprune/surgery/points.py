@@ -16,6 +16,7 @@ from ..modeling.structure import get_wrapped, layer_paths
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
 from ..spec.units import LAYER_UNITS
+from .folded_gates import FoldedGate
 from .gates import DepthGate, UnitMask
 from .hooks import GateHook
 from .masked import residual_norms
@@ -89,18 +90,23 @@ def attach(model: PreTrainedModel, architecture: Architecture, factors: nn.Modul
     Returns:
         Handles; removing them all leaves the model as it was.
     """
-    handles = []
+    handles: list[Any] = []
     for i, paths in enumerate(layer_paths(model, architecture)):
         for name, point in POINTS.items():
             if point_name(i, name) not in factors:
                 continue
             factor, reader = factors[point_name(i, name)], get_wrapped(model, point.reader(paths))
             inputs = point.unit not in LAYER_UNITS
-            if point.writer is None or (inputs and architecture.family.post_norm):
-                handles.append(reader.register_forward_pre_hook(Before(factor)))
+            before = point.writer is None or (inputs and architecture.family.post_norm)
+            module = reader if before or point.writer is None else get_wrapped(model, point.writer(paths))
+            channels = _unwrapped(reader) if inputs else None
+            folded = FoldedGate.of(module, factor, nn.Linear if before else nn.LayerNorm)
+            if folded is not None and getattr(channels, "input_index", None) is None:
+                handles.append(folded.attach())
+            elif before:
+                handles.append(module.register_forward_pre_hook(Before(factor)))
             else:
-                writer = get_wrapped(model, point.writer(paths))
-                handles.append(writer.register_forward_hook(After(factor, _unwrapped(reader) if inputs else None)))
+                handles.append(module.register_forward_hook(After(factor, channels)))
     if EMBEDDING in factors:
         mask = factors[EMBEDDING]
         handles += [norm.register_forward_hook(_OverKept(mask)) for norm in residual_norms(model, architecture)]

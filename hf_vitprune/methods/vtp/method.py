@@ -75,7 +75,7 @@ class VTP(PruningMethod):
         weight = self.config.sparsity_weight * (min(1.0, progress / warmup) if warmup else 1.0)
         if self.decided or weight == 0:
             return None
-        return weight * torch.stack([gate.score.abs().sum() for gate in self._gates().values()]).sum()
+        return weight * torch.cat([gate.score for gate in self._gates().values()]).abs().sum()
 
     def logs(self) -> dict[str, float]:
         scores = torch.cat([gate.factors().detach().abs() for gate in self._gates().values()])
