@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import InvalidConfigError
 from ..modeling.structure import get, layer_paths
 from ..spec.architecture import Architecture, unwrap
-from ..surgery.hooks import GateHook
+from ..utils.hooks import GateHook
 
 
 def attach_drop_path(model: Any, rate: float) -> list[RemovableHandle]:

@@ -15,6 +15,7 @@ from ..errors import AdapterError
 from ..families import family_of
 from ..spec.architecture import Architecture, unwrap
 from ..spec.towers import find_tower
+from ..utils.hooks import ForwardOverride
 from ..utils.modules import forget_dispatch
 from .structure import finish_mixers
 
@@ -170,6 +171,8 @@ def shadow(module: nn.Module) -> Any:
     """A shallow copy: own dicts, the same tensors and children, no hooks."""
     twin = copy.copy(module)
     forget_dispatch(twin)
+    if isinstance(twin.__dict__.get("forward"), ForwardOverride):
+        del twin.forward
     twin.__dict__.pop("_output_capturing_hooks_installed", None)  # transformers' own hooks: it makes them anew
     for name, value in list(twin.__dict__.items()):
         if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs") or name.endswith("_hooks_always_called"):

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..utils.hooks import ForwardOverride
+from ..utils.processes import distributed
 from .gates import Gate
-from .hooks import ForwardOverride
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -73,9 +74,7 @@ class FoldedGate(ForwardOverride):
 
     def _pays(self, features: torch.Tensor) -> bool:
         """Whether it is training in one precision and one process, and the weight is smaller than the features."""
-        if not (self.gate.training and torch.is_grad_enabled()) or torch.is_autocast_enabled(features.device.type):
-            return False
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return False
         weight = self.module.weight
-        return weight.ndim == 1 or (features[..., 0].numel() > len(weight) and features.ndim > 1)
+        alone = self.gate.training and torch.is_grad_enabled() and not distributed()
+        smaller = weight.ndim == 1 or (features.ndim > 1 and features[..., 0].numel() > len(weight))
+        return alone and smaller and not torch.is_autocast_enabled(features.device.type)

@@ -15,10 +15,10 @@ from ..modeling.peft_twin import whole_shadow
 from ..modeling.structure import finish_mixers, layer_paths, put_mixer, replace_mixer
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
+from ..utils.hooks import ForwardOverride, strip_gates
 from ..utils.modules import set_tensor
 from ..utils.offload import StateDict, device_of
 from .cuts import Cut, find_cuts, new_weights
-from .hooks import ForwardOverride, strip_gates
 from .transplant import check_plan, outer_of, resized_copy
 
 

@@ -16,9 +16,9 @@ from ..modeling.structure import get_wrapped, layer_paths
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
 from ..spec.units import LAYER_UNITS
+from ..utils.hooks import GateHook
 from .folded_gates import FoldedGate
 from .gates import DepthGate, UnitMask
-from .hooks import GateHook
 from .masked import residual_norms
 
 

@@ -20,10 +20,10 @@ from ..plan.lineage import lineage, named_source
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
 from ..spec.configs import lineage_of
+from ..utils.hooks import strip_gates
 from ..utils.modules import meta_copy, named_tensors, owner
 from ..utils.offload import StateDict
 from .cuts import small_state
-from .hooks import strip_gates
 
 
 def prune_plain(

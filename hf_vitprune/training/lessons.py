@@ -12,7 +12,7 @@ import torch
 from ..errors import InvalidConfigError
 from ..losses.distillation import DistillationConfig, Teacher, distillation_term, task_share
 from ..losses.features import FeatureTeacher
-from ..surgery.hooks import strip_gates
+from ..utils.hooks import strip_gates
 from .model import PruningModel
 from .setup import check_given_teacher, check_teacher
 

@@ -13,7 +13,7 @@ from ...errors import MissingGradientsError
 from ...modeling.structure import get_wrapped
 from ...spec.architecture import Architecture
 from ...spec.units import Axis
-from ...surgery.hooks import GateHook
+from ...utils.hooks import GateHook
 from ...utils.processes import mean_over_processes
 from .scores import scored_axes
 from .units import GroupedSet

@@ -53,6 +53,10 @@ class Branches(nn.Module, ABC):
         """
 
     @abstractmethod
+    def own(self, kind: str) -> list[nn.Parameter]:
+        """Parameters that a convolution mixer does not share with the attention."""
+
+    @abstractmethod
     def weights(self, kind: str, attention: Attention) -> dict[str, torch.Tensor]:
         """State dict of the ``ConvMixer`` that computes the same in eval mode."""
 
@@ -86,6 +90,9 @@ class SharedBranches(Branches):
         bias: Any = attention.o.bias
         return F.linear(mixed, folded.output_weight, bias)
 
+    def own(self, kind: str) -> list[nn.Parameter]:
+        return [self.table, *self.kernel_norm[kind].parameters()]
+
     def weights(self, kind: str, attention: Attention) -> dict[str, torch.Tensor]:
         folded = attention.fold(self.table, self.temperature, KERNELS[kind])
         index = getattr(attention.module, "input_index", None)
@@ -108,6 +115,9 @@ class OwnBranches(Branches):
 
     def convolve(self, kind: str, patches: torch.Tensor, grid: Grid, attention: Attention) -> torch.Tensor:
         return self.mixers[kind](patches, patch_grid=grid)[0]
+
+    def own(self, kind: str) -> list[nn.Parameter]:
+        return list(self.mixers[kind].parameters())
 
     def weights(self, kind: str, attention: Attention) -> dict[str, torch.Tensor]:
         return {name: t.detach().clone() for name, t in self.mixers[kind].state_dict().items()}

@@ -18,8 +18,9 @@ from ...families import Family, LayerPaths
 from ...modeling.conv_mixer import GRID, give_grid, split_tokens
 from ...modeling.structure import get
 from ...spec.architecture import Architecture
-from ...surgery.hooks import ForwardOverride, GateHook
 from ...surgery.windows import LayerGrid, NormOutput
+from ...utils.hooks import ForwardOverride, GateHook
+from ...utils.processes import distributed
 from .branches import Attention, Branches, Grid
 from .gates import LEVELS, MixerGates, NeuronGates, nested
 
@@ -55,11 +56,28 @@ class Mixing:
             return torch.zeros_like(attended)
         return self._brought(self._convolved({kind: 1.0}, tokens, grid), attended, as_attended)
 
-    def _convolved(self, shares: dict[str, Any], tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Weighted sum of convolution branches; special tokens pass them as they are."""
+    def _convolved(
+        self, shares: dict[str, Any], tokens: torch.Tensor, grid: Grid, taken: str | None = None
+    ) -> torch.Tensor:
+        """Weighted sum of convolution branches; special tokens pass them as they are.
+
+        Args:
+            shares: kind -> its factor.
+            tokens: as of :meth:`mix`.
+            grid: (rows, columns).
+            taken: the only kind whose factor is not zero; None: any may be. (Processes that share weights have to go
+                through the same backward passes, whatever each has drawn.)
+        """
         special, patches = split_tokens(tokens, self.special, grid)
-        parts = [share * self.branches.convolve(kind, patches, grid, self.attention) for kind, share in shares.items()]
-        mixed = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        parts = []
+        for kind, share in shares.items():
+            learns = torch.is_grad_enabled() and (taken in (None, kind) or distributed())
+            with torch.set_grad_enabled(learns):
+                part = self.branches.convolve(kind, patches, grid, self.attention)
+            if not learns and torch.is_grad_enabled():  # gradients of zero, as they are times zero
+                share = share + 0.0 * sum(parameter.sum() for parameter in self.branches.own(kind))
+            parts.append(share * part)
+        mixed = sum(parts[1:], parts[0])
         if not self.special:
             return mixed
         return torch.cat([sum(shares.values()) * special.to(mixed.dtype), mixed], dim=1)
@@ -100,7 +118,8 @@ class MixerSearch(Mixing):
     def mix(self, attended: torch.Tensor, tokens: torch.Tensor, grid: Grid, as_attended: Any = None) -> torch.Tensor:
         """Output of the searched mixer: g3 MSA + g2 (1 - g3) Conv3 + g1 (1 - g2) (1 - g3) Conv1.
 
-        Branches without a part in the output or a gradient are not computed.
+        Branches without a part in the output or a gradient are not computed; of those that the gates alone learn
+        from, times zero, nothing is remembered for a backward pass.
         """
         if not self.gates.training or self.gates.decided:
             return self.mix_by(LEVELS[self.gates.level()], attended, tokens, grid, as_attended)
@@ -108,11 +127,12 @@ class MixerSearch(Mixing):
         simple, middle, attention = nested(drawn, self.gradients)
         shares = {"conv3x3": middle * (1 - attention), "conv1x1": simple * (1 - middle) * (1 - attention)}
         ones = [value > 0.5 for value in drawn.tolist()]
-        needed = _needed(*ones) if torch.is_grad_enabled() else {LEVELS[sum(_prefix(ones))]}
+        taken = LEVELS[sum(_prefix(ones))]
+        needed = _needed(*ones) if torch.is_grad_enabled() else {taken}
         mixed = attention * attended
         convolutions = {kind: share for kind, share in shares.items() if kind in needed}
         if convolutions:
-            mixed = mixed + self._brought(self._convolved(convolutions, tokens, grid), attended, as_attended)
+            mixed = mixed + self._brought(self._convolved(convolutions, tokens, grid, taken), attended, as_attended)
         return mixed
 
 

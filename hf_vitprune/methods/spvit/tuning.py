@@ -14,8 +14,8 @@ from ...errors import InvalidConfigError, InvalidPlanError
 from ...modeling.structure import get, layer_paths
 from ...plan.plan import PruningPlan
 from ...spec.layer_shape import KERNELS
-from ...surgery.hooks import ForwardOverride
 from ...utils.batches import ImageBatches
+from ...utils.hooks import ForwardOverride
 from ..base import PruningConfig
 from ..contract import PruningMethod, Traits
 from .branches import Attention, Branches
