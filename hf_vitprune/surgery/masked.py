@@ -15,7 +15,7 @@ from ..modeling.peft_twin import whole_shadow
 from ..modeling.structure import finish_mixers, layer_paths, put_mixer, replace_mixer
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
-from ..utils.hooks import ForwardOverride, strip_gates
+from ..utils.hooks import strip_gates
 from ..utils.modules import set_tensor
 from ..utils.offload import StateDict, device_of
 from .cuts import Cut, find_cuts, new_weights
@@ -50,9 +50,6 @@ class MaskedState(StateDict):
         self._masked = _MaskedTensors(model, plan)
         self.device = device_of(model, "following a masked model")
         full = whole_shadow(model)
-        for module in full.modules():
-            if isinstance(module.__dict__.get("forward"), ForwardOverride):
-                del module.__dict__["forward"]  # the model keeps its own
         replaced = self._masked.finish(full)
         there = full.state_dict()
         self._made = [name for name in self._masked if name in there and not name.startswith(replaced)]
