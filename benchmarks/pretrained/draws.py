@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -33,24 +33,24 @@ class Setting(NamedTuple):
 
 
 def settings() -> Iterator[Setting]:
-    """All of them, those that most depends on first; neighbours share their scores."""
+    """Of a draw, those that most depends on first; neighbours share their scores."""
     first = Setting("one-shot", 0.5, 512)
-    for share in (0.5, 0.35):
-        whole = first._replace(share=share)
-        yield from (whole, whole._replace(views=4), whole._replace(views=4, local_steps=LOCAL_STEPS))
-    for images in (128, 256, 1024, 2048):
-        yield from (first._replace(share=share, images=images) for share in (0.5, 0.35))
+    yield from (first._replace(share=share) for share in (0.5, 0.35))
+    for method in ("magnitude, compensated", "magnitude", "depth, compensated"):
+        yield first._replace(method=method)
+    yield from (first._replace(share=share) for share in (0.75, 0.6, 0.25))
+    yield from (first._replace(share=share, views=4, local_steps=LOCAL_STEPS) for share in (0.5, 0.35))
     fits = [(1e-4, 0.3), (1e-2, 0.3), (1e-1, 0.3), (1e-3, 0.1), (1e-3, None)]
     for ridge, token_share in fits:
         yield from (first._replace(share=share, ridge=ridge, token_share=token_share) for share in (0.5, 0.35))
-    for share in (0.75, 0.6, 0.25):
-        yield Setting("one-shot", share, 512)
-    for method in ("magnitude, compensated", "depth, compensated", "magnitude"):
-        yield from (Setting(method, share, 512) for share in SHARES)
-    yield from (Setting("one-shot", share, 32) for share in (0.5, 0.35))
 
 
-def draw(bench: Bench, number: int, wanted: Iterator[Setting] | None = None) -> None:
+def curve() -> Iterator[Setting]:
+    """From fewer images and from more."""
+    yield from (Setting("one-shot", 0.5, images) for images in (128, 256, 512, 1024, 2048))
+
+
+def draw(bench: Bench, number: int, wanted: Callable[[], Iterator[Setting]] = settings) -> None:
     """Rows of one draw, until the time is over: measures on the asked images, cosines on those held out as well.
 
     What is chosen is chosen by the latter.
@@ -62,17 +62,17 @@ def draw(bench: Bench, number: int, wanted: Iterator[Setting] | None = None) -> 
         return scored(bench.model, bench.training[order[:images]])
 
     held_out = features(bench.model, bench.held_out)
-    for one in settings() if wanted is None else wanted:
+    for one in wanted():
         if bench.left < 0:
             print(f"draw {number}: stopped before {one}", flush=True)
             return
-        clock = time.monotonic()
+        clock = time.process_time()
         names = ("ridge", "token_share", "views", "local_steps")
         fits = Compensation(images=None, **{name: getattr(one, name) for name in names})
         known = methods(functools.partial(scores, one.images), bench.round_to, fits)
         images = bench.training[order[: one.images]]
         small = known[one.method](bench.model, images, one.share, bench.size)
-        seconds = time.monotonic() - clock
+        seconds = time.process_time() - clock
         validation = cosines(held_out, features(small, bench.held_out))
-        row = {**one._asdict(), "draw": number, "seconds": seconds, "validation": validation}
+        row = {**one._asdict(), "draw": number, "cpu_seconds": seconds, "validation": validation}
         bench.write(f"untrained {one.method} {one.share}", {**row, "end": bench.judge(small)})

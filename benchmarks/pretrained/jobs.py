@@ -6,18 +6,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
+from transformers import AutoModel
 
 from hf_vitprune.training.recovery import Recovery
 
-from .draws import SHARES, draw
+from .draws import SHARES, curve, draw
 from .recovering import Bench
 
 #: about what two CPU cores do in half an hour, at 140 x 140 in float32
 SHORT_STEPS = 400
-#: processor seconds of that, from scores to the end of the training
-HALF_AN_HOUR = 3600.0
 #: smallest share of an image that is trained on
 CROPS = 0.35
 
@@ -57,18 +57,28 @@ def short(bench: Bench, steps: int) -> None:
 
 
 def refit(bench: Bench, steps: int) -> None:
-    """Half an hour of two cores: compensated again from all drawings, then a gentle training in what is left of it."""
+    """Half an hour of two cores: compensated from all drawings, layers trained after their fits; the towers are kept."""
     for share in (0.5, 0.35):
+        if bench.left < 0:
+            print(f"refitted {share}: skipped, the time is over", flush=True)
+            continue
         clock = time.process_time()
-        small = bench.refitted(share)
+        small = bench.refitted(share, local_steps=min(steps, SHORT_STEPS))
         fitted = time.process_time() - clock
         bench.write(f"refitted {share}", {"cpu_seconds": fitted, "end": bench.judge(small)})
-        settings = Recovery(steps=2, batch_size=32, learning_rate=1e-5)
-        clock = time.process_time()
-        bench.step_time(lambda small=small: small, settings, steps=2)  # twice two steps
-        each = (time.process_time() - clock) / 4
-        settings = replace(settings, steps=min(steps, int(max(2, (HALF_AN_HOUR - fitted) / (1.1 * each)))))
-        bench.train(f"refitted {share}, then trained", lambda small=small: small, settings, each)
+        small.save_pretrained(_kept(bench, share))
+
+
+def trained(bench: Bench, steps: int) -> None:
+    """What ``refit`` has kept, trained as a whole."""
+    for share in (0.5, 0.35):
+        start = partial(AutoModel.from_pretrained, _kept(bench, share))
+        settings = Recovery(steps=min(steps, SHORT_STEPS), batch_size=32)
+        bench.train(f"refitted {share}, then trained", start, settings, seconds_a_step=0)
+
+
+def _kept(bench: Bench, share: float) -> Path:
+    return bench.output.parent / f"refitted-{share}"
 
 
 def _long(bench: Bench, steps: int, wanted: list[tuple[str, Callable, float]]) -> None:
@@ -113,9 +123,11 @@ JOBS: dict[str, tuple[int, Callable[[Bench, int], None]]] = {
     "latency": (224, latency),
     "short": (140, short),
     "refit": (140, refit),
+    "trained": (140, trained),
     "half": (224, half),
     "third": (224, third),
     "plain": (224, plain),
     "stock": (224, stock),
     **{f"draw{number}": (140, lambda bench, steps, number=number: draw(bench, number)) for number in range(3)},
+    "images": (140, lambda bench, steps: draw(bench, 0, curve)),
 }

@@ -80,18 +80,29 @@ def test_rows_of_recoveries(packed: tuple[Path, Dinov2Model, tower.Decoder, draw
 
 
 @pytest.mark.slow
-def test_half_an_hour_begins_with_fits_to_all_drawings(
-    packed: tuple[Path, Dinov2Model, tower.Decoder, drawings.Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_fits_to_all_drawings_are_kept_and_trained_on(
+    packed: tuple[Path, Dinov2Model, tower.Decoder, drawings.Split], tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    monkeypatch.setattr("benchmarks.pretrained.jobs.HALF_AN_HOUR", 30.0)
     arguments = ["recover", str(packed[0]), "--device", "cpu", "--steps", "4", "--round-to", "1", "--size", "28"]
-    done = CliRunner().invoke(cli.app, [*arguments, "--jobs", "refit", "--output", str(rows)])
+    done = CliRunner().invoke(cli.app, [*arguments, "--jobs", "refit;trained", "--output", str(rows)])
     assert done.exit_code == 0, done.output
     found = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert [row["name"] for row in found] == [
-        name for share in (0.5, 0.35) for name in (f"refitted {share}", f"refitted {share}, then trained")
-    ]
-    for fitted, trained in zip(found[::2], found[1::2], strict=True):
-        assert fitted["end"] == trained["start"] and 2 <= trained["settings"]["steps"] <= 4
-        assert min(fitted["cpu_seconds"], trained["cpu_seconds"]) > 0
+    names = [f"refitted {share}" for share in (0.5, 0.35)]
+    assert [row["name"] for row in found] == [*names, *(f"{name}, then trained" for name in names)]
+    for fitted, trained in zip(found[:2], found[2:], strict=True):
+        assert fitted["cpu_seconds"] > 0 and trained["settings"]["steps"] == 4
+        assert fitted["end"] == pytest.approx(trained["start"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_curve_has_a_row_a_number_of_images(
+    packed: tuple[Path, Dinov2Model, tower.Decoder, drawings.Split], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    arguments = ["recover", str(packed[0]), "--device", "cpu", "--round-to", "1", "--size", "28"]
+    done = CliRunner().invoke(cli.app, [*arguments, "--jobs", "images", "--output", str(rows)])
+    assert done.exit_code == 0, done.output
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["images"] for row in found] == [128, 256, 512, 1024, 2048]
+    assert all(row["end"]["macs"] <= 0.5 and row["cpu_seconds"] > 0 for row in found)
