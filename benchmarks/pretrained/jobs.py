@@ -57,7 +57,7 @@ def short(bench: Bench, steps: int) -> None:
 
 
 def refit(bench: Bench, steps: int) -> None:
-    """Half an hour of two cores: compensated from all drawings, layers trained after their fits; the towers are kept."""
+    """Half an hour of two cores: compensated from all drawings, layers trained after their fits; towers are kept."""
     for share in (0.5, 0.35):
         if bench.left < 0:
             print(f"refitted {share}: skipped, the time is over", flush=True)
