@@ -23,7 +23,7 @@ def _scored(scope: str, score: Callable[[Any, Task, int], UnitScores]) -> Callab
     def run(model: Any, task: Task, budget: float, steps: int, seed: int) -> Any:
         scores = score(model, task, seed)
         plan = PruningPlan.from_scores(model, scores, budget, scope=scope, units=None, round_to=ROUND_TO)
-        return tune(prune(model, plan), model, task, steps, seed)
+        return tune(prune(model, plan), model, task, steps, seed, plan)
 
     return run
 
