@@ -72,8 +72,11 @@ def refit(bench: Bench, steps: int) -> None:
 def trained(bench: Bench, steps: int) -> None:
     """What ``refit`` has kept, trained as a whole."""
     for share in (0.5, 0.35):
+        if not _kept(bench, share).is_dir():
+            print(f"refitted {share}: not there, refit writes it", flush=True)
+            continue
         start = partial(AutoModel.from_pretrained, _kept(bench, share))
-        settings = Recovery(steps=min(steps, SHORT_STEPS), batch_size=32)
+        settings = Recovery(steps=min(steps, SHORT_STEPS), batch_size=32, checks=4)
         bench.train(f"refitted {share}, then trained", start, settings, seconds_a_step=0)
 
 
