@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -76,3 +77,9 @@ def draw(bench: Bench, number: int, wanted: Callable[[], Iterator[Setting]] = se
         validation = cosines(held_out, features(small, bench.held_out))
         row = {**one._asdict(), "draw": number, "cpu_seconds": seconds, "validation": validation}
         bench.write(f"untrained {one.method} {one.share}", {**row, "end": bench.judge(small)})
+
+
+def three(bench: Bench) -> None:
+    """The first settings, from three draws."""
+    for number in range(3):
+        draw(bench, number, lambda: itertools.islice(settings(), 2))

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from hf_vitprune.training.recovery import Recovery
 
-from .draws import SHARES, curve, draw
+from .draws import SHARES, curve, draw, three
 from .recovering import Bench
 
 #: about what two CPU cores do in half an hour, at 140 x 140 in float32
@@ -132,5 +132,6 @@ JOBS: dict[str, tuple[int, Callable[[Bench, int], None]]] = {
     "plain": (224, plain),
     "stock": (224, stock),
     **{f"draw{number}": (140, lambda bench, steps, number=number: draw(bench, number)) for number in range(3)},
+    "draws": (140, lambda bench, steps: three(bench)),
     "images": (140, lambda bench, steps: draw(bench, 0, curve)),
 }
