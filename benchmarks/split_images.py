@@ -91,8 +91,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     results = {}
     for processes in map(int, given.processes.split(",")):
-        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        command += ["-m", __spec__.name, "--here", "--shape", given.shape, "--images", given.images]
+        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+        command += [
+            "--nproc_per_node",
+            str(processes),
+            "-m",
+            __spec__.name,
+            "--here",
+            "--shape",
+            given.shape,
+            "--images",
+            given.images,
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         results[processes] = json.loads(done.stdout.splitlines()[-1])

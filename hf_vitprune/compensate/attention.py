@@ -62,7 +62,7 @@ def _widened(site: Site, inputs: Inputs, every_head: bool) -> Layer:
 def _contexts(site: Site, wide: Layer, targets: int) -> tuple[Statistics, list[torch.Tensor]]:
     """The contexts of a widened layer; their moments, unless ``targets`` is 0 with what its output should add."""
     contexts = [wide.context(small) for small in site.streams.small]
-    moments = Moments(contexts[0].shape[-1], targets, site.device)
+    moments = Moments(len(wide.part("v").weight), targets, site.device)  # this process may have no images
     for context, (small, dense) in zip(contexts, site.streams.pairs(), strict=True):
         missing = (dense - small)[..., :targets]
         moments.add(context.flatten(0, 1), missing.flatten(0, 1), site.streams.token_weights(small))

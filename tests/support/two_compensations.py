@@ -19,6 +19,9 @@ from tiny import images, make
 CASES = {"ViTForImageClassification": None, "SwinForImageClassification": ["heads", "qk", "v", "mlp"]}
 SCORES = "scores of a Swin"
 EXPORT = "export on the first process alone"
+#: one batch: the second process has none
+FEW, FEW_SCORES = "few images", "scores of few images"
+NAMES = (*CASES, SCORES, EXPORT, FEW, FEW_SCORES)
 
 
 def made(case: str, rank: int = 0) -> dict[str, torch.Tensor]:
@@ -27,6 +30,12 @@ def made(case: str, rank: int = 0) -> dict[str, torch.Tensor]:
         model = scatter_scores(gated()).double()
         model.decide()
         return {} if rank else dict(model.export(calibration=images(10).double()).state_dict())
+    if case == FEW:
+        plan = PruningPlan.random(model := make("ViTForImageClassification").double(), 0.4)
+        return compensate_plan(model, plan, images(3).double(), Compensation(batch_size=3)).weights
+    if case == FEW_SCORES:
+        model = make("ViTForImageClassification").double()
+        return OneShotScores.measure(model, images(3).double(), OneShotSettings(batch_size=3)).tensors
     if case == SCORES:
         model = make("SwinForImageClassification").double()
         settings = OneShotSettings(batch_size=3, statistics=True)
@@ -43,12 +52,12 @@ def weights_of(folder: Path, case: str, rank: int) -> dict[str, torch.Tensor]:
 def agreed(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """What one process gets; two others leave theirs in the folder."""
     run(__file__, str(folder))
-    return {case: made(case) for case in (*CASES, SCORES, EXPORT)}
+    return {case: made(case) for case in NAMES}
 
 
 def one_of_two(folder: str, rank: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for name in (*CASES, SCORES, EXPORT):
+    for name in NAMES:
         weights = {key: tensor.contiguous() for key, tensor in made(name, rank).items()}
         save_file(weights, f"{folder}/{name}.{rank}.safetensors")
     torch.distributed.destroy_process_group()
