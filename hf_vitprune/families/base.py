@@ -376,6 +376,9 @@ class Family(ReadsFeatures):
         Raises:
             InvalidConfigError: another size than the model can take.
         """
+        return self._inputs(config, size, device, task)
+
+    def _inputs(self, config: Any, size: tuple[int, int] | None, device: Any, task: str) -> dict[str, Any]:
         c = self.sizes_config(config)
         own = pair(c.image_size)
         if size is not None and size != own and self.fixed_size(config, task):

@@ -38,13 +38,7 @@ class Siglip2Family(PoolingFamily):
             found.append({**constant, **own, "pixel_attention_mask": None})
         return found
 
-    def inputs(
-        self,
-        config: PreTrainedConfig,
-        size: tuple[int, int] | None = None,
-        device: torch.device | str = "cpu",
-        task: str = "Model",
-    ) -> dict[str, Any]:
+    def _inputs(self, config: Any, size: tuple[int, int] | None, device: Any, task: str) -> dict[str, Any]:
         c = self.sizes_config(config)
         rows, columns = self.grid(config, size)
         patches = torch.randn(1, rows * columns, c.num_channels * c.patch_size**2, device=device)

@@ -44,13 +44,7 @@ class TextFamily(Family):
             )
         return 1, self.sizes_config(config).max_position_embeddings
 
-    def inputs(
-        self,
-        config: PreTrainedConfig,
-        size: tuple[int, int] | None = None,
-        device: torch.device | str = "cpu",
-        task: str = "Model",
-    ) -> dict[str, Any]:
+    def _inputs(self, config: Any, size: tuple[int, int] | None, device: Any, task: str) -> dict[str, Any]:
         tokens = self.grid(config, size)[1]
         ids = torch.randint(0, self.sizes_config(config).vocab_size, (1, tokens))
         return {"input_ids": ids.to(device)}

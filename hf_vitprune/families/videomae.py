@@ -78,14 +78,8 @@ class VideoMAEFamily(Family):
         mix_into(embeddings, KeptPositionsMixin)
         embeddings.narrow(width, kept)
 
-    def inputs(
-        self,
-        config: PreTrainedConfig,
-        size: tuple[int, int] | None = None,
-        device: torch.device | str = "cpu",
-        task: str = "Model",
-    ) -> dict[str, Any]:
-        image = super().inputs(config, size, device, task)["pixel_values"]
+    def _inputs(self, config: Any, size: tuple[int, int] | None, device: Any, task: str) -> dict[str, Any]:
+        image = super()._inputs(config, size, device, task)["pixel_values"]
         frames = image[:, None].expand(-1, config.num_frames, -1, -1, -1).contiguous()
         if task != "ForPreTraining":
             return {"pixel_values": frames}

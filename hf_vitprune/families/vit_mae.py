@@ -45,16 +45,10 @@ class ViTMAEFamily(ViTFamily):
         generator = torch.Generator().manual_seed(0)
         return [{**batch, "noise": torch.rand(len(batch["pixel_values"]), rows * columns, generator=generator)}]
 
-    def inputs(
-        self,
-        config: PreTrainedConfig,
-        size: tuple[int, int] | None = None,
-        device: torch.device | str = "cpu",
-        task: str = "Model",
-    ) -> dict[str, Any]:
+    def _inputs(self, config: Any, size: tuple[int, int] | None, device: Any, task: str) -> dict[str, Any]:
         rows, columns = self.grid(config, size)
         noise = torch.rand(1, rows * columns, device=device)
-        return {**super().inputs(config, size, device, task), "noise": noise}
+        return {**super()._inputs(config, size, device, task), "noise": noise}
 
 
 VIT_MAE = ViTMAEFamily(
