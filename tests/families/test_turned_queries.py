@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from hf_vitprune import NViTConfig, PruningPlan, criteria, mask, prune
 from hf_vitprune.compensate import compensate_plan
 from hf_vitprune.errors import InvalidArchitectureError, InvalidPlanError, UnsupportedUnitError
-from hf_vitprune.methods.nvit.units import plan_of, unit_sets
+from hf_vitprune.methods.nvit.units import grouped_sets, plan_of
 from hf_vitprune.modeling.native import to_native
 from hf_vitprune.plan.layer_plan import PAD
 from hf_vitprune.spec.architecture import Architecture
@@ -71,7 +71,7 @@ def test_adapters_are_cut_in_pairs() -> None:
 
 def test_nvit_removes_pairs() -> None:
     model = make("DINOv3ViTModel")
-    sets = unit_sets(Architecture.of(model), NViTConfig(target=0.8, units=("qk",), group_sizes={"qk": 4}))
+    sets = grouped_sets(Architecture.of(model), NViTConfig(target=0.8, units=("qk",), group_sizes={"qk": 4}))
     assert {(one.size, one.group, one.channels) for one in sets} == {(4, 2, 2)}
     plan = plan_of(Architecture.of(model), sets, torch.tensor([True, False, True, True] * 3))
     assert {entry.qk[0] for entry in plan.layers} == {(0, 2, 3, 4, 6, 7)}

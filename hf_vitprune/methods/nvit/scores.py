@@ -88,7 +88,7 @@ class WeightSums:
         self.sets = sets
         for position, axes in enumerate(scored_axes(model, architecture, sets)):
             for axis in axes:
-                module: Any = get_wrapped(model, axis.module)
+                module = _module(model, axis.module)
                 is_linear = len(_shape(getattr(module, "weight", torch.empty(0)))) > 1
                 if is_linear and getattr(module, axis.name, None) is not None:
                     self.modules[axis.module] = module
@@ -123,6 +123,14 @@ class WeightSums:
                 "in the backward pass and drops gradients at once: use one that keeps them until its step"
             )
         return terms
+
+
+def _module(model: PreTrainedModel, path: str) -> Any:
+    """None for what a class of the family leaves out: a pooler, a norm at the end."""
+    try:
+        return get_wrapped(model, path)
+    except AttributeError:
+        return None
 
 
 def _shape(parameter: Any) -> torch.Size:
