@@ -56,16 +56,16 @@ def short(bench: Bench, steps: int) -> None:
     tried("one-shot 0.5", half, (1e-5, 2 * best))
 
 
-def refit(bench: Bench, steps: int) -> None:
+def refit(bench: Bench, steps: int, views: int = 1) -> None:
     """Half an hour of two cores: compensated from all drawings, layers trained after their fits; towers are kept."""
     for share in (0.5, 0.35):
         if bench.left < 0:
             print(f"refitted {share}: skipped, the time is over", flush=True)
             continue
         clock = time.process_time()
-        small = bench.refitted(share, local_steps=min(steps, SHORT_STEPS))
+        small = bench.refitted(share, views=views, local_steps=min(steps, SHORT_STEPS))
         fitted = time.process_time() - clock
-        bench.write(f"refitted {share}", {"cpu_seconds": fitted, "end": bench.judge(small)})
+        bench.write(f"refitted {share}", {"views": views, "cpu_seconds": fitted, "end": bench.judge(small)})
         small.save_pretrained(_kept(bench, share))
 
 
@@ -126,6 +126,7 @@ JOBS: dict[str, tuple[int, Callable[[Bench, int], None]]] = {
     "latency": (224, latency),
     "short": (140, short),
     "refit": (140, refit),
+    "refit2": (140, partial(refit, views=2)),
     "trained": (140, trained),
     "half": (224, half),
     "third": (224, third),
