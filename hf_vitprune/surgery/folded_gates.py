@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..utils.hooks import ForwardOverride
-from ..utils.processes import distributed
 from .gates import Gate
 
 
@@ -73,8 +72,8 @@ class FoldedGate(ForwardOverride):
         return _ScaledLinear.apply(features, module.weight, factors, module.bias)
 
     def _pays(self, features: torch.Tensor) -> bool:
-        """Whether it is training in one precision and one process, and the weight is smaller than the features."""
+        """Whether it is training in one precision, and the weight is smaller than the features."""
         weight = self.module.weight
-        alone = self.gate.training and torch.is_grad_enabled() and not distributed()
+        learns = self.gate.training and torch.is_grad_enabled()
         smaller = weight.ndim == 1 or (features.ndim > 1 and features[..., 0].numel() > len(weight))
-        return alone and smaller and not torch.is_autocast_enabled(features.device.type)
+        return learns and smaller and not torch.is_autocast_enabled(features.device.type)

@@ -115,13 +115,18 @@ def _check_tensors(model: nn.Module, named: Iterable[tuple[str, Any]], what: str
 
 @torch.no_grad()
 def all_finite_fast(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """Whether all of many tensors are finite, with one wait for a device."""
+    """Whether all of many tensors are finite, with one wait for a device.
+
+    By their lengths, in one pass (largest magnitudes take six times as long on CPUs). One that overflows says nothing:
+    then all values are looked at.
+    """
     present = [tensor.detach() for tensor in tensors if tensor is not None and tensor.numel()]
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in present:
         by_device.setdefault(tensor.device, []).append(tensor)
     return all(
-        bool(torch.stack([norm.float() for norm in torch._foreach_norm(held, float("inf"))]).isfinite().all())
+        bool(torch.stack([norm.float() for norm in torch._foreach_norm(held)]).isfinite().all())
+        or all(map(_finite, held))
         for held in by_device.values()
     )
 

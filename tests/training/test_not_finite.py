@@ -142,6 +142,7 @@ def test_checkpoints_of_before_are_exported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_one_look_at_many_tensors(value: float) -> None:
+    """Those whose lengths are no numbers of their type are looked at one by one."""
     tensors = [torch.full((3, 4), 6e4).half(), torch.randn(5), torch.full((2,), 3e38), torch.empty(0), None]
     assert all_finite_fast(tensors)
     for place in (0, 1, 2):

@@ -26,6 +26,10 @@ class Attention:
         self.module, self.v, self.o = module, v, o
         self.output_name, self.width = output_name, width
 
+    def parameters(self) -> list[nn.Parameter]:
+        """All of its parameters, the output projection's too where that is a module beside it."""
+        return list(nn.ModuleList([self.module, self.o]).parameters())
+
     def fold(self, table: torch.Tensor, temperature: float, kernel: int) -> FoldedConvolution:
         """The heads as one convolution; differentiable, and in full precision under autocast too.
 

@@ -5,8 +5,8 @@ Nothing of the model is replaced: removing the handles gives back what it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,25 @@ from ...families import Family, LayerPaths
 from ...modeling.conv_mixer import GRID, give_grid, split_tokens
 from ...modeling.structure import get
 from ...spec.architecture import Architecture
+from ...spec.layer_shape import KERNELS
 from ...surgery.windows import LayerGrid, NormOutput
 from ...utils.hooks import ForwardOverride, GateHook
-from ...utils.processes import distributed
 from .branches import Attention, Branches, Grid
 from .gates import LEVELS, MixerGates, NeuronGates, nested
+
+
+class Role(NamedTuple):
+    """What mixers do for the output of a layer in one pass.
+
+    Attributes:
+        taken: the mixer that makes the output; one of :data:`~hf_vitprune.methods.spvit.gates.LEVELS`.
+        read: mixers whose output counts, or enters the gradient of a gate.
+        shares: factor of each of those that are read, ones and zeros; None where no gate learns.
+    """
+
+    taken: str
+    read: tuple[str, ...]
+    shares: torch.Tensor | None = None
 
 
 class Mixing:
@@ -36,54 +50,94 @@ class Mixing:
 
     def __init__(self, branches: Branches, attention: Attention, special: int) -> None:
         self.branches, self.attention, self.special = branches, attention, special
+        self._role: Role | None = None
+        self._unlearned: list[torch.Tensor] = []
 
-    def mix(self, attended: torch.Tensor, tokens: torch.Tensor, grid: Grid, as_attended: Any = None) -> torch.Tensor:
-        """What the layer mixes its tokens to.
+    def role(self) -> Role:
+        """What is read in the pass that begins."""
+        raise NotImplementedError
+
+    def attend(self, run: Callable[[], Any], tokens: torch.Tensor, others: Iterable[Any]) -> Any:
+        """What attention gives in this pass, as far as it is read: its own input otherwise.
+
+        Times zero, nothing is remembered of it for a backward pass.
 
         Args:
-            attended: what the attention gave.
+            run: the attention.
+            tokens: its input.
+            others: what else it gets.
+        """
+        role = self._begin(others)
+        if role.taken == "attention":
+            return run()
+        if "attention" not in role.read:
+            return tokens, None
+        with torch.no_grad():
+            return run()
+
+    def _begin(self, others: Iterable[Any] = ()) -> Role:
+        self._role = role = self.role()
+        beside = [*self.attention.parameters(), *(t for t in others if isinstance(t, torch.Tensor))]
+        self._unlearned = [] if role.taken == "attention" else beside
+        return role
+
+    def mix(self, attended: torch.Tensor, tokens: torch.Tensor, grid: Grid, as_attended: Any = None) -> torch.Tensor:
+        """What the layer mixes its tokens to: g3 MSA + g2 (1 - g3) Conv3 + g1 (1 - g2) (1 - g3) Conv1.
+
+        One of these factors is one, or none: what it belongs to is the output. Mixers that the gates alone learn from
+        leave nothing for a backward pass but their output.
+
+        Args:
+            attended: what :meth:`attend` gave.
             tokens: (B, special + rows * columns, C), the layer's normalised input.
             grid: (rows, columns).
             as_attended: brings (B, rows * columns, C) into the order of ``attended``; None: it is the same.
         """
-        raise NotImplementedError
+        taken, read, shares = self._role or self._begin()
+        unlearned, self._role, self._unlearned = self._unlearned, None, []
+        outputs = {"attention": attended}
+        for kind in read:
+            if kind in KERNELS:
+                learns = torch.is_grad_enabled() and kind == taken
+                with torch.set_grad_enabled(learns):
+                    mixed = self._convolved(kind, tokens, grid)
+                    mixed = mixed if as_attended is None else as_attended(mixed)
+                    outputs[kind] = mixed.to(attended.dtype)
+                unlearned += [] if learns else self.branches.own(kind)
+        output = torch.zeros_like(attended) if taken == "none" else outputs[taken]
+        if shares is None or not torch.is_grad_enabled():
+            return output
+        unlearned += [tokens] if taken == "none" else []  # or the norm in front would get no gradient at all
+        learned = [tensor for tensor in unlearned if tensor.requires_grad]
+        return _Taken.apply(output, shares, [outputs[kind].detach() for kind in read], *learned)
 
-    def mix_by(self, kind: str, attended: torch.Tensor, tokens: torch.Tensor, grid: Grid, as_attended: Any) -> Any:
-        """Output of the mixer ``kind`` alone; arguments as of :meth:`mix`."""
-        if kind == "attention":
-            return attended
-        if kind == "none":
-            return torch.zeros_like(attended)
-        return self._brought(self._convolved({kind: 1.0}, tokens, grid), attended, as_attended)
-
-    def _convolved(
-        self, shares: dict[str, Any], tokens: torch.Tensor, grid: Grid, taken: str | None = None
-    ) -> torch.Tensor:
-        """Weighted sum of convolution branches; special tokens pass them as they are.
-
-        Args:
-            shares: kind -> its factor.
-            tokens: as of :meth:`mix`.
-            grid: (rows, columns).
-            taken: the only kind whose factor is not zero; None: any may be. (Processes that share weights have to go
-                through the same backward passes, whatever each has drawn.)
-        """
+    def _convolved(self, kind: str, tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Output of a convolution; special tokens pass it as they are."""
         special, patches = split_tokens(tokens, self.special, grid)
-        parts = []
-        for kind, share in shares.items():
-            learns = torch.is_grad_enabled() and (taken in (None, kind) or distributed())
-            with torch.set_grad_enabled(learns):
-                part = self.branches.convolve(kind, patches, grid, self.attention)
-            if not learns and torch.is_grad_enabled():  # gradients of zero, as they are times zero
-                share = share + 0.0 * sum(parameter.sum() for parameter in self.branches.own(kind))
-            parts.append(share * part)
-        mixed = sum(parts[1:], parts[0])
-        if not self.special:
-            return mixed
-        return torch.cat([sum(shares.values()) * special.to(mixed.dtype), mixed], dim=1)
+        mixed = self.branches.convolve(kind, patches, grid, self.attention)
+        return torch.cat([special.to(mixed.dtype), mixed], dim=1) if self.special else mixed
 
-    def _brought(self, mixed: torch.Tensor, attended: torch.Tensor, as_attended: Any) -> torch.Tensor:
-        return (mixed if as_attended is None else as_attended(mixed)).to(attended.dtype)
+
+class _Taken(torch.autograd.Function):
+    """``output``, as the sum of what mixers give times their shares, one of which is one, or none.
+
+    Its gradient for a share is that of the sum. Parameters of mixers that are times zero get gradients of zero.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, shares: torch.Tensor, read: list[torch.Tensor], *unlearned: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(*read)
+        ctx.likes = shares.new_empty(0), [(t.shape, {"dtype": t.dtype, "device": t.device}) for t in unlearned]
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        like, unlearned = ctx.likes
+        precise = torch.promote_types(grad.dtype, torch.float32)
+        of_shares = torch.stack([(grad * part).sum(dtype=precise) for part in ctx.saved_tensors]).to(like)
+        return grad, of_shares, None, *(torch.zeros(shape, **kind) for shape, kind in unlearned)
 
 
 class FixedMixer(Mixing):
@@ -97,8 +151,8 @@ class FixedMixer(Mixing):
         super().__init__(branches, attention, special)
         self.kind = kind
 
-    def mix(self, attended: torch.Tensor, tokens: torch.Tensor, grid: Grid, as_attended: Any = None) -> torch.Tensor:
-        return self.mix_by(self.kind, attended, tokens, grid, as_attended)
+    def role(self) -> Role:
+        return Role(self.kind, (self.kind,))
 
 
 class MixerSearch(Mixing):
@@ -115,42 +169,57 @@ class MixerSearch(Mixing):
         super().__init__(branches, attention, special)
         self.gates, self.gradients = gates, gradients
 
-    def mix(self, attended: torch.Tensor, tokens: torch.Tensor, grid: Grid, as_attended: Any = None) -> torch.Tensor:
-        """Output of the searched mixer: g3 MSA + g2 (1 - g3) Conv3 + g1 (1 - g2) (1 - g3) Conv1.
-
-        Branches without a part in the output or a gradient are not computed; of those that the gates alone learn
-        from, times zero, nothing is remembered for a backward pass.
-        """
+    def role(self) -> Role:
+        """What the gates say, or draw in training."""
         if not self.gates.training or self.gates.decided:
-            return self.mix_by(LEVELS[self.gates.level()], attended, tokens, grid, as_attended)
+            taken = LEVELS[self.gates.level()]
+            return Role(taken, (taken,))
         drawn = self.gates.sample()
-        simple, middle, attention = nested(drawn, self.gradients)
-        shares = {"conv3x3": middle * (1 - attention), "conv1x1": simple * (1 - middle) * (1 - attention)}
         ones = [value > 0.5 for value in drawn.tolist()]
         taken = LEVELS[sum(_prefix(ones))]
-        needed = _needed(*ones) if torch.is_grad_enabled() else {taken}
-        mixed = attention * attended
-        convolutions = {kind: share for kind, share in shares.items() if kind in needed}
-        if convolutions:
-            mixed = mixed + self._brought(self._convolved(convolutions, tokens, grid, taken), attended, as_attended)
-        return mixed
+        if not torch.is_grad_enabled():
+            return Role(taken, (taken,))
+        simple, middle, attention = nested(drawn, self.gradients)
+        shares = {
+            "attention": attention,
+            "conv3x3": middle * (1 - attention),
+            "conv1x1": simple * (1 - middle) * (1 - attention),
+        }
+        read = _read(*ones)
+        return Role(taken, read, torch.stack([shares[kind] for kind in read]))
 
 
 def _prefix(ones: list[bool]) -> list[bool]:
     return [all(ones[: i + 1]) for i in range(len(ones))]
 
 
-def _needed(simple: bool, middle: bool, attention: bool) -> set[str]:
-    """Convolutions whose output counts, or enters the gradient of a gate that gets one, at this draw."""
-    needed = set()
-    if not (simple and middle and attention):
-        needed.add("conv1x1")
-    if simple or middle:
-        needed.add("conv3x3")
-    return needed
+def _read(simple: bool, middle: bool, attention: bool) -> tuple[str, ...]:
+    """Mixers whose output counts, or enters the gradient of a gate that gets one, at this draw."""
+    read = {
+        "attention": simple + middle + attention > 1,
+        "conv3x3": simple or middle,
+        "conv1x1": not (simple and middle and attention),
+    }
+    return tuple(kind for kind, there in read.items() if there)
 
 
 # ---------------------------------------------------------------------- hooks of models without windows
+class _Attend(ForwardOverride):
+    """In the place of an attention: runs it as far as it is read."""
+
+    def __init__(self, mixing: Mixing) -> None:
+        super().__init__(mixing.attention.module)
+        self.mixing = mixing
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        def run() -> Any:
+            return type(self.module).forward(self.module, *args, **kwargs)
+
+        tokens = args[0] if args else kwargs["hidden_states"]
+        others = [value for name, value in kwargs.items() if name != "hidden_states"]
+        return self.mixing.attend(run, tokens, [*args[1:], *others])
+
+
 class _TellGrid(GateHook):
     """In front of the encoder: hands the grid of patches down, as models with convolution mixers do."""
 
@@ -207,9 +276,11 @@ def attach_mixers(
 ) -> list[RemovableHandle]:
     """Hook the searches into ``model``, by number of the layer."""
     family: Family = architecture.family
-    handles: list[RemovableHandle] = []
+    handles: list[Any] = []
     for i, search in searches.items():
         attention = search.attention.module
+        if "forward" not in vars(attention):  # somebody else's
+            handles.append(_Attend(search).attach())
         if family.windows is not None:
             place = _SearchGrid(family.windows)
             handles += place.attach(get(model, paths[i].layer), get(model, paths[i].norm1))

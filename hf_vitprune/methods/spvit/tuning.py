@@ -15,7 +15,6 @@ from ...modeling.structure import get, layer_paths
 from ...plan.plan import PruningPlan
 from ...spec.layer_shape import KERNELS
 from ...utils.batches import ImageBatches
-from ...utils.hooks import ForwardOverride
 from ..base import PruningConfig
 from ..contract import PruningMethod, Traits
 from .branches import Attention, Branches
@@ -94,8 +93,7 @@ class SPViTTuning(PruningMethod):
             self._mixers[i] = FixedMixer(kind, branches, attention, special)
 
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
-        handles: list[Any] = [_NotAttended(get(model, self._paths[i].attention)).attach() for i in self._mixers]
-        return handles + attach_mixers(model, self.architecture, self._mixers, self._paths)
+        return attach_mixers(model, self.architecture, self._mixers, self._paths)
 
     def check_sharded(self, how: str) -> None:
         refuse_zero(how)
@@ -122,10 +120,3 @@ class SPViTTuning(PruningMethod):
         branches: dict[int, Branches] = {i: mixer.branches for i, mixer in self._mixers.items()}
         weights = convolution_weights(plan, branches, attentions, self._paths)
         return replace(plan, weights=weights, info=self.config.to_dict()).validated()
-
-
-class _NotAttended(ForwardOverride):
-    """In the place of an attention whose output no mixer takes: its input, which has the right shape."""
-
-    def __call__(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        return hidden_states, None
