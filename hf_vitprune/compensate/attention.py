@@ -9,6 +9,7 @@ import torch
 from ..modeling.blocks import PrunedAttentionMixin
 from ..modeling.structure import shape_attention
 from ..utils.mixing import mix_into
+from ..utils.processes import from_first
 from .algebra import balance, obs
 from .fits import Branch
 from .layer import Layer
@@ -74,6 +75,7 @@ def _reselect_heads(site: Site, inputs: Inputs) -> None:
     """As many heads as the plan keeps, leaving out those that the others can best make up for."""
     stats, _ = _contexts(site, _widened(site, inputs, every_head=True), targets=0)
     gone, _ = obs(_whole(site, stats).effect, stats.xx, len(site.entry.heads), site.source.v_dim, site.settings.ridge)
+    gone = from_first(gone)
     site.entry = replace(site.entry, heads=tuple(sorted({*range(site.source.heads)} - {*gone.tolist()})))
     table = site.small.table()
     if table is not None:
@@ -82,7 +84,7 @@ def _reselect_heads(site: Site, inputs: Inputs) -> None:
 
 def _whole(site: Site, stats: Statistics) -> Branch:
     """The dense output projection, on the residual channels that stay, and LayerScale."""
-    return Branch(stats, site.kept_rows(site.dense.weights("o")[0]), site.small.scale("o"))
+    return Branch(stats, site.kept_rows(site.dense.weights("o")[0]), site.small.scale("o"), together=True)
 
 
 # ---------------------------------------------------------------------- v and output projection
@@ -119,7 +121,7 @@ def _values(site: Site, inputs: Inputs, moved: bool) -> list[torch.Tensor] | Non
         turned, worth = branch.low_rank(size, rows)
         flat = [place for row in rows for place in row]
         down[flat], start[:, flat] = turned[flat], worth[:, flat]
-    fit = Branch(stats.through(down), start, whole.scale).refit(settings.ridge)
+    fit = whole._replace(stats=stats.through(down), weight=start).refit(settings.ridge)
     factors = balance(down[flat] @ inputs.weights(site, "v")[0][site.head_rows], fit.weight[:, flat])
     down[flat] *= factors[:, None]
     fit.weight[:, flat] /= factors

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..utils.processes import joined, part_of, sum_over_processes
 from .algebra import ridge_solve, value_map
 from .moments import Statistics
 
@@ -52,11 +53,13 @@ class Branch(NamedTuple):
         stats: moments of its inputs (n), in double precision, with what it should add to the stream as targets (m).
         weight: (m, n) of the Linear.
         scale: (m,) LayerScale behind it; None without.
+        together: every process has these same statistics, and does a part of what is to be solved.
     """
 
     stats: Statistics
     weight: torch.Tensor
     scale: torch.Tensor | None
+    together: bool = False
 
     @classmethod
     def itself(cls, stats: Statistics, weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor | None) -> Branch:
@@ -77,7 +80,7 @@ class Branch(NamedTuple):
 
     def refit(self, ridge: float) -> Fit:
         """Weights of the Linear that bring the branch closest to its targets; those that it has are the start."""
-        return refit(self.stats, self.weight, self.scale, ridge)
+        return refit(self.stats, self.weight, self.scale, ridge, self.together)
 
     def low_rank(self, size: int, ranks: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Of every head, the channels of its context that serve its output best, and what the Linear makes of them.
@@ -94,13 +97,14 @@ class Branch(NamedTuple):
         down = self.weight.new_zeros(places, len(self.stats.xx))
         start = self.weight.new_zeros(len(self.weight), places)
         effect = self.effect
-        for head, row in enumerate(ranks):
+        for head in part_of(len(ranks)) if self.together else range(len(ranks)):
+            row = ranks[head]
             at = slice(head * size, (head + 1) * size)
             found = value_map(self.stats.xx[at, at], effect[:, at], len(row)) if row else down[:0, at]
             filled = list(row)[: len(found)]  # fewer where the residual stream is narrower than the head
             down[filled, at] = found
             start[:, filled] = self.weight[:, at] @ self.stats.xx[at, at] @ found.T
-        return down, start
+        return (sum_over_processes(down), sum_over_processes(start)) if self.together else (down, start)
 
 
 def damping(stats: Statistics, ridge: float) -> float:
@@ -108,43 +112,56 @@ def damping(stats: Statistics, ridge: float) -> float:
     return ridge * max(1.0, ROWS_A_FEATURE * len(stats.xx) / stats.rows)
 
 
-def fold(stats: Statistics, prior: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+def fold(
+    stats: Statistics, prior: torch.Tensor, ridge: float, together: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Map (m, n) and constant (m,) from the features that stay to all that there were.
 
     Args:
         stats: of kept features (n) and, as targets, of all (m).
         prior: (m, n) what is used without a fold; the fit shrinks towards it.
+        together: as of :class:`Branch`.
     """
-    found = prior + ridge_solve(stats.xx, stats.tx - prior @ stats.xx, damping(stats, ridge))[0]
+    mine = _rows(len(prior), together)
+    start = prior[mine]
+    found = start + ridge_solve(stats.xx, stats.tx[mine] - start @ stats.xx, damping(stats, ridge))[0]
+    found = joined(found, len(prior)) if together else found
     return found, stats.t - found @ stats.x
 
 
-def refit(stats: Statistics, weight: torch.Tensor, scale: torch.Tensor | None, ridge: float) -> Fit:
+def _rows(count: int, together: bool) -> slice:
+    """Of the targets that this process solves for: one Cholesky factor serves all of them, one by one."""
+    mine = part_of(count) if together else range(count)
+    return slice(mine.start, mine.stop)
+
+
+def refit(
+    stats: Statistics, weight: torch.Tensor, scale: torch.Tensor | None, ridge: float, together: bool = False
+) -> Fit:
     """Weights of a Linear that bring its output, times LayerScale, closest to the targets.
 
     Args:
         stats: of its inputs (n) and of what it should add to the residual stream (m).
         weight: (m, n) it starts from, and shrinks towards.
         scale: (m,) LayerScale behind it.
+        together: as of :class:`Branch`.
     """
     factors = torch.ones_like(stats.t) if scale is None else scale.to(stats.t)
-    prior = factors[:, None] * weight
-    damped = damping(stats, ridge)
-    missing = stats.tx - prior @ stats.xx
+    usable = factors.abs() > SMALLEST_SCALE * factors.abs().max()
+    mine, damped, starved = _rows(len(weight), together), damping(stats, ridge), stats.rows < len(stats.xx)
+    weight, factors, usable = weight[mine], factors[mine, None], usable[mine, None]
+    t, tx, tt = stats.t[mine], stats.tx[mine], stats.tt[mine]
+    prior = factors * weight
+    missing = tx - prior @ stats.xx
     step, left = ridge_solve(stats.xx, missing, damped)
     found = prior + step
-    bias = stats.t - found @ stats.x
-    usable = factors.abs() > SMALLEST_SCALE * factors.abs().max()
+    bias = (t - found @ stats.x)[:, None]
     divisor = torch.where(usable, factors, torch.ones_like(factors))
-    new = torch.where(usable[:, None], found / divisor[:, None], weight)
-    starved = stats.rows < len(stats.xx)
-    before, after = (
-        (lost / stats.tt.sum().clamp(min=torch.finfo(lost.dtype).tiny)).sqrt()
-        for lost in (_squared_error(stats, prior, missing), _squared_error(stats, found, left))
-    )
-    return Fit(new, torch.where(usable, bias / divisor, 0.0), float(before), float(after), damped, starved)
-
-
-def _squared_error(stats: Statistics, weight: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-    """Of ``weight`` (m, n), over all targets, where ``left`` is ``stats.tx - weight @ stats.xx``."""
-    return (stats.tt.sum() - (weight * (stats.tx + left)).sum()).clamp(min=0)
+    new = torch.where(usable, found / divisor, weight), torch.where(usable, bias / divisor, 0.0)
+    # squared errors of the start and of what was found, where ``left`` is ``stats.tx - found @ stats.xx``
+    lost = (tt - (w * (tx + rest)).sum(1) for w, rest in ((prior, missing), (found, left)))
+    rows = torch.cat([*new, *(one[:, None] for one in lost)], 1)
+    rows = joined(rows, len(stats.tt)) if together else rows
+    total = stats.tt.sum().clamp(min=torch.finfo(rows.dtype).tiny)
+    before, after = (float((one.sum().clamp(min=0) / total).sqrt()) for one in rows[:, -2:].unbind(1))
+    return Fit(rows[:, :-3].clone(), rows[:, -3].clone(), before, after, damped, starved)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from ..utils.processes import from_first
 from .algebra import obs
 from .fits import Branch
 from .layer import Layer
@@ -51,9 +52,10 @@ def _hidden(site: Site) -> list[torch.Tensor] | None:
     layer = _widened(site, inputs) if reselect else site.small
     stats, hidden = _moments(site, layer, len(output))
     kept = torch.tensor(site.entry.mlp, device=output.device)
-    branch = Branch(stats, output if reselect else output[:, kept], site.small.scale("fc2"))
+    branch = Branch(stats, output if reselect else output[:, kept], site.small.scale("fc2"), together=True)
     if reselect:
         gone, _ = obs(branch.effect, stats.xx, len(kept), ridge=settings.ridge)
+        gone = from_first(gone)
         site.entry = replace(site.entry, mlp=tuple(sorted({*range(site.source.mlp)} - {*gone.tolist()})))
         kept = torch.tensor(site.entry.mlp, device=output.device)
         _write_hidden(site, inputs)

@@ -88,8 +88,6 @@ class Moments:
         """
         count, squares, x, t, xx, tx, tt = self._sums
         self._sums = []
-        for at in range(0, len(x), COLUMNS):
-            xx[at : at + COLUMNS, at + COLUMNS :] = xx[at + COLUMNS :, at : at + COLUMNS].T
         if self._shift is not None:  # other processes have another first batch: bring the sums to a common origin
             sx, st = (s.to(self.device, torch.float64) for s in self._shift)
             whole = float(count)
@@ -98,9 +96,11 @@ class Moments:
             tt += 2 * t * st + whole * st.square()
             x += whole * sx
             t += whole * st
+        blocks = [xx[at:, at : at + COLUMNS] for at in range(0, len(x), COLUMNS)]
+        _reduce([count, squares, x, t, tx, tt, *blocks], owner)
+        for at in range(0, len(x), COLUMNS):
+            xx[at : at + COLUMNS, at + COLUMNS :] = xx[at + COLUMNS :, at : at + COLUMNS].T
         sums = count, squares, x, t, xx, tx, tt
-        for total in sums:
-            _reduce(total, owner)
         if owner not in (None, shard()[0]):
             return Statistics(float(count), *sums[2:])
         n = float(count)
@@ -139,8 +139,7 @@ class HeadMoments:
         Raises:
             InvalidDataError: the features are not finite, or there are none.
         """
-        for total in (self._sum, self._count):
-            _reduce(total, owner)
+        _reduce([self._sum, self._count], owner)
         if owner not in (None, shard()[0]):
             return self._sum
         if not float(self._count) > 0:
@@ -151,11 +150,14 @@ class HeadMoments:
         return moments
 
 
-def _reduce(total: torch.Tensor, owner: int | None) -> None:
-    """Sum over processes, in place; on the owner alone where there is one."""
+def _reduce(totals: list[torch.Tensor], owner: int | None) -> None:
+    """Sum over processes, in place and all at once; on the owner alone where there is one."""
     if not distributed():
         return
+    together = torch.cat([total.flatten() for total in totals])
     if owner is None:
-        torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(together)
     else:
-        torch.distributed.reduce(total, dst=owner)
+        torch.distributed.reduce(together, dst=owner)
+    for total, part in zip(totals, together.split([total.numel() for total in totals]), strict=True):
+        total.copy_(part.view_as(total))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import InvalidDataError
-from ..utils.processes import sum_over_processes
+from ..utils.processes import part_of, sum_over_processes
 from .algebra import qk_maps
 from .fits import Projection
 from .readers import Inputs
@@ -82,12 +82,14 @@ def _rotated(site: Site, query: Projection, key: Projection, plain: torch.Tensor
     The low rank is that of the moments of all sequences together. Where sequences (windows, above all) differ in
     theirs it need not be the best one.
     """
-    maps = plain.clone()
     (second, around), held = _moments(site, query, key)
-    for head, row in enumerate(site.entry.qk):
-        there = real(row)
+    maps = torch.zeros_like(plain)
+    for head in part_of(len(site.entry.qk)):
+        there = real(site.entry.qk[head])
+        maps[:, head] = plain[:, head]
         if 0 < len(there) < site.source.qk_dim:
             maps[0, head, there], maps[1, head, there] = qk_maps(second[head], around[head], len(there))
+    maps = sum_over_processes(maps)
     choices = torch.stack([torch.zeros_like(plain), plain, maps])
     everything, sliced, rotated = _errors(_products(site, query, key) if held is None else held, choices)
     worse = rotated > sliced

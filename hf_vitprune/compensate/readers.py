@@ -73,7 +73,7 @@ def _inputs(site: Site, attention: bool, kept: tuple[int, ...] | None, readers: 
         weights = site.streams.token_weights(small) if rows == small.shape[:2] else x.new_ones(rows.numel())
         moments.add(x.flatten(0, 1), t.flatten(0, 1), weights)
     centred = all(site.dense.part(name).bias is not None for name in readers)
-    return Inputs(*fold(moments.total(centred), prior, site.settings.ridge))
+    return Inputs(*fold(moments.total(centred), prior, site.settings.ridge, together=True))
 
 
 def selection(kept: torch.Tensor, size: int, device: torch.device) -> torch.Tensor:
@@ -104,7 +104,7 @@ def compensate_head(dense: PreTrainedModel, small: PreTrainedModel, streams: Str
         x, t = streams.small_walk.behind(norm, here), streams.dense_walk.behind(norm, there)
         moments.add(x.flatten(0, 1), t.flatten(0, 1), streams.token_weights(here))
     prior = selection(streams.kept, width, precise_device(streams.device))
-    matrix, constant = fold(moments.total(), prior, streams.settings.ridge)
+    matrix, constant = fold(moments.total(), prior, streams.settings.ridge, together=True)
     for name, old in readers.items():
         weight = old.weight.detach().to(matrix)
         copies = weight.shape[1] // width

@@ -9,7 +9,6 @@ import torch
 
 from ..plan.layer_plan import PAD, LayerPlan
 from ..spec.layer_shape import LayerShape
-from ..utils.processes import distributed
 from .fits import Fit
 from .layer import Layer
 from .moments import precise_device
@@ -93,7 +92,7 @@ class Site:
 
     # ------------------------------------------------------------------ weights
     def write(self, part: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """Put new weights into a Linear of the small model, the first process's on all of them."""
+        """Put new weights into a Linear of the small model."""
         linear = self.small.part(part)
         for parameter, new in ((linear.weight, weight), (linear.bias, bias)):
             if parameter is not None and new is not None:
@@ -113,10 +112,8 @@ class Site:
 
 
 def put(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Overwrite a parameter, on every process with the first one's value."""
+    """Overwrite a parameter."""
     parameter.data.copy_(value)
-    if distributed():
-        torch.distributed.broadcast(parameter.data, src=0)
 
 
 def real(row: tuple[int, ...]) -> list[int]:

@@ -54,6 +54,29 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def part_of(count: int) -> range:
+    """Which of ``count`` things this process computes, where every process does a part of them."""
+    rank, processes = shard()
+    return range(count * rank // processes, count * (rank + 1) // processes)
+
+
+def joined(part: torch.Tensor, count: int) -> torch.Tensor:
+    """(count, ...) what all have computed, on every process, bit for bit the same; ``part``: of :func:`part_of`."""
+    if not distributed():
+        return part
+    mine = part_of(count)
+    together = part.new_zeros(count, *part.shape[1:])
+    together[mine.start : mine.stop] = part
+    return sum_over_processes(together)
+
+
+def from_first(tensor: torch.Tensor) -> torch.Tensor:
+    """The first process's tensor, which has the same shape on all, in the place of this one."""
+    if distributed():
+        torch.distributed.broadcast(tensor, src=0)
+    return tensor
+
+
 def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     """The mean of every process's tensor, in place; itself without others."""
     return sum_over_processes(tensor).div_(shard()[1])

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ...errors import InvalidConfigError, InvalidPlanError
-from ...modeling.structure import get, layer_paths
+from ...modeling.structure import layer_paths
 from ...plan.plan import PruningPlan
 from ...spec.layer_shape import KERNELS
 from ...utils.batches import ImageBatches
