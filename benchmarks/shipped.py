@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--round-to", type=int, default=8, help="sizes are multiples of it")
+    parser.add_argument("--round-to", type=int, default=32, help="sizes are multiples of it")
     parser.add_argument("--layers", type=int, default=12, help="fewer for a trial")
     given = parser.parse_args()
     torch.manual_seed(0)

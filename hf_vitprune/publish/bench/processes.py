@@ -15,7 +15,10 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ...errors import BenchError
-from ...latency.measure import MAX_REPEATS, MIN_SAMPLE_SECONDS
+from ...latency.measure import MAX_REPEATS
+
+#: of calls a turn: what a process pays for waking up, and the noise of a single call, are then small beside it
+SAMPLE_SECONDS = 0.25
 
 
 class _Worker:
@@ -83,7 +86,7 @@ def timed(
         repeats = {}
         for key, worker in workers.items():
             seconds = min(worker.ask(1)["seconds"] for _ in range(2))
-            repeats[key] = max(1, min(MAX_REPEATS, round(MIN_SAMPLE_SECONDS / max(seconds, 1e-9))))
+            repeats[key] = max(1, min(MAX_REPEATS, round(SAMPLE_SECONDS / max(seconds, 1e-9))))
         samples: dict[tuple[str, str], list[float]] = {key: [] for key in orders}
         memory: dict[tuple[str, str], float] = {}
         for _ in tqdm(range(rounds), "measuring", disable=not progress, leave=False):
