@@ -23,12 +23,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_vitprune import OneShotScores, prune
+from hf_vitprune import OneShotScores, PruningPlan, prune
 from hf_vitprune.methods import OneShotSettings
 
+PARTS = ("scores", "compensation")
 
-def measure(width: int, layers: int, images: list[int]) -> dict[str, dict[str, float]]:
-    """Part -> number of images -> seconds, on every process."""
+
+def measure(width: int, layers: int, images: list[int], parts: list[str]) -> dict[str, dict[str, float]]:
+    """Part -> number of images -> seconds, on every process. Without scores, magnitudes say what goes."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = ViTConfig(
@@ -36,15 +38,18 @@ def measure(width: int, layers: int, images: list[int]) -> dict[str, dict[str, f
     )
     model = ViTForImageClassification(config).eval()
     pixels = torch.randn(max(images), 3, 224, 224)
-    found: dict[str, dict[str, float]] = {"scores": {}, "compensation": {}}
+    found: dict[str, dict[str, float]] = {part: {} for part in parts}
+    plan = PruningPlan.magnitude(model, 0.5, units=["heads", "qk", "v", "mlp"])
     with torch.no_grad():
         model(pixel_values=pixels[:8])  # what a first pass takes more
     for count in images:
         some = pixels[:count]
         settings = OneShotSettings(images=None, statistics=False, batch_size=8)
-        scores, found["scores"][str(count)] = _timed(lambda: OneShotScores.measure(model, some, settings))  # noqa: B023
-        plan = scores.plan(0.5)
-        _, found["compensation"][str(count)] = _timed(lambda: prune(model, plan, calibration=some))  # noqa: B023
+        if "scores" in parts:
+            scores, found["scores"][str(count)] = _timed(lambda: OneShotScores.measure(model, some, settings))  # noqa: B023
+            plan = scores.plan(0.5)
+        if "compensation" in parts:
+            _, found["compensation"][str(count)] = _timed(lambda: prune(model, plan, calibration=some))  # noqa: B023
     return found
 
 
@@ -59,10 +64,10 @@ def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
 def table(shape: str, found: dict[int, dict[str, dict[str, float]]]) -> Table:
     """Seconds by the number of processes, how many times as fast, and the share that images do not change."""
     first = next(iter(found.values()))
-    counts = list(first["scores"])
+    counts = list(next(iter(first.values())))
     columns = [f"{count} images, s (times)" for count in counts]
     made = Table("", "processes", *columns, "without images, s", title=f"ViT {shape}, one thread a process")
-    for part in [*first, "both"]:
+    for part in [*first, *(["both"] if len(first) > 1 else [])]:
         alone = None
         for processes, parts in found.items():
             seconds = [sum(parts[name][c] for name in ([part] if part in parts else parts)) for c in counts]
@@ -79,12 +84,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", default="384x12", help="width x layers")
     parser.add_argument("--images", default="64,128", help="numbers, with commas")
     parser.add_argument("--processes", default="1,2", help="numbers, with commas")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what is measured, with commas")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.here:
         torch.distributed.init_process_group("gloo")
         width, layers = map(int, given.shape.split("x"))
-        found = measure(width, layers, [int(count) for count in given.images.split(",")])
+        found = measure(width, layers, [int(count) for count in given.images.split(",")], given.parts.split(","))
         if torch.distributed.get_rank() == 0:
             print(json.dumps(found))
         torch.distributed.destroy_process_group()
@@ -102,6 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
             given.shape,
             "--images",
             given.images,
+            "--parts",
+            given.parts,
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)

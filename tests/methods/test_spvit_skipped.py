@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from hf_vitprune import SPViTConfig, get_pruning_model
-from hf_vitprune.methods.spvit import hooks
+from hf_vitprune.methods.spvit import hooks, mixing
 from hf_vitprune.methods.spvit.gates import nested
 from tiny import make
 
 
-def attend_always(self: hooks.MixerSearch, run: Any, tokens: torch.Tensor, others: Any) -> Any:
+def attend_always(self: mixing.MixerSearch, run: Any, tokens: torch.Tensor, others: Any) -> Any:
     return run()
 
 
 def sum_of_all(
-    self: hooks.MixerSearch, attended: torch.Tensor, tokens: torch.Tensor, grid: Any, as_attended: Any = None
+    self: mixing.MixerSearch, attended: torch.Tensor, tokens: torch.Tensor, grid: Any, as_attended: Any = None
 ) -> torch.Tensor:
     """g3 MSA + g2 (1 - g3) Conv3 + g1 (1 - g2) (1 - g3) Conv1, as it is written; convolutions with a part in it."""
     drawn = self.gates.sample()
@@ -26,7 +26,7 @@ def sum_of_all(
     shares = {"conv3x3": middle * (1 - attention), "conv1x1": simple * (1 - middle) * (1 - attention)}
     mixed = attention * attended
     for kind, share in shares.items():
-        if kind in hooks._read(*(value > 0.5 for value in drawn.tolist())):
+        if kind in mixing._read(*(value > 0.5 for value in drawn.tolist())):
             part = self._convolved(kind, tokens, grid)
             mixed = mixed + share * (part if as_attended is None else as_attended(part))
     return mixed
@@ -36,8 +36,8 @@ def gradients(name: str, settings: Any, remembered: bool, seed: int, monkeypatch
     torch.manual_seed(7)
     with monkeypatch.context() as patch:
         if remembered:
-            patch.setattr(hooks.MixerSearch, "attend", attend_always)
-            patch.setattr(hooks.MixerSearch, "mix", sum_of_all)
+            patch.setattr(mixing.MixerSearch, "attend", attend_always)
+            patch.setattr(mixing.MixerSearch, "mix", sum_of_all)
         model = make(name)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

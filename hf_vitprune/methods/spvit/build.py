@@ -18,7 +18,7 @@ from .branches import Attention, Branches, OwnBranches, SharedBranches
 from .config import SPViTConfig
 from .cost import mixer_shape
 from .gates import Annealing, MixerGates
-from .hooks import MixerSearch
+from .mixing import MixerSearch
 
 #: temperature of the mixing table, by family; others as ViT
 MIXING_TEMPERATURES = {"swin": 100.0}

@@ -30,7 +30,8 @@ from .build import attention_of, checked_linear, convolution_weights, mixer_sear
 from .config import SPViTConfig
 from .cost import SearchCost
 from .gates import LEVELS, Annealing, NeuronGates
-from .hooks import GatedColumns, MixerSearch, attach_mixers
+from .hooks import GatedColumns, attach_mixers
+from .mixing import MixerSearch
 
 logger = logging.get_logger(__name__)
 

@@ -21,7 +21,8 @@ from .branches import Attention, Branches
 from .build import attention_of, convolution_weights, refuse_zero, shared_branches
 from .config import check_positive
 from .gates import LEVELS
-from .hooks import FixedMixer, attach_mixers
+from .hooks import attach_mixers
+from .mixing import FixedMixer
 
 #: settings that every method has, and that say nothing here
 _UNUSED = ("target", "gate_learning_rate", "latency_table", "latency_batch_size")
