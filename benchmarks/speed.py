@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py                      # everything, about a quarter of an hour on two cores
     python benchmarks/speed.py inference --models vit-small --batch-sizes 1 8
-    python benchmarks/speed.py truncation|training|pruning|loading
+    python benchmarks/speed.py truncation|training|pruning|loading|importing
 
 Every number is a ratio between two sides that take turns in one run; medians of several rounds, MACs beside. Models
 have random weights and published shapes. ``--json FILE`` keeps every sample.
@@ -239,6 +239,22 @@ print(time.perf_counter() - start, resident('VmHWM') - before)
     return [float(word) for word in _run_python(code)[-2:]]
 
 
+def importing(rounds: int) -> list[dict[str, Any]]:
+    """torch, transformers and PEFT in fresh processes, with this library and without: processor seconds."""
+    base = "import time, torch, transformers, peft"
+    samples: dict[str, list[float]] = {"": [], "import hf_vitprune": []}
+    for round_number in range(rounds + 1):
+        for more, seconds in samples.items():
+            words = _run_python(f"{base}\n{more}\nprint(time.process_time())")
+            if round_number:
+                seconds.append(float(words[-1]))
+    without, with_it = samples.values()
+    ratio = statistics.median(b / a for a, b in zip(without, with_it, strict=True))
+    return [
+        {"what": "import, against torch, transformers, peft", "seconds": statistics.median(with_it), "ratio": ratio}
+    ]
+
+
 def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every function in every round, after one round of warm-up; all of them take turns."""
     samples: dict[str, list[float]] = {name: [] for name in functions}
@@ -253,7 +269,7 @@ def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("inference", "truncation", "training", "pruning", "loading")
+    parts = ("inference", "truncation", "training", "pruning", "loading", "importing")
     parser.add_argument("part", nargs="?", choices=(*parts, "all"), default="all")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
@@ -266,6 +282,7 @@ def main() -> None:
         "training": lambda: training(args.models, args.batch_sizes[-1], args.rounds),
         "pruning": lambda: pruning(args.rounds),
         "loading": lambda: loading(args.rounds),
+        "importing": lambda: importing(args.rounds),
     }
     results = {}
     for part in parts if args.part == "all" else (args.part,):

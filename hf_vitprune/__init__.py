@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .modeling import registry as _registry  # noqa: F401  pruned classes, in the Auto classes
+from .modeling import registry as _registry  # noqa: F401  configs of pruned models, whose classes come with the first
 from .modeling import whole_config as _whole_config  # noqa: F401  and those of models that build their towers themselves
 from .peft import register_peft_types as _register_peft_types
 from .publish import hub as _hub  # noqa: F401  what push_to_hub of a pruned model does

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
 
 from .base import Family
 from .dinov2 import follow_stages
@@ -18,6 +17,8 @@ def rotate(
     module: Any, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn queries and keys (batch, heads, tokens, qk_dim) by the angles of the channels that they kept."""
+    from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb  # not with the package
+
     channels = module.qk_index.unflatten(0, (query.shape[1], -1))
     cos, sin = (table[:, channels].transpose(0, 1) for table in kwargs.pop("position_embeddings"))
     return apply_rotary_pos_emb(query, key, cos, sin)

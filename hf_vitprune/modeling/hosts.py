@@ -19,30 +19,37 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import CheckpointMismatchError
 from ..families import PRUNED_PREFIX, family_of
 from ..utils.modules import put
+from .first_use import FirstUseMixin, make_models, when_used
 from .folder import NOT_STOCK
 from .pretrained import PrunedModelMixin, overridden
 from .registry import copy_conversions, pruned_model_class
 from .sealed import seal
 from .strict import StrictMixin
 
-#: classes that make their towers, or the configs of these, from one class -> the Auto classes that map them
-HOSTS = {
-    "CLIPModel": ("AutoModel", "AutoModelForZeroShotImageClassification"),
-    "SiglipModel": ("AutoModel", "AutoModelForZeroShotImageClassification"),
-    "Siglip2Model": ("AutoModel", "AutoModelForZeroShotImageClassification"),
-    "InternVLModel": ("AutoModel",),
-    "InternVLForConditionalGeneration": ("AutoModelForImageTextToText",),
-    "RfDetrModel": ("AutoModel",),
-    "RfDetrForObjectDetection": ("AutoModelForObjectDetection",),
-    "RfDetrForInstanceSegmentation": ("AutoModelForInstanceSegmentation",),
+#: model types of classes that make their towers, or the configs of these, from one class -> the Auto classes that map
+#: them
+HOSTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "clip": {"CLIPModel": ("AutoModel", "AutoModelForZeroShotImageClassification")},
+    "siglip": {"SiglipModel": ("AutoModel", "AutoModelForZeroShotImageClassification")},
+    "siglip2": {"Siglip2Model": ("AutoModel", "AutoModelForZeroShotImageClassification")},
+    "internvl": {
+        "InternVLModel": ("AutoModel",),
+        "InternVLForConditionalGeneration": ("AutoModelForImageTextToText",),
+    },
+    "rf_detr": {
+        "RfDetrModel": ("AutoModel",),
+        "RfDetrForObjectDetection": ("AutoModelForObjectDetection",),
+        "RfDetrForInstanceSegmentation": ("AutoModelForInstanceSegmentation",),
+    },
 }
 #: put in front of the model type of a host with a pruned tower
 HOST_PREFIX = f"{PRUNED_PREFIX}tower_"
 
+_configs: dict[str, type[PreTrainedConfig]] = {}
 _hosts: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
 
-class PrunedHostConfigMixin:
+class PrunedHostConfigMixin(FirstUseMixin):
     """A config whose parts may be those of pruned towers."""
 
     @classmethod
@@ -112,6 +119,9 @@ def host_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel] | No
     """The twin of a class that makes its towers itself; None where there is none."""
     if issubclass(model_class, PrunedHostMixin):
         return model_class
+    model_type = getattr(model_class.config_class, "model_type", None)
+    if model_type in _configs:
+        make_models(_configs[model_type])
     return _hosts.get(model_class)
 
 
@@ -120,28 +130,35 @@ def stock_host(model_class: type[PreTrainedModel]) -> type[PreTrainedModel] | No
     return next((stock for stock, twin in _hosts.items() if twin is model_class), None)
 
 
-def _register() -> None:
-    configs: dict[type, Any] = {}
-    for name, auto_names in HOSTS.items():
+def _register(model_type: str) -> None:
+    config_class = CONFIG_MAPPING[model_type]
+    body = {"model_type": HOST_PREFIX + model_type, "__module__": __name__}
+    config: Any = type(f"PrunedTower{config_class.__name__}", (PrunedHostConfigMixin, config_class), body)
+    globals()[config.__name__] = _configs[model_type] = config
+    AutoConfig.register(config.model_type, config)
+    when_used(config, lambda: _make_hosts(model_type, config))
+
+
+def _make_hosts(model_type: str, config: Any) -> None:
+    copy_conversions(config.model_type, model_type)
+    for name, auto_names in HOSTS[model_type].items():
         stock: Any = getattr(transformers, name)
-        config_class = stock.config_class
-        if config_class not in configs:
-            body = {"model_type": HOST_PREFIX + config_class.model_type, "__module__": __name__}
-            config: Any = type(f"PrunedTower{config_class.__name__}", (PrunedHostConfigMixin, config_class), body)
-            AutoConfig.register(config.model_type, config)
-            copy_conversions(config.model_type, config_class.model_type)
-            configs[config_class] = config
-        config = configs[config_class]
-        made: Any = type(
-            f"Pruned{name}",
-            (PrunedHostMixin, stock),
-            {"config_class": config, "config": config, "__module__": __name__},
-        )
-        globals().update({config.__name__: config, made.__name__: made})
-        _hosts[stock] = made
+        body = {"config_class": config, "config": config, "__module__": __name__}
+        made: Any = type(f"Pruned{name}", (PrunedHostMixin, stock), body)
+        globals()[made.__name__] = _hosts[stock] = made
         copy_conversions(made.__name__, name)
         for auto_name in auto_names:
             getattr(transformers, auto_name)._model_mapping.register(config, made, exist_ok=True)
 
 
-_register()
+for _model_type in HOSTS:
+    _register(_model_type)
+
+
+def __getattr__(name: str) -> Any:
+    # a model class: made when asked for
+    for model_type, classes in HOSTS.items():
+        if name.removeprefix("Pruned") in classes and name.startswith("Pruned"):
+            make_models(_configs[model_type])
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

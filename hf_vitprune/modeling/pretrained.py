@@ -18,6 +18,7 @@ from ..spec.architecture import Architecture, write_record
 from ..spec.configs import check_depth
 from .complete import check_adapters_whole
 from .custom import check_class, check_modules, loading
+from .first_use import FirstUseMixin
 from .folder import NOT_STOCK, STUB, STUB_MODULE
 from .rebuild import materialize
 from .sealed import seal, unsealed
@@ -25,7 +26,7 @@ from .strict import StrictMixin
 from .structure import layer_paths, resize_
 
 
-class PrunedConfigMixin:
+class PrunedConfigMixin(FirstUseMixin):
     """Config with a ``pruning_config``: the record of the pruned shape (None: dense)."""
 
     def validate_architecture(self) -> None:

@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import UnsupportedModelError
 from ..families import PRUNED_PREFIX, Family, add_family, all_families, remove_family
 from ..spec.configs import strip_family
+from .first_use import forget_models, make_models, when_used
 from .pretrained import PrunedConfigMixin, PrunedModelMixin
 
 #: Auto classes whose stock classes get a pruned twin
@@ -51,12 +52,13 @@ def register_family(family: Family) -> None:
         ValueError: the model type is taken.
     """
     add_family(family)
-    _make_classes(family)
+    _make_config_class(family)
 
 
 def stock_classes(family: Family) -> list[type[PreTrainedModel]]:
     """The classes of transformers that a registered family prunes."""
     config_class = CONFIG_MAPPING[family.model_type]
+    make_models(_configs[config_class])
     return [stock for stock in _models if stock in _stock and stock.config_class is config_class]
 
 
@@ -64,7 +66,7 @@ def forget_family(family: Family) -> None:
     """Undo :func:`register_family`."""
     remove_family(family)
     config_class = CONFIG_MAPPING[family.model_type]
-    del _configs[config_class]
+    forget_models(_configs.pop(config_class))
     for stock in [one for one in _stock if one.config_class is config_class]:
         _stock.remove(stock)
         del _models[stock]
@@ -82,8 +84,9 @@ def pruned_model_class(model_class: type[PreTrainedModel]) -> type[PreTrainedMod
     """
     if issubclass(model_class, PrunedModelMixin):
         return model_class
+    stock = stock_ancestor(model_class)
     if model_class not in _models:  # written by a user: its own twin, with its own forward
-        parent = _models[stock_ancestor(model_class)]
+        parent = _models[stock]
         body = {name: parent.__dict__[name] for name in ("config_class", "config", "pruning_task")}
         body |= {"auto_classes": (), "dense_class": model_class, "__module__": model_class.__module__}
         name = f"Pruned{model_class.__name__}"
@@ -98,12 +101,14 @@ def stock_ancestor(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     Raises:
         UnsupportedModelError: no Auto class maps any of them.
     """
+    for config_class in getattr(model_class.config_class, "__mro__", ()):
+        if config_class in _configs:
+            make_models(_configs[config_class])
     for known in model_class.__mro__:
         if known in _stock:
             return known
-    raise UnsupportedModelError(
-        f"{model_class.__name__} has no pruned class; known: {', '.join(sorted(c.__name__ for c in _stock))}"
-    )
+    known_types = ", ".join(sorted(family.model_type for family in all_families()))
+    raise UnsupportedModelError(f"{model_class.__name__} has no pruned class; known model types: {known_types}")
 
 
 def stock_model_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -120,13 +125,13 @@ def class_for_task(family: Family, task: str) -> type[PreTrainedModel]:
     Raises:
         UnsupportedModelError: the family has no such class.
     """
-    for stock, pruned in _models.items():
-        if stock in _stock and stock.config_class.model_type == family.model_type and pruned.pruning_task == task:  # type: ignore
-            return pruned
+    for stock in stock_classes(family):
+        if _models[stock].pruning_task == task:  # type: ignore[attr-defined]
+            return _models[stock]
     raise UnsupportedModelError(f"{family.model_type} has no class for {task!r}")
 
 
-def _make_classes(family: Family) -> None:
+def _make_config_class(family: Family) -> None:
     config_class = CONFIG_MAPPING[family.model_type]
     pruned_type = PRUNED_PREFIX + family.model_type
     pruned_config = _new_class(
@@ -136,7 +141,12 @@ def _make_classes(family: Family) -> None:
     )
     _configs[config_class] = pruned_config
     AutoConfig.register(pruned_type, pruned_config, exist_ok=True)  # a family may have been refused before
-    copy_conversions(pruned_type, family.model_type)
+    when_used(pruned_config, lambda: _make_model_classes(family, config_class))
+
+
+def _make_model_classes(family: Family, config_class: type[PreTrainedConfig]) -> None:
+    pruned_config = _configs[config_class]
+    copy_conversions(pruned_config.model_type, family.model_type)
     for auto_name, stock in _stock_classes(family, config_class):
         _stock.add(stock)
         if stock not in _models:
@@ -183,4 +193,15 @@ def copy_conversions(name: str, source: str) -> None:
 
 
 for _family in all_families():
-    _make_classes(_family)
+    _make_config_class(_family)
+
+
+def __getattr__(name: str) -> Any:
+    # a model class: made when asked for
+    stock = getattr(transformers, name.removeprefix("Pruned"), None) if name.startswith("Pruned") else None
+    config_class = getattr(stock, "config_class", None)
+    if config_class in _configs:
+        make_models(_configs[config_class])
+    if name in globals():
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from .layers import layer_rows
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 # ---------------------------------------------------------------------- numbers as text
@@ -109,6 +109,9 @@ def _writer(name: str) -> Callable[[Any], str]:
 
 # ---------------------------------------------------------------------- cells as tables
 def _rich(cells: list[list[str]], title: str | None) -> Table:
+    from rich.table import Table  # cards need none of it, and come with the package
+    from rich.text import Text
+
     table = Table(title=None if title is None else Text(title))
     for i, heading in enumerate(cells[0]):
         table.add_column(Text(heading), justify="left" if i == 0 or heading == "mixer" else "right")
