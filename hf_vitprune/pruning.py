@@ -14,7 +14,6 @@ from .errors import InvalidConfigError, InvalidPlanError, NativeExportError
 from .modeling.native import make_stock_
 from .modeling.peft_twin import is_peft, merged_twin
 from .peft import prune_peft
-from .peft.seal import seal_on_saving
 from .plan.lineage import named_source
 from .plan.plan import PruningPlan
 from .spec.architecture import Architecture, unwrap
@@ -92,7 +91,6 @@ def prune(
     if stock:
         with contextlib.suppress(NativeExportError):  # it stays what it is
             make_stock_(small)
-            seal_on_saving(small)
     return small
 
 

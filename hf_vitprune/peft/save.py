@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError
-from ..plan.lineage import lineage_of
 from .folder import BASE_FOLDER, ELSEWHERE, watch
-from .seal import seal
+from .seal import pruned_part, seal
 
 
 def save_pruned_peft(
@@ -37,7 +36,7 @@ def save_pruned_peft(
     """
     configs = list(getattr(model, "peft_config", {}).values())
     unsealed = [config for config in configs if not hasattr(config, "pruning")]
-    if not configs or (unsealed and "plan" not in lineage_of(model.get_base_model().config)):
+    if not configs or (unsealed and pruned_part(model.get_base_model()) is None):
         raise AdapterError("not a PeftModel over a pruned model; save it with its own save_pretrained")
     for config in unsealed:
         seal(config, model.get_base_model())

@@ -2,7 +2,8 @@
 
 ``get_peft_model(pruned, LoraConfig(...))`` makes a LORA adapter, which any model with layers of the targets' sizes
 would take. What is saved is of type VITPRUNE_LORA instead. Nothing in PEFT is changed for this: PEFT stores the
-configs on the base model, and a pruned model seals what is stored there.
+configs on the base model, and a pruned model seals what is stored there. One of a stock class, which may have been
+loaded, is known as pruned by its config; torch tells when a tuner takes it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import copy
 from typing import Any
 
 from peft import PeftType
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import PreTrainedModel
 
 from ..errors import AdapterError
 from ..modeling.peft_twin import plain_twin
 from ..modeling.pretrained import PrunedModelMixin
 from ..plan.lineage import lineage_of
+from ..spec.towers import towers
 from .folder import remember
 from .kinds.kind import PREFIX, kind_of
 from .record import pruning_record
@@ -26,9 +31,7 @@ from .types import pruned_config_class
 def pruned_adapter_config(model: nn.Module, config: Any) -> Any:
     """The config of an adapter that loads onto this pruned model only, for ``get_peft_model`` or ``add_adapter``.
 
-    Models of a Pruned class do this by themselves, and so do models of a stock class as long as they are the ones
-    that ``prune`` gave, or a ``PruningTrainer`` trains. Nothing tells PEFT that a model of a stock class was pruned
-    before it was loaded: use this function, or ``save_pruned_peft`` at the end.
+    Pruned models do this by themselves where this library was imported before the adapter was put on.
 
     Args:
         model: the pruned model.
@@ -47,25 +50,39 @@ def seal(config: Any, model: nn.Module) -> None:
 
     A dense checkpoint cannot stand in for the base: it may have been trained since it was pruned.
     """
-    if "plan" not in lineage_of(model.config):  # type: ignore[arg-type]
+    part = pruned_part(model)
+    if part is None:
         raise AdapterError(f"this {type(model).__name__} is not pruned; use the adapter's config as it is")
     kind = kind_of(config).name
     config.__class__ = pruned_config_class(kind)
     config.peft_type = PeftType(PREFIX + kind)
-    config.pruning = pruning_record(plain_twin(model), altered=True)
+    config.pruning = pruning_record(plain_twin(model, part=part), altered=True, part=part)
+
+
+def pruned_part(model: Any) -> str | None:
+    """Path of the pruned tower in a model, of the first one if there are several; None where nothing is pruned."""
+    if "plan" in lineage_of(model.config):
+        return ""
+    paths = [tower.path for tower in towers(model).values()]
+    return next((path for path in paths if "plan" in lineage_of(model.get_submodule(path).config)), None)
 
 
 def seal_all(model: Any, *_: Any) -> None:
     """Seal every adapter's config that a pruned model holds, in place; a state dict's pre-hook."""
     for config in model.__dict__.get("peft_config", {}).values():
-        if not hasattr(config, "pruning") and "plan" in lineage_of(model.config):
+        if not hasattr(config, "pruning") and pruned_part(model) is not None:
             seal(config, model)
     remember(model)
 
 
-def seal_on_saving(model: nn.Module) -> None:
-    """Have the adapters sealed that PEFT will put on a pruned model of a stock class, whenever they are saved."""
-    if "plan" in lineage_of(model.config) and seal_all not in model._state_dict_pre_hooks.values():  # type: ignore[arg-type]
+def seal_on_saving(parent: nn.Module, name: str, model: nn.Module | None) -> None:
+    """Have the adapters sealed, whenever they are saved, on pruned models of stock classes and around pruned towers.
+
+    torch calls this for every module that is set as an attribute; a PEFT tuner sets the model it puts adapters in.
+    """
+    if not isinstance(parent, BaseTuner) or not isinstance(model, PreTrainedModel):
+        return
+    if pruned_part(model) is not None and seal_all not in model._state_dict_pre_hooks.values():
         model.register_state_dict_pre_hook(seal_all)
 
 
@@ -95,3 +112,4 @@ class SealedConfigs:
 
 
 PrunedModelMixin.peft_config = SealedConfigs()  # type: ignore[attr-defined]
+register_module_module_registration_hook(seal_on_saving)

@@ -18,8 +18,6 @@ from ..losses.distillation import DistillationConfig
 from ..losses.features import FeatureTeacher, has_head
 from ..losses.task import is_classifier, task_loss
 from ..methods import Stage
-from ..modeling.peft_twin import is_peft
-from ..peft.seal import seal_on_saving
 from ..spec.architecture import unwrap
 from ..utils.batches import fixed_randomness
 from ..utils.finite import check_images, check_loss
@@ -105,8 +103,6 @@ class PruningTrainer(ShardedTraining):
             model.compensate = self._compensate
         elif isinstance(model, PreTrainedModel):
             enable_exact_resume(model)
-        elif is_peft(model):
-            seal_on_saving(model.get_base_model())
         distillation, teacher = self._given_lessons
         if distillation is None and (teacher is not None or self._gated) and not self._has_labels(model):
             distillation = DistillationConfig(kind="features")

@@ -21,6 +21,7 @@ from hf_vitprune.errors import AdapterError, UnsupportedUnitError
 from hf_vitprune.modeling.peft_twin import merged_twin, tuner_layers
 from hf_vitprune.peft import prune_peft, save_pruned_peft
 from hf_vitprune.plan.plan import PruningPlan
+from hf_vitprune.pruning import prune
 from hf_vitprune.surgery.masked import mask_plain
 from tiny import relative_error
 from tiny_adapters import CONFIGS, randomize
@@ -143,3 +144,21 @@ def test_saved_and_refused(tmp_path: Path) -> None:
 def test_a_narrower_embedding_is_refused() -> None:
     with pytest.raises(UnsupportedUnitError, match="reads that"):
         prune_peft(adapted(LoraConfig(r=3, target_modules=BOTH)), plan_of(["embedding"]), part=PART)
+
+
+@pytest.mark.parametrize("units", [["mlp"], ["qk"]], ids=["stock tower", "pruned tower"])
+def test_an_adapter_put_on_a_model_with_a_pruned_tower_is_for_that_model(units: list[str], tmp_path: Path) -> None:
+    """Also one of the language model alone, whose sizes are the same in the dense model."""
+    prune(llava(), PruningPlan.magnitude(llava(), 0.5, units=units)).save_pretrained(tmp_path / "base")
+    small = AutoModelForImageTextToText.from_pretrained(tmp_path / "base").eval()
+    config = LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
+    model = randomize(get_peft_model(small, config)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="pruned base model that was saved with it"):
+        PeftModel.from_pretrained(llava(), str(tmp_path / "adapter"))
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    again = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    assert relative_error(logits(again), logits(model)) < 1e-6
+    dense = get_peft_model(llava(), config)
+    dense.save_pretrained(tmp_path / "dense")
+    assert '"LORA"' in (tmp_path / "dense" / "adapter_config.json").read_text()
