@@ -16,7 +16,7 @@ from ..utils.offload import Waiting
 from .fits import Branch
 from .moments import Statistics, precise_device
 
-#: last Linear of a branch -> the LayerScale behind it
+#: last Linear of a branch -> the LayerScale behind it, by their names in ``LayerPaths``
 SCALES = {"o": "scale1", "fc2": "scale2"}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import InvalidConfigError
 
-#: what can be compensated, in the order of a layer
+#: what can be compensated, in the order of a layer: a fit each, and no unit each (that of v makes up for heads, too)
 PARTS = ("embedding", "inputs", "qk", "v", "mlp", "layers")
 
 

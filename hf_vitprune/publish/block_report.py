@@ -10,8 +10,9 @@ from ..cost.blocks import block_macs
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
 from ..spec.origin import dense_of
+from ..spec.units import layer_sizes
 from ..utils.figures import MARKERS, PALETTE, mark_stages, new_figure, save_figure
-from .layers import SIZES, kept_shares
+from .layers import kept_shares
 
 #: colour of every mixer in figures, MLPs included
 COLOURS = {
@@ -41,7 +42,8 @@ def plot_kept(subjects: Any, path: str | Path) -> Path:
     """
     named = subjects if isinstance(subjects, Mapping) else {"": subjects}
     shares = {name: kept_shares(subject) for name, subject in named.items()}
-    units = [unit for unit in SIZES if any(unit in rows for rows in shares.values())]
+    titles = layer_sizes()
+    units = [unit for unit in titles if any(unit in rows for rows in shares.values())]
     columns = min(len(units), 4)
     lines = -(-len(units) // columns)
     figure = new_figure(3.2 * columns, 2.6 * lines + 0.6)
@@ -55,7 +57,7 @@ def plot_kept(subjects: Any, path: str | Path) -> Path:
             if unit in rows:
                 kept = [100 * share for share in rows[unit]]
                 panel.plot(kept, markersize=4, linewidth=1, label=name, **style)
-        panel.set_title(SIZES[unit], fontsize="medium", pad=16 if len({*stages}) > 1 else 6)
+        panel.set_title(titles[unit], fontsize="medium", pad=16 if len({*stages}) > 1 else 6)
         panel.set(xlabel="layer, bottom to top", ylim=(-3, 105))
         panel.grid(alpha=0.3)
         panel.xaxis.get_major_locator().set_params(integer=True)

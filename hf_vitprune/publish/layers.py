@@ -8,17 +8,8 @@ from ..cost import cost_parts
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
 from ..spec.origin import dense_of
-from ..spec.units import LAYER_UNITS
+from ..spec.units import LAYER_UNITS, layer_sizes
 
-#: sizes of a layer that a plan can reduce, in the order of tables and plots, and what they are called there
-SIZES = {
-    "heads": "heads",
-    "qk": "q/k channels a head",
-    "v": "v channels a head",
-    "mlp": "MLP neurons",
-    "attention_in": "channels into attention",
-    "mlp_in": "channels into the MLP",
-}
 _OUTSIDE = "other"
 
 
@@ -78,11 +69,11 @@ def kept_shares(subject: PruningPlan | Architecture | Any) -> dict[str, list[flo
         reference = dense_of(architecture.config, architecture.task)
         places = _places(reference)
         positions = [places.index(place) for place in _places(architecture)]
-    shares = {name: [0.0] * len(reference.layers) for name in SIZES}
-    seen = {name: not name.endswith("_in") for name in SIZES}
+    shares = {name: [0.0] * len(reference.layers) for name in layer_sizes()}
+    seen = {name: not name.endswith("_in") for name in shares}
     for i, position in enumerate(positions):
         kept, full = _sizes(architecture, i), _sizes(reference, position)
-        for name in SIZES:
+        for name in shares:
             width = full[name] if full[name] is not None else reference.width(position)
             size = kept[name] if kept[name] is not None else architecture.width(i)
             seen[name] |= kept[name] is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import InvalidArchitectureError
@@ -16,6 +16,11 @@ KERNELS = {"conv3x3": 3, "conv1x1": 1}
 MAX_GROWTH = 16
 
 
+def _size(default: Any, word: str, title: str = "") -> Any:
+    """A field: its word in ``per_layer_config``, and what tables and plots call it where a plan can reduce it."""
+    return field(default=default, metadata={"word": word, "title": title})
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """Sizes of one layer.
@@ -24,20 +29,20 @@ class LayerShape:
     ``v_dim`` and ``attention_in``; only convolutions have ``conv_channels`` and ``batch_norm``.
     """
 
-    mixer: str = "attention"
-    heads: int = 0
-    qk_dim: int = 0
-    v_dim: int = 0
-    mlp: int = 0
+    mixer: str = _size("attention", "mixer")
+    heads: int = _size(0, "num_attention_heads", "heads")
+    qk_dim: int = _size(0, "qk_head_dim", "q/k channels a head")
+    v_dim: int = _size(0, "v_head_dim", "v channels a head")
+    mlp: int = _size(0, "intermediate_size", "MLP neurons")
     #: channels that q/k/v (fc1) read after the norm; None: all
-    attention_in: int | None = None
-    mlp_in: int | None = None
+    attention_in: int | None = _size(None, "attention_input_size", "channels into attention")
+    mlp_in: int | None = _size(None, "mlp_input_size", "channels into the MLP")
     #: Swin: windows of this layer are shifted
-    shifted: bool | None = None
+    shifted: bool | None = _size(None, "shifted")
     #: channels between the two halves of a convolution mixer
-    conv_channels: int | None = None
+    conv_channels: int | None = _size(None, "conv_channels")
     #: whether a convolution mixer has a BatchNorm; False: it was folded into the convolution
-    batch_norm: bool | None = None
+    batch_norm: bool | None = _size(None, "batch_norm")
 
     @property
     def kernel(self) -> int | None:
@@ -114,27 +119,19 @@ def shape_from_row(row: Any, dense: LayerShape, where: str) -> LayerShape:
     return replace(dense, **{**defaults, **row})
 
 
-_WORDS = {
-    "num_attention_heads": "heads",
-    "qk_head_dim": "qk_dim",
-    "v_head_dim": "v_dim",
-    "intermediate_size": "mlp",
-    "attention_input_size": "attention_in",
-    "mlp_input_size": "mlp_in",
-    "shifted": "shifted",
-    "mixer": "mixer",
-    "conv_channels": "conv_channels",
-    "batch_norm": "batch_norm",
-}
+def _words() -> dict[str, str]:
+    """Word in ``per_layer_config`` -> field."""
+    return {one.metadata["word"]: one.name for one in fields(LayerShape)}
 
 
 def shape_from_words(row: Any, where: str) -> LayerShape:
-    if not isinstance(row, dict) or set(row) - {*_WORDS, "skip", "head_dim"}:
+    words = _words()
+    if not isinstance(row, dict) or set(row) - {*words, "skip", "head_dim"}:
         raise InvalidArchitectureError(f"{where}: unknown words in {row!r}")
     skip = row.get("skip", [])
     if not isinstance(skip, list) or set(map(str, skip)) - {"attention", "mlp"}:
         raise InvalidArchitectureError(f"{where}: skip is a list of attention and mlp, got {skip!r}")
-    shape = {short: row[word] for word, short in _WORDS.items() if word in row}
+    shape = {short: row[word] for word, short in words.items() if word in row}
     if "head_dim" in row:
         shape["qk_dim"] = shape["v_dim"] = row["head_dim"]
     if "attention" in skip:
@@ -155,7 +152,7 @@ def shape_to_words(shape: LayerShape) -> dict[str, Any]:
     """The row of ``per_layer_config``: inverse of :func:`shape_from_words`."""
     skip = [name for name, gone in (("attention", shape.mixer == "none"), ("mlp", shape.mlp == 0)) if gone]
     row: dict[str, Any] = {"skip": skip} if skip else {}
-    sizes = {word: getattr(shape, field) for word, field in _WORDS.items()}
+    sizes = {word: getattr(shape, name) for word, name in _words().items()}
     row |= {word: size for word, size in sizes.items() if size is not None and (size != 0 or size is False)}
     if shape.mixer in ("attention", "none"):
         del row["mixer"]

@@ -8,18 +8,37 @@ every head; in pairs where rotary positions turn them together), its v channels,
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 
 from ..families import LayerPaths
 from .architecture import Architecture
+from .layer_shape import LayerShape
 
 #: units inside a layer -> name of their number in the layer's shape
 LAYER_UNITS = {"qk": "qk_dim", "v": "v_dim", "heads": "heads", "mlp": "mlp"}
 #: all that make a model narrower, as options and errors list them
 DEFAULT_UNITS = ("heads", "qk", "v", "mlp", "embedding")
+
+
+def layer_sizes() -> dict[str, str]:
+    """Units inside a layer, and what its branches read (``attention_in``, ``mlp_in``) -> title in tables and plots."""
+    units = {field: unit for unit, field in LAYER_UNITS.items()}
+    titles = {units.get(field.name, field.name): field.metadata["title"] for field in fields(LayerShape)}
+    return {name: title for name, title in titles.items() if title}
+
+
+def channels_of(shape: LayerShape, name: str, width: int) -> int:
+    """Channels of a layer that a plan chooses from: of all heads, for ``qk`` and ``v``.
+
+    Args:
+        name: as in :func:`layer_sizes`.
+        width: of the residual stream, which a branch reads whole where its shape says nothing else.
+    """
+    size: int | None = getattr(shape, LAYER_UNITS.get(name, name))
+    return (width if size is None else size) * (shape.heads if name in ("qk", "v") else 1)
 
 
 @dataclass(frozen=True)

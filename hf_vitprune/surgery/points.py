@@ -14,9 +14,9 @@ from ..families import LayerPaths
 from ..modeling.norms import norm_over
 from ..modeling.structure import get_wrapped, layer_paths
 from ..spec.architecture import Architecture
-from ..spec.layer_shape import LayerShape
-from ..spec.units import LAYER_UNITS
+from ..spec.units import LAYER_UNITS, channels_of
 from ..utils.hooks import GateHook
+from ..utils.modules import unwrapped
 from .folded_gates import FoldedGate
 from .gates import DepthGate, UnitMask
 from .masked import residual_norms
@@ -27,13 +27,11 @@ class Point(NamedTuple):
 
     Attributes:
         unit: what a plan calls the channels that pass here.
-        size: their number, from the layer's shape and the residual width.
         writer: path of the module that puts the channels out; None where ``reader`` is hooked.
         reader: path of the module that takes them in.
     """
 
     unit: str
-    size: Callable[[LayerShape, int], int]
     writer: Callable[[LayerPaths], str] | None
     reader: Callable[[LayerPaths], str]
 
@@ -43,15 +41,14 @@ class Point(NamedTuple):
         return not self.unit.startswith("mlp")
 
 
-#: bottom to top; a q/k channel is off when its query is zero, a head or v channel when the output projection reads 0
+#: the table of units knows tensors; this is where activations pass, bottom to top. A q/k channel is off when its query
+#: is zero, a head or v channel when the output projection reads 0
 POINTS = {
-    "attention_in": Point(
-        "attention_in", lambda shape, width: shape.attention_in or width, lambda p: p.norm1, lambda p: p.attention
-    ),
-    "queries": Point("qk", lambda shape, _: shape.heads * shape.qk_dim, lambda p: p.q, lambda p: p.q),
-    "attention_out": Point("v", lambda shape, _: shape.heads * shape.v_dim, None, lambda p: p.o),
-    "mlp_in": Point("mlp_in", lambda shape, width: shape.mlp_in or width, lambda p: p.norm2, lambda p: p.mlp),
-    "mlp_hidden": Point("mlp", lambda shape, _: shape.mlp, None, lambda p: p.fc2),
+    "attention_in": Point("attention_in", lambda p: p.norm1, lambda p: p.attention),
+    "queries": Point("qk", lambda p: p.q, lambda p: p.q),
+    "attention_out": Point("v", None, lambda p: p.o),
+    "mlp_in": Point("mlp_in", lambda p: p.norm2, lambda p: p.mlp),
+    "mlp_hidden": Point("mlp", None, lambda p: p.fc2),
 }
 #: name of the factors of the residual channels
 EMBEDDING = "embedding"
@@ -66,7 +63,7 @@ def point_sizes(architecture: Architecture, layer: int) -> dict[str, int]:
     """Channels at every point of a layer; points of removed branches are absent."""
     shape, width = architecture.layers[layer], architecture.width(layer)
     there = {True: shape.mixer == "attention", False: bool(shape.mlp)}
-    return {name: point.size(shape, width) for name, point in POINTS.items() if there[point.mixes]}
+    return {name: channels_of(shape, point.unit, width) for name, point in POINTS.items() if there[point.mixes]}
 
 
 def make_masks(architecture: Architecture, embedding: bool, device: torch.device) -> nn.ModuleDict:
@@ -99,7 +96,7 @@ def attach(model: PreTrainedModel, architecture: Architecture, factors: nn.Modul
             inputs = point.unit not in LAYER_UNITS
             before = point.writer is None or (inputs and architecture.family.post_norm)
             module = reader if before or point.writer is None else get_wrapped(model, point.writer(paths))
-            channels = _unwrapped(reader) if inputs else None
+            channels = unwrapped(reader) if inputs else None
             folded = FoldedGate.of(module, factor, nn.Linear if before else nn.LayerNorm)
             if folded is not None and getattr(channels, "input_index", None) is None:
                 handles.append(folded.attach())
@@ -114,13 +111,6 @@ def attach(model: PreTrainedModel, architecture: Architecture, factors: nn.Modul
         entries = [get_wrapped(model, path) for path in architecture.family.neck(model)]
         handles += [entry.register_forward_pre_hook(_Maps(mask)) for entry in entries]
     return handles
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module under PEFT's wrappers."""
-    while "base_layer" in module._modules:
-        module = module.get_submodule("base_layer")
-    return module
 
 
 def attach_depth_gate(model: PreTrainedModel, architecture: Architecture, gate: DepthGate) -> list[RemovableHandle]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import InvalidDataError
 
+#: what columns of data sets with images, and with their classes, are called
 IMAGE_COLUMNS = ("image", "img", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 

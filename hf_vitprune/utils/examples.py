@@ -14,10 +14,8 @@ from transformers import AutoImageProcessor, default_data_collator
 from transformers.image_utils import load_image
 
 from ..errors import InvalidDataError
+from .columns import IMAGE_COLUMNS, LABEL_COLUMNS
 
-#: columns of data sets with images as they were taken, and with their classes
-IMAGE_COLUMNS = ("image", "img", "pixel_values")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 _CURE = (
     "Put the images through the model's image processor first: [processor(image, return_tensors='pt') for image in "
     "images] (hf_vitprune.utils.data.ProcessedImages does it for a data set)"

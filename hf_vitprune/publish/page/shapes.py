@@ -9,7 +9,8 @@ from typing import Any
 from ...errors import ModelMismatchError
 from ...plan.plan import PruningPlan
 from ...spec.architecture import Architecture
-from ..layers import SIZES, layer_rows
+from ...spec.units import layer_sizes
+from ..layers import layer_rows
 from .charts import Chart, bar_chart
 
 #: more rows of :func:`layer_rows` that are drawn, where a model has them
@@ -62,7 +63,7 @@ def size_charts(
     whole = layer_rows(dense, image_size)[:-1]
     rows = {name: layer_rows(small, image_size)[:-1] for name, small in models}
     charts = []
-    for key, title in {**SIZES, **MORE}.items():
+    for key, title in {**layer_sizes(), **MORE}.items():
         full = [_size(row, key, dense, i) for i, row in enumerate(whole)]
         kept = []
         for name, small in models:
