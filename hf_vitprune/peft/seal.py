@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from peft import PeftType
+from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -68,22 +68,37 @@ def pruned_part(model: Any) -> str | None:
 
 
 def seal_all(model: Any, *_: Any) -> None:
-    """Seal every adapter's config that a pruned model holds, in place; a state dict's pre-hook."""
-    for config in model.__dict__.get("peft_config", {}).values():
+    """Seal every adapter's config that a pruned model holds; a state dict's pre-hook.
+
+    In place, as PEFT saves what it has looked up before; transformers looks up later, and gets copies.
+    """
+    configs = model.__dict__.get("peft_config", {})
+    for name, config in configs.items():
         if not hasattr(config, "pruning") and pruned_part(model) is not None:
+            if getattr(model, "_hf_peft_config_loaded", False):
+                configs[name] = config = copy.copy(config)
             seal(config, model)
     remember(model)
 
 
-def seal_on_saving(parent: nn.Module, name: str, model: nn.Module | None) -> None:
+def seal_on_saving(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Have the adapters sealed, whenever they are saved, on pruned models of stock classes and around pruned towers.
 
-    torch calls this for every module that is set as an attribute; a PEFT tuner sets the model it puts adapters in.
+    torch calls this for every module that is set as an attribute: a tuner sets the model that it puts adapters in, and
+    a PeftModel the tuner, with the caller's config, which may serve for other models.
     """
-    if not isinstance(parent, BaseTuner) or not isinstance(model, PreTrainedModel):
-        return
-    if pruned_part(model) is not None and seal_all not in model._state_dict_pre_hooks.values():
-        model.register_state_dict_pre_hook(seal_all)
+    if isinstance(parent, BaseTuner) and isinstance(module, PreTrainedModel):
+        if pruned_part(module) is not None and not _is_watched(module):
+            module.register_state_dict_pre_hook(seal_all)
+    elif (
+        isinstance(parent, PeftModel) and isinstance(module, BaseTuner) and _is_watched(getattr(module, "model", None))
+    ):
+        unsealed = {key: config for key, config in module.peft_config.items() if not hasattr(config, "pruning")}
+        module.peft_config.update({key: copy.copy(config) for key, config in unsealed.items()})
+
+
+def _is_watched(model: nn.Module | None) -> bool:
+    return model is not None and seal_all in model._state_dict_pre_hooks.values()
 
 
 class SealedConfigs:

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from benchmarks.compare.random_architecture import random_plan
 from hf_vitprune import (
     Architecture,
     DistillationConfig,
@@ -31,7 +32,6 @@ from hf_vitprune.errors import (
     UnreachableTargetError,
     UnsupportedModelError,
 )
-from hf_vitprune.methods.spvit import random_plan
 from hf_vitprune.publish.run_report import plot_gates
 from processes import SUPPORT, run_on_two
 from pruning_runs import VIT, Patterns, scatter_scores, spvit, state_of, trainer

@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 from hf_vitprune import SPViTConfig, get_pruning_model, prune
-from hf_vitprune.methods.spvit import random_plan
 
+from ..random_architecture import random_plan
 from ..tasks import Task
 from ..training import TUNE_DISTILLATION, TUNE_LEARNING_RATE, accuracy, fit, tune
 from .common import ROUND_TO

@@ -2,7 +2,6 @@
 
 from .config import SPViTConfig
 from .method import SPViT
-from .random_search import random_plan
 from .tuning import SPViTTuning, SPViTTuningConfig
 
-__all__ = ["SPViT", "SPViTConfig", "SPViTTuning", "SPViTTuningConfig", "random_plan"]
+__all__ = ["SPViT", "SPViTConfig", "SPViTTuning", "SPViTTuningConfig"]

@@ -8,30 +8,21 @@ from typing import Any
 
 import torch
 
-from ...cost.meter import ClosedFormMeter
-from ...errors import UnreachableTargetError
-from ...modeling.structure import layer_paths
-from ...plan.plan import PruningPlan
-from ...plan.ranking import Ranking
-from ...plan.select import best, rounded
-from ...plan.targets import reach_target
-from ...spec.architecture import Architecture, unwrap
-from ...spec.layer_shape import KERNELS
-from ...spec.units import set_name
-from .branches import SharedBranches
-from .build import attention_of
-from .gates import LEVELS
+from hf_vitprune import Architecture, PruningPlan
+from hf_vitprune.cost.meter import ClosedFormMeter
+from hf_vitprune.errors import UnreachableTargetError
+from hf_vitprune.methods.spvit.branches import SharedBranches
+from hf_vitprune.methods.spvit.build import attention_of
+from hf_vitprune.methods.spvit.gates import LEVELS
+from hf_vitprune.modeling.structure import layer_paths
+from hf_vitprune.plan.ranking import Ranking
+from hf_vitprune.plan.select import best, rounded
+from hf_vitprune.plan.targets import reach_target
+from hf_vitprune.spec.layer_shape import KERNELS
+from hf_vitprune.spec.units import set_name
 
 
-def random_plan(
-    model: Any,
-    target: float,
-    *,
-    seed: int,
-    metric: str = "macs",
-    image_size: int | tuple[int, int] | None = None,
-    round_to: int = 8,
-) -> PruningPlan:
+def random_plan(model: Any, target: float, *, seed: int, round_to: int = 8) -> PruningPlan:
     """One random architecture of the search space, whose cost is just under the target.
 
     Every layer's mixer is drawn evenly from the four kinds, and draws repeat until neurons can make up the rest; the
@@ -39,18 +30,15 @@ def random_plan(
 
     Args:
         model: the model to prune, stock or pruned.
-        target: fraction of its cost that may remain.
+        target: fraction of its multiply-adds that may remain.
         seed: of the draw.
-        metric: what ``target`` counts: ``macs`` or ``params``.
-        image_size: at which multiply-adds are counted; the model's own by default.
         round_to: neurons of an MLP are a multiple of this.
 
     Raises:
         UnreachableTargetError: a thousand draws gave no architecture of this cost.
     """
-    model = unwrap(model)
     source = Architecture.of(model)
-    meter = ClosedFormMeter(metric, source, image_size)
+    meter = ClosedFormMeter("macs", source)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(1000):
         plan = _with_random_mixers(PruningPlan.dense(source), generator)
@@ -63,7 +51,7 @@ def random_plan(
                 partial(_without_neurons, plan, ranking, round_to=round_to), len(ranking), target, meter
             )
             return replace(plan, weights=_uniform_weights(model, plan), info={"method": "random search"}).validated()
-    raise UnreachableTargetError(f"no random architecture has {target:.3f} of the {metric}: raise the target")
+    raise UnreachableTargetError(f"no random architecture has {target:.3f} of the macs: raise the target")
 
 
 def _with_random_mixers(plan: PruningPlan, generator: torch.Generator) -> PruningPlan:
