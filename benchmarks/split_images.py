@@ -39,7 +39,7 @@ def measure(width: int, layers: int, images: list[int], parts: list[str]) -> dic
     model = ViTForImageClassification(config).eval()
     pixels = torch.randn(max(images), 3, 224, 224)
     found: dict[str, dict[str, float]] = {part: {} for part in parts}
-    plan = PruningPlan.magnitude(model, 0.5, units=["heads", "qk", "v", "mlp"])
+    plan = None if "scores" in parts else PruningPlan.magnitude(model, 0.5, units=["heads", "qk", "v", "mlp"])
     with torch.no_grad():
         model(pixel_values=pixels[:8])  # what a first pass takes more
     for count in images:

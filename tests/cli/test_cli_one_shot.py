@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -276,10 +277,19 @@ def test_folders_without_usable_images_are_refused(tmp_path: Path) -> None:
         read_folder(tmp_path, uncropped)
 
 
+def launch(*words: str) -> str:
+    """By ``accelerate launch`` on two processes; without GPUs ``--multi_gpu`` starts them all the same."""
+    settings = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    return run("-m", "accelerate.commands.launch", *settings, "--dynamo_backend", "no", *words)
+
+
 @pytest.mark.slow
-def test_two_processes_split_the_images_and_one_writes(model: Path, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_two", [run_on_two, launch])
+def test_two_processes_split_the_images_and_one_writes(
+    on_two: Callable[..., str], model: Path, folder: Path, tmp_path: Path
+) -> None:
     names = ["prune", str(model), "OUT", "--images", str(folder), "--target", "0.6", "--scores", "SCORES"]
-    for out, launch in ((tmp_path / "two", run_on_two), (tmp_path / "one", run)):
+    for out, launch in ((tmp_path / "two", on_two), (tmp_path / "one", run)):
         values = {"OUT": str(out), "SCORES": str(out) + ".safetensors"}
         words = (values.get(name, name) for name in names)
         printed = launch("-m", "hf_vitprune_cli.main", *words, "--train", "none,batch_size=8")
