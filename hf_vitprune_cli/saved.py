@@ -162,11 +162,7 @@ def load_with_adapters(model: str) -> Any:
 
 def on_meta(model: str) -> Any:
     """A saved model without its weights; None for an adapter."""
-    if (Path(model) / "adapter_config.json").is_file():
-        return None
-    config = load_any_config(model)
-    with torch.device("meta"), no_init_weights():
-        return model_class_of(config)(config)
+    return None if (Path(model) / "adapter_config.json").is_file() else load_skeleton(model)
 
 
 def take_tokenizer(model: str, out: Path) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InvalidConfigError
+from ..utils.settings import (
+    check_count,
+    check_counts,
+    check_flags,
+    check_open_interval,
+    check_positive,
+    choice_of,
+)
 
 #: what can be compensated, in the order of a layer: a fit each, and no unit each (that of v makes up for heads, too)
 PARTS = ("embedding", "inputs", "qk", "v", "mlp", "layers")
@@ -44,21 +51,14 @@ class Compensation:
     local_steps: int = 0
 
     def __post_init__(self) -> None:
-        names = tuple(self.parts) if isinstance(self.parts, (list, tuple)) else ()
-        if not names or any(name not in PARTS for name in names) or len(set(names)) < len(names):
-            raise InvalidConfigError(f"parts is a non-empty choice of {', '.join(PARTS)}, not {self.parts!r}")
-        object.__setattr__(self, "parts", names)
-        if isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 < self.ridge < math.inf:
-            raise InvalidConfigError(f"ridge is a positive number, not {self.ridge!r}")
-        share = self.token_share
-        if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1):
-            raise InvalidConfigError(f"token_share lies strictly between 0 and 1 or is None, not {share!r}")
-        for name in ("images", "batch_size", "views", "local_steps"):
-            value, least = getattr(self, name), int(name != "local_steps")
-            if not (value is None and name == "images") and (type(value) is not int or value < least):
-                raise InvalidConfigError(f"{name} is a whole number of at least {least}, not {value!r}")
-        if not isinstance(self.reselect, bool):
-            raise InvalidConfigError(f"reselect is True or False, not {self.reselect!r}")
+        object.__setattr__(self, "parts", choice_of(self, "parts", PARTS))
+        check_positive("ridge", self.ridge)
+        if self.token_share is not None:
+            check_open_interval("token_share", self.token_share)
+        check_counts(self, "images", optional=True)
+        check_counts(self, "batch_size", "views")
+        check_count("local_steps", self.local_steps, 0)
+        check_flags(self, "reselect")
 
     @classmethod
     def of(cls, choice: Any) -> Compensation | None:

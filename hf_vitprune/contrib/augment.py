@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 from ..errors import InvalidConfigError
 from ..training.trainer import PruningTrainer
 from ..utils.extras import need
+from ..utils.settings import check_counts
 from .layer_rates import check_layer_decay, decay_by_layer
 
 
@@ -51,8 +52,7 @@ class AugmentationConfig:
         for name in ("mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise InvalidConfigError(f"{name} is the alpha of a Beta distribution, not {getattr(self, name)!r}")
-        if type(self.repeats) is not int or self.repeats < 1:
-            raise InvalidConfigError(f"repeats is a whole number of at least 1, not {self.repeats!r}")
+        check_counts(self, "repeats")
         operations, magnitude = self.rand_augment
         if type(operations) is not int or operations < 0 or not 0 <= magnitude <= 30:
             raise InvalidConfigError(f"rand_augment is (operations, magnitude up to 30), not {self.rand_augment!r}")

@@ -19,6 +19,7 @@ from ..errors import InvalidConfigError, InvalidDataError
 from ..plan.plan import PruningPlan
 from ..utils.batches import accepted
 from ..utils.classes import match_classes
+from ..utils.settings import check_one_of
 
 __all__ = ["DistillationConfig", "Teacher", "distillation_loss", "distillation_term", "task_share"]
 
@@ -84,8 +85,7 @@ class DistillationConfig:
             return
         if self.temperature != 1.0:
             raise InvalidConfigError("features have no temperature: leave it out")
-        if self.loss not in get_args(FeatureLoss):
-            raise InvalidConfigError(f"loss is one of {', '.join(get_args(FeatureLoss))}, not {self.loss!r}")
+        check_one_of(self, "loss", get_args(FeatureLoss))
         if self.plan is not None and not isinstance(self.plan, PruningPlan):
             raise InvalidConfigError(f"plan is a PruningPlan, not a {type(self.plan).__name__}")
         if self.layers is not None:

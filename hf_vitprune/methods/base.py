@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -11,6 +10,7 @@ from ..cost.meter import ClosedFormMeter, CostMeter
 from ..errors import InvalidConfigError
 from ..latency.table import LatencyTable
 from ..spec.architecture import Architecture
+from ..utils.settings import check_counts, check_flags, check_number, check_one_of, check_open_interval
 
 #: what a target can count
 METRICS = ("macs", "params", "latency")
@@ -45,8 +45,7 @@ class PruningConfig:
     def __post_init__(self) -> None:
         if self.target is not None:
             check_open_interval("target", self.target)
-        if self.target_metric not in METRICS:
-            raise InvalidConfigError(f"target_metric is one of {', '.join(METRICS)}, not {self.target_metric!r}")
+        check_one_of(self, "target_metric", METRICS)
         if self.gate_learning_rate is not None:
             check_number("gate_learning_rate", self.gate_learning_rate)
             if self.gate_learning_rate == 0:
@@ -62,11 +61,8 @@ class PruningConfig:
                 "target_metric='latency' and latency_table go together: make a table with LatencyTable.measure or "
                 f"hf-vitprune latency; got {self.target_metric!r} and {self.latency_table!r}"
             )
-        batch = self.latency_batch_size
-        if batch is not None and (type(batch) is not int or batch < 1):
-            raise InvalidConfigError(f"latency_batch_size is a whole number of at least 1, not {batch!r}")
-        if not isinstance(self.allow_other_device, bool):
-            raise InvalidConfigError(f"allow_other_device is True or False, not {self.allow_other_device!r}")
+        check_counts(self, "latency_batch_size", optional=True)
+        check_flags(self, "allow_other_device")
         self._table: LatencyTable | None = None
         if self.latency_table is not None:
             known = isinstance(self.latency_table, (str, Path, LatencyTable))
@@ -139,21 +135,3 @@ class PruningConfig:
         """JSON-ready form; of a latency table, where and when it was made, and a digest."""
         table = {} if self._table is None else {"latency_table": self._table.summary()}
         return {"method": self.method_name, **asdict(self), **table}
-
-
-def check_open_interval(name: str, value: Any) -> None:
-    """Raises:
-    InvalidConfigError: ``value`` is not a number strictly between 0 and 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-        raise InvalidConfigError(f"{name} must lie strictly between 0 and 1, not {value!r}")
-
-
-def check_number(name: str, value: Any, highest: float = math.inf) -> None:
-    """Raises:
-    InvalidConfigError: ``value`` is not a finite number of 0 to ``highest``.
-    """
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not 0 <= value <= highest:
-        limit = "not negative" if math.isinf(highest) else f"between 0 and {highest:g}"
-        raise InvalidConfigError(f"{name} is a number, {limit}; got {value!r}")

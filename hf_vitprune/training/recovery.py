@@ -18,11 +18,11 @@ from transformers.utils import logging
 
 from ..errors import InvalidConfigError, InvalidDataError
 from ..losses.distillation import DistillationConfig
-from ..methods.base import check_number, check_open_interval
 from ..plan.plan import PruningPlan
 from ..utils.batches import ImageBatches
 from ..utils.crops import random_crops
 from ..utils.examples import processed
+from ..utils.settings import check_counts, check_number, check_open_interval
 from .keep_best import KeepBest
 from .trainer import PruningTrainer
 
@@ -62,10 +62,7 @@ class Recovery:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checks"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InvalidConfigError(f"{name} is a whole number of at least 1, not {value!r}")
+        check_counts(self, "steps", "batch_size", "checks")
         check_number("learning_rate", self.learning_rate)
         check_number("warmup", self.warmup, highest=1)
         check_open_interval("held_out", self.held_out)

@@ -6,7 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import InvalidConfigError
-from ..base import PruningConfig, check_number, check_open_interval
+from ...utils.settings import (
+    check_count,
+    check_counts,
+    check_flags,
+    check_number,
+    check_one_of,
+    check_open_interval,
+    check_positive,
+    choice_of,
+)
+from ..base import PruningConfig
 
 #: units of a group, as published for DeiT-B
 GROUP_SIZES = {"embedding": 16, "heads": 2, "qk": 8, "v": 8, "mlp": 16}
@@ -64,22 +74,17 @@ class NViTConfig(PruningConfig):
             raise InvalidConfigError("NViT prunes to a target: give target, the fraction of the cost that may remain")
         if self.gate_learning_rate is not None:
             raise InvalidConfigError("NViT has no gates that learn: leave gate_learning_rate out")
-        if self.criterion not in CRITERIA:
-            raise InvalidConfigError(f"criterion is one of {', '.join(CRITERIA)}, not {self.criterion!r}")
-        if not isinstance(self.reference, bool):
-            raise InvalidConfigError(f"reference is True or False, not {self.reference!r}")
+        check_one_of(self, "criterion", CRITERIA)
+        check_flags(self, "reference")
         check_number("eta", self.eta)
         check_number("momentum", self.momentum, highest=1)
         if self.momentum == 1:
             raise InvalidConfigError("momentum must be under 1: at 1 no score would ever count")
         self._check_groups()
-        for name in ("interval", "groups_per_step"):
-            check_whole(name, getattr(self, name), 1, optional=True)
+        check_counts(self, "interval", "groups_per_step", optional=True)
         if self.pruning_share is not None:
-            check_number("pruning_share", self.pruning_share, highest=1)
-            if self.pruning_share == 0:
-                raise InvalidConfigError("pruning_share must be positive, not 0")
-        check_whole("seed", self.seed, 0)
+            check_positive("pruning_share", self.pruning_share, highest=1)
+        check_count("seed", self.seed, 0)
         self._check_snapshots(self.target)
 
     @classmethod
@@ -92,12 +97,9 @@ class NViTConfig(PruningConfig):
             raise InvalidConfigError(f"group_sizes is a dict with any of {', '.join(KINDS)}, not {given!r}")
         self.group_sizes = {**GROUP_SIZES, **given}
         for kind, size in self.group_sizes.items():
-            check_whole(f"group_sizes[{kind!r}]", size, 1)
+            check_count(f"group_sizes[{kind!r}]", size)
         if self.units is not None:
-            names = tuple(self.units) if isinstance(self.units, (list, tuple)) else ()
-            if not names or set(names) - set(KINDS) or len(set(names)) < len(names):
-                raise InvalidConfigError(f"units is a non-empty choice of {', '.join(KINDS)}, not {self.units!r}")
-            self.units = names
+            self.units = choice_of(self, "units", KINDS)
 
     def _check_snapshots(self, target: float) -> None:
         if not isinstance(self.snapshots, (list, tuple)):
@@ -113,12 +115,3 @@ class NViTConfig(PruningConfig):
             raise InvalidConfigError(f"there is a snapshot twice in {self.snapshots}")
         if bool(self.snapshots) != (self.snapshot_folder is not None):
             raise InvalidConfigError("snapshots and snapshot_folder go together: what to save, and where")
-
-
-def check_whole(name: str, value: Any, lowest: int, optional: bool = False) -> None:
-    """Raises:
-    InvalidConfigError: ``value`` is not a whole number of at least ``lowest`` (nor None where it is optional).
-    """
-    if (value is None and optional) or (type(value) is int and value >= lowest):
-        return
-    raise InvalidConfigError(f"{name} is a whole number of at least {lowest}, not {value!r}")

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from ...errors import InvalidConfigError
 from ...spec.architecture import Architecture
 from ...spec.configs import stock_config
+from ...utils.settings import check_count
 
 #: channels a head of value, and of the dense model behind the attention scale of 1/8
 HEAD_DIM = 64
@@ -46,8 +47,7 @@ def revit(base_config: PreTrainedConfig, hidden_size: int = 384, rule: str = "re
             f"ReViT's attention is scaled for heads of {HEAD_DIM} channels, the config's have {dense.head_dim(0)}; "
             f"change num_attention_heads (or head_dim) of the config to have {HEAD_DIM}"
         )
-    if type(hidden_size) is not int or hidden_size < 1:
-        raise InvalidConfigError(f"hidden_size is a whole number of at least 1, not {hidden_size!r}")
+    check_count("hidden_size", hidden_size)
     heads, qk = max(1, round(0.005 * hidden_size)), 8 * max(1, round(0.00625 * hidden_size))
 
     def layer(heads: int, qk: int, mlp: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ...plan.uniform import StockSizes
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import LayerShape
 from ...spec.units import DEFAULT_UNITS, LAYER_UNITS
+from ...utils.settings import check_count
 from ..base import PruningConfig
 from .allocate import Options, allocate
 from .rebuild import of_layer
@@ -70,8 +71,7 @@ def check_target(
         raise InvalidConfigError("target is needed: the fraction of the cost that may remain")
     if isinstance(units, str) or not units or any(unit not in UNITS for unit in units):
         raise UnsupportedUnitError(f"units of one-shot pruning are a choice of {', '.join(UNITS)}, not {units!r}")
-    if type(round_to) is not int or round_to < 1:
-        raise InvalidConfigError(f"round_to is a whole number of at least 1, not {round_to!r}")
+    check_count("round_to", round_to)
     meter = checked.meter(architecture)
     if set(units) != set(UNITS):
         check_units(architecture, units)

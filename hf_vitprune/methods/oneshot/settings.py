@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ...compensate.settings import Compensation
-from ...errors import InvalidConfigError
+from ...utils.settings import check_counts, check_flags
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,8 @@ class OneShotSettings:
 
     def __post_init__(self) -> None:
         Compensation(images=self.images, batch_size=self.batch_size, ridge=self.ridge, token_share=self.token_share)
-        for name in ("probe_images", "sizes"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InvalidConfigError(f"{name} is a whole number of at least 1, not {value!r}")
-        if not isinstance(self.statistics, bool):
-            raise InvalidConfigError(f"statistics is True or False, not {self.statistics!r}")
+        check_counts(self, "probe_images", "sizes")
+        check_flags(self, "statistics")
 
     def ranks(self, size: int) -> list[int]:
         """Numbers of channels that are scored, of ``size``; the last is all."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from ...errors import InvalidConfigError
-from ..base import PruningConfig, check_number, check_open_interval
+from ...utils.settings import check_count, check_flags, check_number, check_one_of, check_open_interval, check_positive
+from ..base import PruningConfig
 
 INITS = ("pca", "random")
 POOLINGS = ("auto", "cls", "mean")
@@ -72,9 +73,7 @@ class SLSConfig(PruningConfig):
             if getattr(self, name) != getattr(PruningConfig, name):
                 raise InvalidConfigError(f"SLS has no gates and no target: leave {name} out")
         check_open_interval("alpha", self.alpha)
-        check_number("perplexity", self.perplexity)
-        if self.perplexity == 0:
-            raise InvalidConfigError("perplexity must be positive, not 0")
+        check_positive("perplexity", self.perplexity)
         check_number("margin", self.margin)
         for name, lowest in (
             ("iterations", MIN_ITERATIONS),
@@ -86,15 +85,11 @@ class SLSConfig(PruningConfig):
             ("threads", 1),
         ):
             value = getattr(self, name)
-            if value is None and name in ("max_samples", "threads"):
-                continue
-            if type(value) is not int or value < lowest:
-                raise InvalidConfigError(f"{name} is a whole number of at least {lowest}, not {value!r}")
-        for name, choices in (("init", INITS), ("pooling", POOLINGS)):
-            if getattr(self, name) not in choices:
-                raise InvalidConfigError(f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        if not isinstance(self.fast, bool):
-            raise InvalidConfigError(f"fast is True or False, not {self.fast!r}")
+            if value is not None or name not in ("max_samples", "threads"):
+                check_count(name, value, lowest)
+        check_one_of(self, "init", INITS)
+        check_one_of(self, "pooling", POOLINGS)
+        check_flags(self, "fast")
 
     def to_dict(self) -> dict[str, Any]:
         """Without what every method has and this one refuses."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InvalidConfigError
-from ..base import PruningConfig, check_number
+from ...utils.settings import check_counts, check_flags, check_number, check_one_of, check_positive
+from ..base import PruningConfig
 from .gates import GATE_GRADIENTS
 
 #: settings that the paper searched its models with: (weight of the cost, 10^9 multiply-adds, learning rate of gates)
@@ -79,15 +80,9 @@ class SPViTConfig(PruningConfig):
             value = getattr(self, name)
             if value is not None:
                 check_positive(name, value)
-        for name in ("single_path", "enforce_target"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidConfigError(f"{name} is True or False, not {getattr(self, name)!r}")
-        if self.gate_gradients not in GATE_GRADIENTS:
-            raise InvalidConfigError(
-                f"gate_gradients is one of {', '.join(GATE_GRADIENTS)}, not {self.gate_gradients!r}"
-            )
-        if type(self.round_to) is not int or self.round_to < 1:
-            raise InvalidConfigError(f"round_to is a whole number of at least 1, not {self.round_to!r}")
+        check_flags(self, "single_path", "enforce_target")
+        check_one_of(self, "gate_gradients", GATE_GRADIENTS)
+        check_counts(self, "round_to")
         if self.patience is not None and (type(self.patience) is not int or self.patience < 0):
             raise InvalidConfigError(f"patience is a number of steps, not negative, or None; not {self.patience!r}")
 
@@ -132,12 +127,3 @@ class SPViTConfig(PruningConfig):
         }
         settings |= {"gate_gradients": "shared", "enforce_target": False, "patience": 0}
         return cls(**{**settings, **changes})
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raises:
-    InvalidConfigError: ``value`` is not a finite number over 0.
-    """
-    check_number(name, value)
-    if value == 0:
-        raise InvalidConfigError(f"{name} must be positive, not 0")

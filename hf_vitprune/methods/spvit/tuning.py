@@ -15,11 +15,11 @@ from ...modeling.structure import layer_paths
 from ...plan.plan import PruningPlan
 from ...spec.layer_shape import KERNELS
 from ...utils.batches import ImageBatches
+from ...utils.settings import check_positive
 from ..base import PruningConfig
 from ..contract import PruningMethod, Traits
 from .branches import Attention, Branches
 from .build import attention_of, convolution_weights, refuse_zero, shared_branches
-from .config import check_positive
 from .gates import LEVELS
 from .hooks import attach_mixers
 from .mixing import FixedMixer

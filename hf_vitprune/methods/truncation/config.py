@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InvalidConfigError
-from ..base import PruningConfig, check_number
+from ...utils.settings import check_counts, check_number
+from ..base import PruningConfig
 
 VALIDATION = "validation"
 FEATURES = "features"
@@ -51,10 +52,7 @@ class TruncationConfig(PruningConfig):
         if self.gate_learning_rate is not None:
             raise InvalidConfigError("truncation has no gates: leave gate_learning_rate out")
         check_number("max_drop", self.max_drop, highest=1)
-        for name in ("min_layers", "batch_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InvalidConfigError(f"{name} is a whole number of at least 1, not {value!r}")
+        check_counts(self, "min_layers", "batch_size")
 
     @property
     def by_validation(self) -> bool:

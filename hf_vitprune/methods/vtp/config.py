@@ -8,7 +8,8 @@ from typing import Any
 
 from ...errors import InvalidConfigError
 from ...surgery import points
-from ..base import PruningConfig, check_number, check_open_interval
+from ...utils.settings import check_counts, check_flags, check_number, check_open_interval, choice_of
+from ..base import PruningConfig
 
 #: of the paper: in front of every Linear, so that queries and keys keep their width
 POINTS = tuple(name for name in points.POINTS if name != "queries")
@@ -63,9 +64,7 @@ class VTPConfig(PruningConfig):
             check_open_interval("pruning_ratio", self.pruning_ratio)
         check_number("sparsity_weight", self.sparsity_weight)
         check_number("sparsity_warmup", self.sparsity_warmup, highest=1)
-        names = tuple(self.points) if isinstance(self.points, (list, tuple)) else ()
-        if not names or any(name not in POINTS for name in names) or len(set(names)) < len(names):
-            raise InvalidConfigError(f"points is a non-empty choice of {', '.join(POINTS)}, not {self.points!r}")
+        names = choice_of(self, "points", POINTS)
         if self.uniform is True:
             names = UNIFORM_POINTS if names == POINTS else names
             if self.uneven or not {*names} <= {*UNIFORM_POINTS}:
@@ -74,11 +73,8 @@ class VTPConfig(PruningConfig):
                     f"of points all but {' and '.join(UNIFORM_POINTS)}"
                 )
         self.points = names
-        if type(self.round_to) is not int or self.round_to < 1:
-            raise InvalidConfigError(f"round_to is a whole number of at least 1, not {self.round_to!r}")
-        for name in ("uneven", "uniform", "binarize"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidConfigError(f"{name} is True or False, not {getattr(self, name)!r}")
+        check_counts(self, "round_to")
+        check_flags(self, "uneven", "uniform", "binarize")
         for name in ("target_modules", "exclude_modules"):
             pattern = getattr(self, name)
             try:

@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from ...errors import AdapterError, InvalidConfigError
 from ...spec.architecture import Architecture
 from ...surgery.windows import LayerGrid, Windows
+from ...utils.settings import check_one_of
 from ..enumeration import add_peft_method
 from .branch import Branch, BranchConfig, BranchKind, BranchLayer, BranchTuner
 from .kind import register_kind
@@ -54,8 +55,7 @@ class ConvpassConfig(BranchConfig):
             raise InvalidConfigError(
                 f"activation is a name that transformers knows (gelu, ...), not {self.activation!r}"
             )
-        if self.initial not in INITIAL:
-            raise InvalidConfigError(f"initial is one of {', '.join(INITIAL)}, not {self.initial!r}")
+        check_one_of(self, "initial", INITIAL)
 
 
 class ConvpassLayer(BranchLayer):
