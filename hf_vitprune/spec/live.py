@@ -41,8 +41,8 @@ _WRAPPERS = {
 }
 #: packages whose layers, or whose tensors, hold quantized weights
 _QUANTIZERS = (
-    "aqlm", "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "eetq", "fbgemm", "gptqmodel", "hqq", "optimum",
-    "quanto", "torch.ao", "torchao", "vptq",
+    "aqlm.", "auto_gptq.", "awq.", "bitsandbytes.", "compressed_tensors.", "eetq.", "fbgemm.", "gptqmodel.", "hqq.",
+    "optimum.", "quanto.", "torch.ao.", "torchao.", "vptq.",
 )  # fmt: skip
 
 
@@ -143,8 +143,7 @@ def _check_own_weight(module: nn.Module, path: str) -> None:
 def _check_precision(module: nn.Module, path: str) -> None:
     weight = module._parameters.get("weight")
     kinds = (type(module), type(weight), type(getattr(weight, "data", None)))
-    packages = [kind.__module__ for kind in kinds]
-    quantized = any(package == name or package.startswith(f"{name}.") for package in packages for name in _QUANTIZERS)
+    quantized = any(f"{kind.__module__}.".startswith(_QUANTIZERS) for kind in kinds)
     if quantized or (weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize < 2)):
         held = "" if weight is None else f" with a weight in {str(weight.dtype).removeprefix('torch.')}"
         raise ModelMismatchError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -16,7 +15,7 @@ from ..modeling.structure import finish_mixers, layer_paths, put_mixer, replace_
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
 from ..utils.hooks import strip_gates
-from ..utils.modules import set_tensor
+from ..utils.modules import deep_copy, set_tensor
 from ..utils.offload import StateDict, device_of
 from .cuts import Cut, find_cuts, new_weights
 from .transplant import check_plan, outer_of, resized_copy
@@ -25,7 +24,7 @@ from .transplant import check_plan, outer_of, resized_copy
 def mask_plain(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """``pruning.mask`` of a model without adapters."""
     masked = _MaskedTensors(model, plan)
-    full = copy.deepcopy(model)
+    full = deep_copy(model)
     strip_gates(full)
     tensors = full.state_dict()
     with torch.no_grad():
@@ -75,7 +74,8 @@ class _MaskedTensors(Mapping[str, torch.Tensor]):
     def __init__(self, model: PreTrainedModel, plan: PruningPlan) -> None:
         check_plan(model, plan, allow_unchanged=True)
         self._model, self._plan = model, plan
-        self._small = resized_copy(model, plan)
+        self._outer = outer_of(model, plan.source, plan.architecture.hidden_size)
+        self._small = resized_copy(model, plan, self._outer)
         cuts = find_cuts(model, self._small, plan)
         self._new = new_weights(model, self._small, plan, cuts)
         self._dense = StateDict(model)
@@ -111,8 +111,7 @@ class _MaskedTensors(Mapping[str, torch.Tensor]):
         replaced = self._replace_mixers(full)
         if plan.embedding is not None:
             kept = torch.tensor(plan.embedding, device=next(self._model.parameters()).device)
-            outer = outer_of(self._model, plan.source, len(plan.embedding))
-            custom = [full.get_submodule(path) for path in outer.norms] if outer is not None else []
+            custom = [full.get_submodule(path) for path in self._outer.norms] if self._outer is not None else []
             for norm in residual_norms(full, plan.source) + custom:
                 mask_norm(norm, kept)
         return tuple(replaced)

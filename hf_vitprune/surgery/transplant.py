@@ -51,8 +51,13 @@ def prune_plain(
     return small
 
 
-def resized_copy(model: PreTrainedModel, plan: PruningPlan) -> Any:
+def resized_copy(model: PreTrainedModel, plan: PruningPlan, outer: Outer | None = None) -> Any:
     """A copy of the live model with the plan's sizes, its weights on the meta device.
+
+    Args:
+        model: what is copied.
+        plan: for it.
+        outer: what :func:`outer_of` finds, where it is known.
 
     Raises:
         UnsupportedUnitError: the embedding is cut, and a module of the user's reads it in a way that is not known.
@@ -60,7 +65,7 @@ def resized_copy(model: PreTrainedModel, plan: PruningPlan) -> Any:
     """
     skeleton = empty_like(model, plan)
     kept = [entry.index for entry in plan.layers]
-    small = resized(model, plan.source, plan.architecture, kept, skeleton.config)
+    small = resized(model, plan.source, plan.architecture, kept, skeleton.config, outer)
     prefix = plan.source.family.encoder_path(model)
     custom = custom_parts(type(model), stock_ancestor(type(model)), small, skeleton, prefix)
     if custom:
@@ -71,7 +76,12 @@ def resized_copy(model: PreTrainedModel, plan: PruningPlan) -> Any:
 
 
 def resized(
-    model: PreTrainedModel, source: Architecture, architecture: Architecture, kept: list[int], config: Any
+    model: PreTrainedModel,
+    source: Architecture,
+    architecture: Architecture,
+    kept: list[int],
+    config: Any,
+    outer: Outer | None = None,
 ) -> Any:
     """A copy of the live model of another shape, its weights on the meta device, as its pruned twin.
 
@@ -81,6 +91,7 @@ def resized(
         architecture: of the copy.
         kept: positions of the layers that stay.
         config: of the copy; a pruned one.
+        outer: what :func:`outer_of` finds, where it is known.
 
     Raises:
         UnsupportedUnitError, UnsupportedModelError: as :func:`resized_copy`.
@@ -89,7 +100,7 @@ def resized(
     replaced = {id(model.config): config, id(family.sizes_config(model.config)): family.sizes_config(config)}
     small = meta_copy(model, replaced)
     strip_gates(small)
-    outer = outer_of(model, source, architecture.hidden_size)
+    outer = outer_of(model, source, architecture.hidden_size) if outer is None else outer
     with _empty_modules_like(model):
         resize_(small, architecture, kept)
         if outer is not None:
@@ -108,7 +119,11 @@ def outer_of(model: PreTrainedModel, source: Architecture, kept: int) -> Outer |
     """
     if kept == source.hidden_size:
         return None
-    wide, narrow = (_skeleton(model, source.replace(hidden_size=width)) for width in (source.hidden_size, kept))
+    reads = source.family.has_neck(model.config, source.task) or source.family.read_states(
+        model.config, source.task, len(source.layers)
+    )
+    few = source if reads or source.depths is not None else source.replace(layers=source.layers[:1])
+    wide, narrow = (_skeleton(model, few.replace(hidden_size=width)) for width in (source.hidden_size, kept))
     layers = tuple(f"{paths.layer}." for paths in layer_paths(model, source))
     return find_outer(model, wide, narrow, layers, source.hidden_size, kept)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,6 +112,16 @@ def forget_dispatch(module: nn.Module) -> None:
         module.__dict__["forward"] = own  # somebody's, from before
 
 
+def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+    """``copy.deepcopy`` in less than half of the time: it goes long ways about the dozen empty tables of a module."""
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for table in module.__dict__.values():
+            if type(table) in (dict, OrderedDict, set) and not table:
+                memo.setdefault(id(table), type(table)())
+    return copy.deepcopy(model, memo)
+
+
 def meta_copy(model: nn.Module, replaced: dict[int, Any] | None = None) -> Any:
     """A deep copy with modules, attributes and hooks, whose parameters and saved buffers are on the meta device.
 
@@ -132,7 +143,7 @@ def meta_copy(model: nn.Module, replaced: dict[int, Any] | None = None) -> Any:
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 memo.setdefault(id(buffer), torch.empty_like(buffer, device="meta"))
     keep_alive = list(memo.values())  # ids of what is replaced stay taken while the copy is made
-    made = copy.deepcopy(model, memo)
+    made = deep_copy(model, memo)
     del keep_alive
     for module in made.modules():
         forget_dispatch(module)
