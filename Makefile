@@ -12,8 +12,9 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PACKAGING := pyproject.toml setup.cfg constraints.txt
-# One thread for each test process: more would fight over the cores.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+# One thread for each test process: more would fight over the cores. Bytecode is kept, whatever the environment says:
+# dozens of processes read it.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 .PHONY: help demo setup lint format docs test test-all clean
 

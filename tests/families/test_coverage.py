@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import transformers
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_vitprune.families import Family, all_families
@@ -12,14 +12,15 @@ from hf_vitprune.modeling.registry import AUTO_CLASSES, stock_classes
 from tiny import CASES
 
 SHIPPED = [family for family in all_families() if not family.model_type.startswith("toy")]
-AUTOS = [name for name in dir(transformers) if hasattr(getattr(transformers, name), "_model_mapping")]
+#: in their own module: to look through all of transformers is to import all of its models
+AUTOS = {name: auto for name, auto in vars(modeling_auto).items() if name.startswith("Auto") and auto._model_mapping}
 
 
 def mapped(family: Family) -> dict[str, set[str]]:
     """Auto class -> names of the classes that it maps for the family's config."""
     found = {}
-    for name in AUTOS:
-        classes = getattr(transformers, name)._model_mapping.get(CONFIG_MAPPING[family.model_type], ())
+    for name, auto in AUTOS.items():
+        classes = auto._model_mapping.get(CONFIG_MAPPING[family.model_type], ())
         found[name] = {one.__name__ for one in (classes if isinstance(classes, tuple) else (classes,))}
     return {name: classes for name, classes in found.items() if classes}
 
