@@ -20,6 +20,7 @@ from hf_vitprune.pruning import prune
 from hf_vitprune.publish.block_report import COLOURS
 from hf_vitprune.spec.architecture import Architecture
 from processes import ROOT
+from quick import mostly_slow
 from tiny import CASES, TEXT, TEXTS, WITH_MLP, hybrid, make, run
 
 
@@ -45,7 +46,7 @@ def test_inspect_prints_layers_and_what_remains(uneven: Path) -> None:
 ONE_SIZE = ("VideoMAE", "Aimv2", "VitPose", "Data2VecVisionForSemantic", *TEXTS)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith(ONE_SIZE)])
+@pytest.mark.parametrize("name", mostly_slow(n for n in CASES if not n.startswith(ONE_SIZE)))
 @pytest.mark.parametrize("kind", [*(pytest.param(k, marks=pytest.mark.slow) for k in ("stock", "pruned")), "twin"])
 def test_inspect_counts_as_the_model_does(kind: str, name: str, tmp_path: Path) -> None:
     model = stock = make(name)

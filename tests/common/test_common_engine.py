@@ -30,6 +30,7 @@ from hf_vitprune.spec.origin import dense_of
 from hf_vitprune.surgery.cuts import find_cuts
 from plans import PLANS, aligned, compose, needed_layers, plan_named, pruning_plans, recorded_attentions
 from processes import run_python
+from quick import mostly_slow
 from tiny import (
     CASES,
     CLASSIFIERS,
@@ -116,7 +117,7 @@ def real_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES))
 @random_plans
 @given(data=st.data())
 def test_any_plan(case: str, data: st.DataObject) -> None:
@@ -179,7 +180,7 @@ def without_scales(plan: PruningPlan) -> PruningPlan:
 
 
 # ---------------------------------------------------------------------- training
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES))
 def test_every_parameter_learns_as_in_the_masked_model(case: str) -> None:
     """The gradient of the small model is the masked model's at the kept places; an optimizer moves all of it."""
     model, plan = planned(case, "everything")

@@ -29,6 +29,7 @@ from hf_vitprune.errors import UnsupportedModelError, UnsupportedUnitError
 from hf_vitprune.utils.batches import ImageBatches
 from plans import aligned
 from pruning_runs import SMALL_GROUPS, VIT, Patterns, scatter_scores, score_tensors, state_of, trainer
+from quick import mostly_slow
 from tiny import CASES, CLASSIFIERS, NECKS, NO_GRID, TEXTS, assert_same, images, make, relative_error, run, total_loss
 
 #: one line a configuration: name -> config
@@ -94,7 +95,7 @@ def errors(full: dict[str, torch.Tensor], small: dict[str, torch.Tensor], plan: 
     return max(relative_error(theirs, ours) for _, ours, theirs in aligned(small, full, plan))
 
 
-@pytest.mark.parametrize(("case", "method"), PAIRS)
+@pytest.mark.parametrize(("case", "method"), mostly_slow(PAIRS))
 def test_gated_equals_exported_equals_masked(case: str, method: str) -> None:
     model = wrapped(case, method)
     undecided = run(model)
@@ -168,7 +169,7 @@ def kept_units(plan: PruningPlan) -> list[Any]:
     return [{k: v for k, v in layer.items() if k != "scales"} for layer in plan.to_dict()["layers"]]
 
 
-@pytest.mark.parametrize(("case", "method"), [pair for pair in PAIRS if pair[1] in FIRST])
+@pytest.mark.parametrize(("case", "method"), mostly_slow(pair for pair in PAIRS if pair[1] in FIRST))
 def test_unload_leaves_no_trace(case: str, method: str) -> None:
     model = make(case)
     run(model)  # transformers notes in a model that it has run

@@ -20,6 +20,7 @@ from hf_vitprune import Architecture, Compensation, OneShotScores, PruningPlan, 
 from hf_vitprune.compensate import PARTS, compensate_plan
 from hf_vitprune.spec.configs import lineage_of
 from plans import PLANS, each_layer, few, plan_named, pruning_plans, without_scales
+from quick import mostly_slow
 from tiny import CASES, CLASSIFIERS, NO_LOOK, assert_same, images, make, relative_error, run
 from two_compensations import EXPORT, agreed, weights_of
 
@@ -50,12 +51,12 @@ MANY = {VIT: EXACT, SWIN: ["heads", "everything", "padded values", "removed bran
 
 @pytest.mark.parametrize(
     ("case", "plan_name"),
-    [
+    mostly_slow(
         (case, plan)
         for case in CASES
         if not (case.startswith(("Swinv2", *NO_LOOK)) or case == "BeitForImageClassification-shared")  # refused
         for plan in MANY.get(case, ["everything"] if case in CLASSIFIERS else ["removed branches"])
-    ],
+    ),
 )
 def test_compensated_models_are_masked_ones_and_closer_to_the_dense(case: str, plan_name: str) -> None:
     model = make(case).double()

@@ -21,6 +21,7 @@ from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune
 from hf_vitprune.spec.architecture import Architecture
 from plans import without_a_layer
+from quick import mostly_slow
 from tiny import ALL_LAYERS, CASES, images, make, relative_error, reset_weights, run
 
 SIZES = ["heads", "qk", "v", "mlp"]
@@ -141,7 +142,7 @@ def test_merged_adapters_are_plain() -> None:
     assert_native(tuned.merge_and_unload())
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in (*NOT_STOCK, ALL_LAYERS)])
+@pytest.mark.parametrize("name", mostly_slow(name for name in CASES if name not in (*NOT_STOCK, ALL_LAYERS)))
 def test_prune_gives_what_to_native_gives(name: str) -> None:
     model = make(name)
     plan = without_a_layer(model)

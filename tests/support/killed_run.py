@@ -90,10 +90,10 @@ class Die(TrainerCallback):
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    for name, (_, step, _) in KILLED.items():
+    for name in sys.argv[2:]:
         child = os.fork()
         if child == 0:
-            training(name, Path(sys.argv[1]), callbacks=[Die(step)]).train()
+            training(name, Path(sys.argv[1]), callbacks=[Die(KILLED[name][1])]).train()
             os._exit(0)
         print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 

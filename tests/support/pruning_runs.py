@@ -137,7 +137,16 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """As of runs in double precision that add up alike."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            actual[name], tensor, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
 __all__ = [
-    "DROPOUT", "SMALL_GROUPS", "VIT", "Images", "Patterns", "arguments", "gated", "lora_model", "nvit",
+    "DROPOUT", "SMALL_GROUPS", "VIT", "Images", "Patterns", "arguments", "assert_close", "gated", "lora_model", "nvit",
     "reset_weights", "scatter_scores", "score_tensors", "spvit", "state_of", "trainer",
 ]  # fmt: skip

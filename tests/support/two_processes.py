@@ -1,4 +1,4 @@
-"""Runs that must end alike in one process and in two; started by test_trainer.py with torch.distributed.run."""
+"""Runs that must end alike in one process and in two; started by test_two_processes.py with torch.distributed.run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,16 @@ from pruning_runs import SMALL_GROUPS, Images, Patterns, gated, lora_model, nvit
 Run = tuple[PruningModel, dict[str, Any], dict[str, Any]]
 
 
-def runs() -> dict[str, Run]:
-    """Name -> model, settings of the Trainer, and what divides the global batch of 8 over two processes."""
+#: what the other four show, too, in other combinations
+SLOW = ("accumulated", "NViT, adapters")
+
+
+def runs(slow: bool) -> dict[str, Run]:
+    """Name -> model, settings of the Trainer, and what divides the global batch of 8 over two processes.
+
+    Args:
+        slow: those of :data:`SLOW`, too.
+    """
     common = {"train_dataset": Images(dtype=torch.float64), "max_steps": 2}
     soft = DistillationConfig("soft", weight=0.5, temperature=2.0)
 
@@ -41,7 +49,7 @@ def runs() -> dict[str, Run]:
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     plain = {"kind": Trainer, "callbacks": [PruningCallback()]}
     checkpointed = {"distillation": soft, "activation_checkpointing": True, "max_grad_norm": 0.5}
-    return {
+    found: dict[str, Run] = {
         "accumulated": (model(gate_learning_rate=0.3), common, halves),
         "distilled, checkpointed, clipped": (model(target=0.6), {**common, **checkpointed}, {}),
         "plain Trainer": (model(binarize=True), {**common, **plain}, halves),
@@ -53,6 +61,7 @@ def runs() -> dict[str, Run]:
         "NViT, adapters": (adapters(), {**common, **plain, "learning_rate": 1e-3}, halves),
         "SLS, adapters": (layers(), {**common, **plain, "train_dataset": Patterns(dtype=torch.float64)}, halves),
     }
+    return {name: run for name, run in found.items() if slow or name not in SLOW}
 
 
 def train(run: Run, folder: Path, processes: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -66,7 +75,7 @@ def train(run: Run, folder: Path, processes: int) -> tuple[dict[str, torch.Tenso
 if __name__ == "__main__":
     out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     plans = {}
-    for name, run in runs().items():
+    for name, run in runs(slow=sys.argv[2] == "slow").items():
         state, plans[name] = train(run, out / name, processes=2)
         save_file(state, out / f"{name}.{rank}.safetensors")
     apart = scatter_scores(gated(), seed=rank)  # a decision is the first process', whatever the others think

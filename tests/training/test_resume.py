@@ -1,6 +1,7 @@
 """Exact resume: everything that the stock Trainer saved comes back through the stock Trainer."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_load_best_model_at_end(tmp_path):
     assert restored(model, kept) == len(kept.state_dict())
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov2-swiglu"])
+@pytest.mark.parametrize("name", [pytest.param("vit", marks=pytest.mark.slow), "dinov2-swiglu"])
 def test_shards(name, tmp_path):
     model, checkpoint = trained(name, tmp_path)
     (checkpoint / "model.safetensors").unlink()
@@ -110,9 +111,14 @@ def test_a_wrapper_of_ones_own(tmp_path):
     assert restored(again, around) == len(around.state_dict())
 
 
-@pytest.mark.parametrize("bias", ["none", "all"])
-@pytest.mark.parametrize("name", ["vit", "dinov2-swiglu"])
-@pytest.mark.parametrize("hook", [False, True])
+#: quickly, each value once
+QUICK = [("vit", "none", True), ("dinov2-swiglu", "all", False)]
+ALL = list(itertools.product(("vit", "dinov2-swiglu"), ("none", "all"), (False, True)))
+
+
+@pytest.mark.parametrize(
+    ("name", "bias", "hook"), [row if row in QUICK else pytest.param(*row, marks=pytest.mark.slow) for row in ALL]
+)
 def test_peft(name, bias, hook, tmp_path):
     """PEFT saves and loads adapters under the model's own names: exact without the hook, and not broken by it."""
     torch.manual_seed(0)

@@ -1,8 +1,7 @@
-"""Training with gates: exact gradients whatever the batches and processes, the optimizer, logs, teachers, refusals."""
+"""Training with gates: exact gradients whatever the batches, the optimizer, logs, teachers, refusals."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,22 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
-import two_processes
 from hf_vitprune import (
     DistillationConfig,
     PruningCallback,
     PruningTrainer,
-    SLSConfig,
     VTPConfig,
     count,
     get_pruning_model,
-    select_layers,
 )
 from hf_vitprune.errors import InvalidConfigError
-from processes import SUPPORT, run_on_two
-from pruning_runs import VIT, Images, Patterns, gated, lora_model, nvit, scatter_scores, state_of, trainer
+from pruning_runs import VIT, Images, assert_close, gated, lora_model, scatter_scores, state_of, trainer
 from tiny import LABELS, assert_same, make, relative_error, run
 
 DOUBLE = torch.float64
 TWO_HEADS = "DeiTForImageClassificationWithTeacher"
-HEADS = [VIT, "CLIPForImageClassification", "SiglipForImageClassification", "SwinForImageClassification", TWO_HEADS]
+SIGLIP = "SiglipForImageClassification"
+HEADS = [VIT, "CLIPForImageClassification", SIGLIP, "SwinForImageClassification", TWO_HEADS]
 SOFT = DistillationConfig("soft", weight=0.3, temperature=2.0)
 HARD = DistillationConfig("hard", weight=0.5)
 #: 14 images in updates of 8 and 6, whole or in micro-batches of unequal sizes and numbers of labels
@@ -39,14 +35,6 @@ SPLITS = [{"per_device_train_batch_size": 8 // n, "gradient_accumulation_steps":
 
 def several_labels(i: int) -> torch.Tensor:
     return (torch.arange(LABELS) % (2 + i % 3) == 0).double()
-
-
-def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(
-            actual[name], tensor, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
-        )
 
 
 def after(folder: Path, make_model: Any, **changes: Any) -> dict[str, torch.Tensor]:
@@ -59,13 +47,14 @@ def after(folder: Path, make_model: Any, **changes: Any) -> dict[str, torch.Tens
 @pytest.mark.parametrize(
     ("case", "changes"),
     [
-        *[(case, {}) for case in HEADS],
+        *[(case, {}) for case in HEADS if case != SIGLIP],
+        pytest.param(SIGLIP, {}, marks=pytest.mark.slow),  # as CLIP's
         (VIT, {"max_grad_norm": 0.1}),
         (VIT, {"kind": Trainer, "callbacks": [PruningCallback]}),
         (TWO_HEADS, {"kind": Trainer, "callbacks": [PruningCallback]}),
         ("CLIPForImageClassification", {"kind": Trainer, "callbacks": [PruningCallback]}),
         (VIT, {"distillation": SOFT}),
-        (VIT, {"distillation": HARD}),
+        pytest.param(VIT, {"distillation": HARD}, marks=pytest.mark.slow),  # as with two heads
         (TWO_HEADS, {"distillation": HARD}),
         ("CLIPForImageClassification", {"distillation": SOFT}),
     ],
@@ -104,10 +93,17 @@ def test_other_problem_types(config: dict[str, Any], labels: Any, tmp_path: Path
     assert_close({name: whole[f"model.{name}"] for name in stock}, stock)
 
 
-@pytest.mark.parametrize("case", ["CLIPForImageClassification", TWO_HEADS])
-@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize(
+    ("case", "pruned"),
+    [
+        ("CLIPForImageClassification", True),
+        (TWO_HEADS, False),
+        pytest.param("CLIPForImageClassification", False, marks=pytest.mark.slow),
+        pytest.param(TWO_HEADS, True, marks=pytest.mark.slow),
+    ],
+)
 def test_fine_tuning_is_exact_too(case: str, pruned: bool, tmp_path: Path) -> None:
-    """Small or stock: some of these heads ignore the number of items in a batch, one takes no labels."""
+    """Small or stock: CLIP's head ignores the number of items in a batch, the other takes no labels."""
 
     def model() -> Any:
         return (scatter_scores(gated(case)).export() if pruned else make(case)).double()
@@ -133,35 +129,6 @@ def test_the_penalty_counts_once_and_is_not_clipped(max_grad_norm: float, tmp_pa
         runs[weight] = [score.detach().clone() for score in model.method.gate_parameters()]
     for start, without, with_penalty in zip(before, runs[0.0], runs[0.05], strict=True):
         torch.testing.assert_close(with_penalty - without, -0.1 * 0.05 * start.sign(), rtol=1e-9, atol=1e-12)
-
-
-# ---------------------------------------------------------------------- two processes
-def kept_units(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    layers = json.loads(json.dumps(plan["layers"]))
-    return [{k: v for k, v in layer.items() if k != "scales"} for layer in layers]
-
-
-def test_two_processes_end_like_one(tmp_path: Path) -> None:
-    """Same weights, gates, masks and plan, on both ranks, for all kinds of run (one launch: starting is slow)."""
-    run_on_two(str(SUPPORT / "two_processes.py"), str(tmp_path))
-    plans = [json.loads((tmp_path / f"plans.{rank}.json").read_text()) for rank in (0, 1)]
-    assert plans[0] == plans[1]
-    alone = [kept_units(scatter_scores(gated(), seed=seed).plan().to_dict()) for seed in (0, 1)]
-    assert kept_units(plans[1]["apart"]) == alone[0] != alone[1]
-    alone = [
-        json.loads(json.dumps(nvit(criterion="random", seed=s, eta=0).plan().to_dict()["layers"])) for s in (0, 1)
-    ]
-    assert plans[1]["NViT apart"] == alone[0] != alone[1]
-    for name, case in two_processes.runs().items():
-        state, plan = two_processes.train(case, tmp_path / "one", processes=1)
-        for rank in (0, 1):
-            theirs = load_file(tmp_path / f"{name}.{rank}.safetensors")
-            assert_close(theirs, state)
-        assert kept_units(plans[0][name]) == kept_units(plan)
-    config = SLSConfig(iterations=250, perplexity=3.0)
-    kept = [select_layers(make(VIT), Patterns(noise=noise), config).kept_layers for noise in (0.1, 5.0)]
-    assert len(plans[1]["SLS apart"]["layers"]) == kept[0] != kept[1]
-    assert plans[0].keys() == {*two_processes.runs(), "apart", "NViT apart", "SLS apart"}
 
 
 # ---------------------------------------------------------------------- logs, end of training, evaluation
@@ -263,7 +230,7 @@ def test_activation_checkpointing_gives_the_same_gradients(model: str, reentrant
 
 
 @pytest.mark.parametrize(
-    "case", ["ViTForImageClassification", "SwinForImageClassification", "Dinov2ForImageClassification"]
+    "case", [VIT, "SwinForImageClassification", pytest.param("Dinov2ForImageClassification", marks=pytest.mark.slow)]
 )
 def test_bf16_autocast(case: str, tmp_path: Path) -> None:
     """Close to full precision: a step moves gates and weights in the same direction."""
