@@ -29,7 +29,7 @@ from hf_vitprune.errors import UnsupportedModelError, UnsupportedUnitError
 from hf_vitprune.utils.batches import ImageBatches
 from plans import aligned
 from pruning_runs import SMALL_GROUPS, VIT, Patterns, scatter_scores, score_tensors, state_of, trainer
-from quick import mostly_slow
+from quick import FEW, mostly_slow
 from tiny import CASES, CLASSIFIERS, NECKS, NO_GRID, TEXTS, assert_same, images, make, relative_error, run, total_loss
 
 #: one line a configuration: name -> config
@@ -95,7 +95,13 @@ def errors(full: dict[str, torch.Tensor], small: dict[str, torch.Tensor], plan: 
     return max(relative_error(theirs, ours) for _, ours, theirs in aligned(small, full, plan))
 
 
-@pytest.mark.parametrize(("case", "method"), mostly_slow(PAIRS))
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        *mostly_slow(pair for pair in PAIRS if pair[1] in FIRST),
+        *mostly_slow((pair for pair in PAIRS if pair[1] not in FIRST), FEW),
+    ],
+)
 def test_gated_equals_exported_equals_masked(case: str, method: str) -> None:
     model = wrapped(case, method)
     undecided = run(model)
@@ -149,7 +155,7 @@ def test_gated_equals_exported_for_any_scores(case: str, method: str, seed: int)
     assert errors(run(mask(model.model, model.plan()), pixels), run(small, pixels), model.plan()) < 1e-10
 
 
-@pytest.mark.parametrize(("case", "method"), SOME)
+@pytest.mark.parametrize(("case", "method"), mostly_slow(SOME, FEW))
 def test_a_decision_is_final(case: str, method: str) -> None:
     """Fine-tuning with masks changes weights and scores, not the choice; the export follows."""
     model = wrapped(case, method)
@@ -211,7 +217,7 @@ def trace(model: torch.nn.Module) -> list[tuple[Any, ...]]:
     ]
 
 
-@pytest.mark.parametrize(("case", "method"), SOME)
+@pytest.mark.parametrize(("case", "method"), mostly_slow(SOME, FEW))
 def test_exported_model_is_saved_and_trained_like_any_other(case: str, method: str, tmp_path: Path) -> None:
     small = wrapped(case, method).export()
     small.save_pretrained(tmp_path)
@@ -227,7 +233,9 @@ def test_exported_model_is_saved_and_trained_like_any_other(case: str, method: s
     assert total_loss(small) < loss
 
 
-@pytest.mark.parametrize(("case", "method"), [pair for pair in SOME if pair[1] != "SLS"])  # which leaves one layer
+@pytest.mark.parametrize(
+    ("case", "method"), mostly_slow((p for p in SOME if p[1] != "SLS"), FEW)
+)  # which leaves one layer
 def test_an_exported_model_can_be_pruned_again(case: str, method: str) -> None:
     once = wrapped(case, method).export()
     again = scatter_scores(wrap(once, method), seed=3).eval()

@@ -87,8 +87,14 @@ def layers(base: Any) -> list[PruningPlan]:
     return [without_a_layer(base)] if "layers" in Architecture.of(base).units else []
 
 
-@pytest.mark.parametrize("guise", GUISES)
-@pytest.mark.parametrize("case", CHANGED)
+@pytest.mark.parametrize(
+    ("case", "guise"),
+    [
+        pytest.param(case, guise, marks=() if i % 3 == j else pytest.mark.slow)  # quickly, each in one, and all guises
+        for i, case in enumerate(CHANGED)
+        for j, guise in enumerate(GUISES)
+    ],
+)
 def test_all_units_are_cut_as_their_mask_says(case: str, guise: str) -> None:
     check(case, guise, lambda model, base: [PruningPlan.random(model, 0.5, seed=3), *layers(base)])
 

@@ -22,6 +22,7 @@ from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune
 from hf_vitprune.spec.architecture import Architecture
 from plans import PLANS, plan_named
+from quick import mostly_slow
 from tiny import CASES, CLASSIFIERS, WITH_GRID, feed, hybrid, images, make
 
 aten = torch.ops.aten
@@ -76,8 +77,13 @@ CASES_BY_CLASS = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("plan_name", [None, "everything", "removed branches"])
+@pytest.mark.parametrize(
+    ("case", "plan_name"),
+    [
+        *((case, plan) for case in CASES for plan in (None, "everything")),
+        *mostly_slow((case, "removed branches") for case in CASES),
+    ],
+)
 def test_counts_are_exact(case: str, plan_name: str | None) -> None:
     model = make(case)
     if plan_name is not None:

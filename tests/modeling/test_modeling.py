@@ -32,6 +32,7 @@ from hf_vitprune.pruning import prune
 from hf_vitprune.spec.architecture import Architecture
 from plans import every_word, plan_named
 from processes import run_python
+from quick import mostly_slow
 from tiny import CASES, CLASSIFIERS, assert_same, images, make, relative_error, run, total_loss
 
 VIT = "ViTForImageClassification"
@@ -158,8 +159,9 @@ def test_from_config_on_the_meta_device_and_in_bf16() -> None:
 
 
 # ---------------------------------------------------------------------- between stock and pruned, base and head
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize(
+    ("case", "legacy"), [*((case, True) for case in CASES), *mostly_slow((case, False) for case in CASES)]
+)
 def test_stock_checkpoints_load_into_pruned_classes(case: str, legacy: bool, tmp_path: Path) -> None:
     """Key names of transformers 4 and 5; the result is the dense model, and can be saved as a pruned one."""
     model = make(case)

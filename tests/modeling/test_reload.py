@@ -20,6 +20,7 @@ from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import load_pruned, prune
 from plans import plan_named, without_a_layer
 from processes import run_python
+from quick import mostly_slow
 from tiny import ALL_LAYERS, CASES, CLASSIFIERS, assert_same, images, make, reset_weights, run
 
 VIT = "ViTForImageClassification"
@@ -66,7 +67,7 @@ def assert_exact(loaded: PreTrainedModel, small: PreTrainedModel) -> None:
 
 
 # ---------------------------------------------------------------------- stock classes
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES))
 def test_stock_classes_refuse_and_say_why(case: str, tmp_path: Path) -> None:
     """With layers removed alone, every tensor that a stock class looks for is there."""
     model = make(case)
