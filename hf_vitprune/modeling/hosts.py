@@ -119,7 +119,7 @@ def host_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel] | No
     """The twin of a class that makes its towers itself; None where there is none."""
     if issubclass(model_class, PrunedHostMixin):
         return model_class
-    model_type = getattr(model_class.config_class, "model_type", None)
+    model_type = getattr(getattr(model_class, "config_class", None), "model_type", None)  # a module of torch has none
     if model_type in _configs:
         make_models(_configs[model_type])
     return _hosts.get(model_class)

@@ -101,7 +101,7 @@ def stock_ancestor(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     Raises:
         UnsupportedModelError: no Auto class maps any of them.
     """
-    for config_class in getattr(model_class.config_class, "__mro__", ()):
+    for config_class in getattr(getattr(model_class, "config_class", None), "__mro__", ()):
         if config_class in _configs:
             make_models(_configs[config_class])
     for known in model_class.__mro__:
