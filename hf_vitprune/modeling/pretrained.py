@@ -216,7 +216,7 @@ def overridden(config: PreTrainedConfig, values: dict[str, Any]) -> Iterator[Non
 
 def _check_same_depth(model: Any, keys: Iterable[str]) -> None:
     """Refuse tensors of layers beyond those of the model."""
-    architecture: Architecture = model._built_as
+    architecture = Architecture.of(model)
     prefix = architecture.family.encoder_path(model)
     names = {f"{prefix}{name}" for name in architecture.layer_names()}
     lists = {f"{prefix}{path}" for path in architecture.layer_lists()}
