@@ -30,7 +30,7 @@ from hf_vitprune.spec.origin import dense_of
 from hf_vitprune.surgery.cuts import find_cuts
 from plans import PLANS, aligned, compose, needed_layers, plan_named, pruning_plans, recorded_attentions
 from processes import run_python
-from quick import mostly_slow
+from quick import FEW, QUICK, mostly_slow
 from tiny import (
     CASES,
     CLASSIFIERS,
@@ -80,7 +80,8 @@ def number_of(outputs: dict[str, torch.Tensor], key: str) -> int:
 @pytest.mark.parametrize(
     ("case", "plan_name"),
     [
-        (case, plan)
+        # a class that another stands for is quickly cut in all units at once; one by one, slowly
+        pytest.param(case, plan, marks=() if case in QUICK or plan == "everything" else pytest.mark.slow)
         for case in CASES
         for plan in (PLANS if case in EVERY_FAMILY else FEW_PLANS)
         if not lacks(case, plan)
@@ -125,7 +126,7 @@ def test_any_plan(case: str, data: st.DataObject) -> None:
     check_any_plan(make(case, **eager(case)), case, data)
 
 
-@pytest.mark.parametrize("case", [*CLASSIFIERS, "SwinBackbone", "Dinov2Backbone", "ViTModel"])
+@pytest.mark.parametrize("case", mostly_slow([*CLASSIFIERS, "SwinBackbone", "Dinov2Backbone", "ViTModel"], FEW))
 @random_plans
 @given(data=st.data())
 def test_any_plan_over_any_mixers(case: str, data: st.DataObject) -> None:

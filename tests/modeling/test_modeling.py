@@ -159,9 +159,7 @@ def test_from_config_on_the_meta_device_and_in_bf16() -> None:
 
 
 # ---------------------------------------------------------------------- between stock and pruned, base and head
-@pytest.mark.parametrize(
-    ("case", "legacy"), [*((case, True) for case in CASES), *mostly_slow((case, False) for case in CASES)]
-)
+@pytest.mark.parametrize(("case", "legacy"), mostly_slow((case, legacy) for case in CASES for legacy in (True, False)))
 def test_stock_checkpoints_load_into_pruned_classes(case: str, legacy: bool, tmp_path: Path) -> None:
     """Key names of transformers 4 and 5; the result is the dense model, and can be saved as a pruned one."""
     model = make(case)
