@@ -18,6 +18,8 @@ from .recovering import Bench
 
 #: about what two CPU cores do in half an hour, at 140 x 140 in float32
 SHORT_STEPS = 400
+#: of a layer, what half an hour leaves to the fits from all drawings
+LOCAL_STEPS = 1200
 #: smallest share of an image that is trained on
 CROPS = 0.35
 
@@ -56,16 +58,19 @@ def short(bench: Bench, steps: int) -> None:
     tried("one-shot 0.5", half, (1e-5, 2 * best))
 
 
-def refit(bench: Bench, steps: int, views: int = 1) -> None:
+def refit(
+    bench: Bench, steps: int, views: int = 1, shares: tuple[float, ...] = (0.5, 0.35), most: int = SHORT_STEPS
+) -> None:
     """Half an hour of two cores: compensated from all drawings, layers trained after their fits; towers are kept."""
-    for share in (0.5, 0.35):
+    for share in shares:
         if bench.left < 0:
             print(f"refitted {share}: skipped, the time is over", flush=True)
             continue
         clock = time.process_time()
-        small = bench.refitted(share, views=views, local_steps=min(steps, SHORT_STEPS))
-        fitted = time.process_time() - clock
-        bench.write(f"refitted {share}", {"views": views, "cpu_seconds": fitted, "end": bench.judge(small)})
+        local = min(steps, most)
+        small = bench.refitted(share, views=views, local_steps=local)
+        row = {"views": views, "local_steps": local, "cpu_seconds": time.process_time() - clock}
+        bench.write(f"refitted {share}", {**row, "end": bench.judge(small)})
         small.save_pretrained(_kept(bench, share))
 
 
@@ -127,6 +132,8 @@ JOBS: dict[str, tuple[int, Callable[[Bench, int], None]]] = {
     "short": (140, short),
     "refit": (140, refit),
     "refit2": (140, partial(refit, views=2)),
+    "refit-half": (140, partial(refit, shares=(0.5,), most=LOCAL_STEPS)),
+    "refit-third": (140, partial(refit, shares=(0.35,), most=LOCAL_STEPS)),
     "trained": (140, trained),
     "half": (224, half),
     "third": (224, third),
