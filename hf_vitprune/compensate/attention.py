@@ -16,7 +16,7 @@ from .layer import Layer
 from .moments import Moments, Statistics
 from .queries_keys import compensate_queries_and_keys
 from .readers import Inputs, attention_inputs
-from .site import Site, put, real
+from .site import Site, real
 
 
 def compensate_attention(site: Site) -> None:
@@ -79,7 +79,7 @@ def _reselect_heads(site: Site, inputs: Inputs) -> None:
     site.entry = replace(site.entry, heads=tuple(sorted({*range(site.source.heads)} - {*gone.tolist()})))
     table = site.small.table()
     if table is not None:
-        put(table, site.dense.table()[:, list(site.entry.heads)])
+        table.data.copy_(site.dense.table()[:, list(site.entry.heads)])
 
 
 def _whole(site: Site, stats: Statistics) -> Branch:

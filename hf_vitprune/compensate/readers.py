@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..surgery.cuts import find_cuts
 from .fits import fold
 from .moments import Moments, precise_device
-from .site import Ledger, Site, put
+from .site import Ledger, Site
 from .streams import Streams
 
 
@@ -109,9 +109,9 @@ def compensate_head(dense: PreTrainedModel, small: PreTrainedModel, streams: Str
         weight = old.weight.detach().to(matrix)
         copies = weight.shape[1] // width
         new: Any = small.get_submodule(name)
-        put(new.weight, weight @ torch.block_diag(*[matrix] * copies))
+        new.weight.data.copy_(weight @ torch.block_diag(*[matrix] * copies))
         if new.bias is not None:
-            put(new.bias, old.bias.detach().to(matrix) + weight @ constant.repeat(copies))
+            new.bias.data.copy_(old.bias.detach().to(matrix) + weight @ constant.repeat(copies))
 
 
 def _readers(dense: PreTrainedModel, small: PreTrainedModel, streams: Streams) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Site:
         linear = self.small.part(part)
         for parameter, new in ((linear.weight, weight), (linear.bias, bias)):
             if parameter is not None and new is not None:
-                put(parameter, new)
+                parameter.data.copy_(new)
 
     def record(self, part: str, fit: Fit) -> None:
         """One line of the report."""
@@ -109,11 +109,6 @@ class Site:
         """One line of the report: relative errors of plain slices and of the new weights."""
         row = {"layer": self.entry.index, "part": part, "before": before, "after": after, **more}
         self.ledger.rows.append({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()})
-
-
-def put(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Overwrite a parameter."""
-    parameter.data.copy_(value)
 
 
 def real(row: tuple[int, ...]) -> list[int]:

@@ -42,11 +42,6 @@ def example_inputs(model: Any, batch: int, size: Size | None = None, seed: int =
     return {**made, **(_captions(model, batch) if is_dual_encoder(model) else {})}
 
 
-def with_pixels(inputs: Mapping[str, Any], pixels: torch.Tensor) -> dict[str, Any]:
-    """The inputs with these images in place of the random ones."""
-    return {**inputs, "pixel_values": pixels}
-
-
 def varying_axes(inputs: Mapping[str, Any], sizes: int, to: str, most: int) -> dict[str, Any]:
     """Which axes may vary: that of the batch, and height and width where several sizes are asked for.
 
