@@ -57,7 +57,6 @@ from hf_vitprune import (
 from hf_vitprune.contrib.augment import AugmentedTrainer
 from hf_vitprune.contrib.drop_path import attach_drop_path
 from hf_vitprune.contrib.ema import EmaCallback
-from hf_vitprune.contrib.recipe import Run
 from hf_vitprune.contrib.spvit_start import released_start
 from hf_vitprune.evaluation.metrics import accuracy_of
 from hf_vitprune.methods import config_class_of, method_names
@@ -74,6 +73,7 @@ from hf_vitprune_cli.classifier import load_classifier
 from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
 from hf_vitprune_cli.example_data import DataArguments
 from hf_vitprune_cli.workflow import evaluate
+from recipe import Run
 
 
 @dataclass

@@ -36,7 +36,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_vitprune import PruningCallback, SLSConfig, count, get_pruning_model
 from hf_vitprune.contrib.drop_path import attach_drop_path
-from hf_vitprune.contrib.recipe import Run
 from hf_vitprune.contrib.retraining import fresh_adapters, retrain
 from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.evaluation.metrics import accuracy_of
@@ -47,6 +46,7 @@ from hf_vitprune_cli.classifier import load_classifier
 from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
 from hf_vitprune_cli.example_data import DataArguments
 from hf_vitprune_cli.workflow import Schedule, evaluate
+from recipe import Run
 
 #: kind of adapters -> class of its settings, and what they are by default
 ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {

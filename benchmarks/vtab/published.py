@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_vitprune.contrib import recipe as recipes
+from examples import recipe as recipes
 from hf_vitprune.peft import ConvpassConfig, RepAdapterConfig
 
 from .settings import Recipe

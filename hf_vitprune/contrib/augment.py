@@ -1,6 +1,6 @@
-"""The images that DeiT trains on (Touvron et al., arXiv 2012.12877, table 9), made by kornia, on the batch's device.
+"""The images that DeiT trains on (Touvron et al., arXiv 2012.12877, table 9), made by kornia on the batch's device.
 
-Random resized crop and flip, RandAugment, random erasing, Mixup, CutMix, label smoothing, repeated augmentation.
+And a learning rate for each layer (Bao et al., BEiT, arXiv 2106.08254).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from torch.utils.data import Sampler
 
 from ..errors import InvalidConfigError
+from ..modeling.structure import layer_paths
+from ..spec.architecture import Architecture, unwrap
 from ..training.trainer import PruningTrainer
 from ..utils.extras import need
 from ..utils.settings import check_counts
-from .layer_rates import check_layer_decay, decay_by_layer
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class AugmentationConfig:
 
 
 class RandomCrop:
-    """(H, W, 3) PIL image -> (side, side, 3) array: a random part of it, of 8 to 100 % of its area, maybe mirrored."""
+    """PIL image -> (side, side, 3) array: a random part of 8 to 100 % of its area, maybe mirrored."""
 
     def __init__(self, side: int) -> None:
         kornia = _kornia()
@@ -89,7 +90,7 @@ class Augmentation:
         self.kornia = _kornia()
         self.mean, self.std = (torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
         operations, magnitude = config.rand_augment
-        self.varied = _rand_augment(operations, magnitude) if operations else None
+        self.varied = self.kornia.auto.RandAugment(operations, magnitude) if operations else None
         self.erased = self.kornia.RandomErasing(scale=(0.02, 1 / 3), ratio=(0.3, 3.3), p=config.erasing)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -108,16 +109,15 @@ class Augmentation:
     def _mixed(self, pixels: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mixup or CutMix of the whole batch with one drawn order of it."""
         config = self.config
-        chance = config.switch if config.mixup and config.cutmix else float(config.cutmix > 0)
         if not config.mixup and not config.cutmix:
             return pixels, targets
+        chance = config.switch if config.mixup and config.cutmix else float(config.cutmix > 0)
         numbers = torch.arange(len(pixels), device=pixels.device)
         if float(torch.rand(())) < chance:
             mix = self.kornia.RandomCutMixV2(
                 beta=config.cutmix, same_on_batch=True, data_keys=["input", "class"], use_correct_lambda=True
             )
-            pixels, pairs = mix(pixels, numbers)
-            pairs = pairs[0]
+            pixels, (pairs,) = mix(pixels, numbers)
             share = pairs[:, 2:]
         else:
             alpha = torch.tensor(config.mixup)
@@ -168,10 +168,10 @@ class AugmentedTrainer(PruningTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As the parent's, with a rate for each layer."""
-        if self.optimizer is not None:
-            return super().create_optimizer(model)
+        made = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        decay_by_layer(optimizer, self.model, self.layer_decay)
+        if not made:
+            decay_by_layer(optimizer, self.model, self.layer_decay)
         return optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
@@ -198,6 +198,54 @@ class AugmentedTrainer(PruningTrainer):
         return RepeatedSampler(len(dataset), self.augmentation.config.repeats, self.args.data_seed or self.args.seed)
 
 
+def check_layer_decay(decay: float) -> None:
+    """Raises:
+    InvalidConfigError: it is no factor in (0, 1].
+    """
+    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 < decay <= 1:
+        raise InvalidConfigError(f"layer_decay is a factor in (0, 1] from a layer to the one before it, not {decay!r}")
+
+
+def depths(model: Any) -> dict[int, int]:
+    """Id of every parameter of the model -> its depth: of layer i of L, from 1, it is i.
+
+    What is registered in front of the layers (embeddings) has 0, what lies between two (Swin's patch merging) that of
+    the first of them, what comes behind (norm, head) L + 1. Gates of a PruningModel are not among them.
+    """
+    base = unwrap(model)
+    layers = [paths.layer + "." for paths in layer_paths(base, Architecture.of(base))]
+    depth, found = 0, {}
+    for name, parameter in base.named_parameters():
+        inside = next((i for i, path in enumerate(layers, start=1) if name.startswith(path)), None)
+        found[id(parameter)] = depth = inside or depth + (depth == len(layers))
+    return found
+
+
+def decay_by_layer(optimizer: torch.optim.Optimizer, model: Any, decay: float) -> None:
+    """Split the optimizer's groups: at depth i of L the rate is ``decay ** (L + 1 - i)`` of the group's.
+
+    Args:
+        optimizer: new, without a scheduler yet.
+        model: what it trains; parameters that are not the model's own (gates) keep their rate.
+        decay: in (0, 1]; 1 changes nothing.
+    """
+    check_layer_decay(decay)
+    if decay == 1:
+        return
+    known = depths(model)
+    head = max(known.values())
+    groups = []
+    for group in optimizer.param_groups:
+        by_depth: dict[int, list[Any]] = {}
+        for parameter in group["params"]:
+            by_depth.setdefault(known.get(id(parameter), head), []).append(parameter)
+        groups += [
+            {**group, "params": parameters, "lr": group["lr"] * decay ** (head - depth)}
+            for depth, parameters in sorted(by_depth.items())
+        ]
+    optimizer.param_groups[:] = groups
+
+
 def check_available() -> None:
     """Raises:
     MissingExtraError: kornia is not installed.
@@ -207,12 +255,6 @@ def check_available() -> None:
 
 def _kornia() -> Any:
     check_available()
-    import kornia.augmentation
+    import kornia.augmentation.auto
 
     return kornia.augmentation
-
-
-def _rand_augment(operations: int, magnitude: int) -> Any:
-    from kornia.augmentation.auto import RandAugment
-
-    return RandAugment(operations, magnitude)

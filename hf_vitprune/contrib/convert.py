@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..errors import CheckpointMismatchError, InvalidArchitectureError, InvalidConfigError, UnsupportedModelError
 from ..families import LayerPaths
 from ..modeling import class_for_task, config_for
-from ..modeling.conv_fold import CENTRE, POSITIONS, fold_heads, mixer_state, mixing_probabilities
+from ..modeling.conv_fold import CENTRE, POSITIONS, FoldedConvolution, fold_heads, mixer_state, mixing_probabilities
 from ..modeling.structure import layer_paths
 from ..spec.architecture import Architecture
 from ..spec.configs import stock_config
@@ -154,11 +154,7 @@ def _layer_names(architecture: Architecture) -> list[str]:
 
 
 def _check_layers(state: State, architecture: Architecture, names: list[str]) -> None:
-    """Refuse lists that say other mixers or MLPs than the checkpoint has.
-
-    Raises:
-        CheckpointMismatchError: naming the layer.
-    """
+    """Refuse lists that say other mixers or MLPs than the checkpoint has."""
     for i, (name, shape) in enumerate(zip(names, architecture.layers, strict=True)):
         where = f"layer {i} ({name})"
         held = [mixer for mixer, key in _MIXER_KEYS if f"{name}.attn.{key}" in state]
@@ -203,11 +199,6 @@ class _Translation:
         self.made: dict[str, torch.Tensor] = {}
 
     def take(self, name: str) -> torch.Tensor:
-        """A tensor of the checkpoint.
-
-        Raises:
-            CheckpointMismatchError: it has none.
-        """
         if name not in self.state:
             raise CheckpointMismatchError(f"the checkpoint lacks {name}")
         self.used.add(name)
@@ -226,11 +217,10 @@ class _Translation:
         for stage in range(len(architecture.depths or ()) - 1):
             for part in ("norm", "reduction"):
                 self.move(f"layers.{stage}.downsample.{part}", f"{root}.encoder.layers.{stage}.downsample.{part}")
-        heads = {"head": "classifier"}
-        if architecture.task == "ForImageClassificationWithTeacher":
-            heads = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
-        for old, new in heads.items():
-            self.move(old, new)
+        two_heads = architecture.task == "ForImageClassificationWithTeacher"
+        self.move("head", "cls_classifier" if two_heads else "classifier")
+        if two_heads:
+            self.move("head_dist", "distillation_classifier")
 
     def layer(self, name: str, paths: LayerPaths, mixer: str, output_name: str) -> None:
         for old, new in (("norm1", paths.norm1), ("norm2", paths.norm2), ("mlp.fc2", paths.fc2)):
@@ -247,13 +237,27 @@ class _Translation:
             if paths.bias_table:
                 self.move(f"{attn}.relative_position_bias_table", paths.bias_table)
         elif mixer in KERNELS:
-            folded = f"{attn}.{_FOLDED}.0.weight" in self.state
-            state = self.folded(attn, output_name) if folded else self.convolution(attn, KERNELS[mixer], output_name)
+            state = self.convolution(attn, KERNELS[mixer], output_name)
             self.made |= {f"{paths.attention}.{key}": tensor for key, tensor in state.items()}
 
     def convolution(self, attn: str, kernel: int, output_name: str) -> dict[str, torch.Tensor]:
-        """Weights of a convolution mixer, folded in double precision."""
-        v, o = self.take(f"{attn}.v.weight"), self.take(f"{attn}.proj.weight")
+        """Weights of a convolution mixer: folded here in double precision, or before by the authors' tool."""
+        first = f"{attn}.{_FOLDED}.0."
+        if f"{first}weight" in self.state:
+            norm, output = f"{attn}.{_FOLDED}.1.", f"{attn}.{_FOLDED}.3"
+            weight = self.take(f"{first}weight")
+            bias = self.take(f"{first}bias") if f"{first}bias" in self.state else weight.new_zeros(len(weight))
+            mixed = FoldedConvolution(weight, bias, self.take(f"{output}.weight").flatten(1))
+        else:
+            norm, output = f"{attn}.bn_{kernel}x{kernel}.", f"{attn}.proj"
+            weight = self.take(f"{attn}.v.weight")
+            mixed = self.mixed(attn, weight, self.take(f"{output}.weight"), kernel)
+        statistics = {key: self.take(norm + key) for key in nn.BatchNorm2d(1).state_dict()}
+        state = mixer_state(mixed, statistics, self.take(f"{output}.bias"), output_name)
+        return {k: t.to(weight.dtype) if t.is_floating_point() else t for k, t in state.items()}
+
+    def mixed(self, attn: str, v: torch.Tensor, o: torch.Tensor, kernel: int) -> FoldedConvolution:
+        """The heads of a block mixed into one convolution by its table."""
         v_bias = self.take(f"{attn}.v.bias").double() if f"{attn}.v.bias" in self.state else None
         table = self.take(f"{attn}.head_probs")
         if table.ndim < 2 or table.flatten(1).shape[1] != POSITIONS or v.shape[0] % len(table):
@@ -263,29 +267,10 @@ class _Translation:
             )
         order = [*range(1, CENTRE + 1), 0, *range(CENTRE + 1, POSITIONS)] if self.first else list(range(POSITIONS))
         shares = mixing_probabilities(table.flatten(1).double()[:, order], self.temperature)
-        folded = fold_heads(v.double(), v_bias, o.double(), shares, kernel)
-        bn = f"{attn}.bn_{kernel}x{kernel}."
-        keys = nn.BatchNorm2d(1).state_dict()
-        norm = {key: self.take(bn + key) for key in keys}
-        state = mixer_state(folded, norm, self.take(f"{attn}.proj.bias"), output_name)
-        return {k: t.to(v.dtype) if t.is_floating_point() else t for k, t in state.items()}
-
-    def folded(self, attn: str, output_name: str) -> dict[str, torch.Tensor]:
-        """Weights of a convolution mixer that was folded before; the running mean takes the first bias up."""
-        first, norm, second = (f"{attn}.{_FOLDED}.{place}." for place in (0, 1, 3))
-        state = {f"norm.{key}": self.take(norm + key) for key in nn.BatchNorm2d(1).state_dict()}
-        if f"{first}bias" in self.state:
-            state["norm.running_mean"] = state["norm.running_mean"] - self.take(f"{first}bias")
-        output = {f"{output_name}.weight": self.take(f"{second}weight").flatten(1)}
-        output |= {f"{output_name}.bias": self.take(f"{second}bias")}
-        return {"conv.weight": self.take(f"{first}weight"), **state, **output}
+        return fold_heads(v.double(), v_bias, o.double(), shares, kernel)
 
     def checked(self, skeleton: PreTrainedModel) -> dict[str, torch.Tensor]:
-        """All tensors, when they are just those of the skeleton and nothing of the checkpoint is left over.
-
-        Raises:
-            CheckpointMismatchError: naming the first difference.
-        """
+        """All tensors, when they are just those of the skeleton and nothing of the checkpoint is left over."""
         expected = skeleton.state_dict()
         left = sorted(key for key in self.state.keys() - self.used if not key.endswith(_COMPUTED))
         for what, names in (

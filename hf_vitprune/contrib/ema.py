@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,7 @@ class EmaCallback(TrainerCallback):
         path = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / FILE
         if not path.is_file():
             raise ResumeError(f"{path} is missing: the interrupted run kept no average. Leave it out, or start anew")
-        held = load_file(path)
-        for name, parameter in self.average.module.named_parameters():
-            parameter.data.copy_(held[name])
+        _fill(self.average.module, load_file(path))
         self.average.n_averaged.fill_(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -61,20 +59,21 @@ class EmaCallback(TrainerCallback):
     def averaged(self, model: Any) -> Iterator[None]:
         """While it is open, ``model`` has the average for its parameters."""
         assert self.average is not None
-        average = dict(self.average.module.named_parameters())
         own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(average[name])
+        _fill(model, dict(self.average.module.named_parameters()))
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(own[name])
+            _fill(model, own)
 
     def evaluated(self, trainer: Any) -> dict[str, float]:
         """What ``trainer.evaluate()`` says of the average."""
         with self.averaged(trainer.model):
             metrics: dict[str, float] = trainer.evaluate()
         return metrics
+
+
+@torch.no_grad()
+def _fill(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[name])

@@ -53,10 +53,9 @@ def _folded(mixer: nn.Module) -> dict[str, torch.Tensor]:
     """Tensors of the mixer without BatchNorm: folded in double precision, kept in the mixer's own."""
     assert isinstance(mixer, ConvMixer) and isinstance(mixer.norm, nn.BatchNorm2d)
     state = {name: tensor.detach() for name, tensor in mixer.state_dict().items()}
+    weight = state["conv.weight"]
     factor = state["norm.weight"].double() / (state["norm.running_var"].double() + mixer.norm.eps).sqrt()
-    folded = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
-    folded["conv.weight"] = (state["conv.weight"].double() * factor[:, None, None, None]).to(
-        state["conv.weight"].dtype
-    )
     bias = state["norm.bias"].double() - state["norm.running_mean"].double() * factor
-    return {**folded, "conv.bias": bias.to(state["conv.weight"].dtype)}
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
+    new = (weight.double() * factor[:, None, None, None]).to(weight.dtype)
+    return {**kept, "conv.weight": new, "conv.bias": bias.to(weight.dtype)}

@@ -3,8 +3,7 @@
 Three schedules, for the same number of epochs:
 
 - ``CLR`` (cyclic learning-rate restarting, Le and Hua, 2021): from the weights as they are, warm-up to the peak rate
-  of the first training, then cosine decay, to the lowest rate of the first training where that was a
-  ``cosine_with_min_lr``.
+  of the first training, then cosine decay (to its lowest rate, where it was a ``cosine_with_min_lr``).
 - ``FT`` (fine-tuning, as Renda et al., 2020, and Le and Hua compare it): from the weights as they are, at one small
   rate. Their rate is the first training's last; a cosine ends at zero, so that it is a share of the peak here.
 - ``TFS`` (training from scratch): the rates of ``CLR``, from fresh adapters and a fresh head on the pretrained layers
@@ -55,7 +54,8 @@ def retraining_arguments(
     Raises:
         InvalidConfigError: an unknown schedule, or a share that is none.
     """
-    check_schedule(schedule)
+    if schedule not in SCHEDULES:
+        raise InvalidConfigError(f"schedule is one of {', '.join(SCHEDULES)}, not {schedule!r}")
     if not 0 <= warm_up < 1:
         raise InvalidConfigError(f"warm_up is a share of the steps in [0, 1), not {warm_up!r}")
     if not 0 < share <= 1:
@@ -66,13 +66,10 @@ def retraining_arguments(
     kind = type(args.lr_scheduler_type)
     if schedule == "FT":
         changed.learning_rate = args.learning_rate * share
-        changed.lr_scheduler_type, changed.warmup_steps = kind("constant"), 0
-    elif args.lr_scheduler_type == kind("cosine_with_min_lr"):
-        changed.warmup_steps = warm_up
-        return changed
-    else:
-        changed.lr_scheduler_type, changed.warmup_steps = kind("cosine"), warm_up
-    changed.lr_scheduler_kwargs = None
+    changed.warmup_steps = 0 if schedule == "FT" else warm_up
+    if schedule == "FT" or args.lr_scheduler_type != kind("cosine_with_min_lr"):
+        changed.lr_scheduler_type = kind("constant" if schedule == "FT" else "cosine")
+        changed.lr_scheduler_kwargs = None
     return changed
 
 
@@ -92,8 +89,7 @@ def retrain(
 
     Args:
         model: what ``export()`` or ``truncate`` gave; trained in place, but for ``TFS``.
-        args: of the first training; see :func:`retraining_arguments` for ``epochs``, ``warm_up`` and ``share``.
-        schedule: ``CLR``, ``FT`` or ``TFS``.
+        args, schedule, epochs, warm_up, share: as of :func:`retraining_arguments`.
         trainer_class: the Trainer to use.
         resume_from_checkpoint: as for ``Trainer.train``.
         trainer: for the Trainer: ``train_dataset``, ``eval_dataset``, ``compute_metrics``, ...
@@ -111,14 +107,6 @@ def retrain(
     made = trainer_class(model=model, args=changed, **trainer)
     made.train(resume_from_checkpoint=resume_from_checkpoint)
     return made
-
-
-def check_schedule(schedule: str) -> None:
-    """Raises:
-    InvalidConfigError: it is none of the three.
-    """
-    if schedule not in SCHEDULES:
-        raise InvalidConfigError(f"schedule is one of {', '.join(SCHEDULES)}, not {schedule!r}")
 
 
 def fresh_adapters(model: Any, seed: int = 0) -> Any:

@@ -1,7 +1,6 @@
 """2:4 semi-structured sparsity: of every four weights along a Linear's inputs at most two are not zero.
 
-Apart from structure: the sizes of a model, its config and its files are those of any other model, with zeros in the
-weights. The halving of the weights on top of NViT's models is the paper's (arXiv 2110.04869, "+ ASP").
+Sizes, config and files stay those of any other model. On top of NViT's models it is the paper's (arXiv 2110.04869).
 """
 
 from __future__ import annotations
@@ -57,23 +56,20 @@ def sparsity_mask(weight: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def sparsify(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Set the two smaller of every four weights to zero, in place.
-
-    Returns:
-        Name of every sparse Linear -> its mask, as :func:`sparsity_mask`.
+    """Set the two smaller of every four weights to zero, in place; name of every sparse Linear -> its mask.
 
     Raises:
         UnsupportedModelError, InvalidConfigError: as :func:`sparse_linears`.
     """
-    masks = {}
-    for name, linear in sparse_linears(model).items():
-        masks[name] = sparsity_mask(linear.weight)
-        linear.weight.mul_(masks[name])
+    linears = sparse_linears(model)
+    masks = {name: sparsity_mask(linear.weight) for name, linear in linears.items()}
+    for name, mask in masks.items():
+        linears[name].weight.mul_(mask)
     return masks
 
 
 def check_sparsity(model: PreTrainedModel) -> int:
-    """Count the weights that are stored, after making sure that no four have more than two that are not zero.
+    """How many weights are stored, of a model no four of which have more than two that are not zero.
 
     Raises:
         SparsityError: a group of four has more; the message names the Linear.
@@ -117,19 +113,17 @@ class SparsityCallback(TrainerCallback):
 
 
 def use_sparse_kernels(model: PreTrainedModel) -> list[str]:
-    """Store the weights in torch's semi-structured form, in place, so that the device's sparse kernels run them.
+    """Store the weights in torch's semi-structured form, in place, for sparse kernels; the names of those Linears.
 
     For inference; save the model before. Linears whose sizes the kernels do not take stay dense.
-
-    Returns:
-        Names of the Linears that are stored sparsely.
 
     Raises:
         UnsupportedDeviceError: the model is not on a GPU with sparse tensor cores.
         InvalidConfigError: it is not in half precision, which the kernels want.
         SparsityError: it is not 2:4 sparse, or none of its Linears has sizes that the kernels take.
     """
-    weight = next(iter(sparse_linears(model).values())).weight
+    linears = sparse_linears(model)
+    weight = next(iter(linears.values())).weight
     if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (8, 0):
         raise UnsupportedDeviceError(
             f"2:4 kernels need a CUDA GPU with sparse tensor cores (compute capability 8.0 or later), the model is on "
@@ -139,7 +133,7 @@ def use_sparse_kernels(model: PreTrainedModel) -> list[str]:
         raise InvalidConfigError(f"2:4 kernels take float16 and bfloat16, the model is in {weight.dtype}")
     check_sparsity(model)
     converted, reason = [], ""
-    for name, linear in sparse_linears(model).items():
+    for name, linear in linears.items():
         try:
             stored = torch.sparse.to_sparse_semi_structured(linear.weight.detach())
         except (RuntimeError, ValueError) as error:  # sizes that are no multiples of the kernels' tiles

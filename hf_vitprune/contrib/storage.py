@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import PeftType
@@ -24,16 +23,12 @@ from ..peft.record import seal
 from ..publish.report import human
 from ..spec.architecture import Architecture, unwrap
 
-#: name of a tensor, its elements, its bytes
-_Tensor = tuple[str, int, int]
-
 
 @dataclass(frozen=True)
 class TaskStorage:
     """One task's adapter.
 
     Attributes:
-        name: of the task.
         kept_layers: how many layers of the backbone it runs: the one integer that is stored for the pruning.
         adapter_params: elements of the adapter's tensors.
         head_params: elements of what is trained as a whole, the classifier.
@@ -95,50 +90,27 @@ class StorageReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {
-            "backbone": vars(self.backbone),
-            "layers": self.layers,
-            "tasks": [vars(task) for task in self.tasks],
-            "models": [vars(model) for model in self.models],
-            "params": self.params,
-            "bytes": self.bytes,
-            "models_params": self.models_params,
-            "models_bytes": self.models_bytes,
-        }
+        sums = {name: getattr(self, name) for name in ("params", "bytes", "models_params", "models_bytes")}
+        return {**asdict(self), **sums}
 
     def table(self) -> Table:
         """For a terminal: a row a task, and the sums."""
         table = Table(title=f"{len(self.tasks)} tasks on one backbone", title_justify="left")
         for column in ("", "layers", "adapter", "classifier", "bytes", "of the backbone"):
             table.add_column(column, justify="left" if not column else "right")
+
+        def row(name: str, layers: str, adapter: int, head: int | None, size: int, digits: int) -> None:
+            share = f"{size / self.backbone.bytes:.{digits}%}"
+            table.add_row(name, layers, human(adapter), "" if head is None else human(head), human(size), share)
+
         for task in self.tasks:
-            table.add_row(
-                task.name,
-                f"{task.kept_layers} of {self.layers}",
-                human(task.adapter_params),
-                human(task.head_params),
-                human(task.bytes),
-                f"{task.bytes / self.backbone.bytes:.2%}",
-            )
+            layers = f"{task.kept_layers} of {self.layers}"
+            row(task.name, layers, task.adapter_params, task.head_params, task.bytes, 2)
         table.add_section()
-        adapters = sum(task.adapter_params for task in self.tasks), sum(task.head_params for task in self.tasks)
-        table.add_row("backbone, once", "", human(self.backbone.params), "", human(self.backbone.bytes), "100%")
-        table.add_row(
-            f"backbone + {len(self.tasks)} adapters + {len(self.tasks)} integers",
-            "",
-            human(self.backbone.params + adapters[0]),
-            human(adapters[1]),
-            human(self.bytes),
-            f"{self.bytes / self.backbone.bytes:.1%}",
-        )
-        table.add_row(
-            f"{len(self.models)} models",
-            "",
-            human(self.models_params),
-            "",
-            human(self.models_bytes),
-            f"{self.models_bytes / self.backbone.bytes:.1%}",
-        )
+        count, heads = len(self.tasks), sum(task.head_params for task in self.tasks)
+        row("backbone, once", "", self.backbone.params, None, self.backbone.bytes, 0)
+        row(f"backbone + {count} adapters + {count} integers", "", self.params - heads, heads, self.bytes, 1)
+        row(f"{len(self.models)} models", "", self.models_params, None, self.models_bytes, 1)
         return table
 
 
@@ -158,7 +130,12 @@ def storage_report(
         AdapterError: an adapter belongs to another backbone.
         InvalidDataError: a folder holds no adapter or no model.
     """
-    config = unwrap(backbone).config if not isinstance(backbone, (str, Path)) else _config(Path(backbone))
+    if not isinstance(backbone, (str, Path)):
+        config = unwrap(backbone).config
+    elif (Path(backbone) / "config.json").is_file():
+        config = AutoConfig.from_pretrained(backbone)
+    else:
+        raise InvalidDataError(f"{backbone} holds no model: there is no config.json")
     dense = Architecture.dense(config)
     whole = _model("backbone", backbone)
     tasks = tuple(_task(name, adapter, dense) for name, adapter in _named(adapters))
@@ -172,19 +149,12 @@ def _named(things: Mapping[str, Any] | Iterable[Any]) -> list[tuple[str, Any]]:
     return [(Path(t).name if isinstance(t, (str, Path)) else f"task {i}", t) for i, t in enumerate(things, 1)]
 
 
-def _config(folder: Path) -> Any:
-    if not (folder / "config.json").is_file():
-        raise InvalidDataError(f"{folder} holds no model: there is no config.json")
-    return AutoConfig.from_pretrained(folder)
-
-
 def _model(name: str, model: Any) -> ModelStorage:
     if isinstance(model, (str, Path)):
         folder = Path(model) / BASE_FOLDER if (Path(model) / BASE_FOLDER).is_dir() else Path(model)
-        tensors = list(_tensors_in(folder, "*.safetensors"))
-        return ModelStorage(name, sum(n for _, n, _ in tensors), _bytes_of(folder))
-    tensors = list(_tensors_of(unwrap(model).state_dict()))
-    return ModelStorage(name, sum(n for _, n, _ in tensors), sum(size for *_, size in tensors))
+        return ModelStorage(name, sum(_saved(folder, "*.safetensors").values()), _bytes_of(folder))
+    tensors = unwrap(model).state_dict().values()
+    return ModelStorage(name, sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors))
 
 
 def _task(name: str, adapter: Any, dense: Architecture) -> TaskStorage:
@@ -194,25 +164,23 @@ def _task(name: str, adapter: Any, dense: Architecture) -> TaskStorage:
         if not file.is_file():
             raise InvalidDataError(f"{folder} holds no adapter: there is no adapter_config.json")
         config = json.loads(file.read_text())
-        kind, record = config["peft_type"], config.get("pruning")
-        tensors = list(_tensors_in(folder, "adapter_model*.safetensors"))
+        kind, record = PeftType(config["peft_type"]), config.get("pruning")
+        params = _saved(folder, "adapter_model*.safetensors")
         size = _bytes_of(folder) - _bytes_of(folder / BASE_FOLDER)
     elif is_peft(adapter):
         active = adapter.active_adapter
-        kind, record = (
-            adapter.peft_config[active].peft_type.value,
-            getattr(adapter.peft_config[active], "pruning", None),
-        )
-        tensors = list(_tensors_of(get_peft_model_state_dict(adapter, adapter_name=active)))
-        size = sum(count for *_, count in tensors)
+        kind, record = adapter.peft_config[active].peft_type, getattr(adapter.peft_config[active], "pruning", None)
+        state = get_peft_model_state_dict(adapter, adapter_name=active)
+        params = {key: tensor.numel() for key, tensor in state.items()}
+        size = sum(tensor.nbytes for tensor in state.values())
     else:
         raise InvalidDataError(
             f"{name} is a {type(adapter).__name__}: expected a folder of an adapter, or a PeftModel"
         )
     kept = _kept(name, record, dense)
-    prefix = "." + PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(kind)]
-    own = sum(count for key, count, _ in tensors if prefix in key)
-    return TaskStorage(name, kept, own, sum(count for _, count, _ in tensors) - own, size)
+    prefix = "." + PEFT_TYPE_TO_PREFIX_MAPPING[kind]
+    own = sum(count for key, count in params.items() if prefix in key)
+    return TaskStorage(name, kept, own, sum(params.values()) - own, size)
 
 
 def _kept(name: str, record: dict[str, Any] | None, dense: Architecture) -> int:
@@ -232,20 +200,16 @@ def _kept(name: str, record: dict[str, Any] | None, dense: Architecture) -> int:
     return len(record["kept_layers"])
 
 
-def _tensors_of(state: Mapping[str, torch.Tensor]) -> Iterator[_Tensor]:
-    for name, tensor in state.items():
-        yield name, tensor.numel(), tensor.numel() * tensor.element_size()
-
-
-def _tensors_in(folder: Path, pattern: str) -> Iterator[_Tensor]:
-    """From the headers of the files; no weights are read."""
-    files = sorted(folder.glob(pattern))
-    if not files:
-        raise InvalidDataError(f"{folder} holds no weights ({pattern})")
-    for file in files:
+def _saved(folder: Path, pattern: str) -> dict[str, int]:
+    """Name -> elements of every saved tensor, from the headers of the files; no weights are read."""
+    params = {}
+    for file in folder.glob(pattern):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a dict
-                yield name, math.prod(tensors.get_slice(name).get_shape()), 0
+                params[name] = math.prod(tensors.get_slice(name).get_shape())
+    if not params:
+        raise InvalidDataError(f"{folder} holds no weights ({pattern})")
+    return params
 
 
 def _bytes_of(folder: Path) -> int:

@@ -15,7 +15,7 @@ from benchmarks.vtab.adapters import adapt
 from benchmarks.vtab.published import FOLDER, published_recipe
 from benchmarks.vtab.settings import Machine, Recipe, Settings
 from benchmarks.vtab.tasks import VTAB
-from hf_vitprune.contrib.recipe import Recipe as PublishedRun
+from examples.recipe import Recipe as PublishedRun
 from hf_vitprune.contrib.retraining import fresh_adapters
 from hf_vitprune.errors import InvalidConfigError
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_vitprune.contrib.augment import AugmentedTrainer
-from hf_vitprune.contrib.layer_rates import decay_by_layer, depths
+from hf_vitprune.contrib.augment import AugmentedTrainer, decay_by_layer, depths
 from hf_vitprune.errors import InvalidConfigError
 from pruning_runs import VIT, gated, trainer
 from tiny import make

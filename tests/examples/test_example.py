@@ -39,6 +39,7 @@ def init(self, *args, **kwargs):
     self.add_callback(Die())
 PruningTrainer.__init__ = init
 sys.argv[0] = {str(SCRIPT)!r}
+sys.path.insert(0, {str(SCRIPT.parent)!r})
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 

@@ -1,4 +1,4 @@
-"""Published training runs as JSON files, and what one costs in GPU hours."""
+"""Published training runs as JSON files (``recipes/``), for the scripts beside this file, and their GPU hours."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, TrainingArguments
 
-from ..errors import InvalidConfigError
-from ..families.base import pair
-from .augment import Augmentation, AugmentationConfig, RandomCrop, check_available
+from hf_vitprune.contrib.augment import Augmentation, AugmentationConfig, RandomCrop, check_available
+from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune.families.base import pair
 
 #: what a GPU hour is here: an A100's dense bf16 operations a second, and the share of them that training reaches
 PEAK, REACHED = 312e12, 0.35

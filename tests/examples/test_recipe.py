@@ -14,11 +14,11 @@ from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, Swin
 
 from hf_vitprune import SPViTConfig, VTPConfig
 from hf_vitprune.contrib.augment import AugmentationConfig
-from hf_vitprune.contrib.recipe import Recipe, Run, gpu_hours
 from hf_vitprune.errors import InvalidConfigError, MissingExtraError
 from hf_vitprune.utils import extras
 from hf_vitprune_cli.digits import tiny_vit
 from processes import ROOT
+from recipe import Recipe, Run, gpu_hours
 
 EXAMPLES = ROOT / "examples"
 RECIPES = EXAMPLES / "recipes"
