@@ -27,7 +27,7 @@ from transformers import ViTConfig
 
 from hf_vitprune import Architecture, build, count
 from hf_vitprune.contrib.fuse import fuse_bn
-from hf_vitprune.cost.blocks import block_macs
+from hf_vitprune.cost.closed_form import block_macs
 from hf_vitprune.latency.measure import device_name, measure_speed
 
 SHAPES = {"vit-tiny": (192, 3), "vit-small": (384, 6), "vit-base": (768, 12)}

@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig, SwinConfig, ViTConfig
 
 from hf_vitprune import Architecture, count
-from hf_vitprune.cost.blocks import removed_macs
+from hf_vitprune.cost.closed_form import removed_macs
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published_spvit.json").read_text())
 _SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}

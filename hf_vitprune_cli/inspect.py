@@ -34,7 +34,7 @@ def inspect(
     from hf_vitprune.publish.block_report import plot_architecture
     from hf_vitprune.publish.layers import layer_rows
     from hf_vitprune.publish.report import human, layer_table
-    from hf_vitprune.spec.origin import dense_of
+    from hf_vitprune.spec.architecture import dense_of
 
     from .saved import load_tower
 

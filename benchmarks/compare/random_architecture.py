@@ -15,9 +15,7 @@ from hf_vitprune.methods.spvit.branches import SharedBranches
 from hf_vitprune.methods.spvit.build import attention_of
 from hf_vitprune.methods.spvit.gates import LEVELS
 from hf_vitprune.modeling.structure import layer_paths
-from hf_vitprune.plan.ranking import Ranking
-from hf_vitprune.plan.select import best, rounded
-from hf_vitprune.plan.targets import reach_target
+from hf_vitprune.plan.select import Ranking, best, reach_target, rounded
 from hf_vitprune.spec.layer_shape import KERNELS
 from hf_vitprune.spec.units import set_name
 

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..errors import CheckpointMismatchError, InvalidArchitectureError, InvalidConfigError, UnsupportedModelError
 from ..families import LayerPaths
 from ..modeling import class_for_task, config_for
-from ..modeling.conv_fold import CENTRE, POSITIONS, FoldedConvolution, fold_heads, mixer_state, mixing_probabilities
+from ..modeling.conv_mixer import CENTRE, POSITIONS, FoldedConvolution, fold_heads, mixer_state, mixing_probabilities
 from ..modeling.structure import layer_paths
 from ..spec.architecture import Architecture
 from ..spec.configs import stock_config

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from ..errors import AdapterError, InvalidDataError
-from ..modeling.embedded import BASE_FOLDER
+from ..modeling.folder import BASE_FOLDER
 from ..modeling.peft_twin import is_peft
 from ..peft.record import seal
 from ..publish.report import human

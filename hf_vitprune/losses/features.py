@@ -15,8 +15,7 @@ from ..errors import InvalidConfigError, InvalidDataError, VitPruneError
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture, unwrap
 from ..spec.configs import task_of
-from ..spec.origin import pruned_tower
-from ..spec.towers import Tower, tower_module
+from ..spec.towers import Tower, pruned_tower, tower_module
 from .distillation import DistillationConfig, Teacher, at_least_float32
 
 #: share of the loss that CLS (and a distillation token) have, beside the patches

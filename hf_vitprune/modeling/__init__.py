@@ -5,8 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from . import registry
-from .build import build, config_for
-from .registry import class_for_task, pruned_config_class, pruned_model_class, register_family, stock_model_class
+from .registry import (
+    build,
+    class_for_task,
+    config_for,
+    pruned_config_class,
+    pruned_model_class,
+    register_family,
+    stock_model_class,
+)
 
 __all__ = [
     "build",

@@ -1,5 +1,11 @@
 """What folders of pruned models say to those who load them without this library."""
 
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.peft_utils import find_adapter_config_file
+
 #: what config.json has in the place of the residual width: stock configs refuse it, and quote it
 NOT_STOCK = (
     "pruned with hf_vitprune: import hf_vitprune before loading, and load with an Auto class or a Pruned class; stock "
@@ -19,3 +25,35 @@ from hf_vitprune.modeling import {imports}
 
 __all__ = [{exports}]
 '''
+
+
+BASE_FOLDER = "base"
+_HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+
+
+def adapter_beside(path: Any, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``load_adapter`` needs to find the adapter of such a folder; None where it is no such folder.
+
+    Args:
+        path: folder or repository, as ``from_pretrained`` takes it.
+        settings: of ``from_pretrained``.
+    """
+    where = {name: settings[name] for name in _HUB if settings.get(name) is not None}
+    file = None if path is None else find_adapter_config_file(path, **where)
+    if file is None:
+        return None
+    record = json.loads(Path(file).read_text(encoding="utf-8")).get("pruning")
+    return where if isinstance(record, dict) and record.get("base") == BASE_FOLDER else None
+
+
+def without_other_adapter(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without the adapter that an Auto class has found above the ``subfolder`` that is asked for."""
+    other = settings.get("subfolder") and (settings.get("adapter_kwargs") or {}).get("_adapter_model_path")
+    return {name: value for name, value in settings.items() if name != "adapter_kwargs"} if other else settings
+
+
+def of_base(settings: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
+    """The settings with which the base in such a folder is read, without its adapter."""
+    folder = "/".join(filter(None, [where.get("subfolder"), BASE_FOLDER]))
+    own = {name: value for name, value in settings.items() if name not in ("adapter_kwargs", "adapter_name")}
+    return {**own, "subfolder": folder}

@@ -19,11 +19,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import CheckpointMismatchError
 from ..families import PRUNED_PREFIX, family_of
 from ..utils.modules import put
-from .first_use import FirstUseMixin, make_models, when_used
 from .folder import NOT_STOCK
 from .pretrained import PrunedModelMixin, overridden
+from .pruned_config import FirstUseMixin, make_models, seal, when_used
 from .registry import copy_conversions, pruned_model_class
-from .sealed import seal
 from .strict import StrictMixin
 
 #: model types of classes that make their towers, or the configs of these, from one class -> the Auto classes that map

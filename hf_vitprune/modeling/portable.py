@@ -28,8 +28,8 @@ from .custom import CUSTOM
 from .folder import PORTABLE, STUB_MODULE
 from .portable_record import differences, stock_class_of
 from .portable_source import MOST_LINES, assemble
+from .pruned_config import SEALED
 from .rebuild import fields_set, rebuild_
-from .sealed import SEALED
 
 #: model type of a portable bigger model, whose stock class asks the Auto classes for its tower
 WHOLE_TYPE = f"{PRUNED_PREFIX}tower_model"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,99 +12,12 @@ from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from ..errors import CheckpointMismatchError, InvalidArchitectureError
-from ..families import all_families, base_model_type, family_of
 from ..spec.architecture import Architecture, write_record
-from ..spec.configs import check_depth
-from .complete import check_adapters_whole
 from .custom import check_class, check_modules, loading
-from .first_use import FirstUseMixin
-from .folder import NOT_STOCK, STUB, STUB_MODULE
+from .folder import STUB_MODULE
 from .rebuild import materialize
-from .sealed import seal, unsealed
 from .strict import StrictMixin
 from .structure import layer_paths, resize_
-
-
-class PrunedConfigMixin(FirstUseMixin):
-    """Config with a ``pruning_config``: the record of the pruned shape (None: dense)."""
-
-    def validate_architecture(self) -> None:
-        """Stock configs want a width divisible by the heads; a pruned width need not be."""
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers'; the record of a pruned model may not be missing.
-
-        Raises:
-            InvalidArchitectureError: a pruned model's config without its ``pruning_config``, with values that no
-                config of its kind can have, or with others than were saved.
-        """
-        stated: Any = cls
-        config_dict = {name: value for name, value in config_dict.items() if name != "portable"}
-        if config_dict.get("model_type") != stated.model_type:  # of a stock checkpoint
-            config_dict = {name: value for name, value in config_dict.items() if name != "model_type"}
-        elif not config_dict.get("pruning_config"):
-            raise InvalidArchitectureError(
-                f"the config is of a {stated.model_type} model but has no pruning_config, without which its sizes are "
-                "unknown; fetch config.json again"
-            )
-        fields = unsealed(_with_width(config_dict, stated.model_type), stated)
-        for name, kinds in (("dtype", (str, torch.dtype, dict)), ("architectures", (list, tuple))):
-            if not isinstance(fields.get(name), (*kinds, type(None))):
-                raise InvalidArchitectureError(f"config.json says {name} {fields[name]!r}; fetch it again")
-        for sizes in (fields, *(value for value in fields.values() if isinstance(value, dict))):
-            for name in ("num_hidden_layers", "depths"):
-                check_depth(sizes.get(name))
-        try:
-            return super().from_dict(fields, **kwargs)  # type: ignore[misc]
-        except (AttributeError, LookupError, TypeError) as error:
-            raise InvalidArchitectureError(
-                f"config.json holds what no config of a {stated.model_type} can ({error}); fetch it again"
-            ) from error
-
-    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
-        """As transformers', with a sentence for the residual width, which is in the record too.
-
-        Stock classes would load some pruned folders without a word: no size tells that a layer is gone.
-        """
-        config: Any = self
-        fields = json.loads(config.to_json_string(use_diff=use_diff))
-        if fields.get("pruning_config"):
-            seal(fields, type(config))
-            family = family_of(config)
-            sizes = fields.setdefault(family.sub_config, {}) if family.sub_config else fields
-            sizes[family.width_field] = NOT_STOCK
-        Path(json_file_path).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers', with the loader stub that ``auto_map`` names."""
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        names = sorted({path.rpartition(".")[2] for path in (getattr(self, "auto_map", None) or {}).values()})
-        if names:
-            stub = STUB.format(imports=", ".join(names), exports=", ".join(f'"{name}"' for name in names))
-            (Path(save_directory) / f"{STUB_MODULE}.py").write_text(stub)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Saving writes a stub that imports this package; the source files are not copied."""
-
-
-def _with_width(fields: dict[str, Any], model_type: str) -> dict[str, Any]:
-    """The fields of a config.json with a number for the residual width.
-
-    Raises:
-        InvalidArchitectureError: the record, which has it, is damaged.
-    """
-    family = next(f for f in all_families() if f.model_type == base_model_type(model_type))
-    sizes = fields.get(family.sub_config) if family.sub_config else fields
-    if not isinstance(sizes, dict) or not str(sizes.get(family.width_field)).startswith(NOT_STOCK[:23]):
-        return fields  # of format version 1, or damaged
-    record = fields.get("pruning_config")
-    width = record.get("hidden_size") if isinstance(record, dict) else None
-    if type(width) is not int:
-        raise InvalidArchitectureError(f"pruning_config has no whole number for hidden_size, but {width!r}")
-    sizes = {**sizes, family.width_field: width}
-    return {**fields, family.sub_config: sizes} if family.sub_config else sizes
 
 
 class PrunedModelMixin(StrictMixin):
@@ -270,3 +182,40 @@ def _check_layers_complete(model: Any, info: dict[str, Any]) -> None:
                 f"the checkpoint {what} {len(keys)} tensors of the encoder (first: {sorted(keys)[0]}), so it is not "
                 f"the {len(layers)}-layer model that its config states"
             )
+
+
+#: PEFT does not save these in every layer: they follow from others or from a seed, or all layers share them
+_NOT_SAVED = (".ranknum.", ".vera_A", ".vera_B", ".vblora_vector_bank")
+
+
+def check_adapters_whole(model: Any, prefix: str, given: Collection[str]) -> None:
+    """Refuse a part of an adapter: what is missing would keep its fresh, random weights.
+
+    Args:
+        model: the transformers model, with adapters in its layers.
+        prefix: of its names among ``given``.
+        given: names of the tensors that are being loaded.
+
+    Raises:
+        CheckpointMismatchError: naming the first tensor that is missing, or that has no place.
+    """
+    first: dict[int, str] = {}  # a tensor that is shared is saved under one of its names
+    alike = {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
+    for adapter in getattr(model, "peft_config", {}):
+        there = {name for name in given if name.startswith(prefix) and _belongs(name, adapter)}
+        if not there:
+            continue  # a checkpoint of something else
+        known = {prefix + name: prefix + same for name, same in alike.items() if _belongs(name, adapter)}
+        loaded = {known.get(name, name) for name in there}
+        missing = {same for name, same in known.items() if same not in loaded}
+        for what, wrong in (("lacks", missing), ("also holds", there - known.keys())):
+            wrong = {name for name in wrong if not any(one in name for one in _NOT_SAVED)}
+            if wrong:
+                raise CheckpointMismatchError(
+                    f"the checkpoint {what} {len(wrong)} tensors of the adapter {adapter!r} (first: "
+                    f"{sorted(wrong)[0]}): it is damaged, or of another adapter; fetch it again"
+                )
+
+
+def _belongs(name: str, adapter: str) -> bool:
+    return f".{adapter}." in name or name.endswith(f".{adapter}")

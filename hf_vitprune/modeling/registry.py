@@ -12,11 +12,12 @@ from transformers.conversion_mapping import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..errors import UnsupportedModelError
+from ..errors import InvalidArchitectureError, UnsupportedModelError
 from ..families import PRUNED_PREFIX, Family, add_family, all_families, remove_family
-from ..spec.configs import strip_family
-from .first_use import forget_models, make_models, when_used
-from .pretrained import PrunedConfigMixin, PrunedModelMixin
+from ..spec.architecture import Architecture, write_record
+from ..spec.configs import stock_config, strip_family
+from .pretrained import PrunedModelMixin
+from .pruned_config import PrunedConfigMixin, forget_models, make_models, when_used
 
 #: Auto classes whose stock classes get a pruned twin
 AUTO_CLASSES = (
@@ -205,3 +206,48 @@ def __getattr__(name: str) -> Any:
     if name in globals():
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def config_for(
+    architecture: Architecture, config: PreTrainedConfig | None = None, info: dict[str, Any] | None = None
+) -> PreTrainedConfig:
+    """The Pruned<X>Config of an architecture.
+
+    Args:
+        architecture: the shape.
+        config: config of the model it is made from, for labels and whatever else users keep there; the
+            architecture's own dense config by default.
+        info: how the shape was found; kept in the record, outside its fingerprint.
+    """
+    architecture.validated()
+    base = architecture.config if config is None else config
+    fields = base.to_dict()
+    for name in ("model_type", "architectures", "auto_map", "transformers_version", "pruning_config", "pruning_info"):
+        fields.pop(name, None)
+    family = architecture.family
+    if fields.pop("stage_names", None):
+        fields.pop("out_indices", None)  # they follow from out_features, and these from the depth
+    made = pruned_config_class(type(architecture.config))(**fields)
+    family.resize_config(made, architecture.hidden_size, len(architecture.layers), architecture.depths)
+    made.pruning_config = write_record(architecture, info)
+    made._attn_implementation = base._attn_implementation
+    return made
+
+
+def build(base_config: PreTrainedConfig, architecture: Architecture) -> PreTrainedModel:
+    """An untrained pruned model: ``Pruned<X>ForImageClassification`` (or the architecture's own task class).
+
+    Args:
+        base_config: stock config; gives labels, image size, dropout. Its family must be the architecture's.
+        architecture: the shape.
+
+    Raises:
+        InvalidArchitectureError: the two are of different families, or the shape is impossible.
+    """
+    stock = stock_config(base_config)
+    if stock.model_type != architecture.model_type:
+        raise InvalidArchitectureError(
+            f"the config is of {stock.model_type!r}, the architecture of {architecture.model_type!r}"
+        )
+    config = config_for(architecture, stock)
+    return class_for_task(architecture.family, architecture.task)(config)

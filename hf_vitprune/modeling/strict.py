@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import CheckpointMismatchError
 from ..utils.finite import check_finite
 from ..utils.upload import upload
-from .embedded import adapter_beside, of_base, without_other_adapter
+from .folder import adapter_beside, of_base, without_other_adapter
 from .portable import save_portable
 
 

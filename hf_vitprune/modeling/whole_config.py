@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..errors import InvalidArchitectureError, PortableError, UnsupportedModelError
 from ..families import find_family
-from ..spec.origin import is_pruned
+from ..spec.configs import is_pruned
 from ..utils.finite import check_finite
 from ..utils.mixing import InPlaceMixin, mix_into, unmix
 from ..utils.upload import upload

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, PushToHubMixin, logging
 
 from ..errors import PortableError
-from ..modeling.embedded import BASE_FOLDER
+from ..modeling.folder import BASE_FOLDER
 from ..modeling.peft_twin import plain_twin
 from ..utils.finite import check_finite
 from ..utils.sharding import is_sharded

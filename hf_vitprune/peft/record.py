@@ -11,8 +11,8 @@ from ..errors import AdapterError
 from ..modeling.peft_twin import is_shared
 from ..plan.lineage import lineage_of
 from ..plan.plan import PruningPlan
-from ..spec.architecture import Architecture, write_record
-from ..spec.origin import dense_of, is_pruned
+from ..spec.architecture import Architecture, dense_of, write_record
+from ..spec.configs import is_pruned
 from ..surgery.transplant import empty_like
 from .heads import check_heads, labels_of
 from .shared import check_first_layers

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..errors import AdapterError
 from ..modeling.peft_twin import SwitchedLayers, is_shared
 from ..spec.architecture import Architecture
-from ..spec.origin import is_pruned
+from ..spec.configs import is_pruned
 from .heads import Labels, recorded_labels, set_labels
 
 

@@ -13,8 +13,7 @@ from ..errors import InvalidPlanError, ScoresError
 from ..spec.architecture import Architecture
 from ..spec.units import UnitSet, channels_per_unit, has_embedding_set, unit_sets
 from .layer_plan import Indices
-from .ranking import Ranking
-from .select import best, check_ratio, check_units, keep_count, rounded
+from .select import Ranking, best, check_ratio, check_units, keep_count, rounded
 from .uniform import StockSizes
 
 SCOPES = ("global", "local", "isomorphic", "uniform")

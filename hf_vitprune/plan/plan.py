@@ -25,8 +25,7 @@ from .layer_plan import (
     layer_from_dict,
     optional_whole_numbers,
 )
-from .select import check_ratio, check_share, check_units, plan_keeping
-from .targets import reach_target, say_if_far_under
+from .select import check_ratio, check_share, check_units, plan_keeping, reach_target, say_if_far_under
 from .uniform import check_stock
 
 __all__ = ["PAD", "LayerPlan", "PruningPlan"]

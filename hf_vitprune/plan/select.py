@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
+from transformers.utils import logging
 
-from ..errors import InvalidPlanError, UnsupportedUnitError
+from ..cost.meter import CostMeter
+from ..errors import InvalidPlanError, UnreachableTargetError, UnsupportedUnitError
 from ..spec.architecture import Architecture
 from ..spec.units import DEFAULT_UNITS, LAYER_UNITS, channels_per_unit, set_name
 from .layer_plan import Indices, LayerPlan
@@ -110,3 +112,112 @@ def plan_keeping(source: Architecture, kept: Mapping[str, Indices]) -> tuple[tup
             entry = entry.keep_heads(kept[set_name("heads", i)])
         layers.append(replace(entry, mlp=kept.get(set_name("mlp", i), entry.mlp)))
     return tuple(layers), kept.get("embedding")
+
+
+#: set -> (units,) booleans
+_Kept = dict[str, torch.Tensor]
+
+
+class Ranking:
+    """Units of several sets in one order: those with the lowest keys go first.
+
+    Args:
+        keys: set -> (units,); scores, or anything that can be compared over all sets.
+    """
+
+    def __init__(self, keys: Mapping[str, torch.Tensor]) -> None:
+        self.keys = dict(keys)
+        self._ranked = torch.cat(list(self.keys.values())).sort().values
+
+    def __len__(self) -> int:
+        """Number of units."""
+        return len(self._ranked)
+
+    def kept(self, dropped: int) -> _Kept:
+        """Set -> (units,) booleans: what stays when this many units go, over all sets."""
+        if dropped >= len(self):
+            return {name: torch.zeros_like(keys, dtype=torch.bool) for name, keys in self.keys.items()}
+        threshold = self._ranked[dropped]
+        above = {name: keys >= threshold for name, keys in self.keys.items()}
+        return self._without_ties(above, threshold, dropped)
+
+    def _without_ties(self, above: _Kept, threshold: torch.Tensor, dropped: int) -> _Kept:
+        """Drop just enough of the units that sit exactly on the threshold, spread evenly over the sets and in them.
+
+        Without it, equal keys (all of them, before a training) would stay or go together.
+        """
+        excess = sum(int(kept.sum()) for kept in above.values()) - (len(self) - dropped)
+        tied = {name: (self.keys[name] == threshold).nonzero().squeeze(1) for name in above}
+        total = sum(map(len, tied.values()))
+        out, seen, gone = {}, 0, 0
+        for name, kept in above.items():
+            seen += len(tied[name])
+            quota = round(excess * seen / total)
+            out[name] = kept.clone()
+            count = quota - gone
+            out[name][tied[name][torch.arange(count) * len(tied[name]) // max(count, 1)]] = False
+            gone = quota
+        return out
+
+
+logger = logging.get_logger(__name__)
+
+
+class _Plan(Protocol):
+    @property
+    def architecture(self) -> Architecture: ...
+
+
+P = TypeVar("P", bound=_Plan)
+
+
+#: a cost so far under its target, as a share of it, is not what was asked for
+FAR_UNDER = 0.1
+
+
+def say_if_far_under(ratio: float, target: float, metric: str, cure: str) -> None:
+    """Warn of a plan that takes much more away than its target asks for.
+
+    Args:
+        ratio: its cost, as a fraction of the source's.
+        target: that fraction, as it was asked for.
+        metric: what cost is.
+        cure: how to come closer.
+    """
+    if ratio < (1 - FAR_UNDER) * target:
+        logger.warning(
+            f"the plan leaves {ratio:.3f} of the {metric}, far under the target of {target:.3f}: it takes more away "
+            f"than was asked for. {cure}"
+        )
+
+
+def reach_target(plan_at: Callable[[int], P], strongest: int, target: float, meter: CostMeter) -> P:
+    """The weakest plan whose cost is at most ``target`` of the source's.
+
+    Args:
+        plan_at: plan of strength 0 (nothing removed) .. ``strongest``; cost falls with strength, up to rounding.
+        target: fraction of the source's cost that may remain.
+        meter: what cost is; its reference is the plans' source.
+
+    Raises:
+        UnreachableTargetError: not even the strongest plan reaches it; the message says what can be reached.
+        LatencyTableError: the meter's latency table does not cover a plan's sizes.
+    """
+
+    def ratio(strength: int) -> float:
+        return meter.ratio(plan_at(strength).architecture)
+
+    lowest = ratio(strongest)
+    if lowest > target:
+        raise UnreachableTargetError(
+            f"a target of {target:.3f} of the {meter.metric} cannot be reached: the smallest model these settings "
+            f"allow has {lowest:.3f}. Raise the target, lower round_to, or let more kinds of units go."
+        )
+    low, high = 0, strongest  # cost(low) > target >= cost(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if ratio(middle) > target:
+            low = middle
+        else:
+            high = middle
+    return plan_at(high)

@@ -11,9 +11,8 @@ import torch
 from transformers.initialization import no_init_weights
 
 from ..errors import InvalidPlanError, NativeExportError
-from ..modeling.build import config_for
 from ..modeling.native import native_config, to_native
-from ..modeling.registry import class_for_task
+from ..modeling.registry import class_for_task, config_for
 from ..spec.architecture import Architecture
 
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..cost.blocks import block_macs
+from ..cost.closed_form import block_macs
 from ..plan.plan import PruningPlan
-from ..spec.architecture import Architecture
-from ..spec.origin import dense_of
+from ..spec.architecture import Architecture, dense_of
 from ..spec.units import layer_sizes
 from ..utils.figures import MARKERS, PALETTE, mark_stages, new_figure, save_figure
 from .layers import kept_shares

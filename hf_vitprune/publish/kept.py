@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, try_to_load_from_cache
 
 from ..evaluation.results import results_of
 from ..spec.architecture import Architecture
-from ..spec.origin import pruned_tower
+from ..spec.towers import pruned_tower
 from .block_report import plot_kept
 from .card import CARD, hub_id
 from .snippet import Beside

@@ -6,8 +6,7 @@ from typing import Any
 
 from ..cost import cost_parts
 from ..plan.plan import PruningPlan
-from ..spec.architecture import Architecture
-from ..spec.origin import dense_of
+from ..spec.architecture import Architecture, dense_of
 from ..spec.units import LAYER_UNITS, layer_sizes
 
 _OUTSIDE = "other"

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ..spec.architecture import unwrap
-from ..spec.origin import is_pruned
+from ..spec.configs import is_pruned
 from ..spec.towers import towers
 from ..utils.upload import register_card
 from .card import CARD, model_card

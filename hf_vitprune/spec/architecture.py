@@ -9,7 +9,17 @@ from transformers import PreTrainedConfig
 
 from ..errors import InvalidArchitectureError, UnsupportedModelError
 from ..families import Family, family_of
-from .configs import check_depth, checked_depths, fingerprint, make_config, possible_depths, stock_config, task_of
+from .configs import (
+    check_depth,
+    checked_depths,
+    dense_config,
+    dense_sizes,
+    fingerprint,
+    make_config,
+    possible_depths,
+    stock_config,
+    task_of,
+)
 from .layer_shape import (
     LayerShape,
     check_shape,
@@ -124,24 +134,20 @@ class Architecture:
             InvalidArchitectureError: an unknown key, a size that is no positive integer, too many layers.
         """
         dense = cls.dense(stock_config(base_config))
-        if dense.depths is not None:
-            if len(layers) != len(dense.depths) or not all(isinstance(stage, list) for stage in layers):
-                raise InvalidArchitectureError(f"give {len(dense.depths)} lists of layers, one a stage")
-            depths: tuple[int, ...] | None = tuple(len(stage) for stage in layers)
-            starts = [sum(dense.depths[:s]) for s in range(len(layers))]
-            rows = [(starts[s] + b, row) for s, stage in enumerate(layers) for b, row in enumerate(stage)]
-            if any(kept > full for kept, full in zip(depths or (), dense.depths, strict=True)):
-                raise InvalidArchitectureError(f"stages have at most {dense.depths} layers, got {depths}")
-        else:
-            depths = None
-            rows = list(enumerate(layers))
+        full = dense.depths or (len(dense.layers),)
+        stages = layers if dense.depths is not None else [list(layers)]
+        if len(stages) != len(full) or not all(isinstance(stage, list) for stage in stages):
+            raise InvalidArchitectureError(f"give {len(full)} lists of layers, one a stage")
+        depths = tuple(map(len, stages)) if dense.depths is not None else None
+        if any(kept > whole for kept, whole in zip(depths or (), full, strict=False)):
+            raise InvalidArchitectureError(f"stages have at most {full} layers, got {depths}")
+        rows = [(sum(full[:s]) + b, row) for s, stage in enumerate(stages) for b, row in enumerate(stage)]
         fewest = 1 if "layers" in dense.units else len(dense.layers)
         if not fewest <= len(rows) <= len(dense.layers):
             raise InvalidArchitectureError(f"{base_config.model_type} has {len(dense.layers)} layers, got {len(rows)}")
         shapes = tuple(shape_from_row(row, dense.layers[i], f"layer {i}") for i, row in rows)
-        return cls(
-            dense.config, shapes, dense.hidden_size if hidden_size is None else hidden_size, depths, dense.task
-        ).validated()
+        width = dense.hidden_size if hidden_size is None else hidden_size
+        return cls(dense.config, shapes, width, depths, dense.task).validated()
 
     # ------------------------------------------------------------------ what follows from it
     @property
@@ -158,11 +164,14 @@ class Architecture:
         return self.family.units_of(self.config)
 
     @property
+    def unpruned(self) -> Architecture:
+        """That of the dense model."""
+        return Architecture.dense(self.config, self.task)
+
+    @property
     def stages(self) -> list[int]:
         """Stage of every layer; all 0 without stages."""
-        if self.depths is None:
-            return [0] * len(self.layers)
-        return [s for s, depth in enumerate(self.depths) for _ in range(depth)]
+        return [s for s, depth in enumerate(self.depths or (len(self.layers),)) for _ in range(depth)]
 
     @property
     def kinds(self) -> list[int]:
@@ -175,11 +184,8 @@ class Architecture:
 
     def head_dim(self, layer: int) -> int:
         """Channels a head of the dense model: what the attention scale is made from, whatever was removed."""
-        sizes = self.family.dense_layers(self.config)
-        if self.depths is None:
-            return sizes[0].head_dim
-        dense_depths = self.family.depths(self.config) or ()
-        return sizes[sum(dense_depths[: self.stages[layer]])].head_dim
+        first = sum((self.family.depths(self.config) or ())[: self.stages[layer]])  # of its stage
+        return self.family.dense_layers(self.config)[first].head_dim
 
     def scaling(self, layer: int) -> float:
         return self.head_dim(layer) ** -0.5
@@ -202,31 +208,17 @@ class Architecture:
 
     def layer_lists(self) -> dict[str, int]:
         """Path of every list of layers below the encoder -> its length, 0 in stages that are empty."""
-        names = self.family.layer_names(len(self.layers), Architecture.dense(self.config, self.task).depths)
+        names = self.family.layer_names(len(self.layers), self.unpruned.depths)
         lists = dict.fromkeys((name.rpartition(".")[0] for name in names), 0)
         for name in self.layer_names():
             lists[name.rpartition(".")[0]] += 1
         return lists
 
-    def per_layer_config(self) -> dict[int, dict[str, Any]]:
-        """Layer index -> what differs from the dense config, in the words of transformers' ``per_layer_config``.
-
-        ``skip`` names removed branches; what that schema has no word for are ``qk_head_dim``, ``v_head_dim``,
-        ``attention_input_size``, ``mlp_input_size``, ``shifted``, and where the mixer is not attention ``mixer``,
-        ``conv_channels`` and ``batch_norm``.
-        """
-        return {i: shape_to_words(shape) for i, shape in enumerate(self.layers)}
-
     # ------------------------------------------------------------------ checks
     def check_looks(self, what: str, at_images: bool = True) -> None:
-        """Refuse what runs a model on images where the model reads something else.
+        """Refuse what runs a model on images where it reads something else; ``what`` names it in the error.
 
-        Args:
-            what: names it in the error.
-            at_images: False: patches, and frames of videos, will do.
-
-        Raises:
-            UnsupportedModelError: it does.
+        ``at_images`` False: patches, and frames of videos, will do.
         """
         if self.family.reads != "images" and (at_images or self.family.part == "text"):
             raise UnsupportedModelError(
@@ -235,12 +227,8 @@ class Architecture:
             )
 
     def validated(self) -> Architecture:
-        """Itself, when every size is possible.
-
-        Raises:
-            InvalidArchitectureError: naming the layer and the size.
-        """
-        dense = Architecture.dense(self.config, self.task)
+        """Itself, when every size is possible; raises InvalidArchitectureError with the layer and the size."""
+        dense = self.unpruned
         check_size("hidden_size", self.hidden_size, dense.hidden_size)
         if "embedding" not in self.units and self.hidden_size != dense.hidden_size:
             raise InvalidArchitectureError(f"the residual width of {self.model_type} cannot be changed")
@@ -282,11 +270,7 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Architecture:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            InvalidArchitectureError: something is missing or impossible.
-        """
+        """Inverse of :meth:`to_dict`; raises InvalidArchitectureError where something is missing or impossible."""
         if not isinstance(record, dict) or not {"config", "layers", "hidden_size", "task"} <= record.keys():
             raise InvalidArchitectureError("an architecture has config, layers, hidden_size and task")
         if record.get("version") != FORMAT_VERSION:
@@ -312,20 +296,25 @@ class Architecture:
         return replace(self, **changes).validated()
 
 
+def dense_of(config: PreTrainedConfig, task: str = "ForImageClassification") -> Architecture:
+    """The dense architecture behind a stock or pruned config, as far as it remembers; its own if nothing was pruned.
+
+    Raises:
+        InvalidArchitectureError: what the config remembers describes no model.
+    """
+    return Architecture.dense(dense_config(config), task)
+
+
 # ---------------------------------------------------------------------- the record in config.json
 def write_record(architecture: Architecture, info: dict[str, Any] | None = None) -> dict[str, Any]:
     """``pruning_config`` for config.json: versioned, in per_layer_config's words, sealed by a fingerprint."""
     c = architecture.family.sizes_config(architecture.config)
-    dense: dict[str, Any] = (
-        {"depths": list(c.depths)}
-        if architecture.depths is not None
-        else {name: getattr(c, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-    )
+    names = dense_sizes(architecture.depths)
     record: dict[str, Any] = {
         "version": RECORD_VERSIONS[-1],
-        "dense": dense,
+        "dense": {name: list(c.depths) if name == "depths" else getattr(c, name) for name in names},
         "hidden_size": architecture.hidden_size,
-        "per_layer_config": {str(i): row for i, row in architecture.per_layer_config().items()},
+        "per_layer_config": {str(i): shape_to_words(shape) for i, shape in enumerate(architecture.layers)},
     }
     if architecture.depths is not None:
         record["depths"] = list(architecture.depths)
@@ -337,11 +326,7 @@ def write_record(architecture: Architecture, info: dict[str, Any] | None = None)
 
 
 def read_record(config: PreTrainedConfig, record: Any, task: str) -> Architecture:
-    """The architecture that a config with a ``pruning_config`` describes.
-
-    Raises:
-        InvalidArchitectureError: the record is malformed, impossible, or was edited by hand.
-    """
+    """What a ``pruning_config`` describes; InvalidArchitectureError where it was edited or damaged."""
     if not isinstance(record, dict):
         raise InvalidArchitectureError(f"pruning_config is a {type(record).__name__}, expected a dict")
     version = record.get("version")

@@ -41,6 +41,11 @@ def lineage_of(config: PreTrainedConfig) -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
+def is_pruned(config: PreTrainedConfig) -> bool:
+    """Whether a config is that of a Pruned class, or of a stock model that pruning made."""
+    return getattr(config, "pruning_config", None) is not None or bool(lineage_of(config))
+
+
 def fingerprint(record: dict[str, Any]) -> str:
     """Digest of everything else in a record: shapes alone cannot tell 4 heads of 32 from 8 heads of 16.
 
@@ -81,6 +86,24 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return base
 
 
+def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy with the sizes that the dense model had: a pruned config's record has them, a stock one plain data."""
+    base = copy.deepcopy(stock_config(config))
+    sizes = lineage_of(config).get("dense")
+    target = family_of(base).sizes_config(base)
+    for name, size in sizes.items() if isinstance(sizes, dict) else ():
+        if size is None:  # a field that the dense config did not have
+            vars(target).pop(name, None)
+        else:
+            setattr(target, name, size)
+    return base
+
+
+def dense_sizes(depths: tuple[int, ...] | None) -> tuple[str, ...]:
+    """Fields of the dense config that a record keeps; ``depths``: of a model with stages."""
+    return ("hidden_size", "num_hidden_layers", "num_attention_heads") if depths is None else ("depths",)
+
+
 def checked_depths(depths: Any) -> tuple[int, ...] | None:
     if depths is None:
         return None
@@ -96,9 +119,8 @@ def possible_depths(depths: tuple[int, ...], layers: int) -> bool:
 
 
 def _checked_dense_sizes(dense: Any, family: Family, config: PreTrainedConfig) -> dict[str, Any]:
-    columnar = {"hidden_size", "num_hidden_layers", "num_attention_heads"}
-    names = columnar if family.depths(config) is None else {"depths"}
-    if not isinstance(dense, dict) or set(dense) != names:
+    names = dense_sizes(family.depths(config))
+    if not isinstance(dense, dict) or {*dense} != {*names}:
         raise InvalidArchitectureError(f"pruning_config: dense sizes {dense!r} are not {', '.join(sorted(names))}")
     for name, size in dense.items():
         sizes = size if name == "depths" and isinstance(size, list) else [size]

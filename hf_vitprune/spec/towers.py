@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..families import Family, family_of, find_family
+from .configs import is_pruned
 from .live import unwrap
 
 #: last name on the path of a tower -> its role
@@ -95,6 +96,17 @@ def find_tower(model: Any, part: str | None = None) -> Tower:
         problem = "holds several towers" if part is None else f"has no part {part!r}"
         raise UnsupportedModelError(f"{name} {problem}: choose one with part=..., of {listed}")
     return chosen[0]
+
+
+def pruned_tower(model: Any, part: str | None = None) -> Tower:
+    """The tower of a part; by default the only one, or the only pruned one.
+
+    Raises:
+        UnsupportedModelError: as :func:`find_tower`.
+    """
+    found = towers(model).values() if part is None else ()
+    pruned = [tower for tower in found if is_pruned(unwrap(model).get_submodule(tower.path).config)]
+    return pruned[0] if len(pruned) == 1 else find_tower(model, part)
 
 
 def tower_module(model: Any, part: str | None = None) -> Any:

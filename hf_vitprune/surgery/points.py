@@ -17,8 +17,7 @@ from ..spec.architecture import Architecture
 from ..spec.units import LAYER_UNITS, channels_of
 from ..utils.hooks import GateHook
 from ..utils.modules import unwrapped
-from .folded_gates import FoldedGate
-from .gates import DepthGate, UnitMask
+from .gates import DepthGate, FoldedGate, UnitMask
 from .masked import residual_norms
 
 

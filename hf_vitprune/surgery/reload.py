@@ -14,9 +14,8 @@ from ..modeling import config_for
 from ..modeling.custom import CUSTOM
 from ..modeling.native import make_stock_
 from ..modeling.peft_twin import is_peft
-from ..spec.architecture import Architecture
-from ..spec.configs import lineage_of, task_of
-from ..spec.origin import dense_of, is_pruned
+from ..spec.architecture import Architecture, dense_of
+from ..spec.configs import is_pruned, lineage_of, task_of
 from ..utils.modules import named_tensors, set_tensor
 from .transplant import resized, tie
 

@@ -17,7 +17,7 @@ from ..modeling.native import to_native
 from ..modeling.peft_twin import is_peft, plain_twin
 from ..peft import save_pruned_peft
 from ..plan.plan import PruningPlan
-from ..plan.targets import say_if_far_under
+from ..plan.select import say_if_far_under
 from ..pruning import prune
 from ..spec.architecture import Architecture, unwrap
 from ..spec.towers import find_tower

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from ..plan.lineage import lineage_of, note
 from ..spec.architecture import unwrap
-from ..spec.origin import is_pruned
+from ..spec.configs import is_pruned
 from ..spec.towers import towers
 from .lessons import Lesson
 

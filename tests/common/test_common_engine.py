@@ -24,9 +24,8 @@ from hf_vitprune.modeling import pruned_model_class
 from hf_vitprune.modeling.native import native_config
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import mask, prune
-from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune.spec.architecture import Architecture, dense_of
 from hf_vitprune.spec.layer_shape import MIXERS
-from hf_vitprune.spec.origin import dense_of
 from hf_vitprune.surgery.cuts import find_cuts
 from plans import PLANS, aligned, compose, needed_layers, plan_named, pruning_plans, recorded_attentions
 from processes import run_python

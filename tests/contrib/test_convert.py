@@ -30,7 +30,7 @@ from hf_vitprune.errors import (
     UnsafeCheckpointError,
     UnsupportedModelError,
 )
-from hf_vitprune.modeling.conv_fold import fold_heads, mixing_probabilities
+from hf_vitprune.modeling.conv_mixer import fold_heads, mixing_probabilities
 from hf_vitprune.spec.architecture import Architecture
 from hf_vitprune.utils.checkpoint_file import read_checkpoint
 from spvit_reference import Net, Reference, State, random_state

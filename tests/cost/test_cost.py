@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, ViTConfig
 
 from benchmarks.published_spvit import DENSE, PUBLISHED, published, unfolded_params
 from hf_vitprune.cost import count
-from hf_vitprune.cost.blocks import removed_macs
-from hf_vitprune.cost.closed_form import cost_parts
+from hf_vitprune.cost.closed_form import cost_parts, removed_macs
 from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.modeling import build
 from hf_vitprune.plan.plan import PruningPlan

@@ -23,7 +23,7 @@ from hf_vitprune import (
     get_pruning_model,
     prune,
 )
-from hf_vitprune.cost.blocks import removed_macs
+from hf_vitprune.cost.closed_form import removed_macs
 from hf_vitprune.errors import (
     AdapterError,
     InvalidConfigError,

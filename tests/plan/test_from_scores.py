@@ -19,7 +19,7 @@ from hf_vitprune.errors import (
     UnsupportedUnitError,
 )
 from hf_vitprune.plan.from_scores import SCOPES
-from hf_vitprune.plan.ranking import Ranking
+from hf_vitprune.plan.select import Ranking
 from hf_vitprune.spec.architecture import Architecture
 from hf_vitprune.spec.units import unit_sets
 from latency_tables import made_table

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_vitprune.cost import count
-from hf_vitprune.cost.blocks import block_macs, removed_macs
+from hf_vitprune.cost.closed_form import block_macs, removed_macs
 from hf_vitprune.errors import MissingExtraError
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune

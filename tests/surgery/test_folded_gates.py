@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from hf_vitprune import VTPConfig, get_pruning_model
-from hf_vitprune.surgery.folded_gates import FoldedGate
-from hf_vitprune.surgery.gates import Gate
+from hf_vitprune.surgery.gates import FoldedGate, Gate
 from tiny import make
 
 

@@ -22,7 +22,7 @@ from hf_vitprune import (
     get_pruning_model,
 )
 from hf_vitprune.methods import Stage
-from hf_vitprune.plan import targets
+from hf_vitprune.plan import select
 from pruning_runs import QUIET, SMALL_GROUPS, VIT, Images
 from tiny import images, make
 
@@ -86,7 +86,7 @@ def test_spvit_is_searched_to_its_target_first(tmp_path: Path) -> None:
 
 def test_an_end_far_under_the_target_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said: list[str] = []
-    monkeypatch.setattr(targets.logger, "warning", said.append)
+    monkeypatch.setattr(select.logger, "warning", said.append)
     model = get_pruning_model(make(VIT), SPViTConfig(target=0.9, gate_learning_rate=0.5, cost_weight=1e-6))
     for gates in model.method._all_gates():
         with torch.no_grad():
@@ -102,12 +102,12 @@ def test_an_end_far_under_the_target_is_said(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_plans_far_under_their_target_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(targets.logger, "warning", said.append)
+    monkeypatch.setattr(select.logger, "warning", said.append)
     model = make(VIT)
     PruningPlan.from_scores(model, criteria.magnitude(model), target=0.8, units=("mlp",), round_to=1)
     OneShotScores.measure(model, images(4)).plan(0.7, round_to=1)
     assert not said
     PruningPlan.from_scores(model, criteria.magnitude(model), target=0.97, units=("layers",))
     assert len(said) == 1 and "far under the target of 0.970" in said[0]
-    targets.say_if_far_under(0.5, 0.555, "macs", "")  # within a tenth
+    select.say_if_far_under(0.5, 0.555, "macs", "")  # within a tenth
     assert len(said) == 1

@@ -13,8 +13,7 @@ from ...cost.meter import CostMeter
 from ...errors import InvalidConfigError, UnreachableTargetError, UnsupportedUnitError
 from ...plan.layer_plan import LayerPlan
 from ...plan.plan import PruningPlan
-from ...plan.select import check_units
-from ...plan.targets import say_if_far_under
+from ...plan.select import check_units, say_if_far_under
 from ...plan.uniform import StockSizes
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import LayerShape

@@ -11,8 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...modeling.blocks import read_inputs
-from ...modeling.conv_fold import POSITIONS, FoldedConvolution, fold_heads, mixer_state, mixing_probabilities
-from ...modeling.conv_mixer import ConvMixer, MixerBatchNorm
+from ...modeling.conv_mixer import (
+    POSITIONS,
+    ConvMixer,
+    FoldedConvolution,
+    MixerBatchNorm,
+    fold_heads,
+    mixer_state,
+    mixing_probabilities,
+)
 from ...spec.layer_shape import KERNELS
 from ...utils.sharding import whole
 

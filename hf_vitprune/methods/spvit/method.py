@@ -12,14 +12,14 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from ...cost.blocks import removed_macs
+from ...cost.closed_form import removed_macs
 from ...cost.meter import ClosedFormMeter
 from ...errors import InvalidConfigError, InvalidPlanError, UnreachableTargetError, UnsupportedModelError
 from ...families import LayerPaths
 from ...modeling.structure import layer_paths
 from ...plan.layer_plan import LayerPlan
 from ...plan.plan import PruningPlan
-from ...plan.targets import reach_target
+from ...plan.select import reach_target
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import KERNELS
 from ...utils.batches import ImageBatches

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ...errors import InvalidConfigError, InvalidDataError
 from ...plan.plan import PruningPlan
-from ...plan.targets import reach_target
+from ...plan.select import reach_target
 from ...spec.architecture import Architecture, unwrap
 from ...surgery.gates import DepthGate
 from ...surgery.points import attach_depth_gate

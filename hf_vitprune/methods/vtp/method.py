@@ -15,9 +15,7 @@ from ...errors import InvalidConfigError, InvalidPlanError, UnsupportedUnitError
 from ...modeling.structure import layer_paths
 from ...plan.layer_plan import PAD, LayerPlan
 from ...plan.plan import PruningPlan
-from ...plan.ranking import Ranking
-from ...plan.select import best, rounded
-from ...plan.targets import reach_target
+from ...plan.select import Ranking, best, reach_target, rounded
 from ...plan.uniform import Sizes, StockSizes
 from ...surgery.gates import Gate
 from ...surgery.points import POINTS, attach, point_name, point_sizes

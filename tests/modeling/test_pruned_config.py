@@ -8,7 +8,7 @@ import threading
 import pytest
 from transformers import AutoConfig, CLIPVisionConfig, Dinov2Config
 
-from hf_vitprune.modeling import first_use, hosts, pruned_config_class, registry
+from hf_vitprune.modeling import hosts, pruned_config, pruned_config_class, registry
 from processes import run_python
 
 
@@ -37,7 +37,7 @@ def test_classes_are_found_by_name_and_others_are_not_there() -> None:
 
 
 def test_another_thread_waits_until_they_are_made() -> None:
-    class Config(first_use.FirstUseMixin):
+    class Config(pruned_config.FirstUseMixin):
         pass
 
     started, go_on, made = threading.Event(), threading.Event(), []
@@ -47,7 +47,7 @@ def test_another_thread_waits_until_they_are_made() -> None:
         go_on.wait(10)
         made.append("models")
 
-    first_use.when_used(Config, make)
+    pruned_config.when_used(Config, make)
     seen: list[int] = []
     threads = [threading.Thread(target=lambda: (Config(), seen.append(len(made)))) for _ in range(2)]  # type: ignore
     threads[0].start()
@@ -62,7 +62,7 @@ def test_another_thread_waits_until_they_are_made() -> None:
 
 
 def test_what_fails_is_tried_again() -> None:
-    class Config(first_use.FirstUseMixin):
+    class Config(pruned_config.FirstUseMixin):
         pass
 
     answers = iter((ImportError("torchvision"), None))
@@ -71,10 +71,10 @@ def test_what_fails_is_tried_again() -> None:
         if error := next(answers):
             raise error
 
-    first_use.when_used(Config, make)
+    pruned_config.when_used(Config, make)
     with pytest.raises(ImportError, match="torchvision"):
         Config()
     assert isinstance(Config(), Config)
-    first_use.when_used(Config, lambda: pytest.fail("forgotten"))
-    first_use.forget_models(Config)
+    pruned_config.when_used(Config, lambda: pytest.fail("forgotten"))
+    pruned_config.forget_models(Config)
     Config()
