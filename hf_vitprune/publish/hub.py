@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-from ..errors import HubUploadError
+from ..errors import HubUploadError, UnsupportedModelError
 from ..modeling.whole_config import check_portable
 from ..peft.folder import name_base
 from ..spec.architecture import unwrap
@@ -68,23 +68,29 @@ def push_to_hub(
 
     Raises:
         PortableError: ``portable``, and the model holds what that file cannot bring along.
+        UnsupportedModelError: it is no model of transformers or PEFT.
         HubUploadError: no connection, a lost connection, or no right to write there.
         NotFiniteError: there are weights that are infinite or no numbers.
     """
     if portable:
         check_portable(model)
+    base = unwrap(model)
+    if not hasattr(model, "save_pretrained"):
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} has no save_pretrained: push a model of transformers or PEFT"
+        )
     check_finite(model, "pushed")
     api = HfApi(token=token)
-    tags = [*tags, *(getattr(unwrap(model), "model_tags", None) or [])]
-    with _explained(repo_id, "nothing was changed there"):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        present = set(api.list_repo_files(repo_id, revision=revision))
+    tags = [*tags, *(getattr(base, "model_tags", None) or [])]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = {"max_shard_size": max_shard_size, "portable": portable or None}
         model.save_pretrained(folder, **{name: value for name, value in settings.items() if value is not None})
+        with _explained(repo_id, "nothing was changed there"):  # and no repository made for what cannot be saved
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not create_pr:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            present = set(api.list_repo_files(repo_id, revision=revision))
         name_base(folder, repo_id)
         if image_processor is not None:
             image_processor.save_pretrained(folder)
@@ -94,7 +100,7 @@ def push_to_hub(
             from .kept import take_figures  # the import of the package is quick
 
             (folder / CARD).write_text(text, encoding="utf-8")
-            take_figures(text, _source(model, card_folder), folder, unwrap(model))
+            take_figures(text, _source(model, card_folder), folder, base)
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         old = _SHARDS if hasattr(model, "peft_config") else (*_SHARDS, *_ADAPTER)
         stale = [path for path in sorted(present - files.keys()) if any(fnmatch.fnmatch(path, p) for p in old)]
@@ -110,7 +116,7 @@ def push_to_hub(
                     *(CommitOperationAdd(path, str(file)) for path, file in sorted(files.items())),
                     *(CommitOperationDelete(path) for path in stale),
                 ],
-                commit_message=commit_message or f"Upload {type(unwrap(model)).__name__}",
+                commit_message=commit_message or f"Upload {type(base).__name__}",
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,

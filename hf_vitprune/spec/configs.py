@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..errors import InvalidArchitectureError
+from ..errors import InvalidArchitectureError, UnsupportedModelError
 from ..families import PRUNED_PREFIX, Family, base_model_type, family_of
 
 
@@ -59,8 +59,13 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The stock config of the dense model behind a stock or pruned config (a copy for pruned ones).
 
     Raises:
+        UnsupportedModelError: it is no config.
         InvalidArchitectureError: the pruned config's record of the dense sizes is damaged.
     """
+    if not isinstance(config, PreTrainedConfig):
+        inner = isinstance(getattr(config, "config", None), PreTrainedConfig)
+        cure = ": pass its .config" if inner else ""
+        raise UnsupportedModelError(f"a config is asked for, not a {type(config).__name__}{cure}")
     if not config.model_type.startswith(PRUNED_PREFIX):
         return config
     family = family_of(config)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers import PreTrainedConfig
 
 from ..errors import ModelMismatchError, UnsupportedModelError
 from ..families import LayerPaths
@@ -17,9 +19,11 @@ def unwrap(model: Any) -> Any:
     """The transformers model inside a PruningModel, a PeftModel, or itself.
 
     Raises:
-        UnsupportedModelError: it is wrapped in something that stands between its tensors and its users.
+        UnsupportedModelError: it is no model, or wrapped in something that stands between its tensors and its users.
     """
     while True:
+        if not isinstance(model, nn.Module):
+            raise UnsupportedModelError(f"a model is asked for, not {_what_is_passed(model)}")
         cure = _WRAPPERS.get(type(model).__name__)
         if cure is not None:
             raise UnsupportedModelError(f"the model is wrapped in {type(model).__name__}: pass {cure}")
@@ -27,6 +31,18 @@ def unwrap(model: Any) -> Any:
         if inner is None:
             return model
         model = inner()
+
+
+def _what_is_passed(thing: Any) -> str:
+    """What stands where a model should, and the cure."""
+    if isinstance(thing, (str, Path)):
+        return f"its name: load it first, by AutoModel.from_pretrained({str(thing)!r}) or the class of its task"
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}: pass what {thing.__name__}.from_pretrained returns"
+    if isinstance(thing, PreTrainedConfig):
+        return f"a {type(thing).__name__}: load the model by from_pretrained, or make one by the class's from_config"
+    inner = getattr(thing, "model", None)
+    return f"a {type(thing).__name__}" + (": pass its .model" if isinstance(inner, nn.Module) else "")
 
 
 #: class of a wrapper -> what to pass instead

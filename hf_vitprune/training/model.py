@@ -86,8 +86,7 @@ class PruningModel(Checkpoints):
     """
 
     def __new__(cls, model: Any = None, config: Any = None, part: str | None = None) -> PruningModel:
-        base = unwrap(model)
-        if isinstance(base, PreTrainedModel):
+        if model is not None and isinstance(base := unwrap(model), PreTrainedModel):  # copies are made without one
             cls = class_with(PruningModel, signature_of(base))
         return super().__new__(cls)
 

@@ -7,23 +7,29 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForImageClassification, ViTForImageClassification
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, ViTForImageClassification
 
 from hf_vitprune import (
+    Architecture,
     LatencyTable,
     OneShotScores,
     PruningPlan,
     VTPConfig,
+    build,
     count,
     criteria,
     get_pruning_model,
     mask,
     prune,
+    push_to_hub,
+    revit,
     select_layers,
+    towers,
     truncate,
 )
-from hf_vitprune.errors import VitPruneError
+from hf_vitprune.errors import UnsupportedModelError, VitPruneError
 from tiny import images, make
 from tiny_composites import COMPOSITES
 
@@ -121,6 +127,40 @@ def test_what_is_in_the_way_is_named_at_every_door(kind: str) -> None:
     for name, door in DOORS.items():
         with pytest.raises(VitPruneError, match=words):
             print(name, door(model))
+
+
+NO_MODELS: dict[str, tuple[Callable[[], Any], str]] = {
+    "nothing": (lambda: None, "not a NoneType"),
+    "a name": (lambda: "google/vit-base", r"not its name: .*AutoModel.from_pretrained\('google/vit-base'\)"),
+    "a class": (lambda: ViTForImageClassification, "not the class ViTFor.*: pass what ViTForImageClassification.from_pretrained returns"),
+    "a PEFT class": (lambda: PeftModel, "not the class PeftModel: pass what PeftModel.from_pretrained returns"),
+    "a config": (lambda: make(VIT).config, "not a ViTConfig: load the model"),
+    "a Trainer": (lambda: Trainer(make(VIT), TrainingArguments(use_cpu=True)), r"not a Trainer: pass its \.model"),
+    "weights": (lambda: make(VIT).state_dict(), "not a OrderedDict"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_MODELS)
+def test_what_is_no_model_is_named_at_every_door(kind: str) -> None:
+    make_thing, words = NO_MODELS[kind]
+    thing = make_thing()
+    doors = DOORS | {"towers": towers, "push_to_hub": lambda m: push_to_hub(m, "somebody/something")}
+    del doors["select_layers"]  # takes features, too, and lists what it takes
+    if kind == "a config":
+        del doors["LatencyTable"]  # measures what a config describes
+    for door in doors.values():
+        with pytest.raises(UnsupportedModelError, match=f"a model is asked for, {words}"):
+            door(thing)
+
+
+def test_what_is_no_config_is_named() -> None:
+    model = make(VIT)
+    architecture = Architecture.of(model)
+    for build_from in (lambda c: build(c, architecture), revit, lambda c: Architecture.from_layers(c, [])):
+        with pytest.raises(UnsupportedModelError, match=r"a config is asked for, not a ViTFor.*: pass its \.config"):
+            build_from(model)
+        with pytest.raises(UnsupportedModelError, match="a config is asked for, not a str"):
+            build_from("google/vit-base")
 
 
 def test_without_weights() -> None:
