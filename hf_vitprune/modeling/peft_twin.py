@@ -40,7 +40,7 @@ def is_peft(model: Any) -> bool:
     Raises:
         AdapterError: adapters sit in the layers of a plain transformers model (``model.load_adapter``).
     """
-    wrapped = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    wrapped = isinstance(model, nn.Module) and hasattr(model, "peft_config") and hasattr(model, "get_base_model")
     if not wrapped and getattr(model, "_hf_peft_config_loaded", False):
         raise AdapterError(
             "the model holds adapters from add_adapter or load_adapter; load them with "
