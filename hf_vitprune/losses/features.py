@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -103,27 +103,31 @@ class FeatureReader:
         self._norm = None if norm is None or not _has(self.tower, root + norm) else root + norm
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[dict[int, Tensor]]:
-        """Fills the mapping layer -> (images, tokens, channels) while the model runs; its hooks go afterwards."""
+    def reading(self, pool: Callable[[Tensor], Tensor] | None = None) -> Iterator[dict[int, Tensor]]:
+        """Fills the mapping layer -> (images, tokens, channels) while the model runs; its hooks go afterwards.
+
+        Args:
+            pool: applied to what is read, at once: hidden states of all layers take much memory.
+        """
         states: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                if layer == 0 and self._norm is not None:
+                    hidden = self.tower.get_submodule(self._norm)(hidden)
+                states[layer] = hidden if pool is None else pool(hidden)
+
+            return hook
+
         handles = [
-            self.tower.get_submodule(path).register_forward_hook(self._keep(states, layer))
-            for layer, path in self.points.items()
+            self.tower.get_submodule(path).register_forward_hook(keep(layer)) for layer, path in self.points.items()
         ]
         try:
             yield states
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _keep(self, states: dict[int, Tensor], layer: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            if layer == 0 and self._norm is not None:
-                hidden = self.tower.get_submodule(self._norm)(hidden)
-            states[layer] = hidden
-
-        return hook
 
 
 class FeatureTeacher(Teacher):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -10,7 +11,14 @@ from ..cost.meter import ClosedFormMeter, CostMeter
 from ..errors import InvalidConfigError
 from ..latency.table import LatencyTable
 from ..spec.architecture import Architecture
-from ..utils.settings import check_counts, check_flags, check_number, check_one_of, check_open_interval
+from ..utils.settings import (
+    check_counts,
+    check_flags,
+    check_image_size,
+    check_one_of,
+    check_open_interval,
+    check_positive,
+)
 
 #: what a target can count
 METRICS = ("macs", "params", "latency")
@@ -31,9 +39,11 @@ class PruningConfig:
         allow_other_device: the table was measured on another device than this machine's, where the model is to run.
         gate_learning_rate: learning rate of gates; None uses the optimizer's.
         takes_target: a target is all that the method needs to be told.
+        unused: which of these say nothing to the method, and why: they are refused, and left out of records.
     """
 
     takes_target: ClassVar[bool] = True
+    unused: ClassVar[Mapping[str, str]] = {}
     target: float | None = None
     target_metric: str = "macs"
     image_size: int | tuple[int, int] | None = None
@@ -43,33 +53,29 @@ class PruningConfig:
     allow_other_device: bool = False
 
     def __post_init__(self) -> None:
+        for name, reason in self.unused.items():
+            if getattr(self, name) != getattr(PruningConfig, name):
+                raise InvalidConfigError(f"{reason}: leave {name} out")
         if self.target is not None:
             check_open_interval("target", self.target)
         check_one_of(self, "target_metric", METRICS)
         if self.gate_learning_rate is not None:
-            check_number("gate_learning_rate", self.gate_learning_rate)
-            if self.gate_learning_rate == 0:
-                raise InvalidConfigError("gate_learning_rate must be positive, not 0; None uses the optimizer's")
-        sides = self.image_size if isinstance(self.image_size, (tuple, list)) else (self.image_size,) * 2
-        if self.image_size is not None and (len(sides) != 2 or any(type(s) is not int or s < 1 for s in sides)):
-            raise InvalidConfigError(f"image_size is a number of pixels or (height, width), not {self.image_size!r}")
-        self._check_latency()
-
-    def _check_latency(self) -> None:
-        if (self.target_metric == "latency") != (self.latency_table is not None):
-            raise InvalidConfigError(
-                "target_metric='latency' and latency_table go together: make a table with LatencyTable.measure or "
-                f"hf-vitprune latency; got {self.target_metric!r} and {self.latency_table!r}"
-            )
+            check_positive("gate_learning_rate", self.gate_learning_rate)
+        if self.image_size is not None:
+            check_image_size(self.image_size)
         check_counts(self, "latency_batch_size", optional=True)
         check_flags(self, "allow_other_device")
-        self._table: LatencyTable | None = None
-        if self.latency_table is not None:
-            known = isinstance(self.latency_table, (str, Path, LatencyTable))
-            if not known or (isinstance(self.latency_table, (str, Path)) and not Path(self.latency_table).is_file()):
-                raise InvalidConfigError(f"latency_table is a LatencyTable or a file, not {self.latency_table!r}")
-            table = self.latency_table
-            self._table = table if isinstance(table, LatencyTable) else LatencyTable.load(table)
+        table = self.latency_table
+        if (self.target_metric == "latency") != (table is not None):
+            raise InvalidConfigError(
+                "target_metric='latency' and latency_table go together: make a table with LatencyTable.measure or "
+                f"hf-vitprune latency; got {self.target_metric!r} and {table!r}"
+            )
+        if isinstance(table, (str, Path)) and Path(table).is_file():
+            table = LatencyTable.load(table)
+        if not isinstance(table, LatencyTable | None):
+            raise InvalidConfigError(f"latency_table is a LatencyTable or a file, not {table!r}")
+        self._table = table
 
     def meter(self, reference: Architecture) -> CostMeter:
         """What ``target`` counts, for models pruned from ``reference``.
@@ -80,12 +86,7 @@ class PruningConfig:
         """
         if self._table is None:
             return ClosedFormMeter(self.target_metric, reference, self.image_size)
-        return self._table.meter(
-            reference,
-            self.image_size,
-            batch_size=self.latency_batch_size,
-            allow_other_device=self.allow_other_device,
-        )
+        return self._table.meter(reference, self.image_size, self.latency_batch_size, self.allow_other_device)
 
     @classmethod
     def from_goal(
@@ -114,18 +115,12 @@ class PruningConfig:
             raise InvalidConfigError(f"{cls.__name__} has no {unknown}; it has {', '.join(sorted(known))}")
         goal = {"target": target, "target_metric": target_metric, "latency_table": latency_table}
         own = {} if round_to is None else cls.rounded_to(round_to)
-        own |= cls.defaults_for_goal()
         return cls(**{**goal, **{name: value for name, value in own.items() if name in known}, **settings})
 
     @classmethod
     def rounded_to(cls, multiple: int) -> dict[str, Any]:
         """The settings under which kept channels and neurons are a multiple of this."""
         return {"round_to": multiple}
-
-    @classmethod
-    def defaults_for_goal(cls) -> dict[str, Any]:
-        """Other settings that :meth:`from_goal` chooses."""
-        return {}
 
     @property
     def method_name(self) -> str:
@@ -134,4 +129,4 @@ class PruningConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; of a latency table, where and when it was made, and a digest."""
         table = {} if self._table is None else {"latency_table": self._table.summary()}
-        return {"method": self.method_name, **asdict(self), **table}
+        return {"method": self.method_name, **{k: v for k, v in asdict(self).items() if k not in self.unused}, **table}

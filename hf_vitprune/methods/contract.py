@@ -66,14 +66,16 @@ class PruningMethod(nn.Module):
 
     Everything that a decision depends on is a parameter or buffer, so that an ordinary checkpoint restores it.
     Subclasses state their :class:`Traits`, implement :meth:`attach`, :meth:`choose` and :meth:`decide`, and those of
-    the other calls that they need.
+    the other calls that they need. What cannot be done is an ``InvalidConfigError`` of the ``check_...`` calls.
 
     Attributes:
         traits: of the class, or of this instance where they follow from the config.
         gates: what is learned beside the weights, by name.
+        undershoot: how to come closer to a target that a decision ended far under.
     """
 
     traits = Traits()
+    undershoot: ClassVar[str] = "Lower round_to, or raise the target"
 
     def __init__(self, config: PruningConfig, model: PreTrainedModel) -> None:
         super().__init__()
@@ -87,6 +89,9 @@ class PruningMethod(nn.Module):
     def gates(self) -> nn.ModuleDict:
         return self.gates_norm
 
+    def gate_parameters(self) -> list[nn.Parameter]:
+        return list(self.gates.parameters())
+
     @property
     def narrows(self) -> bool:
         """Whether the decision may take residual channels away."""
@@ -96,48 +101,26 @@ class PruningMethod(nn.Module):
         """The config without residual channels, where nobody asked for them in so many words; else None."""
         return None
 
-    def gate_parameters(self) -> list[nn.Parameter]:
-        return list(self.gates.parameters())
+    def keep_at_least(self, layers: int, reader: str) -> None:
+        """Called once, for a tower in a bigger model where ``reader`` reads the output of so many layers."""
 
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
         """Hook the gates into the model."""
         raise NotImplementedError
 
-    def keep_at_least(self, layers: int, reader: str) -> None:
-        """Called once, for a tower in a bigger model that reads the output of the first so many layers.
-
-        Args:
-            layers: how many have to stay.
-            reader: who reads them.
-
-        Raises:
-            InvalidConfigError: the method cannot do its work with so many.
-        """
-
     # ------------------------------------------------------------------ training
     def check_training(self, args: TrainingArguments, max_steps: int) -> None:
-        """Called when training begins.
-
-        Raises:
-            InvalidConfigError: the method cannot do its work in such a training.
-        """
+        """Called when training begins."""
 
     def check_sharded(self, how: str) -> None:
-        """Called when the training of a model begins that is spread over processes.
+        """Called when a training begins that is spread over processes.
 
         Args:
             how: ``fsdp2`` or ``zero3``: the weights are sharded; ``zero1`` or ``zero2``: gradients and optimizer are.
-
-        Raises:
-            InvalidConfigError: the method cannot do its work so.
         """
 
     def check_images(self, model: Any, images: ImageBatches) -> None:
-        """Called when training begins, with the images that :meth:`decide` will get.
-
-        Args:
-            model: the wrapped model.
-            images: only a few are to be looked at.
+        """Called when training begins, with the images that :meth:`decide` will get; only a few are to be looked at.
 
         Raises:
             InvalidDataError: the method could not decide by them.
@@ -166,12 +149,7 @@ class PruningMethod(nn.Module):
         return list(zip(parameters, torch.autograd.grad(penalty, parameters), strict=True))
 
     def after_step(self, model: Any, step: int, max_steps: int) -> None:
-        """Called after the optimizer's step.
-
-        Args:
-            model: the wrapped model.
-            step: updates made so far, of ``max_steps``.
-        """
+        """Called after the optimizer's step; ``step`` of ``max_steps`` updates have been made."""
 
     @property
     def stage(self) -> Stage:
@@ -191,9 +169,6 @@ class PruningMethod(nn.Module):
             images: training images with labels, in a fixed order; given if there are any.
         """
         raise NotImplementedError
-
-    #: how to come closer to a target that a decision ended far under
-    undershoot: ClassVar[str] = "Lower round_to, or raise the target"
 
     def against_target(self) -> tuple[float, float, str] | None:
         """(cost of the current plan as a fraction of the model's, the target, what cost is); None without a target."""
@@ -215,10 +190,10 @@ class PruningMethod(nn.Module):
         raise NotImplementedError
 
     def reference(self) -> PruningPlan | str:
-        """The model whose outputs an export is to keep, as a plan for the wrapped one: removed units and all.
+        """The model whose outputs a compensated export is to keep, as a plan for the wrapped one.
 
-        Compensation brings the small model to where that one is. It is what was trained up to the decision: nothing
-        removed, where removing is all that the decision does; with ``scales`` for factors that the model runs with.
+        It is what was trained up to the decision: nothing removed, where removing is all that the decision does; with
+        ``scales`` for factors that the model runs with.
 
         Returns:
             The reason, where there is no such model: the method trains without what it removes, say.

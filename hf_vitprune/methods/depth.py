@@ -48,7 +48,11 @@ def class_numbers(batch: dict[str, Any]) -> torch.Tensor:
         InvalidDataError: there are no labels, or they are something else: several an image, or fractions.
     """
     if "labels" not in batch:
-        raise InvalidDataError("the images have no labels: layers are judged by the images' classes")
+        raise InvalidDataError(
+            "the images have no labels, and layers are judged by the images' classes. Without labels: "
+            "TruncationConfig(layers='features'), which keeps the layers that the last one's features can be regained "
+            "from; or images with labels, by PruningCallback(images=...)"
+        )
     labels = torch.as_tensor(batch["labels"])
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
         raise InvalidDataError(
@@ -60,9 +64,7 @@ def class_numbers(batch: dict[str, Any]) -> torch.Tensor:
 
 
 class DepthMethod(PruningMethod):
-    """A method that decides how many of the bottom layers stay.
-
-    Subclasses implement ``decide``, which ends in :meth:`keep`.
+    """A method that decides how many of the bottom layers stay: subclasses' ``decide`` ends in :meth:`keep`.
 
     Attributes:
         floor: the fewest layers that may stay.

@@ -31,23 +31,14 @@ def register_method(config_class: type[PruningConfig], method_class: type[Prunin
     for given, base in ((config_class, PruningConfig), (method_class, PruningMethod)):
         if not inspect.isclass(given) or not issubclass(given, base) or given is base:
             raise InvalidConfigError(f"expected a class over {base.__name__}, got {given!r}")
-    taken = _by_name().get(method_name(config_class))
-    if taken is not None and (taken.__module__, taken.__qualname__) != (
-        config_class.__module__,
-        config_class.__qualname__,
-    ):
-        raise InvalidConfigError(
-            f"the name {method_name(config_class)!r} is taken by {taken.__module__}.{taken.__qualname__}: rename "
-            f"{config_class.__qualname__}"
-        )
-    if taken is not None:  # a notebook's cell that runs again
-        del _METHODS[taken]
+    name = _name_of(config_class)
+    taken = _by_name().get(name)
+    if taken is not None:
+        home = f"{taken.__module__}.{taken.__qualname__}"
+        if home != f"{config_class.__module__}.{config_class.__qualname__}":
+            raise InvalidConfigError(f"the name {name!r} is taken by {home}: rename {config_class.__qualname__}")
+        del _METHODS[taken]  # a notebook's cell that runs again
     _METHODS[config_class] = method_class
-
-
-def method_name(config_class: type[PruningConfig]) -> str:
-    """Name by which command lines know a method: ``vtp`` for ``VTPConfig``."""
-    return config_class.__name__.removesuffix("Config").lower()
 
 
 def method_names() -> tuple[str, ...]:
@@ -82,5 +73,10 @@ def method_for(config: PruningConfig) -> type[PruningMethod]:
     return _METHODS[type(config)]
 
 
+def _name_of(config_class: type[PruningConfig]) -> str:
+    """``vtp`` for ``VTPConfig``."""
+    return config_class.__name__.removesuffix("Config").lower()
+
+
 def _by_name() -> dict[str, type[PruningConfig]]:
-    return {method_name(config_class): config_class for config_class in _METHODS}
+    return {_name_of(config_class): config_class for config_class in _METHODS}

@@ -43,6 +43,13 @@ def check_counts(settings: Any, *names: str, optional: bool = False) -> None:
             check_count(name, getattr(settings, name))
 
 
+def check_image_size(value: Any) -> None:
+    """Refuse what is neither a side nor (height, width) in pixels."""
+    sides = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+        raise InvalidConfigError(f"image_size is a number of pixels or (height, width), not {value!r}")
+
+
 def check_flags(settings: Any, *names: str) -> None:
     """Refuse what is not True or False."""
     for name in names:

@@ -16,7 +16,7 @@ from hf_vitprune.methods.depth import fewest_layers
 from hf_vitprune.methods.sls import extract_features
 from hf_vitprune.spec.configs import lineage_of
 from pruning_runs import VIT, Patterns, lora_model, state_of, trainer
-from tiny import CASES, CLASSIFIERS, LABELS, SIZE, assert_same, images, make, relative_error, run
+from tiny import CLASSIFIERS, LABELS, SIZE, assert_same, images, make, relative_error, run
 
 QUICK: dict[str, Any] = {"iterations": 250, "perplexity": 3.0}
 
@@ -30,14 +30,10 @@ def recorded(model: Any, pixels: torch.Tensor, pool: Callable[[torch.Tensor], to
 
 # ---------------------------------------------------------------------- features
 @pytest.mark.parametrize("case", [c for c in CLASSIFIERS if not c.startswith("Swin")])
-@pytest.mark.parametrize("pooling", ["auto", "mean"])
-def test_features_are_the_raw_block_outputs(case: str, pooling: str) -> None:
+def test_features_are_the_raw_block_outputs(case: str) -> None:
     model, data = make(case), Patterns()
-    special = {"Siglip": 0, "IJepa": 0, "DeiT": 2, "Dinov2WithRegisters": 5}.get(CASES[case].family, 1)
-    special = 0 if case.startswith("Siglip") else special
-    by_token = pooling == "auto" and not case.startswith(("Siglip", "IJepa"))
-    pool = (lambda t: t[:, 0]) if by_token else (lambda t: t[:, special:].mean(1))
-    features, labels = extract_features(model, data, SLSConfig(pooling=pooling, batch_size=7))
+    pool = (lambda t: t.mean(1)) if case.startswith(("Siglip", "IJepa")) else (lambda t: t[:, 0])
+    features, labels = extract_features(model, data, SLSConfig(batch_size=7))
     pixels = torch.stack([data[i]["pixel_values"] for i in range(len(data))])
     assert list(features) == [1, 2, 3] and labels.tolist() == [i % LABELS for i in range(20)]
     for ours, theirs in zip(features.values(), recorded(model, pixels, pool), strict=True):
@@ -99,13 +95,6 @@ def test_what_cannot_be_scored_is_refused(row: dict[str, Any], words: str) -> No
     with pytest.raises(InvalidDataError, match=words):
         select_layers(model, Patterns(**row), SLSConfig(**QUICK))
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
-
-
-def test_a_class_token_that_is_not_there_is_refused() -> None:
-    with pytest.raises(InvalidConfigError, match="no class token"):
-        select_layers(make("SwinForImageClassification"), Patterns(), SLSConfig(pooling="cls"))
-    with pytest.raises(InvalidConfigError, match="no class token"):  # not after the training
-        get_pruning_model(make("SwinForImageClassification"), SLSConfig(pooling="cls"))
 
 
 # ---------------------------------------------------------------------- which depths there are

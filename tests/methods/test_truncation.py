@@ -10,7 +10,7 @@ import torch
 
 from hf_vitprune import PruningCallback, TruncationConfig, count, get_pruning_model, truncate
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError, UnreachableTargetError
-from hf_vitprune.methods.truncation.regained import losses_by_layer
+from hf_vitprune.methods.truncation import losses_by_layer
 from hf_vitprune.spec.configs import lineage_of
 from hf_vitprune.utils.batches import ImageBatches
 from pruning_runs import VIT, Patterns, lora_model, state_of, trainer

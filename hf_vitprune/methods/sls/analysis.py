@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from ...errors import InvalidDataError
 from .config import SLSConfig
+from .features import check_classes, given_features
 from .scoring import map_score, tsne_map, unit_square
-from .selection import LayerSelection, checked_arrays, checked_floor, given_features, walk
+from .selection import LayerSelection, checked_floor, walk
 
 #: steps of the probe's solver; it has converged long before on features of a trained model
 PROBE_STEPS = 1000
@@ -74,34 +75,27 @@ def analyse_layers(
             that nothing can be held out.
     """
     config = config or SLSConfig()
-    layers, numbers = given_features(features, labels, config)
-    arrays = checked_arrays(layers, numbers, layers)
-    classes = numbers.numpy()
+    layers, labels = given_features(features, labels, config)
+    classes = check_classes(labels)
     held_out = None
     if probe_features is not None:
-        tests, test_numbers = given_features(probe_features, probe_labels, replace(config, max_samples=None))
+        tests, test_labels = given_features(probe_features, probe_labels, replace(config, max_samples=None))
         if tests.keys() != layers.keys():
             raise InvalidDataError(f"there are features of {len(layers)} layers, and probe_features of {len(tests)}")
-        held_out = tests, test_numbers.numpy()
+        held_out = tests, test_labels.numpy()
     maps, scores, accuracy = {}, {}, {}
-    for number in tqdm(sorted(arrays), desc="analysing layers", leave=False, disable=None):
-        coordinates = tsne_map(arrays[number], config)
+    for number, layer in tqdm(layers.items(), desc="analysing layers", leave=False, disable=None):
+        coordinates = tsne_map(layer, config)
         maps[number] = unit_square(coordinates)
         scores[number] = map_score(coordinates, classes)
-        accuracy[number] = (
-            cross_validated(arrays[number], classes)
-            if held_out is None
-            else probe().fit(arrays[number], classes).score(held_out[0][number], held_out[1])
-        )
-    total = len(arrays)
-    return LayerAnalysis(
-        scores,
-        accuracy,
-        rank_correlation(list(scores.values()), list(accuracy.values())),
-        walk(scores.__getitem__, total, config, checked_floor(1, total, config)),
-        maps,
-        classes,
-    )
+        if held_out is None:
+            accuracy[number] = cross_validated(layer, classes)
+        else:
+            accuracy[number] = probe().fit(layer, classes).score(held_out[0][number], held_out[1])
+    total = len(layers)
+    selection = walk(scores.__getitem__, total, config.alpha, checked_floor(1, total, config))
+    correlation = rank_correlation(list(scores.values()), list(accuracy.values()))
+    return LayerAnalysis(scores, accuracy, correlation, selection, maps, classes)
 
 
 def probe() -> Any:

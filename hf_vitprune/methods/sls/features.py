@@ -1,19 +1,18 @@
-"""The features that layers are judged by: one vector an image and layer, by one pass over the data."""
+"""The features that layers are judged by: one vector an image and layer, by one pass over the data or as given."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
-from ...errors import InvalidConfigError, InvalidDataError
+from ...errors import InvalidDataError
+from ...losses.features import FeatureReader
 from ...spec.architecture import Architecture, unwrap
 from ...utils.batches import ImageBatches, run_images
 from ...utils.examples import processed
@@ -24,19 +23,22 @@ from .config import SLSConfig
 
 logger = logging.getLogger(__name__)
 
+#: so many images make t-SNE take minutes a layer
+MANY_IMAGES = 10_000
+
 
 def extract_features(
     model: Any, data: Any, config: SLSConfig | None = None, layers: Sequence[int] | None = None
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """Features of every layer's raw output (before the final norm), in eval mode and float32, by one pass.
 
-    The feature of an image is its class token, or the mean over its patch tokens; of a Swin layer that ends a stage,
-    after the stage's patch merging. The model is given back in the mode that it was in.
+    The feature of an image is its class token, or where the model has none, the mean over its patch tokens; of a Swin
+    layer that ends a stage, after the stage's patch merging. The model is given back in the mode that it was in.
 
     Args:
         model: stock, pruned, PEFT or PruningModel.
         data: images with class labels; anything that ``ImageBatches`` takes.
-        config: ``pooling``, ``batch_size`` and ``max_samples`` are read.
+        config: ``batch_size`` and ``max_samples`` are read.
         layers: layer numbers from 1; None for all.
 
     Returns:
@@ -44,52 +46,64 @@ def extract_features(
         images whose class is negative (-100, for no label).
 
     Raises:
-        InvalidDataError: no labels, labels that are no classes, or features that are not finite.
-        InvalidConfigError: ``pooling="cls"`` and the model has no class token.
+        InvalidDataError: no labels, or labels that are no classes.
         UnsupportedModelError: no family is registered for the model.
     """
     config = config or SLSConfig()
     Architecture.of(unwrap(model)).check_looks("SLS")
     check_weights(model, "reading features")
-    data = processed(data, model)
-    batches = ImageBatches(data, batch_size=config.batch_size, limit=config.max_samples)
-    base = _in_float32(unwrap(model))
+    batches = ImageBatches(processed(data, model), batch_size=config.batch_size, limit=config.max_samples)
+    base = unwrap(model)
+    if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in base.parameters()):
+        base = copy.deepcopy(base).float()
     architecture = Architecture.of(base)
-    pool = pooling_for(architecture, config.pooling)
-    chosen = range(1, len(architecture.layers) + 1) if layers is None else layers
-    rows: dict[int, list[torch.Tensor]] = {number: [] for number in chosen}
-    labels: list[torch.Tensor] = []
+    has_class_token = architecture.family.extra_tokens_of(architecture.config) > 0
+
+    def pooled(tokens: torch.Tensor) -> torch.Tensor:
+        return (tokens[:, 0] if has_class_token else tokens.mean(1)).float().cpu()
+
+    reader = FeatureReader(base, tuple(layers or range(1, len(architecture.layers) + 1)))
+    rows, labels = [], []
     device = next(base.parameters()).device
-    with _watching(base, architecture, rows, pool), evaluating(base), torch.autocast(device.type, enabled=False):
+    with evaluating(base), torch.autocast(device.type, enabled=False):
         for batch in tqdm(batches, desc="features", leave=False, disable=None):
             labels.append(class_numbers(batch))
-            run_images(base, batch)
+            with reader.reading(pooled) as states:
+                run_images(base, batch)
+            rows.append(states)
     classes = torch.cat(labels)
     labelled = classes >= 0
-    if labelled.all():
-        return {number: torch.cat(parts) for number, parts in rows.items()}, classes
     if not labelled.any():
         raise InvalidDataError(f"all {len(classes)} images have a negative class (such as -100, for no label)")
-    logger.warning("%d of %d images have no class and are not looked at", (~labelled).sum(), len(classes))
-    return {number: torch.cat(parts)[labelled] for number, parts in rows.items()}, classes[labelled]
+    if not labelled.all():
+        logger.warning("%d of %d images have no class and are not looked at", (~labelled).sum(), len(classes))
+    return {n: torch.cat([states[n] for states in rows])[labelled] for n in reader.points}, classes[labelled]
 
 
-def check_labels(labels: Any) -> torch.Tensor:
-    """(images,) class numbers.
+def given_features(features: Any, labels: Any, config: SLSConfig) -> tuple[dict[int, np.ndarray], torch.Tensor]:
+    """Layer number -> features, and labels; of evenly spaced images where ``max_samples`` says so.
 
     Raises:
-        InvalidDataError: they are something else: several labels an image, fractions, or images without a class.
+        InvalidDataError: the features are no list of layers, or cannot be scored; or images have no class.
     """
+    if isinstance(features, (str, dict)) or not hasattr(features, "__len__") or not len(features):
+        raise InvalidDataError(
+            f"give a model and a data set, or a list of (images, channels) tensors, one a layer from the bottom up, "
+            f"and their labels; not {type(features).__name__}"
+        )
     labels = class_numbers({"labels": labels})
-    unlabelled = int((labels < 0).sum())
+    unlabelled, images = int((labels < 0).sum()), len(labels)
     if unlabelled:
         raise InvalidDataError(
-            f"{unlabelled} of {len(labels)} images have a negative class (such as -100, for no label): leave them out"
+            f"{unlabelled} of {images} images have a negative class (such as -100, for no label): leave them out"
         )
-    return labels
+    layers = {number: check_features(layer, number, images) for number, layer in enumerate(features, 1)}
+    limit = min(config.max_samples or images, images)
+    chosen = [i * images // limit for i in range(limit)]
+    return {number: layer[chosen] for number, layer in layers.items()}, labels[chosen]
 
 
-def check_features(features: Any, number: int, images: int | None = None) -> np.ndarray:
+def check_features(features: Any, number: int, images: int) -> np.ndarray:
     """(images, channels) numbers of one layer: float64 as it is, everything else in float32.
 
     Raises:
@@ -106,7 +120,7 @@ def check_features(features: Any, number: int, images: int | None = None) -> np.
             f"the features of layer {number} are (images, channels) with at least 2 channels, not of shape "
             f"{features.shape}"
         )
-    if images is not None and len(features) != images:
+    if len(features) != images:
         raise InvalidDataError(f"layer {number} has features of {len(features)} images, and there are {images} labels")
     if not np.isfinite(features).all():
         bad = int((~np.isfinite(features)).any(axis=1).sum())
@@ -117,51 +131,18 @@ def check_features(features: Any, number: int, images: int | None = None) -> np.
     return features
 
 
-class _Pool:
-    """A layer's output -> (batch, channels)."""
-
-    def __init__(self, first_patch: int | None) -> None:
-        self.first_patch = first_patch
-
-    def __call__(self, output: Any) -> torch.Tensor:
-        tokens = output[0] if isinstance(output, tuple) else output  # (batch, tokens, channels)
-        pooled = tokens[:, 0] if self.first_patch is None else tokens[:, self.first_patch :].mean(1)
-        return pooled.float().cpu()
-
-
-def pooling_for(architecture: Architecture, pooling: str) -> _Pool:
-    """How features of this kind are made of a layer's output.
+def check_classes(labels: torch.Tensor) -> np.ndarray:
+    """(images,) class numbers.
 
     Raises:
-        InvalidConfigError: ``pooling="cls"`` and the model has no class token.
+        InvalidDataError: fewer than two classes.
     """
-    special = architecture.family.extra_tokens_of(architecture.config)
-    if pooling == "cls" and not special:
-        raise InvalidConfigError(
-            f"{architecture.model_type} has no class token: leave pooling at 'auto', or set it to 'mean'"
+    classes = labels.unique()
+    if len(classes) < 2:
+        raise InvalidDataError(
+            f"layers are judged by how well classes separate, which takes at least 2 classes: all {len(labels)} "
+            f"images are of class {classes.tolist()}"
         )
-    return _Pool(None if special and pooling != "mean" else special)
-
-
-@contextlib.contextmanager
-def _watching(
-    model: nn.Module, architecture: Architecture, rows: dict[int, list[torch.Tensor]], pool: _Pool
-) -> Iterator[None]:
-    prefix = architecture.family.encoder_path(model)
-    names = architecture.family.output_names(len(architecture.layers), architecture.depths)
-
-    def keep(number: int) -> Any:
-        return lambda module, args, output: rows[number].append(pool(output))
-
-    handles = [model.get_submodule(prefix + names[n - 1]).register_forward_hook(keep(n)) for n in rows]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _in_float32(model: Any) -> Any:
-    """The model, or a copy in float32 of one in half precision."""
-    small = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
-    return copy.deepcopy(model).float() if small else model
+    if len(labels) > MANY_IMAGES:
+        logger.warning("t-SNE of %d images takes minutes a layer; SLSConfig(max_samples=...) uses fewer", len(labels))
+    return labels.numpy()

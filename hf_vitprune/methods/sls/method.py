@@ -10,10 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ...errors import InvalidDataError
-from ...utils.batches import ImageBatches, fixed_randomness
+from ...utils.batches import ImageBatches
 from ..depth import DepthMethod
 from .config import SLSConfig
-from .features import pooling_for
 from .selection import LayerSelection, checked_floor, select_layers
 
 logger = logging.getLogger(__name__)
@@ -31,24 +30,7 @@ class SLS(DepthMethod):
         self.architecture.check_looks("SLS")
         total, device = len(self.architecture.layers), next(model.parameters()).device
         self.floor = checked_floor(self.floor, total, config)
-        pooling_for(self.architecture, config.pooling)  # raises
         self.register_buffer("estimated", torch.zeros(total, dtype=torch.bool, device=device))
-
-    def check_images(self, model: Any, images: ImageBatches) -> None:
-        """As the parent's.
-
-        Raises:
-            InvalidDataError: there are no labels, by which SLS judges layers; says what goes without.
-        """
-        with fixed_randomness():
-            labelled = "labels" in next(iter(ImageBatches(images, batch_size=2, limit=2)))
-        if not labelled:
-            raise InvalidDataError(
-                "the images have no labels, and SLS keeps the layers whose features separate the classes best. "
-                "Without labels: TruncationConfig(layers='features'), which keeps those that the last layer's "
-                "features can be regained from; or images with labels, by PruningCallback(images=...)"
-            )
-        super().check_images(model, images)
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
         """Score the layers of the model on the images, and keep what the scores say. Later calls change nothing.
@@ -76,11 +58,8 @@ class SLS(DepthMethod):
         return LayerSelection.of(self.found, len(self.estimated), self.config.alpha, self.floor, estimated)
 
     def report(self) -> dict[str, Any]:
-        made = self.selection
-        if made is None:
-            return {}
-        record = made.to_dict()
-        return {name: record[name] for name in ("scores", "threshold", "reason", "estimated")}
+        record = {} if self.selection is None else self.selection.to_dict()
+        return {name: record[name] for name in ("scores", "threshold", "reason", "estimated") if name in record}
 
     def logs(self) -> dict[str, float]:
         made = self.selection

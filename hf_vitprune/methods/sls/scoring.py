@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import numpy as np
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
@@ -35,14 +32,13 @@ def tsne_map(features: np.ndarray, config: SLSConfig) -> np.ndarray:
     """
     if not np.ptp(features, axis=0).any():
         return np.zeros((len(features), 2), dtype=features.dtype)  # all alike: there is nothing to lay out
-    with _threads(config.threads):
-        tsne = TSNE(
-            n_components=2,
-            perplexity=effective_perplexity(len(features), config),
-            max_iter=config.iterations,
-            init=config.init,
-            random_state=config.seed,
-        )
+    tsne = TSNE(
+        perplexity=effective_perplexity(len(features), config),
+        max_iter=config.iterations,
+        init="pca",
+        random_state=config.seed,
+    )
+    with threadpool_limits(thread_count(config), "openmp" if config.threads is None else None):
         coordinates = tsne.fit_transform(features)
     if not np.isfinite(coordinates).all():
         raise InvalidDataError("t-SNE gave coordinates that are not finite; the features may be too large for float32")
@@ -73,15 +69,3 @@ def thread_count(config: SLSConfig) -> int:
         return config.threads
     counts = [pool["num_threads"] for pool in ThreadpoolController().info() if pool["user_api"] == "openmp"]
     return min(MOST_THREADS, max(counts, default=1))
-
-
-def _threads(count: int | None) -> contextlib.AbstractContextManager[Any]:
-    if count is not None:
-        return threadpool_limits(count)
-    pools = ThreadpoolController()
-    large = [
-        pool["filepath"]
-        for pool in pools.info()
-        if pool["user_api"] == "openmp" and pool["num_threads"] > MOST_THREADS
-    ]
-    return pools.select(filepath=large).limit(limits=MOST_THREADS) if large else contextlib.nullcontext()

@@ -34,66 +34,64 @@ FIRST_SPREAD = 1e-4
 #: that two threads do not wait for each other between them
 BLOCK = 500
 
+#: a cheap score counts when it is further from the threshold than this; in [-1, 1], low scores err by as much as high ones
+MARGIN = 0.15
+
 #: of a layer, by its number from 1
 Score = Callable[[int], float]
-#: also given the score that is high enough to be left at that
-Estimate = Callable[[int, float], float]
 
 
 class Screened:
     """Scores of layers from the top, as cheaply as the decision allows.
 
-    A cheap score counts where it is further from the threshold than ``margin``; otherwise the full one is taken. The
+    A cheap score counts where it is further from the threshold than the margin; otherwise the full one is taken. The
     last layer is always scored in full. If its cheap score is off by more than that, cheap scores are not used.
 
     Args:
         score: the full score.
         estimate: the cheap one; at least its second argument means that high.
         layers: number of layers.
-        config: ``alpha`` and ``margin`` are read.
+        alpha: the threshold is this times the last layer's score.
+        floor: the lowest layer that may be asked for.
+        threads: layers that are estimated at once, from the one asked for downwards, as the walk goes.
+        margin: see :data:`MARGIN`.
 
     Attributes:
         estimated: the layers whose score is not the full one.
     """
 
-    def __init__(self, score: Score, estimate: Estimate, layers: int, config: SLSConfig) -> None:
-        self.score, self.estimate, self.layers, self.config = score, estimate, layers, config
+    def __init__(
+        self,
+        score: Score,
+        estimate: Callable[[int, float], float],
+        layers: int,
+        alpha: float,
+        floor: int = 1,
+        threads: int = 1,
+        margin: float = MARGIN,
+    ) -> None:
+        self.score, self.estimate, self.layers, self.alpha = score, estimate, layers, alpha
+        self.floor, self.threads, self.margin = floor, threads, margin
         self.estimated: list[int] = []
-        self.top: float | None = None
-        self.trusted: bool | None = None
+        self.known: dict[int, float] = {}
+        self.top = 0.0
 
     def __call__(self, number: int) -> float:
         if number == self.layers:
             self.top = self.score(number)
             return self.top
-        assert self.top is not None, "layers are scored from the top"
-        threshold, margin = self.config.alpha * self.top, self.config.margin
-        if self.trusted is None:
-            self.trusted = abs(self.estimate(self.layers, threshold + margin) - self.top) <= margin
-        if self.trusted:
-            guess = self.estimate(number, threshold + margin)
-            if abs(guess - threshold) > margin:
+        if abs(self._estimated(self.layers) - self.top) <= self.margin:
+            guess = self._estimated(number)
+            if abs(guess - self.alpha * self.top) > self.margin:
                 self.estimated.append(number)
                 return guess
         return self.score(number)
 
-
-class Estimates:
-    """Cheap scores of several layers at once, one a thread; each is made once, whatever the number of threads.
-
-    Args:
-        estimate: the cheap score of a layer, given what is high enough.
-        lowest: the lowest layer that may be asked for.
-        threads: layers at once, from the one asked for downwards, as the walk goes.
-    """
-
-    def __init__(self, estimate: Estimate, lowest: int, threads: int) -> None:
-        self.estimate, self.lowest, self.threads = estimate, lowest, threads
-        self.known: dict[int, float] = {}
-
-    def __call__(self, number: int, enough: float) -> float:
+    def _estimated(self, number: int) -> float:
+        """The cheap score, which is made once, and with it those of the next layers down, one a thread."""
         if number not in self.known:
-            batch = range(number, max(number - self.threads, self.lowest - 1), -1)
+            batch = range(number, max(number - self.threads, self.floor - 1), -1)
+            enough = self.alpha * self.top + self.margin
             # all of them end here: scikit-learn's t-SNE crawls where another thread works beside it
             with ThreadPoolExecutor(len(batch)) as threads, threadpool_limits(1, "blas"):
                 self.known.update(zip(batch, threads.map(self.estimate, batch, repeat(enough)), strict=True))
@@ -108,25 +106,22 @@ def estimated_score(features: np.ndarray, labels: np.ndarray, config: SLSConfig,
     """
     if not np.ptp(features, axis=0).any():
         return 0.0
-    features = features.astype(np.float32)
-    perplexity = effective_perplexity(len(features), config)
 
     def clear(points: np.ndarray) -> bool:
         return enough is not None and map_score(points, labels) > enough
 
-    return map_score(quick_map(features, perplexity, config, clear), labels)
+    return map_score(quick_map(features.astype(np.float32), config, clear), labels)
 
 
-def quick_map(
-    features: np.ndarray, perplexity: float, config: SLSConfig, clear: Callable[[np.ndarray], bool] = lambda _: False
-) -> np.ndarray:
+def quick_map(features: np.ndarray, config: SLSConfig, clear: Callable[[np.ndarray], bool]) -> np.ndarray:
     """(images, 2) coordinates by t-SNE with exact gradients (van der Maaten and Hinton, 2008, equation 5).
 
     Args:
         clear: whether coordinates are good enough; asked after ``LOOKS`` steps.
     """
-    forces = _Forces(joint_probabilities(features, perplexity))
-    points = _first_points(features, config)
+    forces = _Forces(joint_probabilities(features, effective_perplexity(len(features), config)))
+    points = PCA(2, svd_solver="randomized", random_state=config.seed).fit_transform(features)
+    points = (FIRST_SPREAD * points / points[:, 0].std()).astype(np.float32)
     rate = max(len(features) / EXAGGERATION, 50.0)
     step, gains = np.zeros_like(points), np.ones_like(points)
     for number in range(EXAGGERATED_STEPS + PLAIN_STEPS):
@@ -183,16 +178,6 @@ class _Forces:
                     forces[columns] += pairs.T @ weights[rows]
         pull = factor * together - apart / total
         return 4 * (points * pull[:, 2:] - pull[:, :2])
-
-
-def _first_points(features: np.ndarray, config: SLSConfig) -> np.ndarray:
-    if config.init == "pca":
-        pca = PCA(2, svd_solver="randomized", random_state=config.seed)
-        points = pca.fit_transform(features)
-        points /= points[:, 0].std()
-    else:
-        points = np.random.RandomState(config.seed).standard_normal((len(features), 2))
-    return (FIRST_SPREAD * points).astype(np.float32)
 
 
 def joint_probabilities(features: np.ndarray, perplexity: float) -> np.ndarray:

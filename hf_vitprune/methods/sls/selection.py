@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...errors import InvalidConfigError, InvalidDataError
+from ...errors import InvalidConfigError
 from ...spec.architecture import Architecture, unwrap
 from ...spec.towers import find_tower, tower_module
 from ...surgery.read_layers import layers_needed
 from ..depth import fewest_layers
 from .config import SLSConfig
-from .features import check_features, check_labels, extract_features
+from .features import check_classes, check_features, extract_features, given_features
 from .scoring import layer_score, thread_count
-from .screening import MOST_IMAGES, Estimates, Score, Screened, estimated_score
+from .screening import MOST_IMAGES, Score, Screened, estimated_score
 
 logger = logging.getLogger(__name__)
-
-#: so many images make t-SNE take minutes a layer
-MANY_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
@@ -52,14 +47,11 @@ class LayerSelection:
     def of(
         cls, scores: dict[int, float], layers: int, alpha: float, floor: int = 1, estimated: Sequence[int] = ()
     ) -> LayerSelection:
-        """What follows from the scores of the layers from the top down to the first that fails.
+        """What follows from the scores of the layers from the top down to the first that fails; see the attributes.
 
         Args:
-            scores: layer number from 1 -> score; the last layer's among them.
-            layers: number of layers.
             alpha: the threshold is this times the last layer's score.
             floor: fewest layers that may stay.
-            estimated: layers whose score is only an estimate.
         """
         top = scores[layers]
         if not top > 0:
@@ -107,7 +99,7 @@ def select_layers(
     Raises:
         InvalidDataError: fewer than two classes, labels that are no classes, features that are not finite or do not
             match.
-        InvalidConfigError: ``min_layers`` is over the number of layers, or ``pooling`` does not fit the model.
+        InvalidConfigError: ``min_layers`` is over the number of layers.
         UnsupportedModelError: no family is registered for the model.
     """
     config = config or SLSConfig()
@@ -116,70 +108,46 @@ def select_layers(
         tower = tower_module(features_or_model, part)
         needed, _ = layers_needed(unwrap(features_or_model), find_tower(features_or_model, part), total)
         floor = checked_floor(max(needed, fewest_layers(tower, config.stages)), total, config)
-        features, labels = extract_features(tower, labels_or_dataset, config, range(floor, total + 1))
+        read, labels = extract_features(tower, labels_or_dataset, config, range(floor, total + 1))
+        features = {number: check_features(layer, number, len(labels)) for number, layer in read.items()}
     else:
         features, labels = given_features(features_or_model, labels_or_dataset, config)
         total = max(features)
         floor = checked_floor(1, total, config)
-    arrays = checked_arrays(features, labels, range(floor, total + 1))
-    classes = labels.numpy()
+    classes = check_classes(labels)
 
     def score(number: int) -> float:
-        return layer_score(arrays[number], classes, config)
+        return layer_score(features[number], classes, config)
 
     if not config.fast or len(classes) > MOST_IMAGES:
-        return walk(score, total, config, floor)
+        return walk(score, total, config.alpha, floor)
 
     def estimate(number: int, enough: float) -> float:
         # the last layer's tells whether cheap scores are to be trusted, so its map is finished
-        return estimated_score(arrays[number], classes, config, enough if number < total else None)
+        return estimated_score(features[number], classes, config, enough if number < total else None)
 
-    screened = Screened(score, Estimates(estimate, floor, thread_count(config)), total, config)
-    return replace(walk(screened, total, config, floor), estimated=tuple(screened.estimated))
+    screened = Screened(score, estimate, total, config.alpha, floor, thread_count(config))
+    return replace(walk(screened, total, config.alpha, floor), estimated=tuple(screened.estimated))
 
 
-def walk(score: Score, layers: int, config: SLSConfig, floor: int = 1) -> LayerSelection:
+def walk(score: Score, layers: int, alpha: float, floor: int = 1) -> LayerSelection:
     """Score layers from the top, and stop at the first that fails.
 
     Args:
         score: of a layer, by its number from 1.
         layers: number of layers.
-        config: ``alpha`` is read.
+        alpha: the threshold is this times the last layer's score.
         floor: fewest layers that may stay; none below is scored.
     """
     scores: dict[int, float] = {}
     for number in tqdm(range(layers, floor - 1, -1), desc="scoring layers", leave=False, disable=None):
         scores[number] = score(number)
-        selection = LayerSelection.of(scores, layers, config.alpha, floor)
+        selection = LayerSelection.of(scores, layers, alpha, floor)
         if selection.threshold is None or scores[number] < selection.threshold:
             break
     if selection.threshold is None:
         logger.warning("SLS: %s", selection.reason)
     return selection
-
-
-# ---------------------------------------------------------------------- what is given
-def given_features(features: Any, labels: Any, config: SLSConfig) -> tuple[dict[int, Any], torch.Tensor]:
-    """Layer number -> features, and labels; of evenly spaced images where ``max_samples`` says so.
-
-    Raises:
-        InvalidDataError: the features are no list of layers.
-    """
-    if isinstance(features, (str, dict)) or not hasattr(features, "__len__") or not len(features):
-        raise InvalidDataError(
-            f"give a model and a data set, or a list of (images, channels) tensors, one a layer from the bottom up, "
-            f"and their labels; not {type(features).__name__}"
-        )
-    labels = check_labels(labels)
-    images, limit = len(labels), config.max_samples
-    layers: dict[int, Any] = {
-        number: check_features(layer, number, images) for number, layer in enumerate(features, 1)
-    }
-    if limit is not None and limit < images:
-        chosen = [i * images // limit for i in range(limit)]
-        layers = {number: layer[chosen] for number, layer in layers.items()}
-        labels = labels[chosen]
-    return layers, labels
 
 
 def checked_floor(floor: int, layers: int, config: SLSConfig) -> int:
@@ -191,20 +159,3 @@ def checked_floor(floor: int, layers: int, config: SLSConfig) -> int:
     if config.min_layers > layers:
         raise InvalidConfigError(f"min_layers is {config.min_layers}, and the model has {layers} layers")
     return max(floor, config.min_layers)
-
-
-def checked_arrays(features: dict[int, Any], labels: torch.Tensor, layers: Iterable[int]) -> dict[int, np.ndarray]:
-    """The features as arrays.
-
-    Raises:
-        InvalidDataError: fewer than two classes, or features that cannot be scored.
-    """
-    classes = labels.unique()
-    if len(classes) < 2:
-        raise InvalidDataError(
-            f"layers are judged by how well classes separate, which takes at least 2 classes: all {len(labels)} "
-            f"images are of class {classes.tolist()}"
-        )
-    if len(labels) > MANY_IMAGES:
-        logger.warning("t-SNE of %d images takes minutes a layer; SLSConfig(max_samples=...) uses fewer", len(labels))
-    return {number: check_features(features[number], number, len(labels)) for number in layers}

@@ -83,8 +83,8 @@ class VTPConfig(PruningConfig):
                 raise InvalidConfigError(f"{name} {pattern!r} is no regular expression: {error}") from error
 
     @classmethod
-    def defaults_for_goal(cls) -> dict[str, Any]:
-        return {"gate_learning_rate": 1e-2}
+    def from_goal(cls, *goal: Any, **settings: Any) -> VTPConfig:
+        return super().from_goal(*goal, **{"gate_learning_rate": 1e-2, **settings})
 
     @classmethod
     def published(cls, pruning_ratio: float = 0.4, **changes: Any) -> VTPConfig:
