@@ -225,7 +225,6 @@ class LatencyTable:
         self,
         reference: Architecture,
         image_size: int | tuple[int, int] | None = None,
-        *,
         batch_size: int | None = None,
         allow_other_device: bool = False,
     ) -> LatencyMeter:

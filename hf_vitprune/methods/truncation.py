@@ -160,10 +160,11 @@ class Truncation(DepthMethod):
         """As many as the target allows."""
         dense = PruningPlan.dense(self.architecture)
         total, meter = len(dense.layers), self.config.meter(self.architecture)
-        plan = reach_target(
-            lambda removed: dense.keep_layers(range(total - removed)), total - self.floor, target, meter
-        )
-        return len(plan.layers)
+
+        def without(removed: int) -> PruningPlan:
+            return dense.keep_layers(range(total - removed))
+
+        return len(reach_target(without, total - self.floor, target, meter).layers)
 
     def _drops(self, model: Any, images: ImageBatches) -> dict[int, float]:
         """Number of layers that stay -> what is lost; accuracies from the top, until one fewer costs too much."""

@@ -34,7 +34,7 @@ FIRST_SPREAD = 1e-4
 #: that two threads do not wait for each other between them
 BLOCK = 500
 
-#: a cheap score counts when it is further from the threshold than this; in [-1, 1], low scores err by as much as high ones
+#: a cheap score counts when it is further from the threshold than this: low scores err by as much as high ones
 MARGIN = 0.15
 
 #: of a layer, by its number from 1
