@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from hf_vitprune import NViTConfig, PruningPlan, criteria, mask, prune
 from hf_vitprune.compensate import compensate_plan
 from hf_vitprune.errors import InvalidArchitectureError, InvalidPlanError, UnsupportedUnitError
-from hf_vitprune.methods.nvit.units import grouped_sets, plan_of
+from hf_vitprune.methods.nvit.groups import grouped_sets, plan_of
 from hf_vitprune.modeling.native import to_native
 from hf_vitprune.plan.layer_plan import PAD
 from hf_vitprune.spec.architecture import Architecture

@@ -14,9 +14,17 @@ from transformers import DeiTConfig, SwinConfig, ViTConfig
 from hf_vitprune import Architecture, NViTConfig
 from hf_vitprune.cost.meter import ClosedFormMeter
 from hf_vitprune.errors import InvalidConfigError, UnreachableTargetError, UnsupportedUnitError
-from hf_vitprune.methods.nvit.ranking import Sizes, fewest_groups, removals, smallest_ratio
-from hf_vitprune.methods.nvit.schedule import Schedule
-from hf_vitprune.methods.nvit.units import GroupedSet, grouped_sets, plan_of, resized
+from hf_vitprune.methods.nvit.config import Schedule
+from hf_vitprune.methods.nvit.groups import (
+    GroupedSet,
+    Sizes,
+    fewest_groups,
+    grouped_sets,
+    plan_of,
+    removals,
+    resized,
+    smallest_ratio,
+)
 from pruning_runs import SMALL_GROUPS, VIT, nvit, scatter_scores
 from tiny import CASES, make
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_vitprune.methods.nvit.trajectory import Moment
+from hf_vitprune.methods.nvit.groups import Moment
 from hf_vitprune.publish.block_report import plot_kept
 from hf_vitprune.publish.run_report import plot_predictions, plot_run
 from pruning_runs import nvit, scatter_scores

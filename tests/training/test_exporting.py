@@ -154,7 +154,7 @@ def test_nvit_has_tuned_what_it_keeps(tmp_path: Path) -> None:
 
 
 def _one_group() -> Any:
-    from hf_vitprune.methods.nvit.schedule import Schedule
+    from hf_vitprune.methods.nvit.config import Schedule
 
     return Schedule.of(nvit(target=0.5, groups_per_step=1, interval=1).pruning_config, 10)
 

@@ -1,9 +1,10 @@
-"""Settings of NViT."""
+"""Settings of NViT, and the schedule that follows from them."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ...errors import InvalidConfigError
 from ...utils.settings import (
@@ -22,6 +23,10 @@ from ..base import PruningConfig
 GROUP_SIZES = {"embedding": 16, "heads": 2, "qk": 8, "v": 8, "mlp": 16}
 KINDS = tuple(GROUP_SIZES)
 CRITERIA = ("squared_taylor", "taylor", "magnitude", "random")
+#: published: optimizer steps between prune steps
+INTERVAL = 100
+#: prune steps that a run has at least, where it has so many optimizer steps
+PRUNE_STEPS = 20
 
 
 @dataclass
@@ -55,6 +60,7 @@ class NViTConfig(PruningConfig):
         seed: of the criterion ``random``.
     """
 
+    unused: ClassVar = {"gate_learning_rate": "NViT has no gates that learn"}
     criterion: str = "squared_taylor"
     reference: bool = False
     eta: float = 0.03
@@ -72,15 +78,20 @@ class NViTConfig(PruningConfig):
         super().__post_init__()
         if self.target is None:
             raise InvalidConfigError("NViT prunes to a target: give target, the fraction of the cost that may remain")
-        if self.gate_learning_rate is not None:
-            raise InvalidConfigError("NViT has no gates that learn: leave gate_learning_rate out")
         check_one_of(self, "criterion", CRITERIA)
         check_flags(self, "reference")
         check_number("eta", self.eta)
         check_number("momentum", self.momentum, highest=1)
         if self.momentum == 1:
             raise InvalidConfigError("momentum must be under 1: at 1 no score would ever count")
-        self._check_groups()
+        given = self.group_sizes
+        if not isinstance(given, dict) or set(given) - set(KINDS):
+            raise InvalidConfigError(f"group_sizes is a dict with any of {', '.join(KINDS)}, not {given!r}")
+        self.group_sizes = {**GROUP_SIZES, **given}
+        for kind, size in self.group_sizes.items():
+            check_count(f"group_sizes[{kind!r}]", size)
+        if self.units is not None:
+            self.units = choice_of(self, "units", KINDS)
         check_counts(self, "interval", "groups_per_step", optional=True)
         if self.pruning_share is not None:
             check_positive("pruning_share", self.pruning_share, highest=1)
@@ -90,16 +101,6 @@ class NViTConfig(PruningConfig):
     @classmethod
     def rounded_to(cls, multiple: int) -> dict[str, Any]:
         return {"group_sizes": {**dict.fromkeys(KINDS, multiple), "heads": 1}}
-
-    def _check_groups(self) -> None:
-        given = self.group_sizes
-        if not isinstance(given, dict) or set(given) - set(KINDS):
-            raise InvalidConfigError(f"group_sizes is a dict with any of {', '.join(KINDS)}, not {given!r}")
-        self.group_sizes = {**GROUP_SIZES, **given}
-        for kind, size in self.group_sizes.items():
-            check_count(f"group_sizes[{kind!r}]", size)
-        if self.units is not None:
-            self.units = choice_of(self, "units", KINDS)
 
     def _check_snapshots(self, target: float) -> None:
         if not isinstance(self.snapshots, (list, tuple)):
@@ -115,3 +116,51 @@ class NViTConfig(PruningConfig):
             raise InvalidConfigError(f"there is a snapshot twice in {self.snapshots}")
         if bool(self.snapshots) != (self.snapshot_folder is not None):
             raise InvalidConfigError("snapshots and snapshot_folder go together: what to save, and where")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When groups are removed in one run, and how many.
+
+    Attributes:
+        interval: optimizer steps between prune steps.
+        count: how many prune steps there are.
+        groups: removed at each (1 at the first); None: as many as it takes to reach the target at the last.
+    """
+
+    interval: int
+    count: int
+    groups: int | None
+
+    @classmethod
+    def of(cls, config: NViTConfig, max_steps: int) -> Schedule:
+        """The schedule of a training of ``max_steps`` optimizer steps.
+
+        Raises:
+            InvalidConfigError: it has no prune step.
+        """
+        share = config.pruning_share or (0.5 if config.groups_per_step is None else 1.0)
+        steps = max(1, math.floor(max_steps * share))
+        interval = config.interval or max(1, min(INTERVAL, steps // PRUNE_STEPS))
+        if interval > steps:
+            raise InvalidConfigError(
+                f"interval={interval} leaves no prune step: pruning takes place in the first {steps} of {max_steps} "
+                f"steps (pruning_share={share:g}). Train longer, or lower interval"
+            )
+        return cls(interval, steps // interval, config.groups_per_step)
+
+    def prune_step(self, step: int) -> int:
+        """Number, from 1, of the prune step that follows this optimizer step; 0 for none."""
+        number, rest = divmod(step, self.interval)
+        return number if rest == 0 and number <= self.count else 0
+
+    def cumulative(self, prune_step: int) -> int:
+        """Groups removed in all after a prune step, where ``groups`` is given: 1, 2, 4, 6, ... at two a step."""
+        assert self.groups is not None
+        return prune_step if self.groups == 1 else max(1, self.groups * (prune_step - 1))
+
+    def due(self, prune_step: int, removed: int, missing: int) -> int:
+        """Groups to remove at a prune step: so many are removed, so many would have to go for the target now."""
+        if self.groups is None:
+            return math.ceil(missing / (self.count - prune_step + 1))
+        return self.cumulative(prune_step) - removed

@@ -18,7 +18,7 @@ from ...surgery.points import EMBEDDING, POINTS, point_name
 from ...surgery.transplant import empty_like
 from ...utils.pieces import is_spread, piece_of
 from ...utils.sharding import shaped
-from .units import GroupedSet
+from .groups import GroupedSet
 
 
 def set_masks(
@@ -26,24 +26,19 @@ def set_masks(
 ) -> None:
     """Switch off what is not ``alive`` (units,)."""
     kept = {(one.layer, one.unit): alive[one.places] for one in sets}
+    units = {point_name(i, "mlp_hidden"): kept.get((i, "mlp")) for i in range(len(architecture.layers))}
+    units[EMBEDDING] = kept.get((None, EMBEDDING))
     for i, shape in enumerate(architecture.layers):
         heads = kept.get((i, "heads"), torch.ones(shape.heads, dtype=torch.bool))
         for place, size in (("queries", shape.qk_dim), ("attention_out", shape.v_dim)):
-            kind = POINTS[place].unit
-            channels = kept.get((i, kind), torch.ones(size, dtype=torch.bool))
+            channels = kept.get((i, POINTS[place].unit), torch.ones(size, dtype=torch.bool))
             channels = channels.repeat(size // len(channels))  # rotary pairs go together
-            _set(masks, point_name(i, place), (heads[:, None] & channels[None]).flatten())
-        if (i, "mlp") in kept:
-            _set(masks, point_name(i, "mlp_hidden"), kept[i, "mlp"])
-    if (None, EMBEDDING) in kept:
-        _set(masks, EMBEDDING, kept[None, EMBEDDING])
-
-
-def _set(masks: nn.ModuleDict, name: str, alive: torch.Tensor) -> None:
-    if name in masks:
-        mask = masks[name]
-        assert isinstance(mask, UnitMask)
-        mask.set(alive)
+            units[point_name(i, place)] = (heads[:, None] & channels[None]).flatten()
+    for name, mask in masks.items():
+        there = units.get(name)
+        if there is not None:
+            assert isinstance(mask, UnitMask)
+            mask.set(there)
 
 
 class ZeroedWeights:
@@ -51,10 +46,6 @@ class ZeroedWeights:
 
     With zeros on both sides of a removed unit, every gradient at these places is zero: only what the optimizer
     remembers of earlier steps still moves them.
-
-    Args:
-        model: the model that trains.
-        plan: what stays of it.
     """
 
     def __init__(self, model: PreTrainedModel, plan: PruningPlan) -> None:
@@ -66,8 +57,12 @@ class ZeroedWeights:
             found = [(parameters[cut.source], cut.index) for cut in cuts if cut.source in parameters]
             sizes = [parameter.shape for parameter, _ in found]
         for (parameter, index), shape in zip(found, sizes, strict=True):
-            removed = {axis: _others(kept, shape[axis]).to(parameter.device) for axis, kept in index.items()}
-            removed = {axis: places for axis, places in removed.items() if len(places)}
+            removed = {}
+            for axis, kept in index.items():
+                gone = torch.ones(shape[axis], dtype=torch.bool)
+                gone[kept] = False
+                if gone.any():
+                    removed[axis] = gone.nonzero().squeeze(1).to(parameter.device)
             if removed and parameter.requires_grad:
                 self._add(parameter, shape, removed)
 
@@ -89,10 +84,3 @@ class ZeroedWeights:
             parameter.index_fill_(axis, places, 0.0)
         for values, kept in self.pieces:
             values.mul_(kept)
-
-
-def _others(kept: torch.Tensor, size: int) -> torch.Tensor:
-    """The numbers under ``size`` that are not among ``kept``."""
-    rest = torch.ones(size, dtype=torch.bool)
-    rest[kept] = False
-    return rest.nonzero().squeeze(1)

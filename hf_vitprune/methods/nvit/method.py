@@ -21,17 +21,12 @@ from ...surgery.points import attach, make_masks
 from ...utils.batches import ImageBatches
 from ...utils.processes import broadcast, is_first_process
 from ..contract import PruningMethod, Stage, Traits
-from .activations import ActivationSums
-from .average import RunningScores
-from .config import NViTConfig
-from .criteria import magnitudes, random_scores
+from .config import NViTConfig, Schedule
+from .groups import Moment, Removal, Sizes, Trajectory, fewest_groups, grouped_sets, plan_of, removals, smallest_ratio
 from .masking import ZeroedWeights, set_masks
-from .ranking import Removal, Sizes, fewest_groups, removals, smallest_ratio
-from .schedule import Schedule
-from .scores import TaylorSums, WeightSums, divisors
+from .scores import RunningScores, divisors, magnitudes, random_scores
 from .snapshots import save_run, save_snapshot
-from .trajectory import Moment, Trajectory
-from .units import grouped_sets, plan_of
+from .taylor import ActivationSums, WeightSums
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +56,7 @@ class NViT(PruningMethod):
         parts = divisors(self.architecture, self.sets, config.reference)
         self.register_buffer("divisors", parts.to(device), persistent=False)
         self._meter = config.meter(self.architecture)
-        self._sums: TaylorSums | None = None
+        self._sums: WeightSums | ActivationSums | None = None
         self._zeroed: ZeroedWeights | None = None
         self._decided = False
         self._step = 0
@@ -69,7 +64,12 @@ class NViT(PruningMethod):
         self._trained_without: int | None = None
         assert config.target is not None
         self.target = config.target
-        self._check_target()
+        lowest = smallest_ratio(self.architecture, self.sets, self._meter)
+        if lowest > self.target:
+            raise UnreachableTargetError(
+                f"a target of {self.target:.3f} of the {self._meter.metric} cannot be reached: with one group left of "
+                f"every set, {lowest:.3f} remains. Raise the target, or lower group_sizes"
+            )
         self.refresh()
         self.register_load_state_dict_post_hook(lambda method, _: method.refresh())
 
@@ -82,22 +82,11 @@ class NViT(PruningMethod):
             return None
         return replace(self.config, units=tuple(dict.fromkeys(one.unit for one in self.sets if one.layer is not None)))
 
-    def _check_target(self) -> None:
-        """An unreachable target says so before any training."""
-        lowest = smallest_ratio(self.architecture, self.sets, self._meter)
-        if lowest > self.target:
-            raise UnreachableTargetError(
-                f"a target of {self.target:.3f} of the {self._meter.metric} cannot be reached: with one group left of "
-                f"every set, {lowest:.3f} remains. Raise the target, or lower group_sizes"
-            )
-
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
         handles = attach(model, self.architecture, self.masks)
         if self.traits.decides_by == "gradients":
-            weights = WeightSums(model, self.architecture, self.sets)
-            if weights.trained:
-                self._sums = weights
-            else:
+            self._sums = WeightSums(model, self.architecture, self.sets)
+            if not self._sums.trained:
                 self._sums = ActivationSums(model, self.architecture, self.sets)
                 handles += self._sums.attach(model)
         return handles
@@ -138,7 +127,7 @@ class NViT(PruningMethod):
         self.observe(model, gradient_scale)
 
     def observe(self, model: Any, gradient_scale: float) -> None:
-        """Take in the Taylor sums of an update; see ``scores.py``."""
+        """Take in the Taylor sums of an update."""
         if self._sums is None or self.decided or self.reached:
             return
         sums = self._sums.take(gradient_scale)
@@ -159,13 +148,10 @@ class NViT(PruningMethod):
             self._zeroed.apply()
 
     def _prune(self, model: Any, schedule: Schedule, number: int) -> None:
-        order: Iterable[Removal] = self._to_target(model)
-        if schedule.groups is None:
-            listed = list(order)
-            order = listed[: schedule.due(number, self.groups, len(listed))]
-        else:
-            order = itertools.islice(order, max(0, schedule.due(number, self.groups, missing=0)))
-        self._remove(model, order)
+        order = self._to_target(model)
+        listed = list(order) if schedule.groups is None else []
+        due = schedule.due(number, self.groups, len(listed))
+        self._remove(model, itertools.islice(listed or order, max(0, due)))
         self.scores.roll()
         self._settle()
 
@@ -174,16 +160,14 @@ class NViT(PruningMethod):
         meters = {m: ClosedFormMeter(m, self.architecture, self.config.image_size) for m in ("macs", "params")}
         ratios = {f"{metric}_ratio": meter.ratio(now) for metric, meter in meters.items()}
         ratios[f"{self._meter.metric}_ratio"] = self.ratio
-        ratios |= self._taken_since_last()
-        return {"groups_removed": self.groups, "scores_not_finite": int(self.scores.spoiled), **ratios}
-
-    def _taken_since_last(self) -> dict[str, float]:
-        """Units of every set that have gone since the last row of the log, by the set's name."""
-        before, now = self.trajectory.counts(self._logged), self.trajectory.counts()
+        counts = self.trajectory.counts(self._logged), self.trajectory.counts()
         self._logged = self.groups
-        lost = [(one, old - new) for one, old, new in zip(self.sets, before, now, strict=True) if old > new]
-        names = [one.name.replace("layer ", "layer").replace(" ", "_") for one, _ in lost]
-        return {f"taken_{name}": count for name, (_, count) in zip(names, lost, strict=True)}
+        taken = {  # units that have gone since the row before
+            f"taken_{one.name.replace('layer ', 'layer').replace(' ', '_')}": before - left
+            for one, before, left in zip(self.sets, *counts, strict=True)
+            if before > left
+        }
+        return {"groups_removed": self.groups, "scores_not_finite": int(self.scores.spoiled), **ratios, **taken}
 
     # ------------------------------------------------------------------ removing groups
     def current_scores(self, model: Any) -> torch.Tensor:

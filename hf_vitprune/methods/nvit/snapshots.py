@@ -22,8 +22,7 @@ from ...plan.select import plan_keeping
 from ...pruning import prune
 from ...spec.architecture import Architecture
 from ...spec.units import set_name
-from .trajectory import Moment, Trajectory
-from .units import GroupedSet
+from .groups import GroupedSet, Moment, Trajectory
 
 RUN_FILE = "run.json"
 PLAN_FILE = "plan.json"
