@@ -15,7 +15,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_vitprune.errors import CheckpointMismatchError
 from hf_vitprune.modeling import pruned_model_class
-from hf_vitprune.modeling.pretrained import NOT_STOCK
+from hf_vitprune.modeling.folder import NOT_STOCK
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import load_pruned, prune
 from plans import plan_named, without_a_layer
