@@ -15,7 +15,7 @@ from .modeling.native import make_stock_
 from .modeling.peft_twin import is_peft, merged_twin
 from .peft import prune_peft
 from .plan.lineage import named_source
-from .plan.plan import PruningPlan
+from .plan.plan import PruningPlan, check_plan
 from .spec.architecture import Architecture, unwrap
 from .spec.towers import Tower, find_tower
 from .surgery.composite import with_masked_tower, with_tower
@@ -71,6 +71,7 @@ def prune(
     """
     if calibration is None and compensate is not False and compensate not in ("auto", "none"):
         raise InvalidConfigError(f"compensate={compensate!r} needs calibration images: pass calibration=<images>")
+    check_plan(plan)
     check_whole(model)
     tower = find_tower(model, plan.part)
     Architecture.of(unwrap(model), plan.part)  # raises where the model is not what its config says
@@ -140,6 +141,7 @@ def mask(model: Any, plan: PruningPlan) -> Any:
         InvalidPlanError: the plan is for another architecture.
         AdapterError: an adapter cannot be merged.
     """
+    check_plan(plan)
     check_present(model, "mask")
     tower = find_tower(model, plan.part)
     check_weights(unwrap(model).get_submodule(tower.path) if tower.path else model, "mask")

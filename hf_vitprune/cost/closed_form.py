@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ..families.base import pair
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
+from ..utils.settings import check_image_size
 from .skeleton import LayerTensors, Part, layer_tensors, outside
 
 
@@ -44,6 +45,7 @@ def count(model: Any, image_size: int | tuple[int, int] | None = None, part: str
 
 def cost_parts(model: Any, image_size: int | tuple[int, int] | None = None, part: str | None = None) -> list[Part]:
     """The cost part by part: ``layer i attention`` (whatever mixes its tokens), ``layer i mlp``, and the rest."""
+    check_image_size(image_size)
     architecture = Architecture.given(model, part)
     grid = architecture.family.grid(architecture.config, image_size)
     small, parts = layer_tensors(architecture), []

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
+from ..utils.settings import check_image_size
 from .closed_form import layer_parts, outer_part
 from .skeleton import Part
 
@@ -81,6 +82,7 @@ class ClosedFormMeter(CostMeter):
 
     def __init__(self, metric: str, reference: Architecture, image_size: ImageSize = None) -> None:
         super().__init__(reference)
+        check_image_size(image_size)
         self.metric = metric
         self._image_size = image_size
         self._grid = reference.family.grid(reference.config, image_size)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..spec.architecture import Architecture
-from ..spec.units import UnitSet, unit_sets
+from ..spec.units import UnitSet, check_units, unit_sets
+from ..utils.settings import check_count
 from .scores import UnitScores
 
 
@@ -23,8 +24,13 @@ def random(model: Any, seed: int = 0, units: Collection[str] | None = None, part
 
     Raises:
         UnsupportedModelError: no family is registered for the model.
+        UnsupportedUnitError: the family has not got one of the units.
+        InvalidConfigError: the seed is no whole number.
     """
+    check_count("seed", seed, least=0)
     architecture = Architecture.given(model, part)
+    if units is not None:
+        check_units(architecture, units)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(one: UnitSet) -> torch.Tensor:

@@ -16,13 +16,14 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..cost.closed_form import count, layer_parts
-from ..errors import InvalidConfigError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..families.base import pair
 from ..modeling import build
 from ..modeling.conv_mixer import GRID
 from ..modeling.structure import layer_paths
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import KERNELS, LayerShape
+from ..utils.settings import check_image_size
 from .grid import SampledGrid, StageAxes, grids_of
 from .measure import PartialFile, timed_rounds
 
@@ -319,7 +320,5 @@ def _architecture_of(model_or_config: Any) -> Architecture:
 def _image_size(architecture: Architecture, image_size: Any) -> tuple[int, int]:
     if image_size is None:
         return pair(architecture.family.sizes_config(architecture.config).image_size)
-    sides = tuple(image_size) if isinstance(image_size, (list, tuple)) else (image_size,) * 2
-    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
-        raise InvalidConfigError(f"image_size is a number of pixels or (height, width), not {image_size!r}")
-    return sides[0], sides[1]
+    check_image_size(image_size)
+    return pair(image_size)

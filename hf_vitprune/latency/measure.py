@@ -29,6 +29,7 @@ from ..errors import InvalidConfigError, LatencyTableError
 from ..families import family_of
 from ..families.base import pair
 from ..utils.modes import evaluating
+from ..utils.settings import check_image_size
 
 #: one sample takes at least this long, by repeating the call, so that the clock's grain does not show
 MIN_SAMPLE_SECONDS = 0.02
@@ -94,6 +95,7 @@ def measure_speed(
     parameter = next((p for p in first.parameters() if p.is_floating_point()), torch.empty(0))
     at = torch.device(device) if device is not None else parameter.device
     kind = parameter.dtype if dtype is None else dtype
+    check_image_size(image_size)
     height, width, channels = _image_shape(first, image_size)
     pixels = torch.randn(batch_size, channels, height, width).to(at, kind)
     with contextlib.ExitStack() as stack:

@@ -61,8 +61,7 @@ class PruningConfig:
         check_one_of(self, "target_metric", METRICS)
         if self.gate_learning_rate is not None:
             check_positive("gate_learning_rate", self.gate_learning_rate)
-        if self.image_size is not None:
-            check_image_size(self.image_size)
+        check_image_size(self.image_size)
         check_counts(self, "latency_batch_size", optional=True)
         check_flags(self, "allow_other_device")
         table = self.latency_table

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from ..errors import CheckpointMismatchError
 from ..utils.finite import check_finite
 from ..utils.upload import upload
 from .folder import adapter_beside, of_base, without_other_adapter
 from .portable import save_portable
+
+#: what transformers' save_pretrained knows; the last one by its old name, and always true
+_KEYWORDS = {*inspect.signature(PreTrainedModel.save_pretrained).parameters, "safe_serialization"}
+_KEYWORDS |= {"commit_message", "create_pr", "private", "repo_id", "revision", "tags"}
 
 
 class StrictMixin:
@@ -38,7 +45,10 @@ class StrictMixin:
         Raises:
             NotFiniteError: there are weights that are infinite or no numbers.
             PortableError: ``portable``, and the model holds what that file cannot bring along.
+            TypeError: a keyword that transformers would pass over.
         """
+        for name in kwargs.keys() - _KEYWORDS if not kwargs.get("push_to_hub") else ():
+            raise TypeError(f"save_pretrained() got an unexpected keyword argument {name!r}")
         check_finite(self, "saved", kwargs.get("state_dict"))  # type: ignore[arg-type]
         save = functools.partial(super().save_pretrained, save_original_format=save_original_format)  # type: ignore[misc]
         if portable:

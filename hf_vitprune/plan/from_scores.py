@@ -11,9 +11,9 @@ from ..cost.meter import ClosedFormMeter, CostMeter
 from ..criteria.scores import UnitScores
 from ..errors import InvalidPlanError, ScoresError
 from ..spec.architecture import Architecture
-from ..spec.units import UnitSet, channels_per_unit, has_embedding_set, unit_sets
+from ..spec.units import UnitSet, channels_per_unit, check_units, has_embedding_set, unit_sets
 from .layer_plan import Indices
-from .select import Ranking, best, check_ratio, check_units, keep_count, rounded
+from .select import Ranking, best, check_ratio, keep_count, rounded
 from .uniform import StockSizes
 
 SCOPES = ("global", "local", "isomorphic", "uniform")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from .. import criteria
 from ..errors import InvalidPlanError, VitPruneError
 from ..spec.architecture import Architecture
+from ..spec.units import check_units
 from .from_scores import MakesMeters, Selection, meter_of
 from .layer_plan import (
     PAD,
@@ -25,7 +26,7 @@ from .layer_plan import (
     layer_from_dict,
     optional_whole_numbers,
 )
-from .select import check_ratio, check_share, check_units, plan_keeping, reach_target, say_if_far_under
+from .select import check_ratio, check_share, plan_keeping, reach_target, say_if_far_under
 from .uniform import check_stock
 
 __all__ = ["PAD", "LayerPlan", "PruningPlan"]
@@ -117,6 +118,10 @@ class PruningPlan:
 
         if (target is None) == (ratio is None):
             raise InvalidPlanError("give either target (cost that stays) or ratio (share of units that goes)")
+        if ratio is not None and (target_metric != "macs" or image_size or latency_table or allow_other_device):
+            raise InvalidPlanError(
+                "a ratio counts units: what settles cost (target_metric, image_size, ...) goes with target"
+            )
         if target is not None:
             check_share("the target", target)
             meter = meter_of(source, target_metric, image_size, latency_table, allow_other_device)
@@ -363,3 +368,20 @@ class PruningPlan:
 
 def _scope(uniform: bool) -> str:
     return "uniform" if uniform else "local"
+
+
+def check_plan(plan: Any) -> None:
+    """Refuse what is no plan, naming what makes one of it.
+
+    Raises:
+        InvalidPlanError: it is none.
+    """
+    if not isinstance(plan, PruningPlan):
+        cures = {
+            dict: "PruningPlan.from_dict",
+            str: "PruningPlan.load",
+            Path: "PruningPlan.load",
+            criteria.UnitScores: "PruningPlan.from_scores",
+        }
+        cure = next((f": {cure} makes one of it" for kind, cure in cures.items() if isinstance(plan, kind)), "")
+        raise InvalidPlanError(f"plan is a PruningPlan, not a {type(plan).__name__}{cure}")

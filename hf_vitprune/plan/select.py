@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -10,9 +10,9 @@ import torch
 from transformers.utils import logging
 
 from ..cost.meter import CostMeter
-from ..errors import InvalidPlanError, UnreachableTargetError, UnsupportedUnitError
+from ..errors import InvalidPlanError, UnreachableTargetError
 from ..spec.architecture import Architecture
-from ..spec.units import DEFAULT_UNITS, LAYER_UNITS, channels_per_unit, set_name
+from ..spec.units import LAYER_UNITS, channels_per_unit, set_name
 from .layer_plan import Indices, LayerPlan
 
 
@@ -34,27 +34,6 @@ def check_share(what: str, share: Any) -> float:
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
         raise InvalidPlanError(f"{what} must lie strictly between 0 and 1, got {share!r}")
     return float(share)
-
-
-def check_units(architecture: Architecture, units: Sequence[str] | None) -> tuple[str, ...]:
-    """Units that the family has; by default all five sizes.
-
-    Raises:
-        UnsupportedUnitError: naming the unit and what the family has.
-    """
-    known = architecture.units
-    if units is None:
-        return tuple(u for u in DEFAULT_UNITS if u in known)
-    if isinstance(units, str) or not units:
-        raise UnsupportedUnitError(f"units is a non-empty list of {', '.join(sorted(known))}, got {units!r}")
-    for unit in units:
-        if unit not in known:
-            why = architecture.family.refused_units(architecture.config).get(unit)
-            raise UnsupportedUnitError(
-                f"{architecture.model_type} models have no prunable unit {unit!r}{f' ({why})' if why else ''}; "
-                f"they have {', '.join(sorted(known))}"
-            )
-    return tuple(units)
 
 
 def keep_count(size: int, ratio: float, round_to: int, what: str) -> int:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..errors import UnsupportedUnitError
 from ..families import LayerPaths
 from .architecture import Architecture
 from .layer_shape import LayerShape
@@ -204,3 +205,24 @@ def _embedding(architecture: Architecture, paths: Sequence[LayerPaths]) -> list[
             axes += [Axis(f"{linear}.weight", 1, layer=i) for linear in path.fc1] + _rows(path.fc2, layer=i)
             axes += [Axis(path.scale2, 0, layer=i)] if path.scale2 else []
     return axes
+
+
+def check_units(architecture: Architecture, units: Collection[str] | None) -> tuple[str, ...]:
+    """Units that the family has; by default all five sizes.
+
+    Raises:
+        UnsupportedUnitError: naming the unit and what the family has.
+    """
+    known = architecture.units
+    if units is None:
+        return tuple(u for u in DEFAULT_UNITS if u in known)
+    if isinstance(units, str) or not isinstance(units, Collection) or not units:
+        raise UnsupportedUnitError(f"units is a non-empty list of {', '.join(sorted(known))}, got {units!r}")
+    for unit in units:
+        if unit not in known:
+            why = architecture.family.refused_units(architecture.config).get(unit)
+            raise UnsupportedUnitError(
+                f"{architecture.model_type} models have no prunable unit {unit!r}{f' ({why})' if why else ''}; "
+                f"they have {', '.join(sorted(known))}"
+            )
+    return tuple(units)

@@ -44,8 +44,10 @@ def check_counts(settings: Any, *names: str, optional: bool = False) -> None:
 
 
 def check_image_size(value: Any) -> None:
-    """Refuse what is neither a side nor (height, width) in pixels."""
-    sides = value if isinstance(value, (tuple, list)) else (value, value)
+    """Refuse what is neither a number of pixels nor (height, width), nor None, which is the config's size."""
+    if value is None:
+        return
+    sides = value if isinstance(value, (list, tuple)) else (value,) * 2
     if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
         raise InvalidConfigError(f"image_size is a number of pixels or (height, width), not {value!r}")
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, ViTConfig
 from benchmarks.published_spvit import DENSE, PUBLISHED, published, unfolded_params
 from hf_vitprune.cost import count
 from hf_vitprune.cost.closed_form import cost_parts, removed_macs
+from hf_vitprune.cost.meter import ClosedFormMeter
 from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.modeling import build
 from hf_vitprune.plan.plan import PruningPlan
@@ -195,6 +196,16 @@ def test_published_numbers_of_convolution_shapes(name: str, folded: float, unfol
     assert cost.params == pytest.approx(folded, rel=2e-3)
     assert unfolded_params(architecture) == pytest.approx(unfolded, rel=2e-3)
     assert cost.macs == pytest.approx(macs, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "size", ["224", 0, -1, 22.4, True, (32,), (32, 32, 3), [32, "32"], {"height": 32, "width": 32}]
+)
+def test_image_sizes_that_are_none(size: Any) -> None:
+    model = make("ViTForImageClassification")
+    for call in (lambda: count(model, size), lambda: ClosedFormMeter("macs", Architecture.of(model), size)):
+        with pytest.raises(InvalidConfigError, match="image_size is a number of pixels or"):
+            call()
 
 
 #: shares of the multiply-adds that are gone of attention and of MLPs, and attention's part of what is gone

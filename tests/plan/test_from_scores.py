@@ -12,6 +12,7 @@ from hf_vitprune import PruningPlan, count, criteria, mask, prune, truncate
 from hf_vitprune.cost.meter import ClosedFormMeter
 from hf_vitprune.criteria import UnitScores
 from hf_vitprune.errors import (
+    InvalidConfigError,
     InvalidPlanError,
     LatencyTableError,
     ScoresError,
@@ -160,6 +161,9 @@ def test_impossible_requests() -> None:
         ),
         ({"target": 0.01}, UnreachableTargetError, "smallest model"),
         ({"ratio": 0.001}, InvalidPlanError, "removes no unit"),
+        ({"ratio": 0.5, "target_metric": "params"}, InvalidPlanError, "a ratio counts units"),
+        ({"ratio": 0.5, "image_size": 64}, InvalidPlanError, "a ratio counts units"),
+        ({"target": 0.5, "image_size": "64"}, InvalidConfigError, "image_size is a number of pixels"),
     ]
     for settings, error, message in requests:
         with pytest.raises(error, match=message):

@@ -11,10 +11,10 @@ from torch import nn
 from ...cost.meter import CostMeter
 from ...errors import InvalidConfigError
 from ...plan.plan import PruningPlan
-from ...plan.select import check_units, plan_keeping
+from ...plan.select import plan_keeping
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import LayerShape
-from ...spec.units import LAYER_UNITS, UnitSet, set_name, unit_sets
+from ...spec.units import LAYER_UNITS, UnitSet, check_units, set_name, unit_sets
 from .config import GROUP_SIZES, NViTConfig
 
 

@@ -13,11 +13,11 @@ from ...cost.meter import CostMeter
 from ...errors import InvalidConfigError, UnreachableTargetError, UnsupportedUnitError
 from ...plan.layer_plan import LayerPlan
 from ...plan.plan import PruningPlan
-from ...plan.select import check_units, say_if_far_under
+from ...plan.select import say_if_far_under
 from ...plan.uniform import StockSizes
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import LayerShape
-from ...spec.units import DEFAULT_UNITS, LAYER_UNITS
+from ...spec.units import DEFAULT_UNITS, LAYER_UNITS, check_units
 from ...utils.settings import check_count
 from ..base import PruningConfig
 from .allocate import Options, allocate
