@@ -163,7 +163,10 @@ def merged_base_layer(layer: Any, name: str) -> nn.Module:
     try:
         copied.merge(safe_merge=True, adapter_names=list(layer.active_adapters))
     except (ValueError, NotImplementedError, RuntimeError, AttributeError) as error:
-        raise AdapterError(f"the adapter of {name} cannot be merged into its weights: {error}") from error
+        raise AdapterError(
+            f"the adapter of {name} cannot be merged into its weights ({str(error) or type(layer).__name__}): prune "
+            "the base model (unload() gives it), and adapt the small one"
+        ) from error
     return copied.get_base_layer()
 
 

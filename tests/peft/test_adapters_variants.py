@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PolyConfig, get_peft_model
 from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 from hf_vitprune import VTPConfig, get_pruning_model
 from hf_vitprune.errors import AdapterError
 from hf_vitprune.modeling.peft_twin import tuner_layers
 from hf_vitprune.plan.plan import PruningPlan
-from hf_vitprune.pruning import truncate
+from hf_vitprune.pruning import prune, truncate
 from plans import PLANS
-from tiny import make
+from tiny import images, make
 from tiny_adapters import adapted, check
 
 VIT = "ViTForImageClassification"
@@ -55,6 +55,16 @@ def test_variants_that_are_refused(fields: dict[str, Any]) -> None:
     for call in (lambda: truncate(model, 2), lambda: get_pruning_model(model, VTPConfig(target=0.5))):
         with pytest.raises(AdapterError, match=f"{next(iter(fields))} cannot be carried over"):
             call()
+
+
+def test_layers_that_cannot_be_merged_are_named_with_the_cure() -> None:
+    """PEFT gives no reason for Poly's; the cure works."""
+    model = adapted(make(VIT), PolyConfig(r=4, target_modules=["q_proj"]))
+    plan = PruningPlan.random(model, 0.4, ["qk"])
+    with pytest.raises(AdapterError, match=r"q_proj cannot be merged into its weights \(.*Linear\): .*unload"):
+        prune(model, plan)
+    small = prune(model.unload(), plan)
+    assert small(images(2)).logits.isfinite().all()
 
 
 # ---------------------------------------------------------------------- targets, modules, flags
