@@ -7,34 +7,29 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..errors import UnsupportedModelError
-from .aimv2 import AIMV2_VISION
-from .base import UNITS, Family, LayerPaths, LayerSizes
-from .beit import BEIT
-from .clip import CLIP, CLIP_VISION
-from .data2vec import DATA2VEC_VISION
-from .deit import DEIT
-from .dinov2 import DINOV2, DINOV2_WITH_REGISTERS
+from .base import Family as Family
+from .beit import BEIT, DATA2VEC_VISION
+from .clip import CLIP, CLIP_TEXT, CLIP_VISION, SIGLIP2_TEXT, SIGLIP_TEXT
+from .dinov2 import DINOV2, DINOV2_WITH_REGISTERS, PIXIO, RADIO, RF_DETR_DINOV2, VITPOSE_BACKBONE
 from .dinov3 import DINOV3
-from .ijepa import IJEPA
 from .internvl import INTERNVL_VISION
-from .pixio import PIXIO
-from .radio import RADIO
-from .rf_detr import RF_DETR_DINOV2
-from .siglip import SIGLIP, SIGLIP_VISION
-from .siglip2 import SIGLIP2, SIGLIP2_VISION
-from .swin import SWIN
-from .swinv2 import SWINV2
-from .text import CLIP_TEXT, SIGLIP2_TEXT, SIGLIP_TEXT
+from .parts import UNITS as UNITS
+from .parts import LayerPaths as LayerPaths
+from .parts import LayerSizes as LayerSizes
+from .siglip import AIMV2_VISION, SIGLIP, SIGLIP2, SIGLIP2_VISION, SIGLIP_VISION
+from .swin import SWIN, SWINV2
 from .videomae import VIDEOMAE
-from .vit import VIT
-from .vit_mae import VIT_MAE
-from .vit_msn import VIT_MSN
-from .vitpose import VITPOSE_BACKBONE
+from .vit import DEIT, IJEPA, VIT, VIT_MAE, VIT_MSN
 
 #: prefix of the ``model_type`` of pruned models
 PRUNED_PREFIX = "pruned_"
 
-_FAMILIES: dict[str, Family] = {}
+_SHIPPED = (
+    *(VIT, DEIT, SWIN, DINOV2, DINOV2_WITH_REGISTERS, CLIP_VISION, CLIP, SIGLIP_VISION, SIGLIP, SIGLIP2_VISION),
+    *(SIGLIP2, VIT_MSN, IJEPA, VIT_MAE, VIDEOMAE, AIMV2_VISION, PIXIO, RADIO, DINOV3, BEIT, DATA2VEC_VISION, SWINV2),
+    *(INTERNVL_VISION, VITPOSE_BACKBONE, RF_DETR_DINOV2, CLIP_TEXT, SIGLIP_TEXT, SIGLIP2_TEXT),
+)
+_FAMILIES: dict[str, Family] = {family.model_type: family for family in _SHIPPED}
 
 
 def add_family(family: Family) -> None:
@@ -64,17 +59,13 @@ def base_model_type(model_type: str) -> str:
 
 def find_family(model_or_config: Any) -> Family | None:
     """The family of a transformers model or config, dense or pruned; None where there is none."""
-    config = (
-        model_or_config if isinstance(model_or_config, PreTrainedConfig) else getattr(model_or_config, "config", None)
-    )
+    is_config = isinstance(model_or_config, PreTrainedConfig)
+    config = model_or_config if is_config else getattr(model_or_config, "config", None)
     model_type = getattr(config, "model_type", None)
     family = _FAMILIES.get(base_model_type(model_type)) if isinstance(model_type, str) else None
-    refused = (
-        family is not None
-        and not isinstance(model_or_config, PreTrainedConfig)
-        and any(c.__name__ in family.refused_classes for c in type(model_or_config).__mro__)
-    )
-    return None if refused else family
+    if family is None or is_config:
+        return family
+    return None if any(c.__name__ in family.refused_classes for c in type(model_or_config).__mro__) else family
 
 
 def family_of(model_or_config: Any) -> Family:
@@ -93,51 +84,3 @@ def family_of(model_or_config: Any) -> Family:
             "with hf_vitprune.register_family, or prune a part of the model (hf_vitprune.towers lists them)"
         )
     return family
-
-
-_SHIPPED = (
-    VIT,
-    DEIT,
-    SWIN,
-    DINOV2,
-    DINOV2_WITH_REGISTERS,
-    CLIP_VISION,
-    CLIP,
-    SIGLIP_VISION,
-    SIGLIP,
-    SIGLIP2_VISION,
-    SIGLIP2,
-    VIT_MSN,
-    IJEPA,
-    VIT_MAE,
-    VIDEOMAE,
-    AIMV2_VISION,
-    PIXIO,
-    RADIO,
-    DINOV3,
-    BEIT,
-    DATA2VEC_VISION,
-    SWINV2,
-    INTERNVL_VISION,
-    VITPOSE_BACKBONE,
-    RF_DETR_DINOV2,
-    CLIP_TEXT,
-    SIGLIP_TEXT,
-    SIGLIP2_TEXT,
-)
-for _family in _SHIPPED:
-    add_family(_family)
-
-__all__ = [
-    "PRUNED_PREFIX",
-    "UNITS",
-    "Family",
-    "LayerPaths",
-    "LayerSizes",
-    "add_family",
-    "all_families",
-    "base_model_type",
-    "family_of",
-    "find_family",
-    "remove_family",
-]

@@ -9,67 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from ..errors import InvalidConfigError
 from ..utils.batches import Form
 from ..utils.mixing import InPlaceMixin
-from .features import ReadsFeatures
-
-#: Every kind of unit that a plan can remove, from the finest to the coarsest.
-UNITS = ("qk", "v", "mlp", "heads", "embedding", "layers")
+from .parts import UNITS, Depths, Grid, LayerPaths, LayerSizes
 
 
-class LayerSizes(NamedTuple):
-    """Sizes of one dense layer: residual width, attention heads, channels a head, hidden neurons of the MLP."""
-
-    embedding: int
-    heads: int
-    head_dim: int
-    mlp: int
-
-
-class LayerPaths(NamedTuple):
-    """Dotted paths, from the task model, of a layer's parts.
-
-    ``scale1`` and ``scale2`` (factors of LayerScale) and ``bias_table`` are names of parameters; None: there is none.
-    """
-
-    layer: str
-    norm1: str
-    attention: str
-    q: str
-    k: str
-    v: str
-    o: str
-    norm2: str
-    mlp: str
-    fc1: tuple[str, ...]
-    fc2: str
-    scale1: str | None
-    scale2: str | None
-    bias_table: str | None
-    #: names of further parameters with one value, row or column a head, and the axis of the heads
-    of_heads: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def per_head(self) -> tuple[tuple[str, int], ...]:
-        """All of them: name and axis."""
-        return self.of_heads if self.bias_table is None else ((self.bias_table, 1), *self.of_heads)
-
-
-def pair(size: Any) -> tuple[int, int]:
+def pair(size: Any) -> Grid:
     """(height, width) of a config field that holds an int or a pair (of symbols, while a model is being traced)."""
     if isinstance(size, (list, tuple)):
         return size[0], size[1]
     return int(size), int(size)
 
 
-def patch_grid(config: Any, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+def patch_grid(config: Any, image_size: int | Grid | None) -> Grid:
     """Patches (down, across) for an image size, the config's own by default."""
     height, width = pair(config.image_size if image_size is None else image_size)
     patch_h, patch_w = pair(config.patch_size)
@@ -77,7 +35,7 @@ def patch_grid(config: Any, image_size: int | tuple[int, int] | None) -> tuple[i
 
 
 @dataclass(frozen=True)
-class Family(ReadsFeatures):
+class Family:
     """One kind of model, found by ``config.model_type``. Paths are relative to the layer unless said otherwise."""
 
     model_type: str
@@ -101,6 +59,9 @@ class Family(ReadsFeatures):
     mlp: str = "mlp"
     fc1: tuple[str, ...] = ("fc1",)
     fc2: str = "fc2"
+    #: output projection and last Linear of the MLP, below the layer, where they lie beside attention and MLP
+    outer_o: str | None = None
+    outer_fc2: str | None = None
     scale1: str | None = None
     scale2: str | None = None
     bias_table: str | None = None
@@ -108,9 +69,12 @@ class Family(ReadsFeatures):
     ignored_inputs: tuple[str, ...] = ()
     #: norms over the residual stream outside the layers, below the encoder
     norms: tuple[str, ...] = ("layernorm",)
+    #: the same of models around the encoder, those that have them
+    outer_norms: tuple[str, ...] = ()
     units: frozenset[str] = frozenset(UNITS)
-    #: tokens that are not patches
+    #: tokens that are not patches, and fields of the config that give the numbers of more of them
     extra_tokens: int = 1
+    extra_token_fields: tuple[str, ...] = ()
     #: attribute of the config that holds the sizes ("vision_config" in two-tower configs)
     sub_config: str | None = None
     #: task classes that transformers does not load as it saved them: their small models stay Pruned ones
@@ -161,28 +125,28 @@ class Family(ReadsFeatures):
     refused_classes: tuple[str, ...] = ()
 
     # ------------------------------------------------------------------ sizes
-    def sizes_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+    def sizes_config(self, config: Any) -> Any:
         """The config that holds the encoder's sizes: the config itself, or its vision part."""
         return getattr(config, self.sub_config) if self.sub_config else config
 
-    def dense_layers(self, config: PreTrainedConfig) -> list[LayerSizes]:
+    def dense_layers(self, config: Any) -> list[LayerSizes]:
         """Sizes of every layer of the dense model that ``config`` describes."""
         c = self.sizes_config(config)
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         sizes = LayerSizes(c.hidden_size, c.num_attention_heads, head_dim, self.mlp_size(c))
         return [sizes] * c.num_hidden_layers
 
-    def mlp_size(self, c: PreTrainedConfig) -> int:
+    def mlp_size(self, c: Any) -> int:
         return c.intermediate_size
 
-    def fc1_names(self, config: PreTrainedConfig) -> tuple[str, ...]:
+    def fc1_names(self, config: Any) -> tuple[str, ...]:
         """Linears that feed the hidden neurons: one, or gate and up."""
         return self.fc1
 
-    def fc2_name(self, config: PreTrainedConfig) -> str:
+    def fc2_name(self, config: Any) -> str:
         return self.fc2
 
-    def depths(self, config: PreTrainedConfig) -> tuple[int, ...] | None:
+    def depths(self, config: Any) -> Depths:
         """Layers a stage for hierarchical families, else None."""
         return None
 
@@ -191,64 +155,108 @@ class Family(ReadsFeatures):
         return 1
 
     # ------------------------------------------------------------------ what cannot be cut
-    def units_of(self, config: PreTrainedConfig) -> frozenset[str]:
+    def units_of(self, config: Any) -> frozenset[str]:
         """Units that models of this config have."""
         return self.units - self.refused_units(config).keys()
 
-    def refused_units(self, config: PreTrainedConfig) -> dict[str, str]:
+    def refused_units(self, config: Any) -> dict[str, str]:
         """Units that models of this config cannot lose -> why not, in half a sentence."""
         return {}
 
-    def has_plain_qk(self, config: PreTrainedConfig) -> bool:
+    def has_plain_qk(self, config: Any) -> bool:
         """Whether queries and keys of models of this config meet as their Linears give them."""
         return self.plain_qk
 
-    def refused_sizes(self, config: PreTrainedConfig, layers: Sequence[Any]) -> str | None:
+    def refused_sizes(self, config: Any, layers: Sequence[Any]) -> str | None:
         """Why no model can have layers of these shapes (``LayerShape``), naming the layer; None where it can."""
-        if self.qk_pairs:
-            dense = self.dense_layers(config)[0].head_dim
-            for i, shape in enumerate(layers):
-                if shape.mixer == "attention" and (shape.qk_dim % 2 or shape.qk_dim > dense):
-                    return f"layer {i}: q/k channels are turned in pairs, and a head has {dense}; got {shape.qk_dim}"
+        for i, shape in enumerate(layers):
+            why = self.refused_attention(config, shape) if shape.mixer == "attention" else None
+            if why is not None:
+                return f"layer {i}: {why}"
+        return None
+
+    def refused_attention(self, config: Any, shape: Any) -> str | None:
+        """Why no attention can have the sizes of a ``LayerShape``; None where it can."""
+        dense = self.dense_layers(config)[0].head_dim
+        if self.qk_pairs and (shape.qk_dim % 2 or shape.qk_dim > dense):
+            return f"q/k channels are turned in pairs, and a head has {dense}; got {shape.qk_dim}"
         return None
 
     # ------------------------------------------------------------------ configs of other shapes
-    def resize_config(
-        self, config: PreTrainedConfig, hidden_size: int, num_layers: int, depths: tuple[int, ...] | None
-    ) -> None:
+    def resize_config(self, config: Any, width: int, num_layers: int, depths: Depths) -> None:
         """Set residual width and depth in place (what stock code outside the layers reads)."""
         c = self.sizes_config(config)
-        c.hidden_size = hidden_size
+        c.hidden_size = width
         c.num_hidden_layers = num_layers
+        if hasattr(c, "stage_names"):  # a backbone's config lists its stages, one a layer
+            c.stage_names = ["stem"] + [f"stage{i}" for i in range(1, num_layers + 1)]
+            kept = [name for name in c.out_features if name in c.stage_names]
+            c.set_output_features_output_indices(out_features=kept or c.stage_names[-1:], out_indices=None)
 
-    def skeleton_heads(self, config: PreTrainedConfig) -> dict[str, Any]:
+    def skeleton_heads(self, config: Any) -> dict[str, Any]:
         """Config overrides under which stock constructors accept any residual width (heads are replaced after)."""
         return {"num_attention_heads": 1}
 
-    def uniform_config(
-        self, config: PreTrainedConfig, heads: int, head_dim: int, mlp: int, hidden_size: int
-    ) -> dict[str, Any]:
+    def uniform_config(self, config: Any, heads: int, head_dim: int, mlp: int, width: int) -> dict[str, Any]:
         """Stock config fields for a model whose layers all have these sizes; ``config`` is the dense one.
 
         Raises:
             ValueError: the stock config cannot express them; the message says which field.
         """
-        fields: dict[str, Any] = {"num_attention_heads": heads, "intermediate_size": mlp}
-        if heads * head_dim != hidden_size or self.config_head_dim:
-            if not self.config_head_dim:
-                raise ValueError(
-                    f"stock {self.model_type} models have head_dim = hidden_size / heads, here "
-                    f"{heads} heads of {head_dim} at width {hidden_size}"
-                )
+        fields: dict[str, Any] = {"num_attention_heads": heads, **self.mlp_fields(config, mlp, width)}
+        if self.config_head_dim:
             fields["head_dim"] = head_dim
+        elif heads * head_dim != width:
+            raise ValueError(
+                f"stock {self.model_type} models have head_dim = hidden_size / heads, here "
+                f"{heads} heads of {head_dim} at width {width}"
+            )
         return fields
 
+    def mlp_fields(self, config: Any, mlp: int, width: int) -> dict[str, Any]:
+        """Those that give MLPs so many neurons; errors as :meth:`uniform_config`."""
+        return {"intermediate_size": mlp}
+
+    # ------------------------------------------------------------------ features that are read by their numbers
+    def read_states(self, config: Any, task: str, layers: int) -> list[int]:
+        """Hidden states (0: of the embedding) that a model reads by their numbers; none, where it reads the last.
+
+        Args:
+            config: of the model.
+            task: class name without its family prefix.
+            layers: how many it has.
+        """
+        if task != "Backbone" or self.depths(config) is not None:
+            return []
+        return [index % (layers + 1) for index in config.out_indices]
+
+    def name_states(self, config: Any, task: str, states: Sequence[int]) -> None:
+        """Set these in a config whose depth is set, in place.
+
+        Raises:
+            ValueError: it cannot name one of them; says why.
+        """
+        names = ["stem" if state == 0 else f"stage{state}" for state in states]
+        config.set_output_features_output_indices(out_features=names, out_indices=None)
+
+    def fewest_layers(self, config: Any, task: str, layers: int) -> int:
+        """How many of the bottom layers a model needs for what it reads of them."""
+        return max(1, *self.read_states(config, task, layers), 0)
+
+    def has_neck(self, config: Any, task: str) -> bool:
+        """Whether features of several layers run through modules of the dense width, which no stock config holds."""
+        return False
+
+    def neck(self, model: nn.Module) -> list[str]:
+        """Paths of the modules that the features of several layers (B, channels, height, width) enter by."""
+        return []
+
     # ------------------------------------------------------------------ inputs
-    def batches(self, config: PreTrainedConfig, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    def batches(self, config: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """A batch as those that layers can be run on one by one: without a mask, the same in every run."""
         return [batch]
 
-    def form(self, config: PreTrainedConfig) -> Form:
+    def form(self, config: Any) -> Form:
         """What ``ImageBatches`` has to give to a model of this config."""
         return Form(self.pixel_axes, partial(self.batches, config))
 
@@ -257,49 +265,50 @@ class Family(ReadsFeatures):
         """Prefix of the encoder inside ``model``: ``"vit."`` for task models, ``""`` for base models and backbones."""
         return f"{self.root}." if hasattr(model, self.root) else ""
 
+    def encoder(self, model: nn.Module) -> Any:
+        return getattr(model, self.root, model)
+
     def patch_path(self, model: nn.Module) -> str:
         """Path of the patch projection inside ``model``."""
         return self.encoder_path(model) + self.patch
 
-    def layer_names(self, num_layers: int, depths: tuple[int, ...] | None) -> list[str]:
+    def layer_names(self, num_layers: int, depths: Depths) -> list[str]:
         """Paths of all layers below the encoder."""
         return [f"{self.layers}.{i}" for i in range(num_layers)]
 
-    def output_names(self, num_layers: int, depths: tuple[int, ...] | None) -> list[str]:
+    def output_names(self, num_layers: int, depths: Depths) -> list[str]:
         """Paths below the encoder of the modules whose outputs are the features after each layer."""
         return self.layer_names(num_layers, depths)
 
-    def layer_paths(self, prefix: str, layer: str, config: PreTrainedConfig) -> LayerPaths:
+    def layer_paths(self, prefix: str, layer: str, config: Any) -> LayerPaths:
         base = prefix + layer
-
-        def at(*names: str) -> str:
-            return ".".join((base, *names))
-
+        attention, mlp = f"{base}.{self.attention}", f"{base}.{self.mlp}"
         return LayerPaths(
             layer=base,
-            norm1=at(self.norm1),
-            attention=at(self.attention),
-            q=at(self.attention, self.q),
-            k=at(self.attention, self.k),
-            v=at(self.attention, self.v),
-            o=at(self.attention, self.o),
-            norm2=at(self.norm2),
-            mlp=at(self.mlp),
-            fc1=tuple(at(self.mlp, n) for n in self.fc1_names(config)),
-            fc2=at(self.mlp, self.fc2_name(config)),
-            scale1=at(self.scale1) if self.scale1 else None,
-            scale2=at(self.scale2) if self.scale2 else None,
-            bias_table=at(self.attention, self.bias_table) if self.bias_table else None,
+            norm1=f"{base}.{self.norm1}",
+            attention=attention,
+            q=f"{attention}.{self.q}",
+            k=f"{attention}.{self.k}",
+            v=f"{attention}.{self.v}",
+            o=f"{base}.{self.outer_o}" if self.outer_o else f"{attention}.{self.o}",
+            norm2=f"{base}.{self.norm2}",
+            mlp=mlp,
+            fc1=tuple(f"{mlp}.{name}" for name in self.fc1_names(config)),
+            fc2=f"{base}.{self.outer_fc2}" if self.outer_fc2 else f"{mlp}.{self.fc2_name(config)}",
+            scale1=f"{base}.{self.scale1}" if self.scale1 else None,
+            scale2=f"{base}.{self.scale2}" if self.scale2 else None,
+            bias_table=f"{attention}.{self.bias_table}" if self.bias_table else None,
         )
 
     @property
     def output_name(self) -> str | None:
         """Path of the output projection below the attention; None where it lies beside it."""
-        return self.o
+        return None if self.outer_o else self.o
 
     def stream_norms(self, model: nn.Module) -> list[str]:
         """Paths of the norms over the residual stream outside the layers of ``model``, those that it has."""
-        names = [self.encoder_path(model) + name for name in self.norms]
+        prefix = self.encoder_path(model)
+        names = [prefix + name for name in self.norms] + list(self.outer_norms if prefix else ())
         there = {name for name, module in model.named_modules() if not isinstance(module, nn.Identity)}
         return [name for name in names if name in there]
 
@@ -308,62 +317,54 @@ class Family(ReadsFeatures):
         return self.norms[-1] if self.norms else None
 
     # ------------------------------------------------------------------ structure beyond the layers
-    def finish_structure(self, model: nn.Module, config: PreTrainedConfig, dense_hidden_size: int) -> None:
-        """Adjust what lies outside the layers after the skeleton has its new width (nothing, for most)."""
+    def finish_structure(self, model: nn.Module, config: Any, dense_width: int) -> None:
+        """Adjust what lies outside the layers after the skeleton has its new width."""
+        self.narrow_stream(model, dense_width, self.sizes_config(config).hidden_size)
 
     def narrow_stream(self, model: nn.Module, width: int, kept: int) -> None:
         """Adjust what reads a narrowed residual stream in another way than by the width of its tensors."""
 
-    def drop_scale(self, module: nn.Module, name: str) -> None:
-        """Take away the factors of LayerScale behind a branch that is gone."""
-        delattr(module, name)
-        setattr(module, name, torch.tensor(1.0, device="cpu"))  # stock code initialises what is there
-
     def without_attention(self, layer: nn.Module) -> None:
         """Take out of a layer that has another mixer, or none, what served its attention from outside of it."""
 
-    def configure_layer(self, layer: nn.Module, config: PreTrainedConfig, shifted: bool | None) -> None:
+    def configure_layer(self, layer: nn.Module, config: Any, shifted: bool | None) -> None:
         """Set attributes of a layer that depend on its place in the dense model (window shift)."""
 
     # ------------------------------------------------------------------ cost
-    def kinds(self, config: PreTrainedConfig, stages: list[int]) -> list[int]:
+    def kinds(self, config: Any, stages: list[int]) -> list[int]:
         """Kind of every layer, by what its attention costs: its stage, where layers of a stage are alike."""
         return stages
 
-    def grid(self, config: PreTrainedConfig, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    def grid(self, config: Any, image_size: int | Grid | None) -> Grid:
         """Patches (down, across) for an image size, the config's own by default."""
         return patch_grid(self.sizes_config(config), image_size)
 
-    def attention_tokens(self, config: PreTrainedConfig, grid: tuple[int, int], kind: int) -> tuple[int, int, int]:
+    def attention_tokens(self, config: Any, grid: Grid, kind: int) -> tuple[int, int, int]:
         """(tokens through the MLP, tokens through q/k/v/o, sum of squared attention lengths) for one image."""
         n = grid[0] * grid[1] + self.extra_tokens_of(config)
         return n, n, n * n
 
-    def other_attention_macs(self, config: PreTrainedConfig, heads: int, stage: int) -> int:
+    def other_attention_macs(self, config: Any, heads: int, stage: int) -> int:
         """Multiply-adds of an attention for one image besides its projections and its two products."""
         return 0
 
-    def sequences(self, config: PreTrainedConfig) -> int:
+    def sequences(self, config: Any) -> int:
         """Sequences of tokens that layers get for one image: 1, or one a window."""
         return 1
 
-    def grid_tokens(self, grid: tuple[int, int], stage: int) -> int:
+    def grid_tokens(self, grid: Grid, stage: int) -> int:
         """Patches that a convolution mixes, for one image."""
         return grid[0] * grid[1]
 
-    def extra_tokens_of(self, config: PreTrainedConfig) -> int:
-        return self.extra_tokens
+    def extra_tokens_of(self, config: Any) -> int:
+        return self.extra_tokens + sum(getattr(config, name) for name in self.extra_token_fields)
 
-    def fixed_size(self, config: PreTrainedConfig, task: str) -> bool:
+    def fixed_size(self, config: Any, task: str) -> bool:
         """Whether images must have the size of the config."""
         return False
 
     def inputs(
-        self,
-        config: PreTrainedConfig,
-        size: tuple[int, int] | None = None,
-        device: torch.device | str = "cpu",
-        task: str = "Model",
+        self, config: Any, size: Grid | None = None, device: torch.device | str = "cpu", task: str = "Model"
     ) -> dict[str, Any]:
         """What a model takes for one image: random values, without labels.
 
@@ -376,15 +377,12 @@ class Family(ReadsFeatures):
         Raises:
             InvalidConfigError: another size than the model can take.
         """
-        return self._inputs(config, size, device, task)
-
-    def _inputs(self, config: Any, size: tuple[int, int] | None, device: Any, task: str) -> dict[str, Any]:
         c = self.sizes_config(config)
         own = pair(c.image_size)
-        if size is not None and size != own and self.fixed_size(config, task):
+        other = size is not None and size != own
+        if other and self.fixed_size(config, task):
             raise InvalidConfigError(
                 f"{self.model_type} takes images of {own[0]} x {own[1]} only: leave image_size out"
             )
         pixels = torch.randn(1, c.num_channels, *(size or own), device=device)
-        resized = size is not None and size != own and self.interpolates
-        return {"pixel_values": pixels, **({"interpolate_pos_encoding": True} if resized else {})}
+        return {"pixel_values": pixels, **({"interpolate_pos_encoding": True} if other and self.interpolates else {})}

@@ -1,4 +1,4 @@
-"""BEiT: relative position biases (of every layer, or one for all), bare LayerScale factors, mean pooling.
+"""BEiT and data2vec: relative position biases (of a layer or of all), bare LayerScale factors, mean pooling.
 
 Behind the layers a feature pyramid may follow, with or without a segmentation head: its channels are its own, however
 many the config gives it, and it reads a narrowed stream as a full one.
@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
 
 from ..errors import InvalidPlanError
 from ..utils.modules import resize_tensor
-from .base import Family, LayerPaths
-from .dinov2 import follow_stages
-from .wide import WideMapsMixin, read_wide
+from .base import Family
+from .narrowed import WideMapsMixin, narrow_module
+from .parts import NESTED, LayerPaths
 
 TABLE = "relative_position_bias.relative_position_bias_table"
-
-
 SEGMENTATION = "ForSemanticSegmentation"
 #: what maps of features enter by, and what lies behind
 NECK = ("fpn", "fpn1", "fpn2", "fpn3", "fpn4")
@@ -33,30 +30,33 @@ HEADS = ("decode_head", "auxiliary_head")
 class BeitFamily(Family):
     """Position biases are added to the attention mask outside of the attention, which has a stock forward."""
 
+    scale1: str | None = "lambda_1"
+    scale2: str | None = "lambda_2"
+    norms: tuple[str, ...] = ("layernorm", "pooler.layernorm")
+    interpolates: bool = False  # they always do
     #: table of the biases that all layers share, below the encoder
     shared_table: str = "shared_position_bias.relative_position_bias_table"
 
-    def refused_units(self, config: PreTrainedConfig) -> dict[str, str]:
+    def refused_units(self, config: Any) -> dict[str, str]:
         shared = "all layers share one table of position biases (use_shared_relative_position_bias)"
         return {"heads": shared} if config.use_shared_relative_position_bias else {}
 
-    def refused_sizes(self, config: PreTrainedConfig, layers: Sequence[Any]) -> str | None:
+    def refused_attention(self, config: Any, shape: Any) -> str | None:
         shared, heads = self.refused_units(config).get("heads"), config.num_attention_heads
-        for i, shape in enumerate(layers):
-            if shared and shape.mixer == "attention" and shape.heads != heads:
-                return f"layer {i}: {shared}, and so keep all {heads} heads; got {shape.heads}"
-        return super().refused_sizes(config, layers)
+        return (
+            f"{shared}, and so keep all {heads} heads; got {shape.heads}" if shared and shape.heads != heads else None
+        )
 
-    def has_neck(self, config: PreTrainedConfig, task: str) -> bool:
+    def has_neck(self, config: Any, task: str) -> bool:
         return task == SEGMENTATION or (task == "Backbone" and config.add_fpn)
 
-    def read_states(self, config: PreTrainedConfig, task: str, layers: int) -> list[int]:
+    def read_states(self, config: Any, task: str, layers: int) -> list[int]:
         """The segmentation models count layers from 1, and read what enters a layer."""
         if task == SEGMENTATION:
             return [index % (layers + 1) - 1 for index in config.out_indices]
         return super().read_states(config, task, layers)
 
-    def name_states(self, config: PreTrainedConfig, task: str, states: Sequence[int]) -> None:
+    def name_states(self, config: Any, task: str, states: Sequence[int]) -> None:
         if task != SEGMENTATION:
             super().name_states(config, task, states)
         elif max(states) < config.num_hidden_layers:
@@ -67,42 +67,34 @@ class BeitFamily(Family):
                 "(out_indices): keep a layer above the last of them"
             )
 
-    def fewest_layers(self, config: PreTrainedConfig, task: str, layers: int) -> int:
+    def fewest_layers(self, config: Any, task: str, layers: int) -> int:
         return super().fewest_layers(config, task, layers) + (task == SEGMENTATION)
 
-    def layer_paths(self, prefix: str, layer: str, config: PreTrainedConfig) -> LayerPaths:
+    def layer_paths(self, prefix: str, layer: str, config: Any) -> LayerPaths:
         paths = super().layer_paths(prefix, layer, config)
         if config.layer_scale_init_value <= 0:
             paths = paths._replace(scale1=None, scale2=None)
-        return paths._replace(bias_table=f"{paths.layer}.{TABLE}" if config.use_relative_position_bias else None)
+        return paths._replace(bias_table=self.own_table(paths) if config.use_relative_position_bias else None)
 
-    def stream_norms(self, model: nn.Module) -> list[str]:
-        own = ["layernorm"] if self.encoder_path(model) and hasattr(model, "layernorm") else []  # of masked images
-        return super().stream_norms(model) + own
+    def own_table(self, paths: LayerPaths) -> str:
+        return f"{paths.layer}.{TABLE}"
 
     def head_norm(self, task: str) -> str | None:
         return None  # patches are averaged as they are
 
-    def resize_config(
-        self, config: PreTrainedConfig, hidden_size: int, num_layers: int, depths: tuple[int, ...] | None
-    ) -> None:
-        super().resize_config(config, hidden_size, num_layers, depths)
-        follow_stages(config, num_layers)
-
-    def finish_structure(self, model: nn.Module, config: PreTrainedConfig, dense_hidden_size: int) -> None:
-        if config.hidden_size != dense_hidden_size and self.neck(model):
-            self._make_neck(model, config, dense_hidden_size)
-            self.narrow_stream(model, dense_hidden_size, config.hidden_size)
+    def finish_structure(self, model: nn.Module, config: Any, dense_width: int) -> None:
+        if config.hidden_size != dense_width and self.neck(model):
+            self._make_neck(model, config, dense_width)
         if config.use_shared_relative_position_bias:
             name = self.encoder_path(model) + self.shared_table
-            table = model.get_parameter(name)
-            resize_tensor(model, name, (len(table), config.num_attention_heads))
+            resize_tensor(model, name, (len(model.get_parameter(name)), config.num_attention_heads))
+        super().finish_structure(model, config, dense_width)
 
     def neck(self, model: nn.Module) -> list[str]:
         there = dict(model.named_children())
         return [name for name in NECK if name in there and (name != "fpn" or type(there[name]) is not nn.Identity)]
 
-    def _make_neck(self, model: Any, config: PreTrainedConfig, width: int) -> None:
+    def _make_neck(self, model: Any, config: Any, width: int) -> None:
         """The neck and heads of a stock model of the dense width."""
         full = copy.copy(config)
         full.hidden_size, full.num_attention_heads, full.num_hidden_layers = width, 1, 1
@@ -115,19 +107,59 @@ class BeitFamily(Family):
 
     def narrow_stream(self, model: nn.Module, width: int, kept: int) -> None:
         for name in self.neck(model):
-            read_wide(model.get_submodule(name), WideMapsMixin, width, kept)
+            narrow_module(model.get_submodule(name), WideMapsMixin, width, kept)
 
     def without_attention(self, layer: nn.Module) -> None:
         layer.relative_position_bias = None  # type: ignore[assignment]
 
 
+#: what data2vec's encoder tells its attentions
+INPUTS = ("relative_position_bias", "interpolate_pos_encoding", "resolution")
+
+
+def add_biases(module: Any, attention_mask: Any, input_shape: tuple[int, ...], kwargs: dict[str, Any]) -> Any:
+    """Position biases of the layer and of all layers: (1, heads, tokens, tokens), or None."""
+    shared, interpolate, size = (kwargs.pop(name, None) for name in INPUTS)
+    if not module.has_relative_position_bias:
+        return shared
+    grid = tuple(side // module.config.patch_size for side in size)
+    own = module.relative_position_bias(grid, interpolate, dim_size=input_shape[1])
+    return own if shared is None else own + shared
+
+
+@dataclass(frozen=True)
+class Data2VecFamily(BeitFamily):
+    """BEiT with projections beside attention and MLP; a layer's table is in its attention."""
+
+    shared_table: str = "encoder.relative_position_bias.relative_position_bias_table"
+
+    def own_table(self, paths: LayerPaths) -> str:
+        return f"{paths.attention}.{TABLE}"
+
+    def has_neck(self, config: Any, task: str) -> bool:
+        return task == SEGMENTATION
+
+    def fixed_size(self, config: Any, task: str) -> bool:
+        """The pyramid lays tokens out on the config's grid."""
+        return task == SEGMENTATION
+
+    def without_attention(self, layer: nn.Module) -> None:
+        """Nothing is left behind."""
+
+
 BEIT = BeitFamily(
     model_type="beit",
     root="beit",
-    scale1="lambda_1",
-    scale2="lambda_2",
-    norms=("layernorm", "pooler.layernorm"),
+    outer_norms=("layernorm",),  # of masked images
     config_head_dim=True,
     convolutions=True,
-    interpolates=False,  # they always do
+)
+DATA2VEC_VISION = Data2VecFamily(
+    **NESTED,
+    model_type="data2vec-vision",
+    root="data2vec_vision",
+    layers="encoder.layer",
+    attention_bias=add_biases,
+    attention_inputs=("output_attentions", *INPUTS),
+    fixed_head_dim=True,  # its scale follows from the size of its heads
 )

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from .base import Family
-from .dinov2 import follow_stages
 
 
 def rotate(
@@ -26,33 +24,22 @@ def rotate(
 
 @dataclass(frozen=True)
 class Dinov3Family(Family):
-    def fc1_names(self, config: PreTrainedConfig) -> tuple[str, ...]:
+    def fc1_names(self, config: Any) -> tuple[str, ...]:
         return ("gate_proj", "up_proj") if config.use_gated_mlp else ("up_proj",)
 
-    def extra_tokens_of(self, config: PreTrainedConfig) -> int:
-        return 1 + config.num_register_tokens
-
-    def resize_config(
-        self, config: PreTrainedConfig, hidden_size: int, num_layers: int, depths: tuple[int, ...] | None
-    ) -> None:
-        super().resize_config(config, hidden_size, num_layers, depths)
-        follow_stages(config, num_layers)
-
-    def uniform_config(
-        self, config: PreTrainedConfig, heads: int, head_dim: int, mlp: int, hidden_size: int
-    ) -> dict[str, Any]:
+    def uniform_config(self, config: Any, heads: int, head_dim: int, mlp: int, width: int) -> dict[str, Any]:
         dense = config.hidden_size // config.num_attention_heads
         if head_dim != dense:
             raise ValueError(
                 f"stock {self.model_type} models make their rotary angles from head_dim, which is {head_dim} here and "
                 f"was {dense}"
             )
-        return super().uniform_config(config, heads, head_dim, mlp, hidden_size)
+        return super().uniform_config(config, heads, head_dim, mlp, width)
 
-    def finish_structure(self, model: nn.Module, config: PreTrainedConfig, dense_hidden_size: int) -> None:
+    def finish_structure(self, model: nn.Module, config: Any, dense_width: int) -> None:
         # the angles are those of the dense model's heads, of which pruned ones keep some
         rope: Any = model.rope_embeddings
-        rope.head_dim = dense_hidden_size // config.num_attention_heads
+        rope.head_dim = dense_width // config.num_attention_heads
         rope.inv_freq = nn.Buffer(torch.empty(rope.head_dim // 4), persistent=False)
 
 
@@ -67,6 +54,7 @@ DINOV3 = Dinov3Family(
     scale1="layer_scale1.lambda1",
     scale2="layer_scale2.lambda1",
     norms=("norm",),
+    extra_token_fields=("num_register_tokens",),
     rotate=rotate,
     attention_inputs=("position_embeddings",),
     qk_pairs=True,

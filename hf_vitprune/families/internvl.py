@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
 
 from ..utils.modules import resize_tensor
 from .base import Family
@@ -15,26 +13,24 @@ from .base import Family
 
 @dataclass(frozen=True)
 class InternVLFamily(Family):
-    def refused_units(self, config: PreTrainedConfig) -> dict[str, str]:
+    def refused_units(self, config: Any) -> dict[str, str]:
         if not config.use_qk_norm:
             return {}
         return dict.fromkeys(("qk", "heads"), "a norm runs over the queries of all heads together (use_qk_norm)")
 
-    def has_plain_qk(self, config: PreTrainedConfig) -> bool:
+    def has_plain_qk(self, config: Any) -> bool:
         return not config.use_qk_norm
 
-    def refused_sizes(self, config: PreTrainedConfig, layers: Sequence[Any]) -> str | None:
+    def refused_attention(self, config: Any, shape: Any) -> str | None:
         dense, normed = self.dense_layers(config)[0], self.refused_units(config).get("qk")
-        for i, shape in enumerate(layers):
-            whole = (shape.heads, shape.qk_dim) == (dense.heads, dense.head_dim)
-            if normed and shape.mixer == "attention" and not whole:
-                return (
-                    f"layer {i}: {normed}, whose {dense.heads} heads of {dense.head_dim} channels all stay; got "
-                    f"{shape.heads} of {shape.qk_dim}"
-                )
-        return super().refused_sizes(config, layers)
+        if not normed or (shape.heads, shape.qk_dim) == (dense.heads, dense.head_dim):
+            return None
+        return (
+            f"{normed}, whose {dense.heads} heads of {dense.head_dim} channels all stay; got {shape.heads} of "
+            f"{shape.qk_dim}"
+        )
 
-    def configure_layer(self, layer: nn.Module, config: PreTrainedConfig, shifted: bool | None) -> None:
+    def configure_layer(self, layer: nn.Module, config: Any, shifted: bool | None) -> None:
         """The norms of queries and keys keep the dense width, whatever the residual stream has."""
         if config.use_qk_norm:
             attention: Any = layer.attention

@@ -72,11 +72,11 @@ def resize_(model: PreTrainedModel, architecture: Architecture, kept: Sequence[i
         elif shape.mixer == "none":
             if not isinstance(get(model, paths.attention), RemovedAttention):
                 put_mixer(model, paths, RemovedAttention())
-            _drop(model, family, paths.norm1, paths.scale1)
+            _drop(model, paths.norm1, paths.scale1)
         else:
             _resize_mixer(model, family, architecture.config, paths, shape, width)
             _resize_around(model, paths.norm1, paths.scale1, width)
-        _resize_mlp(model, family, paths, shape, width)
+        _resize_mlp(model, paths, shape, width)
     finish_mixers(model, family)
 
 
@@ -244,13 +244,13 @@ def finish_mixers(model: nn.Module, family: Family) -> None:
         follow_grid(get(model, family.encoder_path(model).rstrip(".")))
 
 
-def _resize_mlp(model: PreTrainedModel, family: Family, paths: LayerPaths, shape: LayerShape, width: int) -> None:
+def _resize_mlp(model: PreTrainedModel, paths: LayerPaths, shape: LayerShape, width: int) -> None:
     if shape.mlp == 0:
         if not isinstance(get(model, paths.mlp), RemovedMlp):
             put(model, paths.mlp, RemovedMlp())
             if not paths.fc2.startswith(f"{paths.mlp}."):  # the halves of the MLP are modules side by side
                 put(model, paths.fc2, nn.Identity())
-        _drop(model, family, paths.norm2, paths.scale2)
+        _drop(model, paths.norm2, paths.scale2)
         return
     for path in paths.fc1:
         resize_linear(model, path, width if shape.mlp_in is None else shape.mlp_in, shape.mlp)
@@ -271,8 +271,10 @@ def _register_inputs(module: nn.Module, count: int | None, width: int) -> None:
         module.register_buffer("input_index", torch.arange(count, device=device))
 
 
-def _drop(model: nn.Module, family: Family, norm: str, scale: str | None) -> None:
+def _drop(model: nn.Module, norm: str, scale: str | None) -> None:
     """The norm and LayerScale of a removed branch have nothing left to do."""
     put(model, norm, nn.Identity())
     if scale is not None:
-        family.drop_scale(*owner(model, scale))
+        module, name = owner(model, scale)
+        delattr(module, name)
+        setattr(module, name, torch.tensor(1.0, device="cpu"))  # stock code initialises what is there

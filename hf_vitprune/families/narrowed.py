@@ -1,4 +1,4 @@
-"""Modules that keep the dense width behind a narrowed residual stream: pooling heads and feature pyramids."""
+"""Modules that keep the dense width where the residual stream was narrowed: pooling heads, pyramids, positions."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from torch import nn
 from ..utils.mixing import InPlaceMixin, mix_into
 
 
-class WideInputMixin(InPlaceMixin):
+class NarrowedMixin(InPlaceMixin):
+    """Knows the dense width, and by the buffer ``input_index`` (kept,) which of its channels the stream has."""
+
+    full_width: int
+
+    def narrow(self, width: int, kept: int) -> None:
+        module: Any = self
+        module.full_width = width
+        module.register_buffer("input_index", torch.arange(kept, device="meta"))
+
+
+class WideInputMixin(NarrowedMixin):
     """Reads a narrowed stream as a full one: kept channels go back to their places, the removed ones are zero."""
 
     #: of its inputs, where the channels are
     axis = -1
-
-    def widen(self, width: int, kept: int) -> None:
-        self.full_width = width
-        index = torch.arange(kept, device="meta")
-        self.register_buffer("input_index", index)  # type: ignore[attr-defined]
 
     def forward(self, hidden_state: Any, *args: Any, **kwargs: Any) -> Any:
         many = isinstance(hidden_state, (tuple, list))
@@ -38,12 +44,12 @@ class WideMapsMixin(WideInputMixin):
     axis = 1
 
 
-def read_wide(module: nn.Module, mixin: type[WideInputMixin], width: int, kept: int) -> None:
-    """Let a module of the dense width read a stream of fewer channels, in place."""
+def narrow_module(module: nn.Module, mixin: type[NarrowedMixin], width: int, kept: int) -> None:
+    """Let a module of the dense width serve a stream of ``kept`` of ``width`` channels, in place."""
     if kept == width:
         return
     known: Any = module
-    if isinstance(module, WideInputMixin):  # it was narrowed before
+    if isinstance(module, NarrowedMixin):  # it was narrowed before
         width = known.full_width
     mix_into(module, mixin)
-    known.widen(width, kept)
+    known.narrow(width, kept)
