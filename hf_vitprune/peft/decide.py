@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +17,23 @@ from ..modeling.structure import layer_paths
 from ..plan.lineage import ALTERED_WEIGHTS, digest, digest_tensor
 from ..plan.plan import PruningPlan
 from ..surgery.cuts import Cut
-from .absorb import can_absorb
+from .absorb import can_absorb, inactive_of
 from .kinds import AdapterKind, kind_named, kind_of
 from .kinds.kind import LayerCut, Tensors, adapter_tensors
-from .tower import under
 
 logger = logging.getLogger(__name__)
+
+
+def under(part: str, name: str) -> str:
+    """The name in the whole model of what is called ``name`` in the tower at ``part`` ("": the model itself)."""
+    return f"{part}.{name}" if part else name
+
+
+def cuts_with_tower(whole: Any, cuts: Mapping[str, Cut], part: str) -> dict[str, Cut]:
+    """Cuts of the tensors of a tower, as those of all tensors of the model that it is in."""
+    inside = {under(part, name): Cut(under(part, cut.source), cut.index, cut.scale) for name, cut in cuts.items()}
+    prefix = under(part, "")
+    return inside | {name: Cut(name) for name in whole.state_dict() if not name.startswith(prefix)}
 
 
 @dataclass
@@ -51,9 +64,8 @@ def decide(model: Any, stock: Any, plan: PruningPlan, cuts: dict[str, Cut], part
     Args:
         model: the PeftModel.
         stock: its plain twin.
-        plan: what stays of its tower; its new weights have names in the whole model.
+        plan: what stays of its tower at ``part``; its new weights have names in the whole model.
         cuts: of every tensor of the small model.
-        part: path of the tower.
 
     Raises:
         AdapterError: something has to be merged, and there are adapters that this would mix up.
@@ -64,7 +76,7 @@ def decide(model: Any, stock: Any, plan: PruningPlan, cuts: dict[str, Cut], part
     parts = []
     for old, layer in tuner_layers(model.get_base_model()).items():
         if old in found:
-            cut = _cut_of(kind, layer, old, found[old], cuts, shapes)
+            cut = kind.cut_of(layer, partial(_cut_of, old, found[old], cuts, shapes))
             replaced = any(name.startswith(f"{found[old]}.") for name in plan.weights)
             parts.append(Carried(old, found[old], layer, cut, replaced))
         elif kind.cannot_be_merged and old.startswith(_kept_layers(stock, plan, part)):
@@ -102,19 +114,9 @@ def _new_names(cuts: dict[str, Cut]) -> dict[str, str]:
     return found
 
 
-def _cut_of(
-    kind: AdapterKind,
-    layer: BaseTunerLayer,
-    old: str,
-    new: str,
-    cuts: dict[str, Cut],
-    shapes: dict[str, torch.Size],
-) -> LayerCut:
-    def cut(part: str) -> LayerCut:
-        tensor = f".{part}.weight" if part else ".weight"
-        return LayerCut.of(cuts.get(new + tensor, Cut("")), shapes.get(old + tensor, torch.Size()))
-
-    return kind.cut_of(layer, cut)
+def _cut_of(old: str, new: str, cuts: dict[str, Cut], shapes: dict[str, torch.Size], part: str) -> LayerCut:
+    tensor = f".{part}.weight" if part else ".weight"
+    return LayerCut.of(cuts.get(new + tensor, Cut("")), shapes.get(old + tensor, torch.Size()))
 
 
 def _kept_layers(stock: Any, plan: PruningPlan, part: str) -> tuple[str, ...]:
@@ -140,11 +142,8 @@ def _check_merges(model: Any, decision: Decision, part: str) -> None:
         )
     names = list(model.peft_config)
     what = f"{decision.kind.name} adapters of {len(decision.merged)} layers ({', '.join(decision.merged[:3])}, ...)"
-    if len(names) > 1 or any(
-        set(layer._get_available_adapters()) - set(layer.active_adapters)
-        for name, layer in tuner_layers(model.get_base_model()).items()
-        if name in decision.merged
-    ):
+    layers = tuner_layers(model.get_base_model())
+    if len(names) > 1 or any(inactive_of(layers[name]) for name in decision.merged):
         raise AdapterError(
             f"the {what} cannot be sliced and would have to be merged, which ends the choice between {names}; keep "
             "one adapter, active (delete_adapter), or merge before pruning"

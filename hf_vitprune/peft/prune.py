@@ -16,14 +16,12 @@ from ..spec.towers import find_tower
 from ..surgery.composite import with_tower
 from ..surgery.cuts import Cut, find_cuts
 from ..surgery.transplant import check_plan, prune_plain, resized_copy
-from .absorb import absorb, active_of
-from .configs import lora_config, pruned_config
-from .decide import Decision, altered_weights, decide, shared_tensors
+from .absorb import absorb, active_of, verify_layer
+from .decide import Decision, altered_weights, cuts_with_tower, decide, shared_tensors, under
 from .kinds import kind_of
 from .kinds.kind import adapter_tensors
 from .record import pruning_record
-from .tower import cuts_with_tower, under
-from .verify import verify_layer
+from .types import lora_config, pruned_config
 
 logger = logging.getLogger(__name__)
 

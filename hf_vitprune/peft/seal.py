@@ -1,14 +1,14 @@
 """Adapters that PEFT's own calls put on a pruned model: their configs take the record of that model along.
 
 ``get_peft_model(pruned, LoraConfig(...))`` makes a LORA adapter, which any model with layers of the targets' sizes
-would take. What is saved is of type VITPRUNE_LORA instead. Nothing in PEFT is changed for this: PEFT stores the
-configs on the base model, and a pruned model seals what is stored there. One of a stock class, which may have been
-loaded, is known as pruned by its config; torch tells when a tuner takes it.
+would take. What is saved is of type VITPRUNE_LORA instead. Nothing in PEFT is changed for this: torch tells when a
+tuner takes a model, a pruned one is known by its config, and what is about to be saved of it is sealed.
 """
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, PeftType
@@ -19,10 +19,9 @@ from transformers import PreTrainedModel
 
 from ..errors import AdapterError
 from ..modeling.peft_twin import plain_twin
-from ..modeling.pretrained import PrunedModelMixin
 from ..plan.lineage import lineage_of
 from ..spec.towers import towers
-from .folder import remember
+from .folder import BASE_FOLDER, ELSEWHERE, remember, watch
 from .kinds.kind import PREFIX, kind_of
 from .record import pruning_record
 from .types import pruned_config_class
@@ -81,50 +80,76 @@ def seal_all(model: Any, *_: Any) -> None:
     remember(model)
 
 
+class OwnConfigs(dict[str, Any]):
+    """Configs of the adapters of a PeftModel, copied as they come in: the caller may use its own for other models."""
+
+    def __init__(self, configs: dict[str, Any]) -> None:
+        for name, config in configs.items():
+            self[name] = config
+
+    def __setitem__(self, name: str, config: Any) -> None:
+        super().__setitem__(name, config if hasattr(config, "pruning") else copy.copy(config))
+
+
 def seal_on_saving(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    """Have the adapters sealed, whenever they are saved, on pruned models of stock classes and around pruned towers.
+    """Have the adapters of a pruned model, or around a pruned tower, sealed whenever they are saved.
 
     torch calls this for every module that is set as an attribute: a tuner sets the model that it puts adapters in, and
-    a PeftModel the tuner, with the caller's config, which may serve for other models.
+    a PeftModel the tuner, with the caller's config.
     """
     if isinstance(parent, BaseTuner) and isinstance(module, PreTrainedModel):
         if pruned_part(module) is not None and not _is_watched(module):
             module.register_state_dict_pre_hook(seal_all)
-    elif (
-        isinstance(parent, PeftModel) and isinstance(module, BaseTuner) and _is_watched(getattr(module, "model", None))
-    ):
-        unsealed = {key: config for key, config in module.peft_config.items() if not hasattr(config, "pruning")}
-        module.peft_config.update({key: copy.copy(config) for key, config in unsealed.items()})
+    elif isinstance(parent, PeftModel) and isinstance(module, BaseTuner):
+        model = getattr(module, "model", None)
+        if _is_watched(model):
+            module.peft_config = model.peft_config = OwnConfigs(module.peft_config)  # type: ignore[union-attr]
 
 
 def _is_watched(model: nn.Module | None) -> bool:
     return model is not None and seal_all in model._state_dict_pre_hooks.values()
 
 
-class SealedConfigs:
-    """``peft_config`` of models of Pruned classes. PEFT sets it when the first adapter is put in."""
+def save_pruned_peft(
+    model: Any, folder: str | Path, base: str | None = None, always_base: bool = False
+) -> Path | None:
+    """Save the adapters of a pruned PeftModel, and its base where no existing checkpoint can stand in for it.
 
-    def __get__(self, model: Any, owner: Any = None) -> Any:
-        if model is None:
-            return self
-        if "peft_config" not in model.__dict__:
-            raise AttributeError(f"{type(model).__name__} has no attribute 'peft_config'")
-        return model.__dict__["peft_config"]
+    ``model.save_pretrained(folder)`` does the same for models that ``prune`` has made. Where just layers were removed,
+    the adapters are enough: on loading, the dense checkpoint named in the adapter's config is cut down (this function
+    writes the base, too, where none is named). Otherwise the pruned base goes into ``folder/base``, and the folder is
+    whole: it may be moved, and be loaded by its own name.
 
-    def __set__(self, model: Any, configs: dict[str, Any]) -> None:
-        new = "peft_config" not in model.__dict__
-        for name, config in configs.items():
-            if not hasattr(config, "pruning"):
-                configs[name] = copy.copy(config)  # the caller may use its config for another model
-        model.__dict__["peft_config"] = configs
-        seal_all(model)
-        if new:  # adapters that are added later go into the dict unseen, and are sealed before anything is saved
-            model.register_state_dict_pre_hook(seal_all)
+    Args:
+        model: a PeftModel over a pruned model, from ``prune`` or ``get_peft_model``.
+        folder: made where it does not exist.
+        base: name or path of the pruned base where it was saved or pushed already; nothing but its name is written,
+            by later calls of ``model.save_pretrained`` either.
+        always_base: save the base also where the dense checkpoint would do.
 
-    def __delete__(self, model: Any) -> None:
-        if model.__dict__.pop("peft_config", None) is None:
-            raise AttributeError(f"{type(model).__name__} has no attribute 'peft_config'")
+    Returns:
+        The folder of the base, None where none was written.
+
+    Raises:
+        AdapterError: the model holds no adapters, or is not pruned.
+        NotFiniteError: there are weights that are not finite.
+    """
+    configs = getattr(model, "peft_config", {})
+    unsealed = [name for name, config in configs.items() if not hasattr(config, "pruning")]
+    if not configs or (unsealed and pruned_part(model.get_base_model()) is None):
+        raise AdapterError("not a PeftModel over a pruned model; save it with its own save_pretrained")
+    for name in unsealed:
+        configs[name] = pruned_adapter_config(model.get_base_model(), configs[name])
+    for config in configs.values():
+        if base is not None:
+            config.base_model_name_or_path, config.revision = base, None
+            config.pruning = {**config.pruning, "base": ELSEWHERE}
+        elif always_base or not config.base_model_name_or_path:
+            config.pruning = {**config.pruning, "base": BASE_FOLDER}
+    watch(model.get_base_model())
+    model.save_pretrained(str(folder))
+    written = Path(folder) / BASE_FOLDER
+    return None if base is not None or not written.is_dir() else written
 
 
-PrunedModelMixin.peft_config = SealedConfigs()  # type: ignore[attr-defined]
 register_module_module_registration_hook(seal_on_saving)

@@ -12,7 +12,7 @@ from ..errors import AdapterError
 from ..modeling.peft_twin import SwitchedLayers, is_shared
 from ..spec.architecture import Architecture
 from ..spec.configs import is_pruned
-from .heads import Labels, recorded_labels, set_labels
+from .record import Labels, recorded_labels, set_labels
 
 
 def share_backbone(model: PreTrainedModel) -> PreTrainedModel:
@@ -55,19 +55,6 @@ def share_backbone(model: PreTrainedModel) -> PreTrainedModel:
         model.register_forward_hook(switch.after, always_call=True)
         model.get_submodule(prefix.rstrip(".")).register_forward_pre_hook(switch.check)
     return model
-
-
-def check_first_layers(kept: list[int] | None) -> None:
-    """Refuse adapters whose layers are not the first ones, in their order.
-
-    Raises:
-        AdapterError: naming the layers.
-    """
-    if kept is None or kept != list(range(len(kept))):
-        what = "has layers narrowed or weights changed" if kept is None else f"keeps layers {kept}"
-        raise AdapterError(
-            f"a shared backbone runs its first layers, and this adapter's model {what}; load it into a base of its own"
-        )
 
 
 def target_visible_layers(model: nn.Module, config: Any) -> None:

@@ -6,30 +6,40 @@ types carries the record of its base, and PEFT without this library does not kno
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import hashlib
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftType
+from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import CONFIG_NAME, register_peft_method
+from peft.utils import CONFIG_NAME
+from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from ..errors import AdapterError
 from ..modeling.peft_twin import is_shared
-from .digest import check_digest, make_digest
-from .enumeration import add_member
 from .folder import BASE_FOLDER, base_beside, watch, write_base
-from .heads import fit_heads, recorded_labels, set_labels
-from .kinds import kind_named
-from .kinds.kind import PREFIX
-from .record import fit_base
+from .kinds import kind_named, kind_of
+from .kinds.kind import PREFIX, Tensors, add_peft_method
+from .record import fit_base, fit_heads, recorded_labels, set_labels
 from .shared import target_visible_layers
 
 #: tuners that are made of others
 EXCLUDED = ("XLORA",)
+#: fields of an adapter_config.json that say where things come from; what is pruned has its own fingerprint
+NOT_DIGESTED = {
+    "auto_mapping", "base_model_name_or_path", "digest", "inference_mode", "peft_type", "peft_version", "pruning",
+    "revision",
+}  # fmt: skip
+#: fields of a config that are rewritten for a pruned base, or belong to how the old adapter was made
+DROPPED = {
+    "peft_type", "peft_version", "auto_mapping", "pruning", "exclude_modules", "layers_to_transform", "layers_pattern",
+}  # fmt: skip
 
 
 class PrunedAdapterConfigMixin:
@@ -133,7 +143,6 @@ def pruned_config_class(kind: str) -> Any:
 
 def _register(kind: str, config_class: Any, tuner: Any, prefix: str) -> None:
     name = PREFIX + kind
-    add_member(name)
     config = dataclasses.make_dataclass(
         f"Pruned{config_class.__name__}",
         [
@@ -146,4 +155,94 @@ def _register(kind: str, config_class: Any, tuner: Any, prefix: str) -> None:
     bases = [base for base in (PrunedTunerMixin, kind_named(kind).tuner_mixin, tuner) if base is not object]
     model = type(f"Pruned{tuner.__name__}", tuple(bases), {"__module__": __name__})
     globals()[config.__name__], globals()[model.__name__] = config, model  # importable by name
-    register_peft_method(name=name.lower(), config_cls=config, model_cls=model, prefix=prefix)
+    add_peft_method(name, config, model, prefix)
+
+
+def pruned_config(config: Any, layers: Mapping[str, tuple[str, Any]], saved: list[str], record: dict[str, Any]) -> Any:
+    """The config of one adapter on the pruned base.
+
+    Args:
+        config: the old one.
+        layers: new name -> (old name, old layer) of the layers that keep this adapter.
+        saved: new names of the modules it trains as a whole.
+        record: see ``pruning_record``.
+    """
+    kind = kind_of(config)
+    made = pruned_config_class(kind.name)
+    known = {field.name for field in dataclasses.fields(made) if field.init}
+    kept = known & {field.name for field in dataclasses.fields(config)} - {*DROPPED, *kind.settings_dropped}
+    fields = {name: copy.deepcopy(getattr(config, name)) for name in kept}
+    fields["target_modules"] = sorted(layers) or DUMMY_TARGET_MODULES
+    fields["pruning"] = copy.deepcopy(record)
+    if "modules_to_save" in known:
+        fields["modules_to_save"] = saved or None
+    kind.rewrite(fields, {new: layer for new, (_, layer) in layers.items()})
+    names = {old: new for new, (old, _) in layers.items()}
+    for name in fields:
+        if name.endswith("_pattern") and isinstance(fields[name], dict):
+            fields[name] = kind.renamed_pattern(name, fields[name], names)
+    return made(**fields)
+
+
+def lora_config(config: Any, layers: Mapping[str, Tensors], adapter: str) -> Any:
+    """A LoRA config for an adapter of another kind that became LoRA, with scaling 1.
+
+    Args:
+        config: of the adapter.
+        layers: old name -> its LoRA tensors in that layer.
+        adapter: its name.
+    """
+    fields = {
+        name: copy.deepcopy(getattr(config, name))
+        for name in ("base_model_name_or_path", "revision", "task_type", "inference_mode", "bias", "modules_to_save")
+        if hasattr(config, name)
+    }
+    part = f"lora_A.{adapter}.weight"
+    ranks = {name: tensors[part][0].shape[0] for name, tensors in layers.items() if part in tensors}
+    most = max(ranks.values(), default=1)
+    smaller = {name: rank for name, rank in ranks.items() if rank != most}
+    return LoraConfig(
+        r=most,
+        lora_alpha=most,
+        lora_dropout=getattr(config, f"{kind_of(config).name.lower()}_dropout", 0.0),
+        target_modules=["*"],
+        rank_pattern=smaller,
+        alpha_pattern=dict(smaller),
+        **fields,
+    )
+
+
+def make_digest(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter_config.json computes by, in one number, with the names of the fields that it covers."""
+    names = sorted(fields.keys() - NOT_DIGESTED)
+    return {"fields": names, "sha256": _number({name: fields[name] for name in names})}
+
+
+def check_digest(fields: Mapping[str, Any], digest: Any) -> None:
+    """Compare fields as they are read with the digest beside them.
+
+    Raises:
+        AdapterError: the file was changed or damaged.
+    """
+    if isinstance(digest, dict) and isinstance(digest.get("fields"), list):
+        names = [name for name in digest["fields"] if isinstance(name, str) and name in fields]
+        if digest == {"fields": names, "sha256": _number({name: fields[name] for name in names})}:
+            return
+    raise AdapterError(
+        "adapter_config.json is not as it was saved, and would load another adapter than was trained: fetch it again, "
+        "or change settings on the loaded config"
+    )
+
+
+def _number(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(_plain(fields), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Without order where PEFT keeps none: sets of names are written as lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset, list, tuple)):
+        items = [_plain(item) for item in value]
+        return sorted(items) if all(isinstance(item, str) for item in items) else items
+    return value

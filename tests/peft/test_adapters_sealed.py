@@ -57,9 +57,11 @@ def type_in(folder: Path) -> str:
 def test_refused_by_the_dense_model_and_exact_on_its_own(cut: str, tmp_path: Path) -> None:
     config = lora()
     model = randomize(get_peft_model(small_in(tmp_path, cut), config)).eval()
-    model.add_adapter("second", lora(target_modules=["fc1"], init_lora_weights=False))
+    second = lora(target_modules=["fc1"], init_lora_weights=False)
+    model.add_adapter("second", second)
     model.save_pretrained(tmp_path / "adapter")
-    assert type(config) is LoraConfig  # it serves for other models
+    for own in (config, second):  # they serve for other models
+        assert type(own) is LoraConfig and own.peft_type == "LORA"
     for folder in (tmp_path / "adapter", tmp_path / "adapter" / "second"):
         assert type_in(folder) == "VITPRUNE_LORA"
         other = make(VIT)
@@ -180,6 +182,26 @@ def test_adapters_of_a_pruned_model_of_a_stock_class(way: str, tmp_path: Path) -
         AutoModelForImageClassification.from_pretrained(tmp_path / "adapter"),
     ):
         assert_same(run(again.eval()), run(model))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_configs_of_further_adapters_stay_the_caller_s(known: bool, tmp_path: Path) -> None:
+    small = prune(make(VIT), PruningPlan.magnitude(make(VIT), 0.5, units=["mlp"]))
+    configs = {name: lora() for name in ("default", "second", "third")}
+    model = get_peft_model(small, configs["default"])
+    if not known:  # the adapters were put on before this library was imported
+        small._state_dict_pre_hooks.clear()
+        model.base_model.peft_config = small.peft_config = dict(configs)
+    for name in list(configs)[1:]:
+        model.peft_config.pop(name, None)
+        model.add_adapter(name, configs[name])
+    save_pruned_peft(model, tmp_path / "adapter")
+    for name, config in configs.items():
+        assert type(config) is LoraConfig and config.peft_type == "LORA"
+        assert type_in(tmp_path / "adapter" / ("" if name == "default" else name)) == "VITPRUNE_LORA"
+    dense = get_peft_model(make(VIT), configs["second"])
+    dense.save_pretrained(tmp_path / "dense")
+    assert type_in(tmp_path / "dense") == "LORA"
 
 
 def test_adapters_of_dense_models_stay_stock(tmp_path: Path) -> None:

@@ -1,7 +1,4 @@
-"""Adapters on whole branches: what Convpass and RepAdapter have in common.
-
-PEFT's own methods change Linears. These two sit on a layer's attention or MLP as a whole: beside it, or in front.
-"""
+"""Adapters on a layer's whole attention or MLP (PEFT's own change Linears): what Convpass and RepAdapter share."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
@@ -29,10 +25,7 @@ class BranchConfig(PeftConfig):
         scale: factor of what the adapter adds (``s`` in the papers, which search it for every task).
         dropout: on the bottleneck's features, in training.
         target_modules: names, suffixes or a regular expression of attention and MLP modules; all of them by default.
-        exclude_modules: of those, the ones without an adapter.
-        layers_to_transform: only layers of these numbers; for ``target_modules`` given as suffixes.
-        layers_pattern: name of the list of layers, where ``layers_to_transform`` cannot find it.
-        modules_to_save: modules trained and saved as a whole, the classifier for one.
+        exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as of PEFT's own methods.
     """
 
     r: int = 8
@@ -144,21 +137,15 @@ class BranchLayer(nn.Module, BaseTunerLayer):
         self.r[name], self.scale[name] = config.r, float(config.scale)
         self.make_adapter(name, config)
         weight = self.reader(self.branch.readers[0]).weight
-        self._move_adapter_to(name, weight)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _move_adapter_to(self, name: str, weight: torch.Tensor) -> None:
         for attribute in self.adapter_layer_names:
             module = getattr(self, attribute)[name]
             if not any(tensor.is_meta for tensor in module.parameters()):
                 module.to(weight.device, weight.dtype)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def active(self) -> list[str]:
         """Adapters that act, in order."""
         return [name for name in self.active_adapters if name in self.r]
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise NotImplementedError
 
     def unmerge(self) -> None:
         """Nothing is merged."""
@@ -214,6 +201,10 @@ class BranchTuner(BaseTuner):
         if adapter_name not in self.active_adapters:  # a further adapter is not trained until it is active
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+        self.placed(layer)
+
+    def placed(self, layer: Any) -> None:
+        """A new layer is in its place."""
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # PEFT's own expects a weight in the old module

@@ -1,8 +1,4 @@
-"""Convpass: a convolution over the patch grid in parallel to attention and to the MLP (arXiv 2207.07039).
-
-Vision transformers have no bias towards neighbouring pixels, and learn it badly from few images; a bypass of 3 x 3
-convolutions on a narrow bottleneck brings it along with the adapter.
-"""
+"""Convpass: a convolution over the patch grid in parallel to attention and to the MLP (arXiv 2207.07039)."""
 
 from __future__ import annotations
 
@@ -20,9 +16,8 @@ from ...errors import AdapterError, InvalidConfigError
 from ...spec.architecture import Architecture
 from ...surgery.windows import LayerGrid, Windows
 from ...utils.settings import check_one_of
-from ..enumeration import add_peft_method
 from .branch import Branch, BranchConfig, BranchKind, BranchLayer, BranchTuner
-from .kind import register_kind
+from .kind import add_peft_method
 
 NOT_MERGEABLE = (
     "a Convpass bypass is not linear and mixes patches, so no weights of the model can take it in: it cannot be "
@@ -160,9 +155,9 @@ class ConvpassModel(BranchTuner):
         self,
         peft_config: Any,
         adapter_name: str,
-        target: nn.Module,
+        target: Any,
         target_name: str,
-        parent: nn.Module,
+        parent: Any,
         *args: Any,
         **kwargs: Any,
     ) -> None:
@@ -185,5 +180,4 @@ class ConvpassKind(BranchKind):
     cannot_be_merged = NOT_MERGEABLE
 
 
-add_peft_method("CONVPASS", ConvpassConfig, ConvpassModel)
-register_kind(ConvpassKind())
+add_peft_method("CONVPASS", ConvpassConfig, ConvpassModel, ConvpassModel.prefix)

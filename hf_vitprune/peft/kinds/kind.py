@@ -1,4 +1,4 @@
-"""What a kind of adapter says of itself so that it can be pruned with its model. One file a kind stands on this."""
+"""What a kind of adapter says of itself so that it can be pruned with its model, and PEFT's registry of them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from peft import PeftType
 from peft.tuners.lora.conversion import convert_to_lora
+from peft.utils import register_peft_method
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...errors import AdapterError
-from ...plan.layer_plan import PAD
 from ...surgery.cuts import Cut
 
 Side = Literal["in", "out", "none"]
+_KINDS: dict[str, Any] = {}
 #: name of a tensor within its layer -> the new tensor, and whether it is trained
 Tensors = dict[str, tuple[torch.Tensor, bool]]
 
@@ -59,7 +61,8 @@ class LayerCut:
 
 
 class AdapterKind:
-    """One PEFT type. As it stands: stays where a layer loses nothing, else becomes LoRA or is merged.
+    """One PEFT type; a subclass with a name is known by it. As it stands: stays where a layer loses nothing, else
+    becomes LoRA or is merged.
 
     Attributes:
         name: of the type (``"LORA"``).
@@ -69,6 +72,7 @@ class AdapterKind:
             adapter multiplies the weight elementwise, and has them from there.
         convolutions: whether it can be sliced on convolutions as well.
         changes_inputs: it acts on the input of the layer, so that nothing is to be done while all inputs stay.
+        additive: it adds ``get_delta_weight`` to the weight, whatever that is.
         settings_dropped: fields that belong to how an adapter was made.
         settings_refused: fields that cannot be said of a pruned model.
         cannot_be_merged: why, for kinds that no weights can take in.
@@ -80,10 +84,15 @@ class AdapterKind:
     scaled = ""
     convolutions = False
     changes_inputs = False
+    additive = False
     settings_dropped: tuple[str, ...] = ()
     settings_refused: tuple[str, ...] = ("target_parameters", "trainable_token_indices", "modules_to_tie")
     cannot_be_merged = ""
     tuner_mixin: type = object
+
+    def __init_subclass__(cls) -> None:
+        if cls.name:
+            _KINDS[cls.name] = cls()
 
     # ------------------------------------------------------------------ settings
     def check_config(self, config: Any) -> None:
@@ -104,20 +113,17 @@ class AdapterKind:
         return False
 
     def rewrite(self, fields: dict[str, Any], layers: Mapping[str, Any]) -> None:
-        """Settings in place, for an adapter whose weights are there already.
+        """Settings of the new config in place, as its weights are there already.
 
         Args:
-            fields: of the new config.
+            fields: of the config.
             layers: new name -> old layer, of the layers it stays on.
         """
 
     def renamed_pattern(self, field: str, pattern: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-        """Ranks or alphas that differ by layer (keys: regular expressions of names), for layers named one by one.
+        """A field of ranks or alphas that differ by layer (keys: regular expressions), for layers named one by one.
 
-        Args:
-            field: its name in the config.
-            pattern: of the old config.
-            names: old name -> new name.
+        ``names``: old name -> new name.
         """
         found = {old: get_pattern_key(list(pattern), old) for old in names}
         return {names[old]: pattern[key] for old, key in found.items() if key in pattern}
@@ -193,19 +199,11 @@ class AdapterKind:
             layer: as it is in the dense model.
             weight: the effective weight; None where only the bias is new.
         """
-        return False
+        return self.additive
 
     def take_out(self, layer: Any, base: nn.Linear, adapter: str) -> None:
         """Take an adapter's part out of the effective weight and bias that ``base`` holds, in place."""
-        raise NotImplementedError
-
-
-_KINDS: dict[str, AdapterKind] = {}
-
-
-def register_kind(kind: AdapterKind) -> None:
-    """Let adapters of the PEFT type ``kind.name`` be pruned as ``kind`` says."""
-    _KINDS[kind.name] = kind
+        base.weight.data -= layer.get_delta_weight(adapter).to(base.weight)
 
 
 def kind_named(name: str) -> AdapterKind:
@@ -228,5 +226,16 @@ def adapter_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in named if not name.startswith("base_layer.")}
 
 
-def has_padding(rows: torch.Tensor | None) -> bool:
-    return rows is not None and bool((rows == PAD).any())
+def add_peft_method(name: str, config_class: Any, tuner_class: Any, prefix: str) -> None:
+    """Make an adapter type known to PEFT under ``name`` (capitals); nothing happens where it is known already."""
+    if name in PeftType._value2member_map_:
+        return
+    member: Any = str.__new__(PeftType, name)  # the registry is open to new methods, the enumeration of names is not
+    member._name_ = member._value_ = name
+    member._sort_order_ = len(PeftType._member_names_)
+    member.__objclass__ = PeftType
+    PeftType._member_map_[name] = member
+    PeftType._member_names_.append(name)
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)
+    register_peft_method(name=name.lower(), config_cls=config_class, model_cls=tuner_class, prefix=prefix)

@@ -1,4 +1,4 @@
-"""LoRA, with rsLoRA, DoRA and biases; PEFT's other variants of it stay where their layer loses nothing."""
+"""LoRA, with rsLoRA, DoRA and biases (other variants stay where their layer loses nothing); AdaLoRA."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .kind import AdapterKind, LayerCut, Side, Tensors, has_padding, register_kind
+from ...plan.layer_plan import PAD
+from .kind import AdapterKind, LayerCut, Side, Tensors
 
 #: initialisations that leave the base weights alone
 HARMLESS_INITS = (True, False, "gaussian", "eva")
@@ -82,7 +83,7 @@ class LoraKind(AdapterKind):
     def take_out(self, layer: Any, base: nn.Linear, adapter: str) -> None:
         if adapter in getattr(layer, "lora_variant", {}):
             layer.lora_magnitude_vector[adapter].weight.data.copy_(base.weight.norm(dim=1))
-        base.weight.data -= layer.get_delta_weight(adapter).to(base.weight)
+        super().take_out(layer, base, adapter)
         if base.bias is not None and getattr(layer, "lora_bias", {}).get(adapter):
             base.bias.data -= (layer.scaling[adapter] * layer.lora_B[adapter].bias).to(base.bias)
 
@@ -98,7 +99,7 @@ def _rescale_magnitude(layer: Any, adapter: str, cut: LayerCut, sliced: Tensors)
     full = weight.to(delta.dtype) + delta
     small = cut.take(cut.take(full, "in", 1, scaled=True), "out", 0)
     norm = small.flatten(1).norm(dim=1)
-    if bool((norm == 0).any()) or has_padding(cut.rows):
+    if bool((norm == 0).any()) or (cut.rows is not None and bool((cut.rows == PAD).any())):
         return False
     if not cut.keeps_inputs:
         name = f"lora_magnitude_vector.{adapter}.weight"
@@ -108,4 +109,46 @@ def _rescale_magnitude(layer: Any, adapter: str, cut: LayerCut, sliced: Tensors)
     return True
 
 
-register_kind(LoraKind())
+class RanksResized:
+    """Tuner that gives up ranks once: PEFT does it while it loads tensors, transformers' ``load_adapter`` never."""
+
+    def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        pattern = self.peft_config[adapter_name].rank_pattern  # type: ignore[attr-defined]
+        if pattern:
+            self.__dict__.setdefault("_resized", set()).discard(adapter_name)  # of a deleted adapter of this name
+            self.resize_modules_by_rank_pattern(pattern, adapter_name)
+
+    def resize_modules_by_rank_pattern(self, rank_pattern: dict[str, Any], adapter_name: str) -> None:
+        done = self.__dict__.setdefault("_resized", set())
+        if adapter_name not in done:
+            super().resize_modules_by_rank_pattern(rank_pattern, adapter_name)  # type: ignore[misc]
+            done.add(adapter_name)
+
+
+class AdaLoraKind(LoraKind):
+    """Every layer has a rank of its own, some of which training gives up."""
+
+    name = "ADALORA"
+    sides = {"lora_A": "in", "lora_B": "out", "lora_E": "none", "ranknum": "none"}
+    convolutions = False
+    tuner_mixin = RanksResized
+
+    def renamed_pattern(self, field: str, pattern: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+        if field != "rank_pattern":
+            return super().renamed_pattern(field, pattern, names)
+        renamed = {}
+        for key, kept in pattern.items():  # the finished allocation: which ranks stay of ``<layer>.lora_E``
+            layer, tail, rest = key.partition(".lora_E")
+            if layer in names:
+                renamed[names[layer] + tail + rest] = kept
+        return renamed
+
+    def finished(self, tensor: torch.Tensor, name: str, layer: str, configs: Mapping[str, Any]) -> torch.Tensor:
+        part, adapter = name.split(".")[:2]
+        pattern = configs[adapter].rank_pattern or {}
+        kept = next((k for key, k in pattern.items() if key.startswith(f"{layer}.lora_E")), None)
+        axis = 1 if part == "lora_B" else 0
+        if kept is None or part == "ranknum" or tensor.shape[axis] != len(kept):
+            return tensor
+        return tensor.index_select(axis, torch.tensor(kept, device=tensor.device).nonzero().squeeze(1))

@@ -15,9 +15,8 @@ from torch import nn
 
 from ...errors import AdapterError, InvalidConfigError
 from ...spec.architecture import Architecture
-from ..enumeration import add_peft_method
 from .branch import Branch, BranchConfig, BranchKind, BranchLayer, BranchTuner
-from .kind import register_kind
+from .kind import add_peft_method
 
 
 @dataclass
@@ -168,5 +167,4 @@ class RepAdapterKind(BranchKind):
     changes_inputs = True
 
 
-add_peft_method("REPADAPTER", RepAdapterConfig, RepAdapterModel)
-register_kind(RepAdapterKind())
+add_peft_method("REPADAPTER", RepAdapterConfig, RepAdapterModel, RepAdapterModel.prefix)
