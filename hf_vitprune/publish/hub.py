@@ -18,7 +18,7 @@ from ..modeling.whole_config import check_portable
 from ..peft.folder import name_base
 from ..spec.architecture import unwrap
 from ..utils.finite import check_finite
-from ..utils.upload import register_upload
+from ..utils.upload import register
 from .card import CARD, model_card
 
 #: weights of an earlier push in other pieces; they would be loaded in place of, or beside, the new ones
@@ -210,4 +210,4 @@ def _line(error: BaseException | None) -> str:
     return " ".join(str(error).split())
 
 
-register_upload(push_to_hub)
+register("upload", push_to_hub)

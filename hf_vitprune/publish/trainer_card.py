@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from ..spec.architecture import unwrap
 from ..spec.configs import is_pruned
 from ..spec.towers import towers
-from ..utils.upload import register_card
+from ..utils.upload import register
 from .card import CARD, model_card
 
 
@@ -71,4 +71,4 @@ def trainer_card(
     return True
 
 
-register_card(trainer_card)
+register("card", trainer_card)

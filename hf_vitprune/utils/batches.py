@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import default_data_collator
 
 from ..errors import CheckpointMismatchError, InvalidDataError
-from .examples import Columns, examples_of
+from .examples import Rows, collate, examples_of
 from .examples import fixed_randomness as fixed_randomness
 from .finite import first_not_finite
 
@@ -34,10 +33,8 @@ class Form:
 class ImageBatches:
     """Batches ``{"pixel_values": (batch, channels, height, width), "labels": (batch,) where there are any}``.
 
-    Whatever else a collated batch has (``interpolate_pos_encoding``, ``bool_masked_pos``, ...) stays in it;
-    :func:`run_images` gives the model those that it takes.
-
-    Every pass gives the same batches in the order of the data, whatever shuffling a loader does.
+    Whatever else a collated batch has (``interpolate_pos_encoding``, ``bool_masked_pos``, ...) stays in it. Every pass
+    gives the same batches in the order of the data, whatever shuffling a loader does.
 
     Args:
         data: a tensor or array of images (images, channels, height, width), or a list of such, of one image each or of
@@ -75,9 +72,7 @@ class ImageBatches:
             as_trained = as_trained or getattr(own, "as_trained", False)
         self.form, self.as_trained = form, as_trained
         data = examples_of(data, _axes(form))
-        if isinstance(data, Mapping):
-            data = Columns(data, _axes(form))
-            collate_fn = collate_fn or data.collate
+        self.collate_fn = collate_fn or (data.collate if isinstance(data, Rows) else collate)
         if (
             isinstance(data, (IterableDataset, str, bytes))
             or not hasattr(data, "__getitem__")
@@ -95,7 +90,6 @@ class ImageBatches:
             data = Subset(data, [i * len(data) // limit for i in range(limit)])
         self.dataset: Any = data
         self.batch_size, self.shard, self.offset = batch_size, shard, offset
-        self.collate_fn = collate_fn or default_data_collator
 
     @property
     def images(self) -> int:
@@ -156,11 +150,7 @@ def _axes(form: Form | None) -> tuple[int, ...]:
 
 
 def _taken_apart(batch: dict[str, Any]) -> dict[str, Any]:
-    """Examples of several images each, as one batch of them; what is not of the images is left out.
-
-    Raises:
-        InvalidDataError: all of it is padding.
-    """
+    """Examples of several images each, as one batch of them; what is not of the images, or padding, is left out."""
     pixels = batch["pixel_values"]
     kept = (pixels != 0).flatten(2).any(2).flatten()
     if not kept.any():
@@ -191,16 +181,7 @@ _BRIGHT = 20.0
 
 
 def check_values(pixels: torch.Tensor, place: Callable[[int], int], bright: bool = False) -> None:
-    """Are these the numbers that a processor makes of images?
-
-    Args:
-        pixels: (batch, ...).
-        place: place in the batch -> number of the image, for errors.
-        bright: they may go up to 255.
-
-    Raises:
-        InvalidDataError: naming the cure; of values that are no numbers, naming the first image.
-    """
+    """Refuse what no processor makes of images; ``place`` in the batch -> number; ``bright``: they may go to 255."""
     files = "as in image files: the model's image processor makes what the model takes of them"
     if not pixels.is_floating_point():
         raise InvalidDataError(f"pixel values are {str(pixels.dtype).removeprefix('torch.')}, {files}")
@@ -253,7 +234,7 @@ def accepted(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cure(model: nn.Module, given: Mapping[str, Any]) -> str:
     name = "interpolate_pos_encoding"
-    if given.get(name) or name not in _arguments(model):
+    if given.get(name) is True or name not in _arguments(model):
         return ""
     return (
         f'. For a resolution that is not the config\'s, give {{"pixel_values": <images>, "{name}": True}}, or a '

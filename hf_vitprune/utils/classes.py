@@ -74,7 +74,8 @@ def match_classes(
     unknown = [name for name, number in zip(names, numbers, strict=True) if number is None]
     absent = [label for number, label in enumerate(labels) if number not in numbers]
     if unknown or (every and absent):
-        raise InvalidDataError(_refusal(model, names, labels, unknown, absent, doubtful, every))
+        head = f"{model} has {len(labels)} classes and the data {len(names)}"
+        raise InvalidDataError(_refusal(head, unknown, absent, doubtful, every))
     matched = tuple(number for number in numbers if number is not None)
     how = f"classes matched by name, in {model}'s own order" if matched != tuple(range(len(labels))) else ""
     if len(matched) < len(labels):
@@ -86,15 +87,10 @@ def match_classes(
 
 
 def chance_note(accuracy: float, labels: Sequence[int], what: str = "the dense model") -> str | None:
-    """What to say of a classifier that cannot be told from one that always names the most common class.
+    """One line on a classifier that cannot be told from one that always names the most common class.
 
-    Args:
-        accuracy: share of right images.
-        labels: their class numbers.
-        what: has that accuracy.
-
-    Returns:
-        One line; None where it is better by more than two standard deviations, or is over half of the way to 1.
+    None where its ``accuracy`` on images of these ``labels`` is better by more than two standard deviations, or over
+    half of the way to 1.
     """
     chance = max(Counter(labels).values()) / len(labels)
     if accuracy > chance + min(2 * math.sqrt(chance * (1 - chance) / len(labels)), (1 - chance) / 2):
@@ -178,16 +174,8 @@ def _keys(name: str) -> set[str]:
 
 
 # ---------------------------------------------------------------------- words
-def _refusal(
-    model: str,
-    names: Sequence[str],
-    labels: Sequence[str],
-    unknown: list[str],
-    absent: list[str],
-    doubtful: dict[str, str],
-    every: bool,
-) -> str:
-    text = f"{model} has {len(labels)} classes and the data {len(names)}, and they differ."
+def _refusal(head: str, unknown: list[str], absent: list[str], doubtful: dict[str, str], every: bool) -> str:
+    text = f"{head}, and they differ."
     if unknown:
         text += f" Only in the data: {_some(map(repr, unknown), len(unknown))}."
     if absent:

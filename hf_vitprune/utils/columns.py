@@ -19,11 +19,8 @@ def find_column(
     """The column that is asked for; else the first of the known names that there is, or the only one of its type.
 
     Args:
-        dataset: ``datasets.Dataset``.
-        known: names to look for.
+        dataset, source: ``datasets.Dataset``, and what errors call it.
         kind: ``"image"`` or ``"label"``.
-        source: what errors call the data.
-        asked: name of the column.
         by_type: look for the only column of images, or of numbered classes, too.
 
     Raises:
@@ -75,13 +72,7 @@ def class_names(dataset: Any, column: str) -> list[str]:
 
 
 def with_class_numbers(dataset: Any, column: str, names: Sequence[str], where: str) -> Any:
-    """The data with labels that are places in ``names``.
-
-    Args:
-        dataset: ``datasets.Dataset``.
-        column: of its labels.
-        names: of the classes.
-        where: what errors call the data.
+    """The data with labels that are places in ``names``; errors call it ``where``.
 
     Raises:
         InvalidDataError: images without a label, with several, or of a class that is not in ``names``.

@@ -19,13 +19,9 @@ def random_crops(pixels: torch.Tensor, smallest: float, seed: int) -> torch.Tens
     """Of every image a part, scaled up to the whole again (bilinear); half of them mirrored.
 
     Args:
-        pixels: (images, channels, height, width), floating point.
-        smallest: share of the image's area that a part has at least; 1: whole images. Its aspect is at most a third
-            longer or flatter than the image's.
+        pixels: (images, channels, height, width), floating point; so is the result.
+        smallest: share of the image's area that a part has at least; its aspect differs by at most a third.
         seed: what is drawn follows from it alone, on any device.
-
-    Returns:
-        The same shape.
     """
     images = len(pixels)
     area, stretch, x, y, mirror = torch.rand(5, images, generator=torch.Generator().manual_seed(seed))

@@ -14,14 +14,7 @@ import torch
 
 from ..errors import InvalidDataError
 from .classes import ClassMatch, match_classes
-from .columns import (
-    IMAGE_COLUMNS,
-    LABEL_COLUMNS,
-    class_names,
-    file_paths,
-    find_column,
-    with_class_numbers,
-)
+from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, class_names, file_paths, find_column, with_class_numbers
 from .images import check_images, reading_errors, to_rgb
 from .images import read_folder as read_folder
 from .sources import DIGITS as DIGITS
@@ -50,10 +43,9 @@ class LabelledImages:
 
     def processed(self, processor: Any, cache: bool = False) -> tuple[ProcessedImages, ProcessedImages]:
         """(training, evaluation) sets of tensors; ``cache`` keeps them all in memory."""
-        columns = self.image_column, self.label_column
-        parts = self.train, self.evaluation
         numbers = None if self.match is None else self.match.numbers
-        return tuple(ProcessedImages(part, processor, *columns, cache, numbers=numbers) for part in parts)  # type: ignore[return-value]
+        rest = processor, self.image_column, self.label_column, cache, numbers
+        return ProcessedImages(self.train, *rest), ProcessedImages(self.evaluation, *rest)
 
     @property
     def one_line(self) -> str:
@@ -63,15 +55,7 @@ class LabelledImages:
         return f"{self.source}: {number} of {len(self.label_names)} classes ({names})"
 
     def aligned_to(self, config: Any, *, every: bool = True, model: str = "the model") -> LabelledImages:
-        """The same images, with the class numbers of a classifier that has the same classes in an order of its own.
-
-        Args:
-            config: of the classifier; its ``id2label`` stays as it is.
-            every, model: as :func:`~hf_vitprune.utils.classes.match_classes`.
-
-        Raises:
-            InvalidDataError: their classes differ.
-        """
+        """The same images, with the class numbers of a classifier, by its config; see :func:`match_classes`."""
         match = match_classes(self.label_names, config.id2label, every=every, model=model)
         return replace(self, match=match)
 
@@ -94,11 +78,7 @@ class LabelledImages:
         return part.select(sorted(sorted(order, key=place.__getitem__)[:limit]))
 
     def of_classes(self, names: Sequence[str]) -> LabelledImages:
-        """Only the images of these classes, which become 0, 1, ... in the order given.
-
-        Raises:
-            InvalidDataError: there is no such class, or one is named twice.
-        """
+        """Only the images of these classes, which become 0, 1, ... in the order given; each is named once."""
         unknown = [name for name in names if name not in self.label_names]
         if unknown or not names or len(set(names)) < len(names):
             what = f"has no class {unknown[0]!r}" if unknown else "is asked for no class, or for one twice"
@@ -125,8 +105,10 @@ class ProcessedImages(torch.utils.data.Dataset):
         processor: a transformers image processor.
         image_column, label_column: their names.
         cache: process every image once and keep the tensors in memory.
-        augment: applied to each (height, width, 3) PIL image before the processor.
         numbers: class number in the column -> class number given; None: the same.
+
+    Attributes:
+        augment: is applied to each PIL image before the processor; None: nothing.
     """
 
     def __init__(
@@ -136,10 +118,10 @@ class ProcessedImages(torch.utils.data.Dataset):
         image_column: str,
         label_column: str,
         cache: bool = False,
-        augment: Callable[[Any], Any] | None = None,
         numbers: Sequence[int] | None = None,
     ) -> None:
-        self.dataset, self.processor, self.augment, self.numbers = dataset, processor, augment, numbers
+        self.dataset, self.processor, self.numbers = dataset, processor, numbers
+        self.augment: Callable[[Any], Any] | None = None
         self.image_column, self.label_column = image_column, label_column
         self.cache: dict[int, dict[str, Any]] | None = {} if cache else None
 
@@ -197,12 +179,9 @@ def load_images(
     Args:
         source: which one; also with splits and columns, as :class:`~hf_vitprune.utils.sources.Source` reads it
             (``"uoft-cs/cifar100,label=coarse_label,eval=test"``).
-        train_split: its training split; by default ``train``.
-        eval_split: its evaluation split; by default ``validation`` or ``test`` where it has one, else a stratified
-            share of the training images.
+        train_split, eval_split: by default ``train``, and ``validation`` or ``test`` where there is one, else
+            a share of every class of the training images (``eval_share``, drawn by ``seed``).
         image_column, label_column: by default found by name, or by type.
-        eval_share: that share, in (0, 1).
-        seed: of the split.
         training: False: nothing is trained. Of data in one split, still the share is evaluated that no training has
             seen, but a folder that is called ``val``, ``test`` or the like is, as a whole.
         parts: its splits, where they are loaded already.

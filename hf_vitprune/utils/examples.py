@@ -23,16 +23,15 @@ _CURE = (
 
 
 def examples_of(data: Any, axes: tuple[int, ...]) -> Any:
-    """The data, as something with examples and a length; what is so already, or what nobody knows, as it is.
+    """The data (see ``ImageBatches``), as something with examples and a length; what nobody knows, as it is.
 
-    Args:
-        data: tensors or arrays of images; a list of them, of one image each or of several; a list of mappings such as
-            processors make, of one image each or of several.
-        axes: of ``pixel_values``, in a batch.
+    ``axes``: of ``pixel_values``, in a batch.
 
     Raises:
-        InvalidDataError: tensors of other axes, or of several shapes.
+        InvalidDataError: tensors of other axes, or of several shapes; columns of other lengths.
     """
+    if isinstance(data, Mapping):
+        return Rows([data], axes)
     data = torch.from_numpy(data) if isinstance(data, np.ndarray) else data
     if isinstance(data, (list, tuple)) and data and all(isinstance(item, (torch.Tensor, np.ndarray)) for item in data):
         data = _stacked([torch.as_tensor(item) for item in data], axes)
@@ -43,7 +42,7 @@ def examples_of(data: Any, axes: tuple[int, ...]) -> Any:
             )
         return TensorDataset(data)
     if isinstance(data, (list, tuple)) and data and _are_batches(data, axes):
-        return Flattened(data)
+        return Rows(data, axes)
     return data
 
 
@@ -77,53 +76,57 @@ def _are_batches(items: Sequence[Any], axes: tuple[int, ...]) -> bool:
     return len(axes) == 1 or labelled or (alone and len({len(some) for some in pixels}) > 1)
 
 
-class Flattened(Dataset):
-    """Batches, example by example."""
+class Rows(Dataset):
+    """Columns of images, or several such batches, row by row; what holds for all images goes into every batch."""
 
-    def __init__(self, batches: Sequence[Mapping[str, Any]]) -> None:
-        self.batches = batches
-        lengths = [len(batch["pixel_values"]) for batch in batches]
-        self.places = [(i, j) for i, length in enumerate(lengths) for j in range(length)]
+    def __init__(self, batches: Sequence[Mapping[str, Any]], axes: tuple[int, ...]) -> None:
+        self.columns: list[dict[str, Any]] = []
+        self.constant: dict[str, Any] = {}
+        for batch in batches:
+            pixels = _pixels_of(batch, axes)
+            self.columns.append({})
+            for name, value in {**batch, "pixel_values": pixels}.items():
+                single = isinstance(value, str) or not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0
+                if single and self.constant.setdefault(name, value) != value:
+                    raise InvalidDataError(f"{name} is {self.constant[name]} and {value}: pass such images apart")
+                if not single and len(value) != len(pixels):
+                    raise InvalidDataError(f"{name} has {len(value)} rows, and there are {len(pixels)} images")
+                if not single:
+                    self.columns[-1][name] = value
+        self.places = [(i, j) for i, one in enumerate(self.columns) for j in range(len(one["pixel_values"]))]
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         i, j = self.places[index]
-        batch, rows = self.batches[i], len(self.batches[i]["pixel_values"])
-        single = {name for name, value in batch.items() if not hasattr(value, "__len__") or len(value) != rows}
-        return {name: value if name in single else value[j] for name, value in batch.items() if value is not None}
-
-
-class Columns(Dataset):
-    """Images in columns: those with a row an image are split, what holds for all of them goes into every batch."""
-
-    def __init__(self, columns: Mapping[str, Any], axes: tuple[int, ...]) -> None:
-        pixels = columns.get("pixel_values")
-        if isinstance(pixels, (list, tuple)) and pixels and isinstance(pixels[0], (torch.Tensor, np.ndarray)):
-            pixels = _stacked([torch.as_tensor(item) for item in pixels], axes)
-        pixels = torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
-        if not isinstance(pixels, torch.Tensor) or pixels.ndim not in axes:
-            raise InvalidDataError(
-                "a mapping of columns needs pixel_values, a tensor (images, channels, height, width); it has "
-                f"{', '.join(map(str, columns))} (of several splits of a data set, pass one)"
-            )
-        self.columns: dict[str, Any] = {}
-        self.constant: dict[str, Any] = {}
-        for name, value in {**columns, "pixel_values": pixels}.items():
-            single = isinstance(value, str) or not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0
-            if not single and len(value) != len(pixels):
-                raise InvalidDataError(f"{name} has {len(value)} rows, and there are {len(pixels)} images")
-            (self.constant if single else self.columns)[name] = value
-
-    def __len__(self) -> int:
-        return len(self.columns["pixel_values"])
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: column[index] for name, column in self.columns.items()}
+        return {name: column[j] for name, column in self.columns[i].items()}
 
     def collate(self, examples: list[Any]) -> dict[str, Any]:
-        return {**default_data_collator(examples), **self.constant}
+        return {**collate(examples), **self.constant}
+
+
+def _pixels_of(columns: Mapping[str, Any], axes: tuple[int, ...]) -> torch.Tensor:
+    pixels = columns.get("pixel_values")
+    if isinstance(pixels, (list, tuple)) and pixels and isinstance(pixels[0], (torch.Tensor, np.ndarray)):
+        pixels = _stacked([torch.as_tensor(item) for item in pixels], axes)
+    pixels = torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
+    if not isinstance(pixels, torch.Tensor) or pixels.ndim not in axes:
+        raise InvalidDataError(
+            "a mapping of columns needs pixel_values, a tensor (images, channels, height, width); it has "
+            f"{', '.join(map(str, columns))} (of several splits of a data set, pass one)"
+        )
+    return pixels
+
+
+def collate(examples: list[Any]) -> dict[str, Any]:
+    """As transformers' collator; switches (``interpolate_pos_encoding``) of all examples stay True or False."""
+    shared = {}
+    if all(isinstance(example, Mapping) for example in examples):
+        switches = {name for name, value in examples[0].items() if isinstance(value, bool) and "label" not in name}
+        shared = {n: examples[0][n] for n in switches if all(one.get(n) is examples[0][n] for one in examples)}
+        examples = [{name: value for name, value in one.items() if name not in shared} for one in examples]
+    return {**default_data_collator(examples), **shared}
 
 
 # ---------------------------------------------------------------------- images as they were taken

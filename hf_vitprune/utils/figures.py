@@ -15,11 +15,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure that belongs to no window.
-
-    Args:
-        width: in inches.
-        height: in inches.
+    """A matplotlib figure, of a size in inches, that belongs to no window.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -31,11 +27,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    """Write a figure; the suffix of the path says the format.
-
-    Returns:
-        The path.
-    """
+    """Write a figure; the suffix of the path, which is given back, says the format."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -17,13 +17,13 @@ _CURE = (
 )
 
 
-def not_finite(named: Iterable[tuple[str, Any]]) -> list[str]:
-    """Names of the tensors with a value that is infinite or no number; what is not present is passed over."""
-    return [name for name, t in named if isinstance(t, torch.Tensor) and t.device.type != "meta" and not _finite(t)]
-
-
 def _finite(tensor: torch.Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.detach().isfinite().all())
+
+
+def _broken(named: Iterable[tuple[str, Any]]) -> list[str]:
+    """Names of the tensors with a value that is infinite or no number; what is not present is passed over."""
+    return [name for name, t in named if isinstance(t, torch.Tensor) and t.device.type != "meta" and not _finite(t)]
 
 
 def check_finite(model: nn.Module, what: str, state: Mapping[str, Any] | None = None) -> None:
@@ -39,7 +39,7 @@ def check_finite(model: nn.Module, what: str, state: Mapping[str, Any] | None = 
     """
     if state is None and is_sharded(model.parameters()):
         return
-    broken = not_finite(model.named_parameters() if state is None else state.items())
+    broken = _broken(model.named_parameters() if state is None else state.items())
     if broken:
         raise NotFiniteError(
             f"{len(broken)} tensors of the {type(model).__name__} are not finite ({broken[0]}, ...), so it is not "
@@ -48,15 +48,7 @@ def check_finite(model: nn.Module, what: str, state: Mapping[str, Any] | None = 
 
 
 def check_images(inputs: Mapping[str, Any], step: int) -> None:
-    """Refuse to train on images that are no numbers: the next step would make all weights such.
-
-    Args:
-        inputs: a batch.
-        step: updates made so far.
-
-    Raises:
-        NotFiniteError: naming the first image.
-    """
+    """Refuse a batch with images that are no numbers, the first of them by name: all weights would become such."""
     pixels = inputs.get("pixel_values")
     image = first_not_finite(pixels) if isinstance(pixels, torch.Tensor) and pixels.is_floating_point() else None
     if image is not None:
@@ -67,15 +59,7 @@ def check_images(inputs: Mapping[str, Any], step: int) -> None:
 
 
 def check_loss(loss: torch.Tensor, step: int) -> None:
-    """Refuse to train on a loss that is no number.
-
-    Args:
-        loss: of a batch whose images are finite.
-        step: updates made so far.
-
-    Raises:
-        NotFiniteError: naming the learning rate.
-    """
+    """Refuse to train on a loss, of finite images, that is no number."""
     if not bool(loss.detach().isfinite().all()):
         raise NotFiniteError(
             f"the loss is {float(loss.detach().mean())} after {step} steps, of images that are finite: lower the "
@@ -84,20 +68,12 @@ def check_loss(loss: torch.Tensor, step: int) -> None:
 
 
 def check_gradients(model: nn.Module, step: int) -> None:
-    """Refuse to step along gradients that are no numbers; those of a model that is spread are not looked at.
-
-    Raises:
-        NotFiniteError: naming the first tensor.
-    """
+    """Refuse to step along gradients that are no numbers; those of a model that is spread are not looked at."""
     _check_tensors(model, ((name, p.grad) for name, p in model.named_parameters()), "gradients", step)
 
 
 def check_step(model: nn.Module, step: int) -> None:
-    """Refuse to train on with weights that an optimizer's step has made infinite, or no numbers.
-
-    Raises:
-        NotFiniteError: naming the first tensor.
-    """
+    """Refuse to train on with weights that an optimizer's step has made infinite, or no numbers."""
     _check_tensors(model, model.named_parameters(), "weights", step)
 
 
@@ -106,7 +82,7 @@ def _check_tensors(model: nn.Module, named: Iterable[tuple[str, Any]], what: str
     tensors = [tensor for _, tensor in present]
     if is_sharded(model.parameters()) or is_sharded(tensors) or all_finite_fast(tensors):
         return
-    broken = not_finite(present)
+    broken = _broken(present)
     raise NotFiniteError(
         f"{len(broken)} {what} of the {type(model).__name__} are not finite after {step} steps ({broken[0]}, ...): "
         "the training diverges. Look for images that are not finite, or lower the learning rate"
@@ -120,10 +96,10 @@ def all_finite_fast(tensors: Iterable[torch.Tensor | None]) -> bool:
     By their lengths, in one pass (largest magnitudes take six times as long on CPUs). One that overflows says nothing:
     then all values are looked at.
     """
-    present = [tensor.detach() for tensor in tensors if tensor is not None and tensor.numel()]
     by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for tensor in present:
-        by_device.setdefault(tensor.device, []).append(tensor)
+    for tensor in tensors:
+        if tensor is not None and tensor.numel():
+            by_device.setdefault(tensor.device, []).append(tensor.detach())
     return all(
         bool(torch.stack([norm.float() for norm in torch._foreach_norm(held)]).isfinite().all())
         or all(map(_finite, held))

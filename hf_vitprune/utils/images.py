@@ -21,16 +21,12 @@ _ENDS = {"JPEG": (b"\xff\xd9", 32), "PNG": (b"IEND", 12)}
 
 
 def read_folder(folder: str | Path, processor: Any, limit: int | None = None, seed: int = 0) -> torch.Tensor:
-    """Unlabelled images of a folder, through an image processor.
+    """Unlabelled images of a folder and below, through an image processor: (images, channels, height, width).
 
     Args:
-        folder: with image files in it, or in sub-folders of any depth.
+        folder: with image files in it, or in sub-folders of any depth, which are read in the order of their paths.
         processor: a transformers image processor.
-        limit: this many of them, drawn at random; None or more than there are: all.
-        seed: of the draw.
-
-    Returns:
-        (images, channels, height, width), in the order of their paths.
+        limit: this many of them, drawn at random by ``seed``; None or more than there are: all.
 
     Raises:
         InvalidDataError: there is no such folder, no image in it, or one that cannot be read.

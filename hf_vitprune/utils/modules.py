@@ -125,11 +125,8 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
 def meta_copy(model: nn.Module, replaced: dict[int, Any] | None = None) -> Any:
     """A deep copy with modules, attributes and hooks, whose parameters and saved buffers are on the meta device.
 
-    Buffers that are not saved are copied with their values; hooks of device maps are not copied.
-
-    Args:
-        model: what to copy.
-        replaced: by ``id``: objects that the copy has another in the place of (configs).
+    Buffers that are not saved keep their values; hooks of device maps are not copied. ``replaced``: id of an object
+    (a config) -> what the copy has in its place.
     """
     memo: dict[int, Any] = dict(replaced or {})
     for module in model.modules():

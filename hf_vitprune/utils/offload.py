@@ -1,8 +1,4 @@
-"""Weights that wait outside of their model until they are needed: on the disk, or in CPU memory (``device_map``).
-
-transformers reads them where the model is loaded, and accelerate's hooks fetch those of a module whenever it runs.
-Here they are read by name, or are present in the shadow of a module for a while.
-"""
+"""Weights that wait on the disk or in CPU memory (``device_map``): read by name, or present for a while."""
 
 from __future__ import annotations
 
@@ -31,14 +27,7 @@ def is_offloaded(model: Any) -> bool:
 
 
 def check_present(model: Any, what: str) -> None:
-    """Refuse a model whose weights wait outside of it.
-
-    Args:
-        what: names what is done with it, in the error.
-
-    Raises:
-        UnsupportedModelError: they do.
-    """
+    """Refuse to do ``what`` with a model whose weights wait outside of it (UnsupportedModelError)."""
     if is_offloaded(model):
         raise UnsupportedModelError(
             f"{what} needs all weights in the model, and device_map left some on the disk or in CPU memory: load it "
@@ -47,14 +36,7 @@ def check_present(model: Any, what: str) -> None:
 
 
 def check_weights(model: Any, what: str) -> None:
-    """Refuse a model that was built on the meta device, and has no weights.
-
-    Args:
-        what: names what is done with it, in the error.
-
-    Raises:
-        UnsupportedModelError: it has none, and none wait outside.
-    """
+    """Refuse to do ``what`` with a model that has no weights, as it was built on the meta device."""
     empty = [name for name, p in model.named_parameters() if p.is_meta] if isinstance(model, nn.Module) else []
     if empty and not is_offloaded(model):
         raise UnsupportedModelError(

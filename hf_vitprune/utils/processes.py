@@ -37,7 +37,7 @@ def by_itself() -> Iterator[None]:
 
 def is_first_process() -> bool:
     """Whether this process writes files; True without others."""
-    return not distributed() or torch.distributed.get_rank() == 0
+    return shard()[0] == 0
 
 
 def broadcast(module: nn.Module) -> None:
@@ -99,13 +99,8 @@ def mean_gradients(parameters: Iterable[nn.Parameter]) -> None:
 @torch.no_grad()
 def mean_statistics(modules: Iterable[nn.Module]) -> None:
     """Every process gets the mean of the running statistics of all BatchNorms."""
-    held = [
-        statistic
-        for module in modules
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-        for statistic in (module.running_mean, module.running_var)
-        if statistic is not None
-    ]
+    norms = [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    held = [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]
     if distributed() and held:
         means = mean_over_processes(torch.cat(held)).split([len(statistic) for statistic in held])
         for statistic, mean in zip(held, means, strict=True):
@@ -113,12 +108,7 @@ def mean_statistics(modules: Iterable[nn.Module]) -> None:
 
 
 def shared_tensors(own: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """The tensors of all processes, which have different names, on every process; on the CPU.
-
-    Args:
-        own: of this process.
-        device: that the processes can send from.
-    """
+    """The tensors of all processes, which have different names, on every process; on the CPU, sent from ``device``."""
     if not distributed():
         return own
     rank, processes = shard()

@@ -48,11 +48,7 @@ def sharding_of(model: nn.Module) -> str | None:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Refuse a model that is not on one process.
-
-    Raises:
-        UnsupportedModelError: it is spread over several, or in a wrapper.
-    """
+    """Refuse a model that is spread over several processes, or in a wrapper (UnsupportedModelError)."""
     kind = sharding_of(model)
     if kind in [wrapper.__name__ for wrapper in _WRAPPERS]:
         raise UnsupportedModelError(
@@ -154,16 +150,10 @@ def whole_root(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def gathered(model: nn.Module, shared: Any = None) -> Any:
-    """A whole copy of a model that is spread over processes, on the CPU. All processes have to call this.
+    """A whole copy, on the CPU, of a model that may be spread over processes; None on all but the first.
 
-    Tensors are gathered one by one: no process but the first ever has more than one of them whole.
-
-    Args:
-        model: whole ones are copied as well.
-        shared: something in it that both are to have.
-
-    Returns:
-        The copy, without a trace of FSDP2 or DeepSpeed; None on all but the first process.
+    All processes have to call this. Tensors are gathered one by one: no process but the first ever has more than one
+    of them whole. ``shared``: something in the model that both are to have.
     """
     reshard(model)
     copies: dict[int, Any] = {} if shared is None else {id(shared): shared}

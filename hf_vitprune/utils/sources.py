@@ -97,8 +97,7 @@ def choose_splits(
 
     Args:
         train, evaluation: names; None: by default.
-        parts: split -> data.
-        source: what errors call the data.
+        parts, source: split -> data, and what errors call it.
         training: False: for lack of a training split, any other says what the classes are.
 
     Raises:

@@ -5,29 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-_uploads: list[Callable[..., Any]] = []
-_cards: list[Callable[..., bool]] = []
+_registered: dict[str, Callable[..., Any]] = {}
 
 
-def register_upload(function: Callable[..., Any]) -> None:
-    """Make :func:`upload` call ``function``; ``import hf_vitprune`` does it."""
-    _uploads[:] = [function]
+def register(what: str, function: Callable[..., Any]) -> None:
+    """Make :func:`upload` ("upload") or :func:`write_card` ("card") call ``function``; ``import hf_vitprune`` does."""
+    _registered[what] = function
 
 
 def upload(model: Any, repo_id: str, **kwargs: Any) -> Any:
     """Push a model; see ``hf_vitprune.push_to_hub`` for the arguments, the result and the errors."""
-    return _uploads[0](model, repo_id, **kwargs)
-
-
-def register_card(function: Callable[..., bool]) -> None:
-    """Make :func:`write_card` call ``function``; ``import hf_vitprune`` does it."""
-    _cards[:] = [function]
+    return _registered["upload"](model, repo_id, **kwargs)
 
 
 def write_card(trainer: Any, **kwargs: Any) -> bool:
-    """Write the card of a Trainer's pruned model, or keep the one that is there.
-
-    Returns:
-        Whether it did; False: the model is not pruned, and its card is the Trainer's business.
-    """
-    return _cards[0](trainer, **kwargs)
+    """Write the card of a Trainer's pruned model, or keep the one that is there; False: it is not pruned."""
+    return _registered["card"](trainer, **kwargs)

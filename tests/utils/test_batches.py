@@ -81,6 +81,14 @@ def test_other_columns_stay_in_their_batches() -> None:
         batches = list(ImageBatches(data, batch_size=4))
         assert torch.equal(torch.cat([batch["bool_masked_pos"] for batch in batches]), masks)
         assert [batch["interpolate_pos_encoding"] for batch in batches] == [True] * 3
+    rows = [{**columns, "pixel_values": PIXELS[i : i + 5], "bool_masked_pos": masks[i : i + 5]} for i in (0, 5)]
+    single = [{"pixel_values": x, "interpolate_pos_encoding": True, "labels": True} for x in PIXELS]
+    for several in (rows, single):
+        assert [batch["interpolate_pos_encoding"] for batch in ImageBatches(several, batch_size=4)] == [True] * 3
+    assert next(iter(ImageBatches(single, 4)))["labels"].shape == (4,)
+    rows[1]["interpolate_pos_encoding"] = False
+    with pytest.raises(InvalidDataError, match="interpolate_pos_encoding is True and False"):
+        ImageBatches(rows)
     thinned = list(ImageBatches(columns, limit=5))
     assert torch.equal(thinned[0]["bool_masked_pos"], masks[::2]) and thinned[0]["interpolate_pos_encoding"] is True
 
