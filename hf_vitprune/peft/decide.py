@@ -71,7 +71,7 @@ def decide(model: Any, stock: Any, plan: PruningPlan, cuts: dict[str, Cut], part
         AdapterError: something has to be merged, and there are adapters that this would mix up.
     """
     kind = kind_of(next(iter(model.peft_config.values())))
-    found = _new_names(cuts)
+    found = new_names(cuts)
     shapes = {name: tensor.shape for name, tensor in stock.state_dict().items()}
     parts = []
     for old, layer in tuner_layers(model.get_base_model()).items():
@@ -103,7 +103,7 @@ def decide(model: Any, stock: Any, plan: PruningPlan, cuts: dict[str, Cut], part
     return decision
 
 
-def _new_names(cuts: dict[str, Cut]) -> dict[str, str]:
+def new_names(cuts: dict[str, Cut]) -> dict[str, str]:
     """Old name -> new name of every module that has tensors, itself or further down."""
     found = {}
     for name, cut in cuts.items():

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
 
 from ..errors import AdapterError, UnsupportedUnitError
 from ..modeling.peft_twin import check_peft_model, merged_twin, peft_model_in, plain_twin, saved_modules, tuner_layers
@@ -17,7 +16,7 @@ from ..surgery.composite import with_tower
 from ..surgery.cuts import Cut, find_cuts
 from ..surgery.transplant import check_plan, prune_plain, resized_copy
 from .absorb import absorb, active_of, verify_layer
-from .decide import Decision, altered_weights, cuts_with_tower, decide, shared_tensors, under
+from .decide import Decision, altered_weights, cuts_with_tower, decide, new_names, shared_tensors, under
 from .kinds import kind_of
 from .kinds.kind import adapter_tensors
 from .record import pruning_record
@@ -36,13 +35,9 @@ def prune_peft(
 ) -> Any:
     """Prune a PeftModel: same outputs as ``mask(model, plan)``, adapters still trainable where they can be sliced.
 
-    LoRA (rsLoRA, DoRA, lora_bias), AdaLoRA, IA3, LoHa and HiRA are sliced. Other types stay where their layers lose
-    nothing. Where one does, all of them become LoRA, if PEFT can convert the type and that is exact and smaller than
-    the weights; else those of the narrowed layers are merged into the weights, with a warning and a note in the base
-    config's record. Adapters of removed layers are dropped.
-
-    New weights of the plan (compensation) are those with the active adapters: what is sliced stays an adapter, and
-    the weight under it becomes the new weight less the adapter's part of it.
+    docs/peft.md says which types are sliced, become LoRA, or are merged into the weights, with a warning and a note in
+    the base config's record. New weights of the plan (compensation) are those with the active adapters: the weight
+    under what is sliced becomes the new one less the adapter's part of it.
 
     Args:
         model: a PeftModel.
@@ -50,8 +45,7 @@ def prune_peft(
         allow_unchanged: accept a plan that removes nothing.
         part: path, in the base model, of the tower that the plan is for; adapters elsewhere stay as they are, and the
             weights there are shared with the model.
-        feature_layers: fields of the base model's config that say which of the tower's layers it reads, as they are
-            now.
+        feature_layers: fields of the base model's config that say which of the tower's layers it reads.
 
     Returns:
         A PeftModel of the same class with adapters of type ``VITPRUNE_<TYPE>`` under the same names; the plain pruned
@@ -93,7 +87,8 @@ def prune_peft(
     if decision.kind.name != kind_of(next(iter(configs.values()))).name:
         layers = {carried.old: carried.tensors for carried in decision.carried}
         configs = {name: lora_config(config, layers, name) for name, config in configs.items()}
-    wrappers = _renamed_wrappers(base, cuts)
+    names = new_names(cuts)
+    wrappers = {names[old]: wrapper for old, wrapper in saved_modules(base).items() if old in names}
     record = pruning_record(small, altered=bool(altered), part=part)
     made = _new_configs(configs, decision, wrappers, record)
     if not made:
@@ -113,29 +108,13 @@ def prune_peft(
     return result.train(model.training)
 
 
-def _renamed_wrappers(base: Any, cuts: dict[str, Cut]) -> dict[str, tuple[ModulesToSaveWrapper, dict[str, str]]]:
-    """New name of a module trained as a whole -> its wrapper, and its tensors: new name -> name in the old module."""
-    renamed: dict[str, tuple[ModulesToSaveWrapper, dict[str, str]]] = {}
-    for old, wrapper in saved_modules(base).items():
-        tensors: dict[str, str] = {}
-        new = old
-        for name, cut in cuts.items():
-            if cut.source.startswith(old + "."):
-                inner = cut.source[len(old) + 1 :]
-                new = name[: -len(inner) - 1]
-                tensors[name] = inner
-        if tensors:
-            renamed[new] = wrapper, tensors
-    return renamed
-
-
 def _new_configs(
     configs: dict[str, Any], decision: Decision, wrappers: dict[str, Any], record: dict[str, Any]
 ) -> dict[str, Any]:
     made = {}
     for adapter, config in configs.items():
         mine = [c for c in decision.carried if adapter in c.layer._get_available_adapters()]
-        saved = [new for new, (wrapper, _) in wrappers.items() if adapter in wrapper.modules_to_save]
+        saved = [new for new, wrapper in wrappers.items() if adapter in wrapper.modules_to_save]
         if mine or saved:
             made[adapter] = pruned_config(config, {c.new: (c.old, c.layer) for c in mine}, saved, record)
         else:
@@ -173,10 +152,9 @@ def _fill_layers(result: Any, decision: Decision, configs: dict[str, Any]) -> No
                 raise AdapterError(f"{carried.new}.{name} is {tuple(tensor.shape)}, not {tuple(places[name].shape)}")
             places[name].data = tensor
         adapters = [name for name in configs if name in old._get_available_adapters()]
-        if type(old) is type(layer):
-            values = getattr(layer, "scaling", None)
-            if isinstance(values, dict):
-                values.update({name: old.scaling[name] for name in adapters if name in values})
+        scaling = getattr(layer, "scaling", None)
+        if type(old) is type(layer) and isinstance(scaling, dict):
+            scaling.update({name: old.scaling[name] for name in adapters if name in scaling})
         if not carried.absorbs:
             verify_layer(carried.old, old, layer, adapters, carried.cut)
 
@@ -194,15 +172,13 @@ def _fill_weights(result: Any, model: Any, plan: PruningPlan, decision: Decision
 
 def _fill_wrappers(result: Any, wrappers: dict[str, Any], cuts: dict[str, Cut], plan: PruningPlan) -> None:
     made = saved_modules(result.get_base_model())
-    for new, (old, tensors) in wrappers.items():
+    for new, old in wrappers.items():
         for adapter, module in made[new].modules_to_save.items():
-            if adapter not in old.modules_to_save:
-                continue
-            source = old.modules_to_save[adapter].state_dict()
-            places = module.state_dict()
-            for name, inner in tensors.items():
-                value = plan.weights.get(name, None)
-                places[inner].copy_(cuts[name].take(source[inner]) if value is None else value)
+            if adapter in old.modules_to_save:
+                source = old.modules_to_save[adapter].state_dict()
+                for inner, place in module.state_dict().items():
+                    value = plan.weights.get(f"{new}.{inner}")
+                    place.copy_(cuts[f"{new}.{inner}"].take(source[inner]) if value is None else value)
 
 
 def _copy_shared(model: Any, result: Any, decision: Decision) -> None:
@@ -235,7 +211,7 @@ def _copy_flags(result: Any, decision: Decision, wrappers: dict[str, Any]) -> No
             if places[name].requires_grad != trained:
                 places[name].requires_grad_(trained)
     saved = saved_modules(result.get_base_model())
-    for new, (old, _) in wrappers.items():
+    for new, old in wrappers.items():
         for adapter, module in saved[new].modules_to_save.items():
             flags = {n: p.requires_grad for n, p in old.modules_to_save[adapter].named_parameters()}
             for name, parameter in module.named_parameters():
