@@ -1,8 +1,4 @@
-"""Adapters and recipes that name modules as transformers 4 did: ``query``, ``encoder.layer.0.intermediate.dense``, ...
-
-transformers 5 renamed the parts of ViT, DeiT, Swin and DINOv2. It translates checkpoints of whole models as it loads
-them; PEFT, which finds modules by name, finds nothing.
-"""
+"""Adapters and recipes that name modules as transformers 4 did (``query``), where PEFT would find nothing."""
 
 from __future__ import annotations
 
@@ -67,7 +63,8 @@ def translate_peft_config(config: Any, model: Any) -> Any:
     now = [name for name in old if check_target_module_exists(config, name)]
     then = [name for name, was in old.items() if check_target_module_exists(config, was)]
     if not now and not then:
-        examples = ", ".join(list(dict.fromkeys(name.rpartition(".")[2] for name in _linears(base)))[:8])
+        linears = [name for name, module in base.named_modules() if hasattr(module, "in_features")]
+        examples = ", ".join(list(dict.fromkeys(name.rpartition(".")[2] for name in linears))[:8])
         raise AdapterError(
             f"target_modules {targets!r} name no module of this {type(base).__name__}, neither by its names in "
             f"transformers 5 nor in 4; its Linears are called {examples}"
@@ -210,7 +207,3 @@ def _module_of(key: str, names: Any) -> str | None:
 def _renamed(key: str, places: dict[str, str]) -> str:
     module = _module_of(key, places)
     return key if module is None else key.replace(f"{module}.", f"{places[module]}.", 1)
-
-
-def _linears(model: Any) -> list[str]:
-    return [name for name, module in model.named_modules() if hasattr(module, "in_features")]

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import AdapterError
 from ..modeling.peft_twin import is_shared
+from ..modeling.structure import resize_
 from ..plan.lineage import lineage_of
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture, dense_of, write_record
@@ -23,15 +24,10 @@ Labels = dict[int, str]
 
 
 def pruning_record(model: Any, altered: bool, part: str = "") -> dict[str, Any]:
-    """The record for adapters on a pruned base.
+    """The record for adapters on a model that is pruned, or whose tower at ``part`` is.
 
-    Args:
-        model: pruned, or with a pruned tower, whose config carries a record of its own.
-        altered: its weights are not those of the dense checkpoint (adapters were merged into them, or had changed
-            them when they were made).
-        part: path of the tower in the model.
-
-    ``kept_layers`` is set where a dense checkpoint can stand in for the pruned base: only layers were removed.
+    ``altered``: its weights are not those of the dense checkpoint. ``kept_layers`` is set where a dense checkpoint can
+    stand in for the pruned base: only layers were removed.
     """
     base: Any = model.get_submodule(part)
     architecture = Architecture.of(base)
@@ -151,16 +147,7 @@ def truncate_in_place(model: Any, kept: list[int]) -> None:
     plan = PruningPlan.dense(model).keep_layers(kept)
     small = empty_like(model, plan)
     family, old, new = plan.source.family, model.config, small.config
-    prefix = family.encoder_path(model)
-    lists: dict[str, list[nn.Module]] = {}
-    for name in plan.source.layer_names():
-        lists.setdefault(prefix + name.rpartition(".")[0], [])
-    for entry in plan.layers:
-        path = prefix + plan.source.layer_names()[entry.index]
-        lists[path.rpartition(".")[0]].append(model.get_submodule(path))
-    for path, layers in lists.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.ModuleList(layers))
+    resize_(model, plan.architecture, [entry.index for entry in plan.layers])
     configs = {id(old): new, id(family.sizes_config(old)): family.sizes_config(new)}
     for module in model.modules():
         config = module.__dict__.get("config")

@@ -30,11 +30,8 @@ from .types import pruned_config_class
 def pruned_adapter_config(model: nn.Module, config: Any) -> Any:
     """The config of an adapter that loads onto this pruned model only, for ``get_peft_model`` or ``add_adapter``.
 
-    Pruned models do this by themselves where this library was imported before the adapter was put on.
-
-    Args:
-        model: the pruned model.
-        config: of LoRA or another method that works in layers; it stays as it is.
+    Pruned models do this by themselves where this library was imported before the adapter was put on. ``config``, of a
+    method that works in layers, stays as it is.
 
     Raises:
         AdapterError: the model is not pruned, or the method has no type for pruned models.

@@ -16,25 +16,14 @@ from .record import Labels, recorded_labels, set_labels
 
 
 def share_backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """Prepare a dense model to carry adapters of truncated models, of any depths, all at once.
+    """Prepare a dense model to carry adapters of truncated models, of any depths, all at once (docs/peft.md).
 
     Without this, loading an adapter of a truncated model removes the layers it does without. A shared backbone keeps
-    them, and runs as many as the active adapter has::
-
-        base = share_backbone(AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k"))
-        model = PeftModel.from_pretrained(base, "pets", adapter_name="pets")     # 7 layers, 37 labels
-        model.load_adapter("svhn", adapter_name="svhn")                          # 10 layers, 10 labels
-        model.set_adapter("svhn")
-
-    Each adapter computes what it computes when loaded alone, with its own classifier and labels where it saved one
-    (``modules_to_save``). ``model.load_adapter`` of transformers works alike. With adapters switched off, all layers
-    run.
+    them, and runs as many as the active adapter has; with adapters switched off, all of them. Each adapter computes
+    what it computes when loaded alone, with its own classifier and labels where it saved one (``modules_to_save``).
 
     Args:
-        model: a dense model without adapters. It is changed in place.
-
-    Returns:
-        The same model.
+        model: a dense model without adapters. It is changed in place, and given back.
 
     Raises:
         AdapterError: it is pruned, has adapters already, or is no transformers model.

@@ -159,13 +159,11 @@ def _register(kind: str, config_class: Any, tuner: Any, prefix: str) -> None:
 
 
 def pruned_config(config: Any, layers: Mapping[str, tuple[str, Any]], saved: list[str], record: dict[str, Any]) -> Any:
-    """The config of one adapter on the pruned base.
+    """The config of one adapter on the pruned base: the old one's settings, for modules named one by one.
 
     Args:
-        config: the old one.
         layers: new name -> (old name, old layer) of the layers that keep this adapter.
         saved: new names of the modules it trains as a whole.
-        record: see ``pruning_record``.
     """
     kind = kind_of(config)
     made = pruned_config_class(kind.name)
@@ -185,13 +183,7 @@ def pruned_config(config: Any, layers: Mapping[str, tuple[str, Any]], saved: lis
 
 
 def lora_config(config: Any, layers: Mapping[str, Tensors], adapter: str) -> Any:
-    """A LoRA config for an adapter of another kind that became LoRA, with scaling 1.
-
-    Args:
-        config: of the adapter.
-        layers: old name -> its LoRA tensors in that layer.
-        adapter: its name.
-    """
+    """A LoRA config, with scaling 1, for an adapter of another kind whose tensors in all ``layers`` became LoRA's."""
     fields = {
         name: copy.deepcopy(getattr(config, name))
         for name in ("base_model_name_or_path", "revision", "task_type", "inference_mode", "bias", "modules_to_save")
