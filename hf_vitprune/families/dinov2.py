@@ -96,17 +96,14 @@ class VitPoseFamily(Dinov2Family):
         return True
 
 
-DINOV2 = Dinov2Family(
-    model_type="dinov2",
-    root="dinov2",
-    layers="encoder.layer",
-    norm1="norm1",
-    norm2="norm2",
-    scale1="layer_scale1.lambda1",
-    scale2="layer_scale2.lambda1",
-    config_head_dim=True,
-    convolutions=True,
-)
+_NAMES: dict[str, Any] = {
+    "layers": "encoder.layer",
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "scale1": "layer_scale1.lambda1",
+    "scale2": "layer_scale2.lambda1",
+}
+DINOV2 = Dinov2Family(**_NAMES, model_type="dinov2", root="dinov2", config_head_dim=True, convolutions=True)
 DINOV2_WITH_REGISTERS = replace(
     DINOV2,
     model_type="dinov2_with_registers",
@@ -138,13 +135,9 @@ RADIO = replace(
     ignored_inputs=("cu_seqlens",),  # of packed images
 )
 RF_DETR_DINOV2 = RfDetrFamily(
+    **_NAMES,
     model_type="rf_detr_dinov2",
     root="rf_detr_dinov2",
-    layers="encoder.layer",
-    norm1="norm1",
-    norm2="norm2",
-    scale1="layer_scale1.lambda1",
-    scale2="layer_scale2.lambda1",
     config_head_dim=True,
     tiny={"patch_size": 4, "num_windows": 2},
 )

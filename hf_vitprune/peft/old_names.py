@@ -45,11 +45,8 @@ def translate_peft_config(config: Any, model: Any) -> Any:
     them.
 
     Args:
-        config: of LoRA or any other method that targets modules; it stays as it is.
+        config: of LoRA or any other method that targets modules; it stays as it is, and a copy is given back.
         model: the transformers model it is meant for.
-
-    Returns:
-        A new config; an equal copy where the names are today's already.
 
     Raises:
         AdapterError: the names fit the model neither way.
@@ -100,19 +97,14 @@ def translate_peft_config(config: Any, model: Any) -> Any:
 def load_old_adapter(model: Any, folder: str | Path, adapter_name: str = "default", **kwargs: Any) -> PeftModel:
     """``PeftModel.from_pretrained`` for an adapter that was saved under transformers 4. One of today loads as well.
 
-    Saving the result (``save_pretrained``) writes today's names.
-
-    Args:
-        model: the transformers model the adapter is for.
-        folder: the adapter's, or its name on the Hub.
-        adapter_name: under which it is loaded.
-        kwargs: for ``PeftModel.from_pretrained`` (``is_trainable``, ...).
+    Saving the result (``save_pretrained``) writes today's names. Arguments are those of ``PeftModel.from_pretrained``.
 
     Raises:
         AdapterError: it is for another kind of model, or for Linears that are two today (DINOv2's ``weights_in``).
     """
-    config = translate_peft_config(PeftConfig.from_pretrained(str(folder)), model)
-    tensors = load_peft_weights(str(folder), device="cpu")
+    where = PeftConfig._split_kwargs(kwargs)[0]  # a revision, a subfolder, ...
+    config = translate_peft_config(PeftConfig.from_pretrained(str(folder), **where), model)
+    tensors = load_peft_weights(str(folder), device="cpu", **where)
     places = _places(tensors, old_names(unwrap(model)))
     mapping = {rf"^{re.escape(was)}\.": f"{name}." for was, name in places.items()}
     loaded = PeftModel.from_pretrained(

@@ -105,6 +105,13 @@ def test_old_adapters(case: str, kind: str, tmp_path: Path, caplog: pytest.LogCa
     assert not caplog.text
 
 
+def test_an_old_adapter_in_a_subfolder(tmp_path: Path) -> None:
+    model = adapted(make(VIT), LoraConfig(r=3, target_modules=["q_proj", "fc1"]))
+    model.save_pretrained(str(tmp_path / "own"))
+    to_transformers_4(tmp_path / "own", make(VIT), ["query", "intermediate.dense"])
+    assert_same(run(load_old_adapter(make(VIT), tmp_path, subfolder="own").eval()), run(model))
+
+
 def test_through_transformers(tmp_path: Path) -> None:
     """Which renames the tensors by itself, given the right config."""
     model = adapted(make(VIT), LoraConfig(r=3, target_modules=["q_proj", "fc2"], modules_to_save=["classifier"]))

@@ -99,15 +99,9 @@ class BranchKind(AdapterKind):
 
 
 class BranchLayer(nn.Module, BaseTunerLayer):
-    """A branch with adapters.
+    """A branch with adapters, ``base_layer`` the attention or MLP module of a model of this architecture."""
 
-    Args:
-        base_layer: the attention or MLP module.
-        branch: names of its parts.
-        architecture: of the model it is in.
-    """
-
-    other_param_names = ("r", "scale")
+    other_param_names = ("r", "scale", "dropout")
 
     def __init__(self, base_layer: nn.Module, branch: Branch, architecture: Architecture) -> None:
         super().__init__()
@@ -116,6 +110,9 @@ class BranchLayer(nn.Module, BaseTunerLayer):
         self.width = branch.width
         self.r: dict[str, int] = {}
         self.scale: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+        for name in self.adapter_layer_names:
+            self.add_module(name, nn.ModuleDict())
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -134,7 +131,7 @@ class BranchLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, name: str, config: Any) -> None:
         """Add an adapter, on the device and in the dtype of the branch."""
-        self.r[name], self.scale[name] = config.r, float(config.scale)
+        self.r[name], self.scale[name], self.dropout[name] = config.r, float(config.scale), config.dropout
         self.make_adapter(name, config)
         weight = self.reader(self.branch.readers[0]).weight
         for attribute in self.adapter_layer_names:

@@ -57,12 +57,13 @@ class ConvpassLayer(BranchLayer):
     """A branch with bypasses. A new bypass gives zeros, so the model starts as it was."""
 
     adapter_layer_names = ("convpass_down", "convpass_conv", "convpass_up")
+    convpass_down: Any
+    convpass_conv: Any
+    convpass_up: Any
 
     def __init__(self, base_layer: nn.Module, branch: Branch, architecture: Architecture) -> None:
         super().__init__(base_layer, branch, architecture)
-        self.convpass_down, self.convpass_conv, self.convpass_up = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.activation: dict[str, Any] = {}
-        self.dropout: dict[str, float] = {}
         family, config = architecture.family, architecture.config
         self.extra_tokens = family.extra_tokens_of(config)
         self.grid = family.grid(config, None)
@@ -88,7 +89,6 @@ class ConvpassLayer(BranchLayer):
                 conv.weight[:, :, 1, 1] = torch.eye(config.r)
         self.convpass_down[name], self.convpass_conv[name], self.convpass_up[name] = down, conv, up
         self.activation[name] = ACT2FN[config.activation]
-        self.dropout[name] = config.dropout
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the branch's; ``hidden_states`` (images, tokens, width), or windows of them in front of an attention."""
@@ -107,7 +107,6 @@ class ConvpassLayer(BranchLayer):
         """(images, tokens, width) -> the same. Tokens that are no patches pass alone, through the kernel's centre."""
         down, conv, up = (part[name] for part in (self.convpass_down, self.convpass_conv, self.convpass_up))
         activate = self.activation[name]
-        assert isinstance(down, nn.Linear) and isinstance(conv, nn.Conv2d)
         hidden = activate(down(hidden_states.to(down.weight.dtype)))
         extra, patches = hidden[:, : self.extra_tokens], hidden[:, self.extra_tokens :]
         grid = patch_grid(patches.shape[1], self.grid) if self.place is None else self.place.grid

@@ -61,11 +61,11 @@ class RepAdapterLayer(BranchLayer):
     """A branch with adapters in front. A new adapter is the identity."""
 
     adapter_layer_names = ("repadapter_down", "repadapter_up")
+    repadapter_down: Any
+    repadapter_up: Any
 
     def __init__(self, base_layer: nn.Module, branch: Branch, architecture: Architecture) -> None:
         super().__init__(base_layer, branch, architecture)
-        self.repadapter_down, self.repadapter_up = nn.ModuleDict(), nn.ModuleDict()
-        self.dropout: dict[str, float] = {}
         self._unmerged: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def make_adapter(self, name: str, config: Any) -> None:
@@ -79,13 +79,6 @@ class RepAdapterLayer(BranchLayer):
             nn.init.zeros_(down.bias)
         self.repadapter_down[name] = down
         self.repadapter_up[name] = GroupedLinear(config.r, self.width, config.groups, biased)
-        self.dropout[name] = config.dropout
-
-    def parts(self, name: str) -> tuple[nn.Linear, GroupedLinear]:
-        """Down- and up-projection of an adapter."""
-        down, up = self.repadapter_down[name], self.repadapter_up[name]
-        assert isinstance(down, nn.Linear) and isinstance(up, GroupedLinear)
-        return down, up
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the branch's; ``hidden_states`` (..., width)."""
@@ -93,7 +86,7 @@ class RepAdapterLayer(BranchLayer):
             self.unmerge()
         if not self.disable_adapters and not self.merged:
             for name in self.active():
-                down, up = self.parts(name)
+                down, up = self.repadapter_down[name], self.repadapter_up[name]
                 hidden = F.dropout(down(hidden_states.to(down.weight.dtype)), self.dropout[name], self.training)
                 hidden_states = hidden_states + (self.scale[name] * up(hidden)).to(hidden_states.dtype)
         return self.base_layer(hidden_states, *args, **kwargs)
@@ -138,7 +131,7 @@ class RepAdapterLayer(BranchLayer):
         weight = linear.weight.double()
         bias = None if linear.bias is None else linear.bias.double()
         for name in reversed(names):
-            (down, up), scale = self.parts(name), self.scale[name]
+            down, up, scale = self.repadapter_down[name], self.repadapter_up[name], self.scale[name]
             dense = up.dense().double()
             if bias is not None and up.bias is not None:
                 bias = bias + scale * weight @ (dense @ down.bias.double() + up.bias.double())
