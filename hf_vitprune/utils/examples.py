@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, TensorDataset
 from transformers import AutoImageProcessor, default_data_collator
-from transformers.image_utils import load_image
 
 from ..errors import InvalidDataError
 from .columns import IMAGE_COLUMNS, LABEL_COLUMNS
+from .images import reading_errors, upright
 
 _CURE = (
     "Put the images through the model's image processor first: [processor(image, return_tensors='pt') for image in "
@@ -157,7 +157,11 @@ class Processed(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.data[index]
         image, *rest = row if isinstance(row, (tuple, list)) else (row if self.column is None else row[self.column],)
-        made = self.processor(images=load_image(image), return_tensors="pt")
+        try:
+            picture = upright(image)
+        except reading_errors() as error:
+            raise InvalidDataError(f"image {index} (from 0) cannot be read: {error}") from error
+        made = self.processor(images=picture, return_tensors="pt")
         label = rest[0] if rest else None
         if self.column is not None:
             label = next((row[name] for name in LABEL_COLUMNS if row.get(name) is not None), None)

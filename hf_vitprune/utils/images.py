@@ -31,8 +31,15 @@ def read_folder(folder: str | Path, processor: Any, limit: int | None = None, se
     Raises:
         InvalidDataError: there is no such folder, no image in it, or one that cannot be read.
     """
-    files = image_files(folder, limit, seed)
-    pixels = [_read(path, processor) for path in tqdm(files, "reading images", delay=3, leave=False)]
+    pixels: list[torch.Tensor] = []
+    for path in tqdm(image_files(folder, limit, seed), "reading images", delay=3, leave=False):
+        image = open_image(path)
+        try:
+            pixels.append(processor(images=image, return_tensors="pt")["pixel_values"][0])
+        except ValueError as error:
+            raise InvalidDataError(
+                f"the image processor cannot take {path}: {error}. Mend it or take it out"
+            ) from error
     sizes = {tuple(image.shape) for image in pixels}
     if len(sizes) > 1:
         raise InvalidDataError(
@@ -57,7 +64,11 @@ def image_files(folder: str | Path, limit: int | None = None, seed: int = 0) -> 
 
 def walk_images(folder: Path) -> Iterator[Path]:
     """Image files at any depth, through links too, once each; hidden files (``._a.png`` of macOS) are passed over."""
-    known, seen = _image_suffixes(), set()
+    need("images", "PIL")
+    from PIL import Image
+
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    known, seen = known - {".pdf", ".mpg"}, set()
     for here, folders, names in os.walk(folder, followlinks=True):
         place = os.path.realpath(here)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and place not in seen)
@@ -70,18 +81,25 @@ def walk_images(folder: Path) -> Iterator[Path]:
 
 
 def open_image(path: Path) -> Any:
-    """An image file as a PIL image in RGB, turned as its EXIF data says.
+    """An image file as :func:`upright` makes it.
 
     Raises:
         InvalidDataError: it cannot be read.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+            return upright(image)
     except reading_errors() as error:
         raise InvalidDataError(f"{path} cannot be read as an image: {error}. Mend it or take it out") from error
+
+
+def upright(image: Any) -> Any:
+    """A PIL image in RGB, turned as its EXIF data says; errors as :func:`to_rgb`."""
+    from PIL import ImageOps
+
+    return to_rgb(ImageOps.exif_transpose(image))
 
 
 def to_rgb(image: Any) -> Any:
@@ -148,19 +166,3 @@ def _last_bytes(path: Path, count: int) -> bytes:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - count))
         return file.read()
-
-
-def _image_suffixes() -> set[str]:
-    need("images", "PIL")
-    from PIL import Image
-
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} - {".pdf", ".mpg"}
-
-
-def _read(path: Path, processor: Any) -> torch.Tensor:
-    image = open_image(path)
-    try:
-        pixels: torch.Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
-    except ValueError as error:
-        raise InvalidDataError(f"the image processor cannot take {path}: {error}. Mend it or take it out") from error
-    return pixels

@@ -18,6 +18,7 @@ from hf_vitprune.errors import InvalidDataError
 from hf_vitprune.training.recovery import Recovery, recover
 from hf_vitprune.utils.batches import ImageBatches
 from hf_vitprune.utils.examples import processed
+from hf_vitprune.utils.images import read_folder
 from tiny import SIZE, assert_same, make
 
 VIT = "ViTForImageClassification"
@@ -103,6 +104,15 @@ def test_pictures_are_turned_and_have_three_channels(model: Any) -> None:
     turned = grey.transpose(Image.Transpose.ROTATE_270).convert("RGB")
     got = processed([grey], model)[0]["pixel_values"]
     assert torch.equal(got, PROCESSOR(images=turned, return_tensors="pt")["pixel_values"][0])
+
+
+def test_pictures_are_read_as_files_are(model: Any, tmp_path: Path) -> None:
+    """Of 16-bit greys the upper bits, which PIL makes white; what has no stated range is named."""
+    grey = Image.fromarray((np.arange(400).reshape(20, 20) * 160).astype(np.uint16))
+    grey.save(tmp_path / "grey.png")
+    assert torch.equal(processed([grey], model)[0]["pixel_values"], read_folder(tmp_path, PROCESSOR)[0])
+    with pytest.raises(InvalidDataError, match=r"image 1 \(from 0\) cannot be read: its pixels are 32-bit"):
+        processed([grey, Image.fromarray(DRAWN[0, :, :, 0].astype(np.float32))], model)[1]
 
 
 BAD: dict[str, tuple[Any, str]] = {
