@@ -133,28 +133,27 @@ def _inject(model: Any, small: Any, configs: dict[str, Any]) -> Any:
 
 
 def _fill_layers(result: Any, decision: Decision, configs: dict[str, Any]) -> None:
-    made = tuner_layers(result.get_base_model())
-    if made.keys() != {carried.new for carried in decision.carried}:
-        difference = sorted(made.keys() ^ {carried.new for carried in decision.carried})
-        raise AdapterError(f"PEFT put the new adapters elsewhere than the old ones are: {difference[:5]}")
+    made: dict[str, Any] = dict(tuner_layers(result.get_base_model()))
+    places = {(layer, name): t for layer, module in made.items() for name, t in adapter_tensors(module).items()}
+    tensors = {
+        (carried.new, name): decision.kind.finished(tensor, name, carried.new, configs)
+        for carried in decision.carried
+        for name, (tensor, _) in carried.tensors.items()
+    }
+    shapes, wanted = ({(*place, tuple(t.shape)) for place, t in both.items()} for both in (places, tensors))
+    if shapes != wanted:
+        raise AdapterError(
+            f"PEFT made {sorted(shapes - wanted)[:3]} where the old adapters have {sorted(wanted - shapes)[:3]}; "
+            "please report this, and prune model.merge_and_unload() meanwhile"
+        )
+    for place, tensor in tensors.items():
+        places[place].data = tensor
     for carried in decision.carried:
-        layer: Any = made[carried.new]
-        old: Any = carried.layer
-        places = adapter_tensors(layer)
-        if places.keys() != carried.tensors.keys():
-            difference = sorted(places.keys() ^ carried.tensors.keys())
-            raise AdapterError(
-                f"the new adapter of {carried.new} has other tensors than the old one: {difference[:5]}"
-            )
-        for name, (tensor, _) in carried.tensors.items():
-            tensor = decision.kind.finished(tensor, name, carried.new, configs)
-            if places[name].shape != tensor.shape:
-                raise AdapterError(f"{carried.new}.{name} is {tuple(tensor.shape)}, not {tuple(places[name].shape)}")
-            places[name].data = tensor
+        layer, old = made[carried.new], carried.layer
         adapters = [name for name in configs if name in old._get_available_adapters()]
         scaling = getattr(layer, "scaling", None)
         if type(old) is type(layer) and isinstance(scaling, dict):
-            scaling.update({name: old.scaling[name] for name in adapters if name in scaling})
+            scaling.update({name: old.scaling[name] for name in adapters if name in scaling})  # type: ignore
         if not carried.absorbs:
             verify_layer(carried.old, old, layer, adapters, carried.cut)
 

@@ -96,11 +96,7 @@ class AdapterKind:
 
     # ------------------------------------------------------------------ settings
     def check_config(self, config: Any) -> None:
-        """Refuse settings that do not survive a change of the model's structure.
-
-        Raises:
-            AdapterError: naming the field.
-        """
+        """Refuse settings that do not survive a change of the model's structure (AdapterError)."""
         for field in self.settings_refused:
             if getattr(config, field, None):
                 raise AdapterError(
@@ -113,18 +109,10 @@ class AdapterKind:
         return False
 
     def rewrite(self, fields: dict[str, Any], layers: Mapping[str, Any]) -> None:
-        """Settings of the new config in place, as its weights are there already.
-
-        Args:
-            fields: of the config.
-            layers: new name -> old layer, of the layers it stays on.
-        """
+        """Change fields of the new config in place; ``layers``: new name -> old layer, of those it stays on."""
 
     def renamed_pattern(self, field: str, pattern: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-        """A field of ranks or alphas that differ by layer (keys: regular expressions), for layers named one by one.
-
-        ``names``: old name -> new name.
-        """
+        """A field of values by layer (keys: regular expressions), for layers named one by one: old name -> new."""
         found = {old: get_pattern_key(list(pattern), old) for old in names}
         return {names[old]: pattern[key] for old, key in found.items() if key in pattern}
 
