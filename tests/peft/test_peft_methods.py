@@ -282,8 +282,24 @@ def test_convpass_refusals() -> None:
         prune(model, PLANS["removed branches"](PruningPlan.dense(model)))
     with pytest.raises(AdapterError, match="whole layers"):
         get_pruning_model(model, VTPConfig(pruning_ratio=0.4))
-    with pytest.raises(AdapterError, match="windows"):
-        get_peft_model(make("Swinv2ForImageClassification"), ConvpassConfig())
+
+
+@pytest.mark.parametrize(
+    ("case", "why"),
+    {
+        "Swinv2ForImageClassification": "sees windows of it",
+        "RfDetrDinov2Backbone": "other tokens",
+        "ViTMAEModel": "other tokens",
+        "VideoMAEForVideoClassification": "reads frames of videos",
+        "Siglip2VisionModel": "reads patches of images of any shape",
+        "CLIPTextModel": "reads text",
+        "Data2VecVisionForImageClassification": "beside its attention",
+        "VitPoseBackbone": "beside its attention",
+    }.items(),
+)
+def test_convpass_needs_a_grid_and_whole_branches(case: str, why: str) -> None:
+    with pytest.raises(AdapterError, match=why):
+        get_peft_model(make(case), ConvpassConfig())
 
 
 @pytest.mark.parametrize("kind", BOTH)

@@ -144,26 +144,28 @@ class ConvpassModel(BranchTuner):
     tuner_layer_cls = layer_class = ConvpassLayer
 
     def check_model(self, architecture: Architecture) -> None:
-        if architecture.depths is not None and architecture.family.windows is None:
+        family, config = architecture.family, architecture.config
+        why = None
+        if family.part != "vision" or family.pixel_axes != 4:
+            why = f"reads {family.reads}"
+        elif architecture.depths is not None and family.windows is None:
+            why = "has attention that sees windows of it"
+        elif architecture.depths is None:
+            grid = family.grid(config, None)
+            if family.attention_tokens(config, grid, 0)[0] != math.prod(grid) + family.extra_tokens_of(config):
+                why = "shows its layers other tokens"
+            elif family.outer_o or family.outer_fc2:
+                why = "has projections beside its attention and MLP modules, where the bypass would have to be"
+        if why is not None:
             raise AdapterError(
-                f"Convpass convolves over the grid of patches, and the attention of {architecture.model_type} sees "
-                "windows of it; use RepAdapter or LoRA there"
+                f"Convpass convolves over the grid of patches beside attention and MLP, and {architecture.model_type} "
+                f"{why}; use RepAdapter or LoRA there"
             )
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: Any,
-        target_name: str,
-        parent: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
-        windows, made = self.architecture.family.windows, getattr(parent, target_name)
-        if windows is not None and made.place is None:
-            made.watch(self.model, windows)
+    def placed(self, layer: ConvpassLayer) -> None:
+        windows = self.architecture.family.windows
+        if windows is not None:
+            layer.watch(self.model, windows)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         for handle in getattr(child, "handles", ()):  # of an adapter that is taken off
