@@ -17,6 +17,7 @@ from .classes import ClassMatch, match_classes
 from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, class_names, file_paths, find_column, with_class_numbers
 from .images import check_images, reading_errors, to_rgb
 from .images import read_folder as read_folder
+from .settings import check_count, check_open_interval
 from .sources import DIGITS as DIGITS
 from .sources import EVAL_NAMES, Source, choose_splits, load_parts, splits_to_evaluate
 
@@ -65,6 +66,8 @@ class LabelledImages:
         return replace(self, **{name: self._drawn(getattr(self, name), limit, seed) for name, limit in parts.items()})
 
     def _drawn(self, part: Any, limit: int | None, seed: int) -> Any:
+        if limit is not None:
+            check_count("the number of images", limit)
         if limit is None or limit >= len(part):
             return part
         labels = list(part[self.label_column])
@@ -191,6 +194,7 @@ def load_images(
             fewer than two classes, classes to evaluate that are not trained on, or with one image, of which none can
             be held out.
     """
+    check_open_interval("eval_share", eval_share)
     asked = Source.parse(source)
     parts, name = load_parts(asked) if parts is None else parts, asked.name
     label_column = asked.label or label_column

@@ -54,6 +54,8 @@ def image_files(folder: str | Path, limit: int | None = None, seed: int = 0) -> 
     folder = Path(folder)
     if not folder.is_dir():
         raise InvalidDataError(f"{folder} is no folder; give a folder with image files")
+    if limit is not None and limit < 1:
+        raise InvalidDataError(f"limit is a number of images of at least 1, not {limit}")
     files = sorted(walk_images(folder))
     if not files:
         raise InvalidDataError(f"there are no images in {folder} nor below it (.png, .jpg and the like)")

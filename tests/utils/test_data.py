@@ -1,14 +1,16 @@
 """Labelled images: the built-in digits, folders, and what is wrong with them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from datasets import concatenate_datasets
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from hf_vitprune.errors import InvalidDataError
+from hf_vitprune.errors import InvalidConfigError, InvalidDataError
 from hf_vitprune.utils.data import DIGITS, load_images
-from hf_vitprune.utils.images import image_files, open_image
+from hf_vitprune.utils.images import image_files, open_image, read_folder
 from image_folders import image_folder
 
 
@@ -122,3 +124,13 @@ def test_numbered_classes_stay_in_the_order_of_their_numbers(tmp_path):
     images = load_images(str(tmp_path), eval_share=0.5)
     assert images.label_names == [str(i) for i in range(12)]
     assert [row["image"].getpixel((0, 0))[0] for row in images.train] == images.train["label"]
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+def test_impossible_numbers_are_named(bad: int, tmp_path: Path) -> None:
+    with pytest.raises(InvalidDataError, match=f"limit is a number of images of at least 1, not {bad}"):
+        read_folder(image_folder(tmp_path / "pets"), None, bad)
+    with pytest.raises(InvalidConfigError, match=f"the number of images is a whole number of at least 1, not {bad}"):
+        load_images(DIGITS).at_most(bad)
+    with pytest.raises(InvalidConfigError, match="eval_share must lie strictly between 0 and 1"):
+        load_images(DIGITS, eval_share=bad)
