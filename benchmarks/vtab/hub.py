@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 from hf_vitprune.errors import InvalidDataError
-from hf_vitprune.utils.columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
+from hf_vitprune.utils.sources import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
 
 from .images import Images
 from .tasks import TEST, TRAIN, TRAIN_ALL, VALIDATION, Task

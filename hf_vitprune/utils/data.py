@@ -14,12 +14,23 @@ import torch
 
 from ..errors import InvalidDataError
 from .classes import ClassMatch, match_classes
-from .columns import IMAGE_COLUMNS, LABEL_COLUMNS, class_names, file_paths, find_column, with_class_numbers
 from .images import check_images, reading_errors, to_rgb
 from .images import read_folder as read_folder
 from .settings import check_count, check_open_interval
 from .sources import DIGITS as DIGITS
-from .sources import EVAL_NAMES, Source, choose_splits, load_parts, splits_to_evaluate
+from .sources import (
+    EVAL_NAMES,
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    Source,
+    choose_splits,
+    class_names,
+    file_paths,
+    find_column,
+    load_parts,
+    splits_to_evaluate,
+    with_class_numbers,
+)  # fmt: skip
 
 
 @dataclass

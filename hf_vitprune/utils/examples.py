@@ -13,8 +13,8 @@ from torch.utils.data import Dataset, TensorDataset
 from transformers import AutoImageProcessor, default_data_collator
 
 from ..errors import InvalidDataError
-from .columns import IMAGE_COLUMNS, LABEL_COLUMNS
 from .images import reading_errors, upright
+from .sources import IMAGE_COLUMNS, LABEL_COLUMNS
 
 _CURE = (
     "Put the images through the model's image processor first: [processor(image, return_tensors='pt') for image in "
