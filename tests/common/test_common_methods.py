@@ -155,6 +155,20 @@ def test_gated_equals_exported_for_any_scores(case: str, method: str, seed: int)
     assert errors(run(mask(model.model, model.plan()), pixels), run(small, pixels), model.plan()) < 1e-10
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith(("SLS", "Truncation"))])
+def test_models_of_any_precision(method: str, dtype: torch.dtype) -> None:
+    """Wrapped in their precision they train a step, and export in it."""
+    model = wrap(make(VIT).to(dtype), method)
+    total_loss(model.train(), images().to(dtype)).backward()
+    scatter_scores(model.eval())
+    small = model.export()
+    assert all(t.dtype == dtype for t in small.state_dict().values() if t.is_floating_point())
+    pixels = images().to(dtype)
+    limit = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-12}[dtype]
+    assert errors(run(model, pixels), run(small, pixels), model.plan()) < limit
+
+
 @pytest.mark.parametrize(("case", "method"), mostly_slow(SOME, FEW))
 def test_a_decision_is_final(case: str, method: str) -> None:
     """Fine-tuning with masks changes weights and scores, not the choice; the export follows."""

@@ -35,10 +35,10 @@ def mixer_search(
 ) -> MixerSearch:
     """What layer ``i`` of ``model``, one of attention, may mix its tokens with."""
     attention = attention_of(model, architecture, i, paths)
-    device = next(model.parameters()).device
+    like = next(model.parameters())
     special = architecture.family.extra_tokens_of(architecture.config)
-    gates = MixerGates(config.initial_score, annealing, device)
-    return MixerSearch(gates, _branches(architecture, i, config, device), attention, special, config.gate_gradients)
+    gates = MixerGates(config.initial_score, annealing, like.device)
+    return MixerSearch(gates, _branches(architecture, i, config, like), attention, special, config.gate_gradients)
 
 
 def attention_of(model: PreTrainedModel, architecture: Architecture, i: int, paths: LayerPaths) -> Attention:
@@ -47,16 +47,17 @@ def attention_of(model: PreTrainedModel, architecture: Architecture, i: int, pat
     return Attention(get(model, paths.attention), v, o, architecture.family.o, architecture.width(i))
 
 
-def _branches(architecture: Architecture, i: int, config: SPViTConfig, device: torch.device) -> Branches:
+def _branches(architecture: Architecture, i: int, config: SPViTConfig, like: torch.Tensor) -> Branches:
     if config.single_path:
-        return shared_branches(architecture, i, config.mixing_temperature, device)
+        return shared_branches(architecture, i, config.mixing_temperature, like)
     shape, family, width = architecture.layers[i], architecture.family, architecture.width(i)
     # they see patches only
-    return OwnBranches({kind: conv_mixer(mixer_shape(shape, kind), width, 0, family.o).to(device) for kind in KERNELS})
+    mixers = {kind: conv_mixer(mixer_shape(shape, kind), width, 0, family.o) for kind in KERNELS}
+    return OwnBranches(mixers).to(like.device, like.dtype)
 
 
 def shared_branches(
-    architecture: Architecture, i: int, temperature: float | None, device: torch.device, kinds: Iterable[str] = KERNELS
+    architecture: Architecture, i: int, temperature: float | None, like: torch.Tensor, kinds: Iterable[str] = KERNELS
 ) -> SharedBranches:
     """Convolutions of layer ``i`` made of its attention's weights: a table of ones, and fresh BatchNorms.
 
@@ -64,13 +65,14 @@ def shared_branches(
         architecture: of the model.
         i: the layer, one of attention.
         temperature: of the table; None: that of the family.
-        device: of the new tensors.
+        like: a weight of the model: the new tensors are on its device, and as precise, at least float32.
         kinds: of convolutions that there are.
     """
     shape, family = architecture.layers[i], architecture.family
     if temperature is None:
         temperature = MIXING_TEMPERATURES.get(family.model_type, MIXING_TEMPERATURE)
-    return SharedBranches(shape.heads, shape.v_dim, temperature, device, kinds)
+    branches = SharedBranches(shape.heads, shape.v_dim, temperature, like.device, kinds)
+    return branches.to(torch.promote_types(like.dtype, torch.float32))
 
 
 @torch.no_grad()

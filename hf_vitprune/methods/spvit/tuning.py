@@ -78,7 +78,7 @@ class SPViTTuning(PruningMethod):
         self._paths = layer_paths(model, self.architecture)
         self._attentions: dict[int, Attention] = {}
         self._mixers: dict[int, FixedMixer] = {}
-        device = next(model.parameters()).device
+        like = next(model.parameters())
         special = self.architecture.family.extra_tokens_of(self.architecture.config)
         for i, (kind, shape) in enumerate(zip(config.mixers, shapes, strict=True)):
             if kind == shape.mixer:
@@ -87,7 +87,7 @@ class SPViTTuning(PruningMethod):
                 raise InvalidPlanError(f"layer {i} has {shape.mixer}, which {kind} cannot be made of")
             attention = attention_of(model, self.architecture, i, self._paths[i])
             kinds = [kind] if kind in KERNELS else []
-            branches = shared_branches(self.architecture, i, config.mixing_temperature, device, kinds)
+            branches = shared_branches(self.architecture, i, config.mixing_temperature, like, kinds)
             if kinds:
                 self.branches[f"layer{i}"] = branches
             self._attentions[i] = attention
