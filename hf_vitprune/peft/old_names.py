@@ -8,33 +8,19 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.save_and_load import load_peft_weights
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import AdapterError
-from ..spec.architecture import Architecture, unwrap
+from ..modeling.peft_twin import shadow
+from ..modeling.portable_record import stock_class_of
+from ..spec.architecture import unwrap
 from .kinds import kind_of
 
 logger = logging.getLogger(__name__)
-
-_MLP = {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
-_GATED_MLP = {"mlp.gate_proj": "mlp.weights_in", "mlp.up_proj": "mlp.weights_in", "mlp.down_proj": "mlp.weights_out"}
-
-
-def _attention(inner: str) -> dict[str, str]:
-    names = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
-    inputs = {f"attention.{new}": f"attention.{inner}.{old}" for new, old in names.items()}
-    return inputs | {"attention.o_proj": "attention.output.dense"}
-
-
-#: model type -> (path of the list of layers in transformers 4, new -> old name of the renamed parts of a layer)
-_OLD: dict[str, tuple[str, dict[str, str]]] = {
-    **dict.fromkeys(("vit", "deit", "vit_msn", "ijepa", "vit_mae"), ("encoder.layer", _attention("attention") | _MLP)),
-    "swin": ("encoder.layers", _attention("self") | _MLP),
-    "dinov2": ("encoder.layer", _attention("attention") | _GATED_MLP),
-    "dinov2_with_registers": ("encoder.layer", _attention("attention") | _GATED_MLP),
-}
 
 
 def translate_peft_config(config: Any, model: Any) -> Any:
@@ -122,21 +108,20 @@ def load_old_adapter(model: Any, folder: str | Path, adapter_name: str = "defaul
 
 
 def old_names(model: Any) -> dict[str, str]:
-    """Name of every module -> its name in transformers 4; the same where nothing was renamed."""
-    architecture = Architecture.of(model)
-    family = architecture.family
-    prefix = family.encoder_path(model)
-    layers, parts = _OLD.get(family.model_type, (family.layers, {}))
+    """Name of every module -> its name in transformers 4, which files still have; often the same."""
+    twin = shadow(model)
+    twin.__class__ = stock_class_of(model)  # transformers translates nothing for classes that it does not know
+    twin.__dict__.pop("_weight_conversions", None)  # of the file that was loaded
+    prefix = f"{twin.base_model_prefix}."
     names = {}
-    for name, _ in model.named_modules():
-        inside = name.removeprefix(prefix)
-        if name.startswith(prefix) and inside.startswith(f"{family.layers}."):
-            layer = next((n for n in architecture.layer_names() if inside.startswith(f"{n}.")), None)
-            part = "" if layer is None else inside[len(layer) + 1 :]
-            place = (layer or inside)[len(family.layers) :]
-            names[name] = f"{prefix}{layers}{place}" + (f".{parts.get(part, part)}" if part else "")
-        else:
-            names[name] = name
+    for name, module in model.named_modules():
+        names[name] = name
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            key = f"{name}.weight"
+            written = next(iter(revert_weight_conversion(twin, {key: torch.empty_like(weight, device="meta")})))
+            lost = prefix if name.startswith(prefix) and not written.startswith(prefix) else ""  # of ViT-MSN's files
+            names[name] = lost + written.removesuffix(".weight")
     return names
 
 

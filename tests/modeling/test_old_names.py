@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,25 @@ import pytest
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForImageClassification
 from transformers.core_model_loading import revert_weight_conversion
 
-from hf_vitprune import truncate
+from hf_vitprune import PruningPlan, prune, truncate
 from hf_vitprune.errors import AdapterError
 from hf_vitprune.modeling.peft_twin import tuner_layers
 from hf_vitprune.peft import load_old_adapter, translate_peft_config
 from hf_vitprune.peft.old_names import old_names
-from tiny import CLASSIFIERS, assert_same, make, run
+from tiny import assert_same, make, run
 from tiny_adapters import adapted
 
 VIT = "ViTForImageClassification"
-RENAMED = [VIT, "DeiTForImageClassification", "SwinForImageClassification", "Dinov2ForImageClassification"]
+RENAMED = [
+    VIT,
+    "DeiTForImageClassification",
+    "SwinForImageClassification",
+    "Dinov2ForImageClassification",
+    "BeitForImageClassification",
+]
 
 
 def name_in_checkpoints(model: Any, name: str) -> str:
@@ -32,17 +40,57 @@ def name_in_checkpoints(model: Any, name: str) -> str:
     return next(iter(written)).removesuffix(".weight")
 
 
-@pytest.mark.parametrize("case", CLASSIFIERS)
-def test_names_are_those_of_checkpoints(case: str) -> None:
-    model = make(case)
+#: what the parts of a layer were called in transformers 4
+ATTENTION = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+}
+MLP = {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+GATED = {"mlp.gate_proj": "mlp.weights_in", "mlp.up_proj": "mlp.weights_in", "mlp.down_proj": "mlp.weights_out"}
+SWIN = {new: old.replace("attention.attention", "attention.self") for new, old in ATTENTION.items()}
+#: class -> (layers today, layers then, parts of a layer)
+THEN: dict[str, tuple[str, str, dict[str, str]]] = {
+    VIT: ("vit.layers", "vit.encoder.layer", ATTENTION | MLP),
+    "ViTModel": ("layers", "encoder.layer", ATTENTION | MLP),
+    "DeiTForImageClassification": ("deit.layers", "deit.encoder.layer", ATTENTION | MLP),
+    "ViTMSNForImageClassification": ("vit.layers", "vit.encoder.layer", ATTENTION | MLP),
+    "IJepaForImageClassification": ("ijepa.layers", "ijepa.encoder.layer", ATTENTION | MLP),
+    "BeitForImageClassification": ("beit.layers", "beit.encoder.layer", ATTENTION | MLP),
+    "SwinForImageClassification": ("swin.encoder.layers", "swin.encoder.layers", SWIN | MLP),
+    "Dinov2ForImageClassification": ("dinov2.encoder.layer", "dinov2.encoder.layer", ATTENTION),
+    "Dinov2ForImageClassification-swiglu": ("dinov2.encoder.layer", "dinov2.encoder.layer", ATTENTION | GATED),
+    "CLIPForImageClassification": ("vision_model.encoder.layers", "vision_model.encoder.layers", {}),
+}
+
+
+def check_names(model: Any, case: str) -> None:
+    now, then, parts = THEN[case]
     table = old_names(model)
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in n]
-    for name in linears:
-        if "gate_proj" not in name and "up_proj" not in name:  # those are one Linear in files
-            prefix = "vit." if case.startswith("ViTMSN") and name.startswith("vit.") else ""  # its files have none
-            assert table[name] == prefix + name_in_checkpoints(model, name)
-    if "swiglu" in case:
-        assert table["dinov2.encoder.layer.1.mlp.up_proj"] == "dinov2.encoder.layer.1.mlp.weights_in"
+    for name in (name for name, module in model.named_modules() if isinstance(module, nn.Linear)):
+        found = re.fullmatch(rf"{re.escape(now)}\.(\d+(?:\.blocks\.\d+)?)\.(.+)", name)
+        assert table[name] == (f"{then}.{found[1]}.{parts.get(found[2], found[2])}" if found else name)
+
+
+@pytest.mark.parametrize("case", THEN)
+def test_names_are_those_of_then(case: str) -> None:
+    model = make(case)
+    check_names(model, case)
+
+    class Own(type(model)):  # type: ignore[misc]
+        pass
+
+    model.__class__ = Own
+    check_names(model, case)
+
+
+def test_names_follow_from_the_model_and_not_from_the_file_it_was_loaded_from(tmp_path: Path) -> None:
+    make("ViTModel").save_pretrained(tmp_path / "base")
+    check_names(AutoModelForImageClassification.from_pretrained(tmp_path / "base"), VIT)
+    small = prune(make(VIT), PruningPlan.random(make(VIT), 0.4, ["heads"]), stock=False)
+    small.save_pretrained(tmp_path / "small")
+    check_names(AutoModelForImageClassification.from_pretrained(tmp_path / "small"), VIT)
 
 
 def to_transformers_4(folder: Path, model: Any, targets: Any) -> None:
