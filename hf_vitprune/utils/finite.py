@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 from ..errors import NotFiniteError
 from .sharding import is_sharded
@@ -96,15 +97,8 @@ def all_finite_fast(tensors: Iterable[torch.Tensor | None]) -> bool:
     By their lengths, in one pass (largest magnitudes take six times as long on CPUs). One that overflows says nothing:
     then all values are looked at.
     """
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        if tensor is not None and tensor.numel():
-            by_device.setdefault(tensor.device, []).append(tensor.detach())
-    return all(
-        bool(torch.stack([norm.float() for norm in torch._foreach_norm(held)]).isfinite().all())
-        or all(map(_finite, held))
-        for held in by_device.values()
-    )
+    present = [tensor.detach() for tensor in tensors if tensor is not None and tensor.numel()]
+    return not present or bool(get_total_norm(present).isfinite()) or all(map(_finite, present))
 
 
 def first_not_finite(images: torch.Tensor) -> int | None:
