@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import InvalidDataError
 from .classes import ClassMatch, match_classes
-from .images import check_images, reading_errors, to_rgb
+from .examples import Processed
+from .images import check_images
 from .images import read_folder as read_folder
 from .settings import check_count, check_open_interval
 from .sources import DIGITS as DIGITS
@@ -111,7 +110,7 @@ class LabelledImages:
         return chosen.cast_column(self.label_column, ClassLabel(names=list(names)))
 
 
-class ProcessedImages(torch.utils.data.Dataset):
+class ProcessedImages(Processed):
     """Examples ``{"pixel_values": (channels, height, width), "labels": class number}`` through an image processor.
 
     Args:
@@ -120,9 +119,6 @@ class ProcessedImages(torch.utils.data.Dataset):
         image_column, label_column: their names.
         cache: process every image once and keep the tensors in memory.
         numbers: class number in the column -> class number given; None: the same.
-
-    Attributes:
-        augment: is applied to each PIL image before the processor; None: nothing.
     """
 
     def __init__(
@@ -134,43 +130,26 @@ class ProcessedImages(torch.utils.data.Dataset):
         cache: bool = False,
         numbers: Sequence[int] | None = None,
     ) -> None:
-        self.dataset, self.processor, self.numbers = dataset, processor, numbers
-        self.augment: Callable[[Any], Any] | None = None
-        self.image_column, self.label_column = image_column, label_column
+        super().__init__(dataset, processor, image_column, (label_column,))
         self.cache: dict[int, dict[str, Any]] | None = {} if cache else None
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+        self.numbers = numbers
 
     @property
     def labels(self) -> list[int]:
         """Class numbers of all images; none of them is read."""
-        own = [int(label) for label in self.dataset[self.label_column]]
-        return own if self.numbers is None else [self.numbers[label] for label in own]
+        return [self._number(label) for label in self.dataset[self.label_columns[0]]]
+
+    def _number(self, label: Any) -> int:
+        return int(label) if self.numbers is None else self.numbers[int(label)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self.cache is not None and index in self.cache:
             return self.cache[index]
-        try:
-            row = self.dataset[index]
-            image = to_rgb(row[self.image_column])
-        except reading_errors() as error:
-            raise InvalidDataError(f"{self._name(index)} cannot be read as an image: {error}") from error
-        if self.augment is not None:
-            image = self.augment(image)
-        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-        label = int(row[self.label_column])
-        example = {"pixel_values": pixels, "labels": label if self.numbers is None else self.numbers[label]}
+        example = super().__getitem__(index)
+        example["labels"] = self._number(example["labels"])
         if self.cache is not None:
             self.cache[index] = example
         return example
-
-    def _name(self, index: int) -> str:
-        """The path of an image, where it has one."""
-        from datasets import Image
-
-        raw = self.dataset.cast_column(self.image_column, Image(decode=False))[index][self.image_column]
-        return str(raw.get("path") or f"image {index}")
 
 
 def load_images(

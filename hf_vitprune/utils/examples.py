@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,26 +146,47 @@ def fixed_randomness(seed: int = 0) -> Iterator[None]:
 
 
 class Processed(Dataset):
-    """Images as they were taken (PIL), put through an image processor one by one; with their classes, if any."""
+    """Images as they were taken (PIL), put through an image processor one by one; with their classes, if any.
 
-    def __init__(self, data: Any, column: str | None, processor: Any) -> None:
-        self.data, self.column, self.processor = data, column, processor
+    Args:
+        dataset: images, pairs of image and class, or rows with a ``column`` of images and one of ``labels``.
+
+    Attributes:
+        augment: is applied to each PIL image before the processor; None: nothing.
+    """
+
+    def __init__(
+        self, dataset: Any, processor: Any, column: str | None, labels: Sequence[str] = LABEL_COLUMNS
+    ) -> None:
+        self.dataset, self.processor, self.column, self.label_columns = dataset, processor, column, labels
+        self.augment: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.data[index]
-        image, *rest = row if isinstance(row, (tuple, list)) else (row if self.column is None else row[self.column],)
         try:
-            picture = upright(image)
+            row = self.dataset[index]
+            pair = row if isinstance(row, (tuple, list)) else (row if self.column is None else row[self.column],)
+            image = upright(pair[0])
         except reading_errors() as error:
-            raise InvalidDataError(f"image {index} (from 0) cannot be read: {error}") from error
-        made = self.processor(images=picture, return_tensors="pt")
-        label = rest[0] if rest else None
+            raise InvalidDataError(f"{self._name(index)} cannot be read as an image: {error}") from error
+        image = image if self.augment is None else self.augment(image)
+        made = self.processor(images=image, return_tensors="pt")
+        label = pair[1] if len(pair) > 1 else None
         if self.column is not None:
-            label = next((row[name] for name in LABEL_COLUMNS if row.get(name) is not None), None)
+            label = next((row[name] for name in self.label_columns if row.get(name) is not None), None)
         return {**{name: value[0] for name, value in made.items()}, **({} if label is None else {"labels": label})}
+
+    def _name(self, index: int) -> str:
+        """The path of an image, where it has one."""
+        from datasets import Dataset as Table
+        from datasets import Image
+
+        raw: Any = {}
+        if isinstance(self.dataset, Table):
+            raw = self.dataset.cast_column(self.column, Image(decode=False))[index][self.column]
+        return str(raw.get("path") or f"image {index} (from 0)")
 
 
 def processed(data: Any, model: Any) -> Any:
@@ -191,7 +212,7 @@ def processed(data: Any, model: Any) -> Any:
         image = None if column is None else first[column]
     if not _is_picture(image):
         return data
-    return Processed(data, column, _processor_of(model))
+    return Processed(data, _processor_of(model), column)
 
 
 def _is_picture(value: Any) -> bool:

@@ -111,8 +111,18 @@ def test_pictures_are_read_as_files_are(model: Any, tmp_path: Path) -> None:
     grey = Image.fromarray((np.arange(400).reshape(20, 20) * 160).astype(np.uint16))
     grey.save(tmp_path / "grey.png")
     assert torch.equal(processed([grey], model)[0]["pixel_values"], read_folder(tmp_path, PROCESSOR)[0])
-    with pytest.raises(InvalidDataError, match=r"image 1 \(from 0\) cannot be read: its pixels are 32-bit"):
+    words = r"image 1 \(from 0\) cannot be read as an image: its pixels are 32-bit"
+    with pytest.raises(InvalidDataError, match=words):
         processed([grey, Image.fromarray(DRAWN[0, :, :, 0].astype(np.float32))], model)[1]
+
+
+def test_a_broken_file_of_a_data_set_is_named(model: Any, tmp_path: Path) -> None:
+    for name in ("whole.png", "broken.png"):
+        PICTURES[0].save(tmp_path / name)
+    rows = datasets.Dataset.from_dict({"image": [str(tmp_path / name) for name in ("whole.png", "broken.png")]})
+    (tmp_path / "broken.png").write_bytes((tmp_path / "whole.png").read_bytes()[:100])
+    with pytest.raises(InvalidDataError, match=r"broken\.png cannot be read as an image"):
+        processed(rows.cast_column("image", datasets.Image()), model)[1]
 
 
 BAD: dict[str, tuple[Any, str]] = {
