@@ -33,7 +33,7 @@ def ridge_solve(
 
 
 def _damped_factor(cov: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]:
-    """Cholesky factor of ``cov`` with a ridge, and the ridge: a larger one where rounding left ``cov`` indefinite."""
+    """Cholesky factor of ``cov`` with a ridge, and the ridge: larger where rounding left ``cov`` indefinite."""
     scale = float(cov.diagonal().mean())
     while True:
         damped = cov.clone()
@@ -47,7 +47,7 @@ def _damped_factor(cov: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float
 def nested_errors(
     cov: torch.Tensor, cross: torch.Tensor, total: torch.Tensor, group: int, ridge: float
 ) -> torch.Tensor:
-    """Squared errors of the best Linears on the first ``group`` features, on the first two groups, and so on.
+    """(n / group,) squared errors of the best Linears on the first ``group`` features, on the first two groups, ...
 
     One Cholesky factor serves all of them: what a feature adds is what those before it leave over.
 
@@ -55,9 +55,6 @@ def nested_errors(
         cov: (n, n) of the features.
         cross: (m, n) of targets and features.
         total: variance of the targets, in all.
-
-    Returns:
-        (n / group,), falling.
     """
     if not bool(cov.diagonal().mean() > 0):
         return total.expand(len(cov) // group)
@@ -79,10 +76,8 @@ def qk_maps(query: torch.Tensor, key: torch.Tensor, rank: int) -> tuple[torch.Te
     """Maps T_q, T_k (..., rank, d) for which ``(T_q q) . (T_k k)`` is closest to ``q . k`` in the mean square.
 
     Args:
-        query: (..., d, d) second moment of queries.
-        key: (..., d, d) second moment of keys, around their mean in each sequence: softmax does not see what all
-            keys of a query have in common.
-        rank: channels that stay.
+        query, key: (..., d, d) second moments; of keys around their mean in each sequence: softmax does not see what
+            all keys of a query have in common.
     """
     (rq, iq), (rk, ik) = roots(query), roots(key)
     u, s, vt = torch.linalg.svd(rq @ rk)
@@ -107,8 +102,8 @@ def value_map(cov: torch.Tensor, output: torch.Tensor, rank: int) -> torch.Tenso
 def balance(values: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """Factors of value channels, and divisors of what reads them, with which the weights of both are equally long.
 
-    Low rank leaves channels of variance one, whose values are long and whose readers short: an optimizer whose steps
-    know no scale, such as Adam's, would all but overwrite the short ones.
+    Low rank leaves channels of variance one, whose values are long and whose readers short: Adam, whose steps know no
+    scale, would all but overwrite the short ones.
 
     Args:
         values: (channels, inputs).
@@ -162,9 +157,7 @@ def _lowest(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``count`` groups that go first, one after the other, and the error that each adds.
 
-    Args:
-        products: (k, k) of the consumer's weights with each other.
-        inverse: (k, k) inverse covariance; both are overwritten.
+    ``products``: (k, k) of the consumer's weights with each other; ``inverse``: covariance. Both are overwritten.
     """
     if group == 1:
         return _lowest_features(products, inverse, count)
@@ -226,11 +219,7 @@ def _without(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What is left when the other groups take over, in place: the removed ones change places with the last ones.
 
-    Args:
-        removed: positions of groups.
-        alive: (groups,) their numbers.
-        rows: (features, m) weights of the consumer.
-        inverse: (features, features) inverse covariance.
+    ``removed``: positions of groups; ``alive``: (groups,) their numbers; ``rows``: (features, m) of the consumer.
     """
     stay = len(alive) - len(removed)
     last = torch.ones(len(removed), dtype=torch.bool, device=removed.device)

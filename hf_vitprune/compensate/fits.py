@@ -79,8 +79,28 @@ class Branch(NamedTuple):
         return self._replace(stats=self.stats.take(features), weight=self.weight[:, features])
 
     def refit(self, ridge: float) -> Fit:
-        """Weights of the Linear that bring the branch closest to its targets; those that it has are the start."""
-        return refit(self.stats, self.weight, self.scale, ridge, self.together)
+        """Weights that bring the branch closest to its targets; those that it has are the start, and shrunk to."""
+        stats, mine = self.stats, _mine(len(self.weight), self.together)
+        scale = torch.ones_like(stats.t) if self.scale is None else self.scale.to(stats.t)
+        usable = (scale.abs() > SMALLEST_SCALE * scale.abs().max())[mine, None]
+        factors, weight = scale[mine, None], self.weight[mine]
+        t, tx, tt = stats.t[mine], stats.tx[mine], stats.tt[mine]
+        prior = factors * weight
+        missing = tx - prior @ stats.xx
+        damped = damping(stats, ridge)
+        step, left = ridge_solve(stats.xx, missing, damped)
+        found = prior + step
+        bias = (t - found @ stats.x)[:, None]
+        divisor = torch.where(usable, factors, 1.0)
+        new = torch.where(usable, found / divisor, weight), torch.where(usable, bias / divisor, 0.0)
+        # squared errors of the start and of what was found, where ``left`` is ``tx - found @ stats.xx``
+        lost = (tt - (w * (tx + rest)).sum(1) for w, rest in ((prior, missing), (found, left)))
+        rows = torch.cat([*new, *(one[:, None] for one in lost)], 1)
+        rows = joined(rows, len(stats.tt)) if self.together else rows
+        total = stats.tt.sum().clamp(min=torch.finfo(rows.dtype).tiny)
+        before, after = (float((one.sum().clamp(min=0) / total).sqrt()) for one in rows[:, -2:].unbind(1))
+        starved = stats.rows < len(stats.xx)
+        return Fit(rows[:, :-3].clone(), rows[:, -3].clone(), before, after, damped, starved)
 
     def low_rank(self, size: int, ranks: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Of every head, the channels of its context that serve its output best, and what the Linear makes of them.
@@ -122,46 +142,14 @@ def fold(
         prior: (m, n) what is used without a fold; the fit shrinks towards it.
         together: as of :class:`Branch`.
     """
-    mine = _rows(len(prior), together)
+    mine = _mine(len(prior), together)
     start = prior[mine]
     found = start + ridge_solve(stats.xx, stats.tx[mine] - start @ stats.xx, damping(stats, ridge))[0]
     found = joined(found, len(prior)) if together else found
     return found, stats.t - found @ stats.x
 
 
-def _rows(count: int, together: bool) -> slice:
-    """Of the targets that this process solves for: one Cholesky factor serves all of them, one by one."""
+def _mine(count: int, together: bool) -> slice:
+    """Of the targets those that this process solves for: one Cholesky factor serves all of them, one by one."""
     mine = part_of(count) if together else range(count)
     return slice(mine.start, mine.stop)
-
-
-def refit(
-    stats: Statistics, weight: torch.Tensor, scale: torch.Tensor | None, ridge: float, together: bool = False
-) -> Fit:
-    """Weights of a Linear that bring its output, times LayerScale, closest to the targets.
-
-    Args:
-        stats: of its inputs (n) and of what it should add to the residual stream (m).
-        weight: (m, n) it starts from, and shrinks towards.
-        scale: (m,) LayerScale behind it.
-        together: as of :class:`Branch`.
-    """
-    factors = torch.ones_like(stats.t) if scale is None else scale.to(stats.t)
-    usable = factors.abs() > SMALLEST_SCALE * factors.abs().max()
-    mine, damped, starved = _rows(len(weight), together), damping(stats, ridge), stats.rows < len(stats.xx)
-    weight, factors, usable = weight[mine], factors[mine, None], usable[mine, None]
-    t, tx, tt = stats.t[mine], stats.tx[mine], stats.tt[mine]
-    prior = factors * weight
-    missing = tx - prior @ stats.xx
-    step, left = ridge_solve(stats.xx, missing, damped)
-    found = prior + step
-    bias = (t - found @ stats.x)[:, None]
-    divisor = torch.where(usable, factors, torch.ones_like(factors))
-    new = torch.where(usable, found / divisor, weight), torch.where(usable, bias / divisor, 0.0)
-    # squared errors of the start and of what was found, where ``left`` is ``stats.tx - found @ stats.xx``
-    lost = (tt - (w * (tx + rest)).sum(1) for w, rest in ((prior, missing), (found, left)))
-    rows = torch.cat([*new, *(one[:, None] for one in lost)], 1)
-    rows = joined(rows, len(stats.tt)) if together else rows
-    total = stats.tt.sum().clamp(min=torch.finfo(rows.dtype).tiny)
-    before, after = (float((one.sum().clamp(min=0) / total).sqrt()) for one in rows[:, -2:].unbind(1))
-    return Fit(rows[:, :-3].clone(), rows[:, -3].clone(), before, after, damped, starved)

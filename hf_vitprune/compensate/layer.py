@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..families import LayerPaths
 from ..modeling.peft_twin import whole_shadow
+from ..utils.modules import owner
 from ..utils.offload import Waiting
 from .fits import Branch
 from .moments import Statistics, precise_device
@@ -36,13 +37,8 @@ def inputs_of(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...
         seen.append((args, kwargs))
         raise _Stop
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with module.register_forward_pre_hook(hook, with_kwargs=True), contextlib.suppress(_Stop):
         run()
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
     if not seen:
         raise UnsupportedModelError(f"{type(module).__name__} is never called: what it reads cannot be measured")
     return seen[0]
@@ -51,15 +47,12 @@ def inputs_of(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...
 class Layer:
     """One layer: a shadow of the model's own (its tensors, no hooks), called as the model calls it.
 
-    Weights that wait outside of the model are there while the layer runs as a whole. All else here takes them from
-    inside of :meth:`present`.
+    Weights that wait outside of the model are only there inside of :meth:`present`.
 
     Parts go by their names in ``LayerPaths`` (``fc1.0`` and ``fc1.1`` for gate and up), which are the same in the
     dense layer and in what is left of it.
 
     Args:
-        module: of the model.
-        paths: of its parts.
         call: what the model calls it with, behind the hidden states.
         waiting: its weights, where they are not in memory.
         sequences: that it gets for an image (windows).
@@ -82,7 +75,7 @@ class Layer:
         self._names = paths
         named = {k: v for k, v in paths._asdict().items() if isinstance(v, str)}
         self.paths = {**named, **{f"fc1.{j}": path for j, path in enumerate(paths.fc1)}}
-        self.fc1 = [f"fc1.{j}" for j in range(len(paths.fc1))]
+        self.fc1 = [name for name in self.paths if name.startswith("fc1.")]
         self._args, self._kwargs = call
         self._order: torch.Tensor | None = None
         self._order_of = self
@@ -95,17 +88,17 @@ class Layer:
         """A module of the layer."""
         return self.module.get_submodule(self._local(name))
 
-    def _factors(self, scale: str) -> Any:
-        return self.module.get_parameter(self._local(scale))
+    def _parameter(self, name: str) -> Any:
+        return self.module.get_parameter(self._local(name)) if name in self.paths else None
 
     def table(self) -> Any:
         """Position biases (positions, heads) of the attention's windows; None in families without."""
-        return self.module.get_parameter(self._local("bias_table")) if "bias_table" in self.paths else None
+        return self._parameter("bias_table")
 
     def replace_table(self, table: torch.Tensor) -> None:
         """Give a copy the position biases of another layer."""
-        parent, _, leaf = self._local("bias_table").rpartition(".")
-        self.module.get_submodule(parent)._parameters[leaf] = nn.Parameter(table.detach(), requires_grad=False)
+        module, leaf = owner(self.module, self._local("bias_table"))
+        module._parameters[leaf] = nn.Parameter(table.detach(), requires_grad=False)
 
     def _local(self, name: str) -> str:
         return self.paths[name][len(self.paths["layer"]) + 1 :]
@@ -126,10 +119,8 @@ class Layer:
 
     def scale(self, last: str) -> torch.Tensor | None:
         """LayerScale behind the last Linear of a branch, where the family has it, in double precision."""
-        if SCALES[last] not in self.paths:
-            return None
-        factors = self._factors(SCALES[last]).detach()
-        return factors.to(precise_device(factors.device), torch.float64)
+        factors = self._parameter(SCALES[last])
+        return None if factors is None else factors.detach().to(precise_device(factors.device), torch.float64)
 
     def branch(self, last: str, stats: Statistics) -> Branch:
         """The end of a branch that adds what it adds; ``stats``: of what its last Linear reads."""
@@ -143,22 +134,22 @@ class Layer:
             if old is not None:
                 linear._parameters[name] = nn.Parameter(new.to(old), requires_grad=False)
 
-    def _run(self, hidden: torch.Tensor) -> Any:
+    def call(self, hidden: torch.Tensor) -> Any:
         return self.module(hidden, *self._args, **self._kwargs)
 
     def run(self, hidden: torch.Tensor) -> torch.Tensor:
         """Residual stream behind the layer."""
-        out = self._run(hidden)
+        out = self.call(hidden)
         return out[0] if isinstance(out, tuple) else out
 
     # ------------------------------------------------------------------ attention
     def attention_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
         """What q, k and v read: (sequences, tokens, channels); sequences are images, or windows of them."""
-        return inputs_of(self.part("q"), lambda: self._run(hidden))[0][0]
+        return inputs_of(self.part("q"), lambda: self.call(hidden))[0][0]
 
     def context(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the output projection reads: (images, tokens, heads * channels), tokens ordered as in ``hidden``."""
-        context = inputs_of(self.part("o"), lambda: self._run(hidden))[0][0]
+        context = inputs_of(self.part("o"), lambda: self.call(hidden))[0][0]
         return context if context.shape[:2] == hidden.shape[:2] else self._reordered(context, hidden)
 
     def _reordered(self, context: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -170,18 +161,14 @@ class Layer:
     def trace(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """What ``q`` and ``k`` give and ``o`` and ``fc2`` read in one run of the layer, and its ``out``."""
         seen: dict[str, torch.Tensor] = {}
-        handles = [
-            self.part(part).register_forward_hook(
-                lambda _, args, out, part=part: seen.update({part: out if part in ("q", "k") else args[0]})
-            )
-            for part in ("q", "k", "o", "fc2")
-            if self.has(part)
-        ]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for part in filter(self.has, ("q", "k", "o", "fc2")):
+
+                def hook(_: nn.Module, args: Any, out: Any, part: str = part) -> None:
+                    seen[part] = out if part in ("q", "k") else args[0]
+
+                hooks.enter_context(self.part(part).register_forward_hook(hook))
             seen["out"] = self.run(hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
         if "o" in seen and seen["o"].shape[:2] != hidden.shape[:2]:
             seen["o"] = self._reordered(seen["o"], hidden)
         return seen
@@ -195,28 +182,25 @@ class Layer:
 
     def _token_order(self, hidden: torch.Tensor) -> torch.Tensor:
         """Where each token's row is in the windows of an image: rows are numbered and followed through the layer."""
-        module = self.part("o")
-        rows: list[torch.Tensor] = []
 
         def number(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            rows.append(torch.arange(output.shape[:-1].numel(), dtype=torch.float32, device=output.device))
-            return rows[0].view(*output.shape[:-1], 1).expand(output.shape)
+            rows = torch.arange(output.shape[:-1].numel(), dtype=torch.float32, device=output.device)
+            return rows.view(*output.shape[:-1], 1).expand(output.shape)
 
-        handle = module.register_forward_hook(number)
-        try:
-            numbered = self.after_attention(torch.zeros_like(hidden))
-        finally:
-            handle.remove()
-        return numbered[0, :, 0].round().long()
+        with self.part("o").register_forward_hook(number):
+            return self.after_attention(torch.zeros_like(hidden))[0, :, 0].round().long()
 
     def past(self, last: str, hidden: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """Residual stream behind a branch, from the stream before it and what the branch's last Linear reads."""
-        out = self.part(last)(inputs)
-        return hidden + (out * self._factors(SCALES[last]) if SCALES[last] in self.paths else out)
+        return self._added(last, hidden, self.part(last)(inputs))
+
+    def _added(self, last: str, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        factors = self._parameter(SCALES[last])
+        return hidden + (out if factors is None else out * factors)
 
     def after_attention(self, hidden: torch.Tensor) -> torch.Tensor:
         """Residual stream between the two branches."""
-        return inputs_of(self.part("norm2"), lambda: self._run(hidden))[0][0]
+        return inputs_of(self.part("norm2"), lambda: self.call(hidden))[0][0]
 
     # ------------------------------------------------------------------ MLP
     def mlp_inputs(self, residual: torch.Tensor) -> torch.Tensor:
@@ -229,10 +213,7 @@ class Layer:
 
     def after_mlp(self, residual: torch.Tensor) -> torch.Tensor:
         """Residual stream at the end of the layer."""
-        out = self._mlp(residual)
-        if "scale2" in self.paths:
-            out = out * self._factors("scale2")
-        return residual + out
+        return self._added("fc2", residual, self._mlp(residual))
 
     def _mlp(self, residual: torch.Tensor) -> torch.Tensor:
         out = self.part("mlp")(self.part("norm2")(residual))

@@ -6,13 +6,10 @@ import math
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from ..errors import InvalidConfigError
-from ..utils.processes import distributed, shard
+from ..utils.processes import shard, sum_over_processes
 from .moments import precise_device
-from .settings import Compensation
-from .site import Site
+from .streams import Site
 
 #: of Adam, after a linear warm-up over a tenth of the steps, before a linear decay to zero
 RATE = 3e-4
@@ -20,37 +17,22 @@ RATE = 3e-4
 IMAGES = 16
 
 
-def check_local(model: PreTrainedModel, settings: Compensation) -> None:
-    """Refuse what cannot be trained, before any work.
-
-    Raises:
-        InvalidConfigError: the weights are of half precision, whose steps would be lost in rounding.
-    """
-    if settings.local_steps and model.dtype not in (torch.float32, torch.float64):
-        raise InvalidConfigError(
-            f"local_steps trains weights, which are {model.dtype} here: load the model in float32, or leave it at 0"
-        )
-
-
 def reconstruct(site: Site, before: list[torch.Tensor]) -> None:
     """Train the Linears of a compensated layer together; what they were stays where training does not help.
 
-    Args:
-        before: the pruned stream before the layer, a tensor (images, tokens, width) a batch; it is past it now.
+    The pruned stream is past the layer; ``before``: it before the layer, a tensor (images, tokens, width) a batch.
     """
-    names = [part for part in ("q", "k", "v", "o", *site.dense.fc1, "fc2") if site.small.has(part)]
     if not site.ledger.lossy or not (site.entry.mlp or site.entry.mixer == "attention"):
         return
     targets = [dense for _, dense in site.streams.pairs()]
     spread, fitted = _spread(site, targets), _lost(site, site.streams.small, targets)
     if not min(spread, fitted) > 0:
         return
+    names = [part for part in ("q", "k", "v", "o", *site.dense.fc1, "fc2") if site.small.has(part)]
     weights = [weight for name in names for weight in site.small.part(name).parameters()]
     old = [weight.detach().clone() for weight in weights]
-    frozen = [weight for weight in weights if not weight.requires_grad]
+    frozen = [weight.requires_grad_(True) for weight in weights if not weight.requires_grad]
     try:
-        for weight in frozen:
-            weight.requires_grad_(True)
         with torch.enable_grad():
             _train(site, before, targets, weights)
     finally:
@@ -63,7 +45,7 @@ def reconstruct(site: Site, before: list[torch.Tensor]) -> None:
     else:
         for weight, kept in zip(weights, old, strict=True):
             weight.data.copy_(kept)
-    site.record_errors("local", math.sqrt(fitted / spread), math.sqrt(min(fitted, trained) / spread))
+    site.record("local", math.sqrt(fitted / spread), math.sqrt(min(fitted, trained) / spread))
 
 
 def _train(site: Site, before: list[torch.Tensor], targets: list[torch.Tensor], weights: list[nn.Parameter]) -> None:
@@ -74,14 +56,14 @@ def _train(site: Site, before: list[torch.Tensor], targets: list[torch.Tensor], 
     numbers = {(b // views * processes + rank) * views + b % views: b for b in range(len(before))}  # over all of them
     total = int(_summed(site, [weights[0].new_tensor(len(before))]))
     for step in range(steps):
-        for weight in weights:
-            weight.grad = torch.zeros_like(weight)
+        grads = [torch.zeros_like(weight) for weight in weights]
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.grad = grad
         for drawn in torch.randint(total, (each,), generator=generator).tolist():
             if (b := numbers.get(drawn)) is not None:
                 _squares(site, site.small.run(before[b]), targets[b]).backward()
-        for weight in weights:
-            if distributed():
-                torch.distributed.all_reduce(weight.grad)
+        for grad in grads:
+            sum_over_processes(grad)
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / max(1.0, 0.1 * steps)) * (1 - step / steps)
         optimizer.step()
@@ -112,6 +94,4 @@ def _summed(site: Site, parts: list[torch.Tensor], *size: int) -> torch.Tensor:
     total = torch.zeros(size, dtype=torch.float64, device=precise_device(site.device))
     for part in parts:
         total += part.to(total)
-    if distributed():
-        torch.distributed.all_reduce(total)
-    return total
+    return sum_over_processes(total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,8 @@ class Moments:
         self._sums = [torch.zeros(size, dtype=torch.float64, device=self.device) for size in sizes]
 
     def add(self, x: torch.Tensor, t: torch.Tensor, weights: torch.Tensor) -> None:
-        """``x``: (rows, features); ``t``: (rows, targets); ``weights``: (rows,), none negative."""
+        """``x``: (..., features); ``t``: (..., targets); ``weights``: one for each of these rows, none negative."""
+        x, t = x.flatten(0, -2), t.flatten(0, -2)
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         if self._shift is None:
             self._shift = x.mean(0, dtype=kind), t.mean(0, dtype=kind)
@@ -82,9 +84,6 @@ class Moments:
         Args:
             centred: False for consumers without a bias: second moments instead of covariances, means of zero.
             owner: the only process that needs them; on the others they are of no use. None: every process.
-
-        Raises:
-            InvalidDataError: the features are not finite, or there are none.
         """
         count, squares, x, t, xx, tx, tt = self._sums
         self._sums = []
@@ -100,17 +99,11 @@ class Moments:
         _reduce([count, squares, x, t, tx, tt, *blocks], owner)
         for at in range(0, len(x), COLUMNS):
             xx[at : at + COLUMNS, at + COLUMNS :] = xx[at + COLUMNS :, at : at + COLUMNS].T
-        sums = count, squares, x, t, xx, tx, tt
+        sums = x, t, xx, tx, tt
         if owner not in (None, shard()[0]):
-            return Statistics(float(count), *sums[2:])
-        n = float(count)
-        if n <= 0:
-            raise InvalidDataError("there are no calibration images that count")
-        rows = n**2 / float(squares)
-        for total in sums[2:]:
-            total /= n
-        if not all(bool(part.sum().isfinite()) for part in (xx, tx, tt)):
-            raise InvalidDataError("features of the calibration images are not finite numbers")
+            return Statistics(float(count), *sums)
+        _average(sums, count)
+        rows = float(count) ** 2 / float(squares)
         if not centred:
             return Statistics(rows, torch.zeros_like(x), torch.zeros_like(t), xx, tx, tt)
         xx.addr_(x, x, alpha=-1)
@@ -134,20 +127,20 @@ class HeadMoments:
         self._count += weights.sum().to(self.device)
 
     def total(self, owner: int | None = None) -> torch.Tensor:
-        """(heads, channels, channels) means over the batches of all processes; had once, as :meth:`Moments.total`.
-
-        Raises:
-            InvalidDataError: the features are not finite, or there are none.
-        """
+        """(heads, channels, channels) means over the batches of all processes; had once, as :meth:`Moments.total`."""
         _reduce([self._sum, self._count], owner)
-        if owner not in (None, shard()[0]):
-            return self._sum
-        if not float(self._count) > 0:
-            raise InvalidDataError("there are no calibration images that count")
-        moments = self._sum.div_(self._count)
-        if not bool(moments.isfinite().all()):
+        if owner in (None, shard()[0]):
+            _average([self._sum], self._count)
+        return self._sum
+
+
+def _average(sums: Iterable[torch.Tensor], count: torch.Tensor) -> None:
+    """Divide by a count, in place; refused where that is none, or the sums are not finite."""
+    if not float(count) > 0:
+        raise InvalidDataError("there are no calibration images that count")
+    for total in sums:
+        if not bool(total.div_(count).sum().isfinite()):
             raise InvalidDataError("features of the calibration images are not finite numbers")
-        return moments
 
 
 def _reduce(totals: list[torch.Tensor], owner: int | None) -> None:

@@ -11,8 +11,7 @@ from ..errors import InvalidDataError
 from ..utils.processes import part_of, sum_over_processes
 from .algebra import qk_maps
 from .fits import Projection
-from .readers import Inputs
-from .site import Site, real
+from .streams import Site, real, selection
 
 #: tokens of whole sequences at a time: bounds what their products take
 TOKENS = 1024
@@ -23,64 +22,48 @@ ROUNDING = 1e-4
 
 
 class Products(NamedTuple):
-    """(sequences, heads, channels, channels) products of queries, weighted, and of keys around their mean.
-
-    ``weights`` and ``rows``: sum of the queries' weights, and number of keys.
-    """
+    """(sequences, heads, channels, channels) products of queries, weighted, and of keys around their mean."""
 
     queries: torch.Tensor
     keys: torch.Tensor
-    weights: float
-    rows: int
+    weights: float  # sum over the queries
+    rows: int  # number of keys
 
 
-def compensate_queries_and_keys(site: Site, inputs: Inputs, moved: bool) -> None:
-    """New weights for q and k of a layer.
-
-    Args:
-        moved: other heads stay than the plan's, so that there is something to write in any case.
-    """
+def compensate_queries_and_keys(site: Site, moved: bool) -> None:
+    """New weights for q and k of a layer, in any case where heads were ``moved``: others stay than the plan's."""
     size = site.source.qk_dim
     cut = any(row != tuple(range(size)) for row in site.entry.qk)
-    if not cut and not moved and inputs.map is None:
+    if not cut and not moved and site.inputs is None:
         return
-    query, key = (
-        Projection.of(weight[site.qk_rows], bias[site.qk_rows], size)
-        for weight, bias in (inputs.weights(site, part) for part in ("q", "k"))
-    )
-    loses = cut and _loses(site)
+    rows = site.head_rows(size)
+    query, key = (Projection.of(weight[rows], bias[rows], size) for weight, bias in map(site.weights, ("q", "k")))
+    kept = selection(site.entry.qk, size, rows.device)
+    loses = cut and site.loses(site.used("q") & site.used("k"), kept, every_head=False)
     site.ledger.lossy |= loses
-    maps = _selections(site, query.weight)
-    if loses and "qk" in site.settings.parts and site.plain_qk():
+    maps = kept.expand(2, *kept.shape)
+    if loses and "qk" in site.settings.parts and _can_rotate(site):
         maps = _rotated(site, query, key, maps)
     site.write("q", *query.through(maps[0]))
     site.write("k", *key.through(maps[1]))
 
 
-def _selections(site: Site, like: torch.Tensor) -> torch.Tensor:
-    """(2, heads, kept channels, channels) of zeros and ones: the plan's channels of q and of k; padding is zero."""
-    maps = like.new_zeros(2, len(site.entry.heads), len(site.entry.qk[0]), site.source.qk_dim)
-    for head, row in enumerate(site.entry.qk):
-        there = real(row)
-        maps[:, head, there, [row[position] for position in there]] = 1
-    return maps
-
-
-def _loses(site: Site) -> bool:
-    """Removed channels of kept heads that some query and key both use."""
-    (wq, bq), (wk, bk) = (site.dense.weights(part) for part in ("q", "k"))
-    used = ((wq != 0).any(1) | (bq != 0)) & ((wk != 0).any(1) | (bk != 0))
-    kept = torch.zeros_like(used)
-    for head, row in zip(site.entry.heads, site.entry.qk, strict=True):
-        kept[[head * site.source.qk_dim + row[p] for p in real(row)]] = True
-    return bool((used & ~kept)[site.qk_rows].any())
+def _can_rotate(site: Site) -> bool:
+    """Whether only the product of q and k matters, as their Linears give them."""
+    source = site.streams.plan.source
+    plain = source.family.has_plain_qk(source.config)
+    if not plain:
+        site.ledger.note(
+            f"qk: {source.family.model_type} turns or normalises queries and keys, so that they cannot be rotated; "
+            "the plan's channels are kept as they are"
+        )
+    return plain
 
 
 def _rotated(site: Site, query: Projection, key: Projection, plain: torch.Tensor) -> torch.Tensor:
-    """The maps of best low rank, but for heads in which the plan's channels lose less.
+    """The maps of best low rank, of the moments of all sequences together; ``plain`` for heads in which it loses less.
 
-    The low rank is that of the moments of all sequences together. Where sequences (windows, above all) differ in
-    theirs it need not be the best one.
+    Where sequences (windows, above all) differ in their moments, one basis need not serve them.
     """
     (second, around), held = _moments(site, query, key)
     maps = torch.zeros_like(plain)
@@ -102,7 +85,7 @@ def _rotated(site: Site, query: Projection, key: Projection, plain: torch.Tensor
         )
     total = everything.sum().clamp(min=torch.finfo(everything.dtype).tiny)
     before, after = (float((lost.sum() / total).sqrt()) for lost in (sliced, torch.minimum(sliced, rotated)))
-    site.record_errors("qk", before, after)
+    site.record("qk", before, after)
     return torch.where(worse[:, None, None], plain, maps)
 
 
@@ -110,7 +93,7 @@ def _products(site: Site, query: Projection, key: Projection) -> Iterator[Produc
     """Of some sequences at a time."""
     for small in site.streams.small:
         batch = site.small.attention_inputs(small)
-        weights = _query_weights(site, small, batch).view(*batch.shape[:2], 1, 1)
+        weights = site.streams.token_weights(small, batch).view(*batch.shape[:2], 1, 1)
         at_once = max(1, TOKENS // batch.shape[1])
         for x, weight in zip(batch.split(at_once), weights.split(at_once), strict=True):
             x = x if x.dtype == torch.float64 else x.float()
@@ -124,17 +107,10 @@ def _products(site: Site, query: Projection, key: Projection) -> Iterator[Produc
             )
 
 
-def _query_weights(site: Site, small: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(sequences * tokens,) of a batch; all alike where sequences are windows of images."""
-    rows = x.shape[:2]
-    return site.streams.token_weights(small) if rows == small.shape[:2] else x.new_ones(rows.numel())
-
-
 def _moments(site: Site, query: Projection, key: Projection) -> tuple[torch.Tensor, list[Products] | None]:
     """(2, heads, channels, channels) second moments of queries, and of keys around the mean of their sequence.
 
-    Returns:
-        These, and the products that they are made of, up to ``HELD`` bytes.
+    And the products that they are made of, up to ``HELD`` bytes.
     """
     size = query.weight.shape[1]
     sums = query.weight.new_zeros(2, len(query.weight), size, size)
@@ -152,11 +128,7 @@ def _moments(site: Site, query: Projection, key: Projection) -> tuple[torch.Tens
 
 
 def _errors(products: Iterable[Products], maps: torch.Tensor) -> torch.Tensor:
-    """(choices, heads) squared error of the products of queries and keys, over the pairs of every sequence.
-
-    Args:
-        maps: (choices, 2, heads, kept channels, channels) of queries and of keys.
-    """
+    """(choices, heads) squared error of q k^T over the pairs of every sequence, by maps (choices, 2, heads, ...)."""
     lost = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device) - maps[:, 0].mT @ maps[:, 1]
     total = maps.new_zeros(lost.shape[:2])
     for qq, kk, _, _ in products:  # over all pairs of a sequence, |q E k^T|^2 is the trace of (q^T q) E (k^T k) E^T

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..errors import InvalidConfigError, InvalidPlanError
 from ..modeling.peft_twin import plain_part
+from ..plan.layer_plan import LayerPlan
 from ..plan.plan import PruningPlan
 from ..surgery.cuts import Cut, find_cuts
 from ..surgery.masked import MaskedState
@@ -21,13 +22,10 @@ from ..utils.crops import Views
 from ..utils.examples import processed
 from ..utils.offload import StateDict, device_of
 from ..utils.processes import is_first_process, shard
-from .attention import compensate_attention
-from .local import check_local, reconstruct
-from .mlp import compensate_mlp
-from .readers import compensate_head
+from .branches import compensate_attention, compensate_head, compensate_mlp
+from .local import reconstruct
 from .settings import Compensation
-from .site import Ledger, Site
-from .streams import Streams
+from .streams import Site, Streams
 from .walk import Walk
 
 logger = logging.get_logger(__name__)
@@ -41,8 +39,8 @@ def compensate_plan(
 
     Layer by layer, on the already pruned layers below: what attention and MLP add to the residual stream is fitted,
     by least squares, to bring the pruned model's stream to where the dense model's is. Queries and keys, and the
-    values of every head, get the basis in which fewest channels lose least. Images are the only input; there are no
-    gradients, and the shape stays the plan's. With several processes, all have to call this, with the same data.
+    values of every head, get the basis in which fewest channels lose least. The shape stays the plan's. With several
+    processes, all have to call this, with the same data.
 
     Args:
         model: stock or pruned transformers model, a bigger one with the plan's part in it, or a PeftModel over one
@@ -68,8 +66,7 @@ def compensate_plan(
     if settings is None:
         return plan
     plan.source.check_looks("compensation", at_images=False)
-    _check(base, plan, reference)
-    _check_settings(base, plan, settings)
+    _check(base, plan, reference, settings)
     if plan.removes_nothing:
         return plan
     masked = None if reference is None else MaskedState(base, reference)
@@ -82,33 +79,34 @@ def compensate_plan(
     batches = ImageBatches(calibration, settings.batch_size, settings.images, shard=shard(), form=form)
     walks = Walk(dense, plan.source, batches, masked), Walk(small, plan.architecture, batches)
     streams = Streams(*walks, bare, Views(batches, settings.views), settings)
-    ledger = Ledger(lossy=plan.embedding is not None)
-    entries = _layers(streams, ledger)
-    compensate_head(walks[0].model, small, streams, ledger)
-    for note in ledger.notes:
-        if is_first_process():
-            logger.warning(f"compensation: {note}")
+    entries = _layers(streams)
+    compensate_head(walks[0].model, small, streams)
+    for note in streams.ledger.notes if is_first_process() else ():
+        logger.warning(f"compensation: {note}")
     final = plan.with_layers(
         replace(entry, scales=old.scales) for entry, old in zip(entries, plan.layers, strict=True)
     )
-    info = {**plan.info, "compensation": _summary(settings, batches, ledger)}
-    return replace(final, weights={**plan.weights, **_changed(base, small, final)}, info=info)
+    said = {k: getattr(settings, k) for k in ("ridge", "token_share", "reselect", "views", "local_steps")}
+    done = {"fits": streams.ledger.rows, "notes": streams.ledger.notes}
+    info = {"images": batches.images, "parts": list(settings.parts), **said, **done}
+    weights = {**plan.weights, **_changed(base, small, final)}
+    return replace(final, weights=weights, info={**plan.info, "compensation": info})
 
 
-def _check(model: PreTrainedModel, plan: PruningPlan, reference: Any) -> None:
+def _check(model: PreTrainedModel, plan: PruningPlan, reference: Any, settings: Compensation) -> None:
     if reference is None and any(entry.scales for entry in plan.layers):
         raise InvalidPlanError(
             "the plan folds factors into what stays, and does not say what those of the removed units were: use "
             'PruningModel.export(calibration=...), which knows them, or compensate="none"'
         )
     device_of(model, "compensation")
-
-
-def _check_settings(model: PreTrainedModel, plan: PruningPlan, settings: Compensation) -> None:
     reads = plan.source.family.reads
     if settings.views > 1 and reads != "images":
         raise InvalidConfigError(f"views are parts of images, and this model reads {reads}: leave views at 1")
-    check_local(model, settings)
+    if settings.local_steps and model.dtype not in (torch.float32, torch.float64):  # steps would be lost in rounding
+        raise InvalidConfigError(
+            f"local_steps trains weights, which are {model.dtype} here: load the model in float32, or leave it at 0"
+        )
 
 
 def _check_weights(plan: PruningPlan, cuts: dict[str, Cut]) -> None:
@@ -121,60 +119,39 @@ def _check_weights(plan: PruningPlan, cuts: dict[str, Cut]) -> None:
         )
 
 
-def _layers(streams: Streams, ledger: Ledger) -> list[Any]:
-    plan = streams.plan
-    _note_unreached(streams, ledger)
+def _layers(streams: Streams) -> list[LayerPlan]:
+    """Compensate all that stays, in place; what stays of every layer then."""
+    plan, settings, ledger = streams.plan, streams.settings, streams.ledger
+    lost = streams.unreached()
+    if lost and "layers" in settings.parts:
+        ledger.lossy = True
+        names = ", ".join(f"{'MLP' if p % 2 else 'attention'} of layer {p // 2}" for p in lost)
+        ledger.note(f"layers: nothing of their stage is kept below, so nothing takes over from the {names}")
     entries = []
     layers = zip(streams.small_walk.layers, plan.layers, strict=True)
     for small, entry in tqdm(layers, "compensating", len(plan.layers), leave=False, delay=3, disable=shard()[0] > 0):
-        dense = streams.dense_walk.layers[entry.index]
-        site = Site(streams, ledger, small, dense, entry, plan.source.layers[entry.index])
+        site = Site(streams, small, streams.dense_walk.layers[entry.index], entry, plan.source.layers[entry.index])
         streams.enter(entry.index)
-        before = list(streams.small) if streams.settings.local_steps else []
-        with dense.present():
+        before = list(streams.small) if settings.local_steps else []
+        with site.dense.present():
             _compensate(site)
-        if streams.settings.local_steps:
+        if settings.local_steps:
             reconstruct(site, before)
         entries.append(site.entry)
     return entries
 
 
 def _compensate(site: Site) -> None:
-    entry, streams = site.entry, site.streams
-    if entry.mixer != "none":
-        if entry.replaces_mixer(site.source):
-            site.ledger.lossy = True
-            site.ledger.note(
-                f"the {entry.mixer} mixer of layer {entry.index} keeps the weights that the plan gives it"
-            )
-        if entry.mixer == "attention":
-            compensate_attention(site)
-        else:
-            streams.small[:] = [site.small.after_attention(hidden) for hidden in streams.small]
+    entry, small = site.entry, site.streams.small
+    if entry.mixer != "none" and entry.replaces_mixer(site.source):
+        site.ledger.lossy = True
+        site.ledger.note(f"the {entry.mixer} mixer of layer {entry.index} keeps the weights that the plan gives it")
+    if entry.mixer == "attention":
+        compensate_attention(site)
+    elif entry.mixer != "none":
+        small[:] = [site.small.after_attention(hidden) for hidden in small]
     if entry.mlp:
         compensate_mlp(site)
-
-
-def _note_unreached(streams: Streams, ledger: Ledger) -> None:
-    lost = streams.unreached()
-    if lost and "layers" in streams.settings.parts:
-        ledger.lossy = True
-        names = ", ".join(f"{'MLP' if p % 2 else 'attention'} of layer {p // 2}" for p in lost)
-        ledger.note(f"layers: nothing of their stage is kept below, so nothing takes over from the {names}")
-
-
-def _summary(settings: Compensation, batches: ImageBatches, ledger: Ledger) -> dict[str, Any]:
-    return {
-        "images": batches.images,
-        "parts": list(settings.parts),
-        "ridge": settings.ridge,
-        "token_share": settings.token_share,
-        "reselect": settings.reselect,
-        "views": settings.views,
-        "local_steps": settings.local_steps,
-        "fits": ledger.rows,
-        "notes": ledger.notes,
-    }
 
 
 def _changed(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan) -> dict[str, torch.Tensor]:

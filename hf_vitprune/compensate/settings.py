@@ -6,14 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InvalidConfigError
-from ..utils.settings import (
-    check_count,
-    check_counts,
-    check_flags,
-    check_open_interval,
-    check_positive,
-    choice_of,
-)
+from ..utils.settings import check_count, check_counts, check_flags, check_open_interval, check_positive, choice_of
 
 #: what can be compensated, in the order of a layer: a fit each, and no unit each (that of v makes up for heads, too)
 PARTS = ("embedding", "inputs", "qk", "v", "mlp", "layers")
@@ -28,8 +21,8 @@ class Compensation:
             (channels that attention or MLP no longer read), ``qk`` (best low rank), ``v`` (best low rank a head, and
             the output projection, for removed heads too), ``mlp`` (fc2) and ``layers`` (removed layers, attentions
             and MLPs: what comes before them takes over).
-        ridge: damping of every least-squares fit, in units of the mean variance of its features. It is raised where
-            there are fewer than 20 tokens for each feature.
+        ridge: damping of every least-squares fit, in units of the mean variance of its features; larger where there
+            are fewer than 20 tokens for each feature.
         images: at most this many, evenly spaced over the data; None takes all.
         batch_size: images a forward pass.
         token_share: share of the statistics that special tokens (CLS, distillation, registers) have together, in
@@ -62,10 +55,7 @@ class Compensation:
 
     @classmethod
     def of(cls, choice: Any) -> Compensation | None:
-        """Settings for what users write: ``"auto"`` or True, ``"none"`` or False, names of parts, or settings.
-
-        Returns:
-            None for ``"none"`` and False.
+        """Settings for what users write: ``"auto"`` or True, names of parts, settings; None for ``"none"`` or False.
 
         Raises:
             InvalidConfigError: anything else.

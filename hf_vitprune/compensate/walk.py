@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ class Walk:
     Args:
         model: a plain transformers model; it is neither changed nor moved. Of weights that wait outside of it, those
             of the layers are fetched when a layer is run, and all others at once.
-        architecture: of it.
         batches: images: the first ones tell how the model calls its layers.
         state: the weights, where the model is one without a copy of its own.
 
@@ -55,7 +55,11 @@ class Walk:
         self.architecture = architecture
         self.device = device_of(model, "running layers one by one") if state is None else state.device
         self._paths = layer_paths(model, architecture)
-        waiting = self._fetch(StateDict(model) if state is None else state)
+        tensors = StateDict(model) if state is None else state
+        layers = tuple(f"{paths.layer}." for paths in self._paths)
+        for name in tensors.waiting():
+            if not name.startswith(layers):
+                set_tensor(self.model, name, tensors[name])
         root = architecture.family.encoder_path(model)
         names = architecture.layer_names()
         outputs = architecture.family.output_names(len(names), architecture.depths)
@@ -64,19 +68,13 @@ class Walk:
         batch = next(iter(ImageBatches(batches, FIRST)))
         calls = self._record(batch)
         sequences = architecture.family.sequences(architecture.config)
-        self.layers = [
-            Layer(self.model.get_submodule(paths.layer), paths, calls[paths.layer], weights, sequences)
-            for paths, weights in zip(self._paths, waiting, strict=True)
-        ]
+        self.layers = []
+        for paths in self._paths:
+            module = self.model.get_submodule(paths.layer)
+            waiting = Waiting(tensors, paths.layer, module)
+            self.layers.append(Layer(module, paths, calls[paths.layer], waiting, sequences))
         self._bridge_calls = [calls[path] for path in self._bridges]
         self._check(self.start(batch)[:sequences])
-
-    def _fetch(self, state: StateDict) -> list[Waiting]:
-        layers = tuple(f"{paths.layer}." for paths in self._paths)
-        for name in state.waiting():
-            if not name.startswith(layers):
-                set_tensor(self.model, name, state[name])
-        return [Waiting(state, paths.layer, self.model.get_submodule(paths.layer)) for paths in self._paths]
 
     @torch.no_grad()
     def _check(self, hidden: torch.Tensor) -> None:
@@ -103,23 +101,17 @@ class Walk:
             hidden = out
 
     def _record(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model calls its layers and bridges with, behind the hidden states."""
         calls: dict[str, Any] = {}
-        handles = []
+        with contextlib.ExitStack() as hooks:
+            for path in [*(paths.layer for paths in self._paths), *self._bridges]:
 
-        def listen(path: str) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                calls[path] = args[1:], kwargs
+                def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+                    calls[path] = args[1:], kwargs
 
-            return hook
-
-        for path in [paths.layer for paths in self._paths] + self._bridges:
-            module = self.model.get_submodule(path)
-            handles.append(module.register_forward_pre_hook(listen(path), with_kwargs=True))
-        try:
+                module = self.model.get_submodule(path)
+                hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             inputs_of(self.model.get_submodule(self._paths[-1].norm2), lambda: run_images(self.model, batch))
-        finally:
-            for handle in handles:
-                handle.remove()
         if any(kwargs.get("attention_mask") is not None for _, kwargs in calls.values()):
             raise InvalidDataError(
                 "layers are run one by one without an attention_mask: leave it out of the batches; models that add "

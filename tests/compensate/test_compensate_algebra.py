@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_vitprune.compensate.algebra import nested_errors, obs, qk_maps, ridge_solve, value_map
-from hf_vitprune.compensate.fits import fold, refit
+from hf_vitprune.compensate.fits import Branch, fold
 from hf_vitprune.compensate.moments import Moments, Statistics
 from hf_vitprune.errors import InvalidDataError
 
@@ -76,7 +76,7 @@ def test_a_refit_never_raises_the_error(seed: int, ridge: float, rows: int) -> N
     x, t = random(rows, 9, seed=seed), random(rows, 4, seed=seed + 1)
     x[:, 3], x[:, 4] = 2.0, x[:, 5]
     weight, scale = random(4, 9, seed=seed + 2), torch.tensor([1.0, -0.5, 3.0, 0.01], dtype=torch.float64)
-    fit = refit(statistics(x, t), weight, scale, ridge)
+    fit = Branch(statistics(x, t), weight, scale).refit(ridge)
     plain = statistics(x, t)
     bias = plain.t - (scale[:, None] * weight) @ plain.x
     new = error(x, t, scale[:, None] * fit.weight, scale * fit.bias)
@@ -88,7 +88,7 @@ def test_a_refit_never_raises_the_error(seed: int, ridge: float, rows: int) -> N
 
 def test_a_small_ridge_gives_least_squares() -> None:
     x, t = random(60, 6, seed=0), random(60, 4, seed=1)
-    fit = refit(statistics(x, t), torch.zeros(4, 6, dtype=torch.float64), None, 1e-6)
+    fit = Branch(statistics(x, t), torch.zeros(4, 6, dtype=torch.float64), None).refit(1e-6)
     best = torch.linalg.lstsq(torch.cat([x, torch.ones(60, 1)], 1), t).solution
     assert torch.allclose(fit.weight, best[:6].T, atol=1e-8) and torch.allclose(fit.bias, best[6], atol=1e-8)
 
@@ -97,21 +97,21 @@ def test_the_ridge_shrinks_towards_what_was_there() -> None:
     """With an enormous ridge, and where the targets are met already, the weights stay; only the mean is set right."""
     x, weight = random(60, 6, seed=0), random(4, 6, seed=1)
     t = x @ weight.T + 5
-    assert torch.allclose(refit(statistics(x, t), weight, None, 1e-3).weight, weight, atol=1e-12)
-    held = refit(statistics(x, random(60, 4, seed=2)), weight, None, 1e9)
+    assert torch.allclose(Branch(statistics(x, t), weight, None).refit(1e-3).weight, weight, atol=1e-12)
+    held = Branch(statistics(x, random(60, 4, seed=2)), weight, None).refit(1e9)
     assert torch.allclose(held.weight, weight, atol=1e-6)
 
 
 def test_rows_behind_a_layer_scale_of_zero_stay() -> None:
     x, t, weight = random(60, 6, seed=0), random(60, 2, seed=1), random(2, 6, seed=2)
-    fit = refit(statistics(x, t), weight, torch.tensor([0.0, 2.0], dtype=torch.float64), 1e-3)
+    fit = Branch(statistics(x, t), weight, torch.tensor([0.0, 2.0], dtype=torch.float64)).refit(1e-3)
     assert torch.equal(fit.weight[0], weight[0]) and fit.bias[0] == 0
     assert not torch.allclose(fit.weight[1], weight[1])
 
 
 def test_features_without_variance_change_nothing() -> None:
     x, t, weight = torch.full((20, 3), 4.0, dtype=torch.float64), random(20, 2, seed=1), random(2, 3, seed=2)
-    fit = refit(statistics(x, t), weight, None, 1e-3)
+    fit = Branch(statistics(x, t), weight, None).refit(1e-3)
     assert torch.equal(fit.weight, weight)
     assert torch.allclose(x[0] @ fit.weight.T + fit.bias, t.mean(0))
     assert not ridge_solve(torch.zeros(3, 3).double(), torch.zeros(2, 3).double(), 1e-3)[0].any()
@@ -119,9 +119,8 @@ def test_features_without_variance_change_nothing() -> None:
 
 def test_few_rows_raise_the_ridge() -> None:
     def ridge(rows: int) -> tuple[float, bool]:
-        fit = refit(
-            statistics(random(rows, 4, seed=0), random(rows, 2, seed=1)), torch.zeros(2, 4).double(), None, 1e-3
-        )
+        found = statistics(random(rows, 4, seed=0), random(rows, 2, seed=1))
+        fit = Branch(found, torch.zeros(2, 4).double(), None).refit(1e-3)
         return fit.ridge, fit.starved
 
     assert ridge(80) == (pytest.approx(1e-3), False)

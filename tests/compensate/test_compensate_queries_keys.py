@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_vitprune.compensate.queries_keys import Projection, _errors, _products, _rotated, _selections
-from hf_vitprune.compensate.site import Ledger, Site
+from hf_vitprune.compensate.queries_keys import Projection, _errors, _products, _rotated
+from hf_vitprune.compensate.streams import Ledger, Site, selection
 
 SIZE = 4
 
@@ -17,7 +17,7 @@ SIZE = 4
 def site_of(batches: list[torch.Tensor]) -> Any:
     """A layer of one head; channels 0 to 3 of its input are its queries, 4 to 7 its keys. Channels 0 and 1 stay."""
     small = SimpleNamespace(attention_inputs=lambda x: x, part=lambda _: SimpleNamespace(in_features=2 * SIZE))
-    streams = SimpleNamespace(small=batches, token_weights=lambda x: torch.ones(x.shape[0] * x.shape[1]))
+    streams = SimpleNamespace(small=batches, token_weights=lambda x, _: torch.ones(x.shape[0] * x.shape[1]))
     site = SimpleNamespace(
         streams=streams,
         small=small,
@@ -26,7 +26,7 @@ def site_of(batches: list[torch.Tensor]) -> Any:
         source=SimpleNamespace(qk_dim=SIZE),
         ledger=Ledger(),
     )
-    site.record_errors = lambda *row: Site.record_errors(site, *row)
+    site.record = lambda *row: Site.record(site, *row)
     return site
 
 
@@ -55,7 +55,7 @@ def product(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 def test_the_basis_is_taken_where_it_loses_less(differ: bool) -> None:
     batches = sequences(differ)
     site, (query, key) = site_of(batches), projections()
-    plain = _selections(site, query.weight)
+    plain = selection(site.entry.qk, SIZE, site.device).expand(2, 1, -1, -1)
     made = _rotated(site, query, key, plain)
     x, whole = torch.cat(batches), torch.eye(SIZE, dtype=torch.float64).expand(2, 1, SIZE, SIZE)
     exact = product(x, whole)

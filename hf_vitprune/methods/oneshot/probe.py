@@ -34,7 +34,7 @@ class Probe:
         self._readout = whole_shadow(walk.model).eval()
         self._final = self.hidden
         one = walk.architecture.family.sequences(walk.architecture.config)
-        self._tuples = isinstance(walk.layers[0]._run(self.hidden[:one]), tuple)
+        self._tuples = isinstance(walk.layers[0].call(self.hidden[:one]), tuple)
         names = [layer.paths["layer"] for layer in walk.layers]
         for name in names:  # behind the layers, the model goes on as always
             self._readout.get_submodule(name).forward = self._last if name == names[-1] else self._skip
