@@ -39,8 +39,7 @@ class Recovery:
     Attributes:
         steps: of the optimizer.
         learning_rate: peak of AdamW's, after a linear warm-up, before a cosine decay. A compensated model starts near
-            an optimum, and AdamW's steps are as large as the rate from the first one on: ten times this rate ends
-            worse than it began.
+            an optimum: ten times this rate ends worse than it began.
         warmup: share of the steps, in [0, 1).
         batch_size: images a step and process.
         held_out: share of the images that are not trained on, by whose loss the best weights are kept, in (0, 1).
@@ -74,10 +73,8 @@ class Recovery:
 class Recovered:
     """What a recovery came to.
 
-    Attributes:
-        losses: optimizer steps -> feature loss of the held-out images; step 0 is the start.
-        best: the step whose weights the model has now.
-        held_out: how many images the losses are of.
+    ``losses``: optimizer steps -> feature loss of so many ``held_out`` images; step 0 is the start. ``best``: the step
+    whose weights the model has now.
     """
 
     losses: dict[int, float]
@@ -107,8 +104,7 @@ def recover(
 ) -> Recovered:
     """Train a pruned model, in place, on the dense one's features; it ends with the best of its weights.
 
-    Best is by the feature loss of images that are held out, and the start is among the candidates: by this measure it
-    never ends worse than it began.
+    Best is by the feature loss of images that are held out; the start is among the candidates.
 
     Args:
         small: the pruned model, compensated or not; in eval mode afterwards.
@@ -120,8 +116,7 @@ def recover(
         distillation: another loss, or other layers, of ``kind="features"``.
         plan: what ``small`` was pruned by; needed where its residual stream is narrower.
         callbacks: for the Trainer (a progress bar, say; it has none of its own).
-        folder: for checkpoints, one a check; a training that was cut off goes on from there when it is called again
-            with the same arguments, as if nothing had happened. None: there are none.
+        folder: for checkpoints, one a check, from which the same call goes on after it was cut off; None: no such.
 
     Raises:
         InvalidDataError: too few images to hold any out, or not for these models.
@@ -135,7 +130,12 @@ def recover(
     for given in (images, held_out):
         if given is not None:
             next(iter(ImageBatches(given, LOOKED_AT, LOOKED_AT)))  # raises
-    train_set, judged = _split(images, settings.held_out) if held_out is None else (_all(images), _all(held_out))
+    batches = ImageBatches(images)
+    if held_out is None:
+        rest, apart = hold_out(batches.images, settings.held_out)
+        train_set, judged = _Unlabelled(batches, rest), _Unlabelled(batches, apart)
+    else:
+        train_set, judged = _Unlabelled(batches), _Unlabelled(ImageBatches(held_out))
     keep = KeepBest(folder=folder)
     with contextlib.nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory() as place:
         on_cpu = train_set[0]["pixel_values"].device.type == "cpu"
@@ -160,11 +160,7 @@ def recover(
 
 
 class _CroppingTrainer(PruningTrainer):
-    """A ``PruningTrainer`` that sees random parts of its training images; the same ones when it is resumed.
-
-    Args:
-        crops: smallest share of an image's area; None: images as they are.
-    """
+    """A ``PruningTrainer`` that sees random parts (see ``Recovery.crops``); the same ones when it is resumed."""
 
     def __init__(self, *args: Any, crops: float | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -179,10 +175,10 @@ class _CroppingTrainer(PruningTrainer):
 
 
 class _Unlabelled(Dataset):
-    """Some of the images, without their labels."""
+    """Some of the images, all by default, without their labels."""
 
-    def __init__(self, images: ImageBatches, chosen: Sequence[int]) -> None:
-        self.images, self.chosen = images, chosen
+    def __init__(self, images: ImageBatches, chosen: Sequence[int] | None = None) -> None:
+        self.images, self.chosen = images, range(images.images) if chosen is None else chosen
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -193,24 +189,8 @@ class _Unlabelled(Dataset):
         return {**kept, "pixel_values": torch.as_tensor(kept["pixel_values"])}
 
 
-def _all(images: Any) -> _Unlabelled:
-    batches = ImageBatches(images)
-    return _Unlabelled(batches, range(batches.images))
-
-
-def _split(images: Any, held_out: float) -> tuple[_Unlabelled, _Unlabelled]:
-    """(to train on, held out)."""
-    batches = ImageBatches(images)
-    rest, apart = hold_out(batches.images, held_out)
-    return _Unlabelled(batches, rest), _Unlabelled(batches, apart)
-
-
 def hold_out(images: int, share: float) -> tuple[list[int], list[int]]:
-    """(numbers of the images to train on, of those that are held out, evenly spaced).
-
-    Raises:
-        InvalidDataError: one of the two would be empty.
-    """
+    """(numbers of the images to train on, of those that are held out, evenly spaced); neither may be empty."""
     if images < 2:
         raise InvalidDataError("there is one image: a recovery holds some out, to keep the best weights by them")
     count = max(1, round(share * images))

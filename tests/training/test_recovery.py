@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from safetensors.torch import save_file
+from transformers import TrainerCallback, TrainerState
 
 from hf_vitprune import DistillationConfig, PruningPlan, prune
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError
 from hf_vitprune.losses.features import feature_loss, token_weights
 from hf_vitprune.spec.architecture import Architecture
+from hf_vitprune.training.keep_best import KeepBest
 from hf_vitprune.training.recovery import Recovery, recover
 from pruning_runs import VIT, Images, state_of
 from tiny import assert_same, images, make, run
@@ -152,3 +154,25 @@ def test_the_best_weights_are_found_again(tmp_path: Path) -> None:
     done = recover(small, dense, pixels, settings, folder=tmp_path)
     assert done.best == 0
     assert_same(small.state_dict(), before)
+
+
+def test_several_processes_keep_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None sees another's file before it is whole, and a file that another has removed already is not missed."""
+    model, one, other = torch.nn.Linear(2, 2), KeepBest(folder=tmp_path), KeepBest(folder=tmp_path)
+    seen: list[list[Path]] = []
+
+    def halting(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        seen.append(list(tmp_path.glob("best-*.safetensors")))
+        save_file(tensors, path)
+
+    monkeypatch.setattr("hf_vitprune.training.keep_best.save_file", halting)
+    for step, loss in ((1, 0.5), (2, 0.25)):
+        for callback in (one, other):
+            state = TrainerState(global_step=step)
+            callback.on_evaluate(None, state, None, model=model, metrics={"eval_loss": loss})
+    assert seen[0] == [] and sorted(path.name for path in seen[2]) == ["best-1.safetensors"]
+    files = list(tmp_path.glob("best-*.safetensors"))
+    one.on_save(None, TrainerState(), None)  # type: ignore[arg-type]
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(files))
+    other.on_save(None, TrainerState(), None)  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["best-2.safetensors"]
