@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..compensate import Compensation
@@ -15,8 +15,8 @@ from ..methods import PruningMethod, Stage
 from ..utils.batches import ImageBatches
 from ..utils.examples import processed
 from ..utils.finite import check_gradients
+from .lessons import training_facts
 from .model import PruningModel
-from .recipe import training_facts
 from .setup import check_agreement, check_model, check_setup, check_trainer
 from .zero import restore_precision
 
@@ -30,10 +30,9 @@ class PruningCallback(TrainerCallback):
     accumulation, number of processes or mixed precision; it is neither clipped nor part of the logged ``loss``, and
     appears in the logs as ``penalty``.
 
-    With a plain ``Trainer`` the gates learn at the Trainer's learning rate, without weight decay. What only
-    ``PruningTrainer`` gives: a learning rate of their own for the gates, distillation, exact resume of stock models,
-    losses that are exact under gradient accumulation for every head, and an error for missing labels before training
-    starts.
+    Only ``PruningTrainer`` gives the gates a learning rate of their own (here they have the Trainer's, without weight
+    decay), distillation, exact resume of stock models, losses that are exact under gradient accumulation for every
+    head, and an error for missing labels before training starts.
 
     Args:
         images: what the decision looks at (anything that ``ImageBatches`` takes); by default the training images.
@@ -60,9 +59,7 @@ class PruningCallback(TrainerCallback):
         self.learned_from = "labels"
         self.checked = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         method = pruning_model_of(model).method
         check_setup(args, model)
         check_model(model)
@@ -70,7 +67,11 @@ class PruningCallback(TrainerCallback):
         check_agreement(model)
         model.guided = True
         _check_checkpointing(args, model)
-        self._check_clipping(args, method)
+        if method.traits.decides_by == "gradients" and self.gradient_scale is None and args.max_grad_norm:
+            raise InvalidConfigError(
+                f"{method.config.method_name} scores by gradients, and this Trainer clips them first: use "
+                "PruningTrainer, which undoes the clipping for the scores, or max_grad_norm=0"
+            )
         method.check_training(args, state.max_steps)
         if not self.by_engine:  # its optimizer has flat tensors of all
             _check_optimizer(kwargs.get("optimizer"), method)
@@ -80,15 +81,13 @@ class PruningCallback(TrainerCallback):
             model.tuned = True
             logger.warning("what to prune is decided already: this training tunes what stays and changes no choice")
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         """What was best before the method came to its target is forgotten: it is not what is trained for."""
         if pruning_model_of(model).method.stage < Stage.ON_TARGET:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         scale = 1.0 if self.gradient_scale is None else self.gradient_scale
         if not (self.by_engine or args.fp16):  # whose scaler skips such steps
@@ -103,26 +102,17 @@ class PruningCallback(TrainerCallback):
         return pruning_model_of(model).method.gradients_of(penalty)
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         pruning_model_of(model).after_step(state.global_step, state.max_steps)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         if pruning_model_of(model).method.stage == Stage.FINISHED:
             control.should_training_stop = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:
+    def on_log(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if "loss" not in logs:
             return
         penalty = 0.0 if self._penalty is None else self._penalty.item()
         extra = {"penalty": penalty, **pruning_model_of(model).method.logs()}
@@ -130,9 +120,7 @@ class PruningCallback(TrainerCallback):
         logs.update(extra)
         state.log_history[-1].update(extra)  # log() has stored a copy already
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         pruning_model = pruning_model_of(model)
         pruning_model.training_images = _images_of(kwargs.get("train_dataloader"))
         if self.by_engine:
@@ -151,15 +139,7 @@ class PruningCallback(TrainerCallback):
             )
 
     def check_images(self, loader: Any, model: PruningModel) -> None:
-        """What would be missed after the training is missed before it.
-
-        Args:
-            loader: of the training.
-            model: in training.
-
-        Raises:
-            InvalidConfigError, InvalidDataError: see above.
-        """
+        """What would be missed after the training is missed before it."""
         method, training_images = model.method, _images_of(loader)
         if training_images is None and Compensation.of(model.compensate) is not None:
             if model.compensate != "auto":
@@ -189,14 +169,6 @@ class PruningCallback(TrainerCallback):
         if images is not None:
             method.check_images(model.model, images)
 
-    def _check_clipping(self, args: TrainingArguments, method: PruningMethod) -> None:
-        by_gradients = method.traits.decides_by == "gradients"
-        if by_gradients and self.gradient_scale is None and args.max_grad_norm:
-            raise InvalidConfigError(
-                f"{method.config.method_name} scores by gradients, and this Trainer clips them first: use "
-                "PruningTrainer, which undoes the clipping for the scores, or max_grad_norm=0"
-            )
-
 
 def _images_of(loader: Any) -> ImageBatches | None:
     """The training images in order, where they can be read again."""
@@ -215,11 +187,7 @@ def pruning_model_of(model: Any) -> PruningModel:
 
 
 def _check_checkpointing(args: TrainingArguments, model: PruningModel) -> None:
-    """The reentrant kind gives no gradient to gates in layers whose input needs none.
-
-    Raises:
-        InvalidConfigError: it is asked for, over frozen weights.
-    """
+    """The reentrant kind gives no gradient to gates in layers whose input needs none."""
     settings = args.activation_checkpointing_kwargs
     reentrant = bool(args.activation_checkpointing and isinstance(settings, dict) and settings.get("use_reentrant"))
     if reentrant and not all(p.requires_grad for p in model.model.parameters()):
@@ -230,11 +198,7 @@ def _check_checkpointing(args: TrainingArguments, model: PruningModel) -> None:
 
 
 def _check_optimizer(optimizer: Any, method: PruningMethod) -> None:
-    """The optimizer steps every gate that learns, at the rate that was asked for.
-
-    Raises:
-        InvalidConfigError: it does not.
-    """
+    """The optimizer steps every gate that learns, at the rate that was asked for."""
     if optimizer is None:
         return
     rates = {id(p): g.get("initial_lr", g["lr"]) for g in optimizer.param_groups for p in g["params"]}

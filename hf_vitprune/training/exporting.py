@@ -9,7 +9,6 @@ from transformers.utils import logging
 
 from ..compensate import Compensation, compensate_plan
 from ..errors import AdapterError, InvalidConfigError
-from ..methods import PruningMethod
 from ..modeling.peft_twin import is_peft, plain_part
 from ..peft.absorb import why_merged
 from ..plan.lineage import lineage_of, removes_only_layers
@@ -30,15 +29,6 @@ def export_plan(pruning_model: Any, calibration: Any, compensate: Any, weights: 
     """The plan of a PruningModel's decision with what ``PruningModel.export`` was asked for.
 
     Each process works by itself on all images, so that an export may be called on one of several.
-
-    Args:
-        pruning_model: decides first where it has not.
-        calibration, compensate, weights: as in ``PruningModel.export``.
-
-    Raises:
-        AdapterError: images were given for a PeftModel that only loses layers.
-        InvalidConfigError: ``compensate`` asks for something, and there are no images.
-        InvalidDataError, UnsupportedModelError: as :func:`hf_vitprune.compensate.compensate_plan`.
     """
     asked, images = calibration is not None, processed(calibration, pruning_model.get_base_model())
     if not asked and weights is None:
@@ -46,24 +36,20 @@ def export_plan(pruning_model: Any, calibration: Any, compensate: Any, weights: 
     if not asked and compensate == "auto":
         compensate = "none" if images is None else pruning_model.compensate
     settings = Compensation.of(compensate)
-    plan, tower = pruning_model.plan(), pruning_model.tower
+    plan, method = pruning_model.plan(), pruning_model.method
     if weights is not None:
-        plan = pruning_model.method.choose(get(unwrap(weights), tower.path)).of_part(plan.part)
+        plan = method.choose(get(unwrap(weights), pruning_model.tower.path)).of_part(plan.part)
     if settings is None or plan.removes_nothing:
         return plan
     if images is None:
         raise InvalidConfigError(f"compensate={compensate!r} needs images: pass calibration=<images>")
     if compensate in ("auto", True) and not asked:
         settings = settings.replace(images=TRAINING_IMAGES)
-    if weights is not None:
-        return _followed(weights, plan, _factors(pruning_model.method), images, settings)
-    return _compensated(pruning_model, plan, images, settings, asked)
-
-
-def _factors(method: PruningMethod) -> PruningPlan | None:
-    """What a method trains, where that is all units times factors, whatever the weights."""
-    whole = method.reference()
-    return whole if isinstance(whole, PruningPlan) and whole.removes_nothing else None
+    if weights is None:
+        return _compensated(pruning_model, plan, images, settings, asked)
+    whole = method.reference()  # of weights that it has not trained, where all that it trains are factors
+    factors = whole if isinstance(whole, PruningPlan) and whole.removes_nothing else None
+    return _followed(weights, plan, factors, images, settings)
 
 
 def _compensated(
@@ -79,7 +65,9 @@ def _compensated(
             )
         return plan
     whole = method.reference()
-    reason = _nothing_to_do(whole, pruning_model.tuned) or (None if asked else _left_alone(model))
+    if pruning_model.tuned:
+        whole = "the model was trained on without the removed units, and computes what it computes without them"
+    reason = whole if isinstance(whole, str) else None if asked else _left_alone(model)
     if reason is not None or isinstance(whole, str):
         logger.log(logging.WARNING if asked else logging.INFO, f"the export is not compensated: {reason}")
         return replace(plan, info={**plan.info, "compensation": {"skipped": reason}})
@@ -101,12 +89,6 @@ def _followed(
 def is_compensated(small: Any) -> bool:
     """Whether an exported model (or PeftModel) has weights that make up for something."""
     return bool(lineage_of(unwrap(small).config).get("compensation", {}).get("fits"))
-
-
-def _nothing_to_do(whole: PruningPlan | str, tuned: bool) -> str | None:
-    if tuned:
-        return "the model was trained on without the removed units, and computes what it computes without them"
-    return whole if isinstance(whole, str) else None
 
 
 def _left_alone(model: Any) -> str | None:

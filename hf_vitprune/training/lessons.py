@@ -8,10 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from ..errors import InvalidConfigError
 from ..losses.distillation import DistillationConfig, Teacher, distillation_term, task_share
 from ..losses.features import FeatureTeacher
+from ..plan.lineage import lineage_of, note
+from ..spec.architecture import unwrap
+from ..spec.configs import is_pruned
+from ..spec.towers import towers
 from ..utils.hooks import strip_gates
 from .model import PruningModel
 from .setup import check_given_teacher, check_teacher
@@ -21,18 +26,14 @@ Lesson = tuple[DistillationConfig, Teacher]
 
 
 def pairs_of(distillation: Any, teacher: Any) -> list[tuple[DistillationConfig, Any]]:
-    """Every kind of distillation with its teacher (None: the default one).
-
-    Raises:
-        InvalidConfigError: there are not as many teachers as kinds.
-    """
+    """Every kind of distillation with its teacher (None: the default one); refused unless as many as kinds."""
     if distillation is None:
         distillation = DistillationConfig() if teacher is not None else []
     configs = list(distillation) if isinstance(distillation, (list, tuple)) else [distillation]
     task_share(configs)  # raises
-    teachers = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher] * min(len(configs), 1)
     if teacher is None:
-        teachers = [None] * len(configs)
+        teacher = [None] * len(configs)
+    teachers = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher] * min(len(configs), 1)
     if len(teachers) != len(configs):
         raise InvalidConfigError(
             f"{len(configs)} kinds of distillation and {len(teachers)} teachers: give one teacher for each, in a list "
@@ -42,21 +43,18 @@ def pairs_of(distillation: Any, teacher: Any) -> list[tuple[DistillationConfig, 
 
 
 def lessons_of(distillation: Any, teacher: Any, student: Any) -> list[Lesson]:
-    """The lessons of one student; of a PruningModel, a copy of it as it is now is the teacher by default.
-
-    Raises:
-        InvalidConfigError: there is no teacher, or not one for this student.
-    """
+    """The lessons of one student; of a PruningModel, a copy of it as it is now is the teacher by default."""
     lessons: list[Lesson] = []
     for config, model in pairs_of(distillation, teacher):
-        if model is None and not isinstance(student, PruningModel):
-            raise InvalidConfigError("distillation needs a teacher: pass teacher=<the unpruned model>")
-        model = _ungated_copy(student) if model is None else model
+        if model is None:
+            if not isinstance(student, PruningModel):
+                raise InvalidConfigError("distillation needs a teacher: pass teacher=<the unpruned model>")
+            check_teacher(student)
+            model = copy.deepcopy(student.model)
+            strip_gates(model)
         check_given_teacher(model)
-        if config.kind == "features":
-            lessons.append((config, FeatureTeacher(model, student, config)))
-        else:
-            lessons.append((config, Teacher(model, student=student)))
+        by_features = config.kind == "features"
+        lessons.append((config, FeatureTeacher(model, student, config) if by_features else Teacher(model, student)))
     return lessons
 
 
@@ -79,10 +77,8 @@ class Answers:
         self._stack = contextlib.ExitStack()
         self._given: list[Any] = []
         for _, teacher in lessons:
-            if isinstance(teacher, FeatureTeacher):
-                self._given.append(teacher.features(**images, autocast=autocast()))
-            else:
-                self._given.append(teacher(**images, autocast=autocast()))
+            ask = teacher.features if isinstance(teacher, FeatureTeacher) else teacher
+            self._given.append(ask(**images, autocast=autocast()))
 
     def __enter__(self) -> Answers:
         self._read = [
@@ -112,16 +108,34 @@ class Answers:
                 count = items.flatten()[0].to(each.device) if isinstance(items, torch.Tensor) else items
                 term = each.mean() / parts if count is None else each.sum() / count
             else:
-                heads = outputs["logits"], given, config
                 own = outputs.get("distillation_logits")
+                heads = outputs["logits"], given, config
                 term = distillation_term(*heads, distillation_logits=own, num_items_in_batch=items)
             loss = loss + scale * term
         return loss
 
 
-def _ungated_copy(model: PruningModel) -> Any:
-    """The wrapped model as it is now, without gates: what the student starts from."""
-    check_teacher(model)
-    teacher = copy.deepcopy(model.model)
-    strip_gates(teacher)
-    return teacher
+# ---------------------------------------------------------------------- how a model was trained, for its record
+def training_facts(args: TrainingArguments, state: TrainerState, learned_from: str = "labels") -> dict[str, Any]:
+    """``learned_from``, ``steps`` of the optimizer, peak ``learning_rate`` and ``batch_size`` (images a step)."""
+    images = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rate = args.learning_rate
+    return {"learned_from": learned_from, "steps": state.global_step, "learning_rate": rate, "batch_size": images}
+
+
+def learned_from(labelled: bool, lessons: Sequence[Lesson]) -> str:
+    """``"labels and the soft logits of a teacher"``, in words for a reader."""
+    taught = [
+        "the features of a teacher" if config.kind == "features" else f"the {config.kind} logits of a teacher"
+        for config, _ in lessons
+    ]
+    return " and ".join([*(["labels"] if labelled else []), *taught])
+
+
+def note_training(model: Any, facts: dict[str, Any]) -> None:
+    """Put a training into the record of every pruned tower of a model; a dense model has no record."""
+    base = unwrap(model)
+    for tower in towers(base).values() if isinstance(base, PreTrainedModel) else ():
+        config = base.get_submodule(tower.path).config
+        if is_pruned(config):
+            note(config, training=[*lineage_of(config).get("training", []), facts])

@@ -30,11 +30,9 @@ from ..utils.offload import check_present, check_weights
 from ..utils.processes import broadcast, is_first_process
 from ..utils.sharding import all_finite, gathered, is_sharded, shaped, unsharded, whole_root
 from ..utils.upload import upload
-from .checkpoints import Checkpoints
 from .exporting import export_plan
-from .forward import class_with, signature_of, takes_loss_kwargs
-from .setup import check_adapters, check_model, check_sliceable
-from .whole import check_tower, method_on
+from .setup import check_adapters, check_model, check_sliceable, check_tower, method_on
+from .wrapper import Checkpoints, class_with, signature_of, takes_loss_kwargs
 
 
 def get_pruning_model(model: Any, config: PruningConfig, part: str | None = None) -> PruningModel:
@@ -42,10 +40,9 @@ def get_pruning_model(model: Any, config: PruningConfig, part: str | None = None
 
     Args:
         model: a transformers vision model of a registered family, a bigger model with one in it, or a PeftModel over
-            either.
+            either; a bigger model trains by its own loss.
         config: ``VTPConfig(...)`` or another method's config.
-        part: which tower of a bigger model (see :func:`hf_vitprune.towers`); its only one by default. The bigger model
-            trains by its own loss.
+        part: which tower of a bigger model (see :func:`hf_vitprune.towers`); its only one by default.
 
     Raises:
         UnsupportedModelError: no family is registered for the model, there are several towers and no ``part``, or the
@@ -68,9 +65,8 @@ def get_pruning_model(model: Any, config: PruningConfig, part: str | None = None
 class PruningModel(Checkpoints):
     """A model with gates. Train it with ``PruningTrainer``, then ``plan()`` and ``export()``.
 
-    The wrapped model keeps its weights, names and classes; gates act through hooks that :meth:`unload` removes. It
-    takes what the wrapped model takes. Its checkpoints are this wrapper's state dict, so that a Trainer restores
-    every tensor exactly.
+    The wrapped model keeps its weights, names and classes; gates act through hooks that :meth:`unload` removes. This
+    takes what the wrapped model takes, and checkpoints are its state dict, which a Trainer restores exactly.
 
     In a training loop of one's own, call :meth:`before_step` and :meth:`after_step` around every ``optimizer.step()``
     (of an optimizer over :meth:`parameter_groups`), and :meth:`decide` at the end.
@@ -134,8 +130,7 @@ class PruningModel(Checkpoints):
         """As the wrapped model's.
 
         The classification loss is computed here, with the model's own loss function: several stock heads ignore
-        ``num_items_in_batch`` (their gradients then grow with accumulation), and DeiT's two-headed one takes no
-        labels at all.
+        ``num_items_in_batch`` (gradients grow with accumulation), and DeiT's two-headed one takes no labels at all.
 
         Raises:
             InvalidConfigError: a Trainer without ``PruningCallback`` begins to train.
@@ -190,21 +185,22 @@ class PruningModel(Checkpoints):
         Args:
             weight_decay: of all but gates.
         """
-        gates = [p for p in self.method.gate_parameters() if p.requires_grad]
-        known = {id(p) for p in gates}
+        own = self.gate_group()
+        known = {id(p) for p in own["params"]}
         others = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
+        return [{"params": others, "weight_decay": weight_decay}, *([own] if known else [])]
+
+    def gate_group(self) -> dict[str, Any]:
+        """The gates that learn, as a group of an optimizer."""
         rate = self.pruning_config.gate_learning_rate
-        own: dict[str, Any] = {"params": gates, "weight_decay": 0.0, **({} if rate is None else {"lr": rate})}
-        return [{"params": others, "weight_decay": weight_decay}, *([own] if gates else [])]
+        gates = [p for p in self.method.gate_parameters() if p.requires_grad]
+        return {"params": gates, "weight_decay": 0.0, **({} if rate is None else {"lr": rate})}
 
     def before_step(self, step: int, max_steps: int, gradient_scale: float = 1.0) -> torch.Tensor | None:
         """To be called right before ``optimizer.step()``: the method looks at the gradients, its penalty joins them.
 
-        The gradients are those of the whole update (all micro-batches and processes, unscaled). ``PruningCallback``
-        calls this in a Trainer.
-
         Args:
-            step: updates made so far, of ``max_steps``.
+            step: updates made so far, of ``max_steps``; the gradients are those of the whole update, unscaled.
             gradient_scale: what undoes a clipping of the gradients, where they were clipped; NViT scores by them.
 
         Returns:
@@ -237,36 +233,31 @@ class PruningModel(Checkpoints):
     def decide(self, images: Any = None) -> None:
         """Fix which units stay; from here on the gated model computes what the exported one will.
 
-        With several processes, all take the decision of the first.
-
         Args:
             images: what the decision may look at (anything that ``ImageBatches`` takes); by default the images of
-                the training, where one of ``PruningTrainer`` or ``PruningCallback`` has run.
+                the training by ``PruningTrainer`` or ``PruningCallback``.
 
         Raises:
             InvalidDataError: the method decides by images, and there are none.
             InvalidPlanError: the method has learned nothing so far, or the training diverged.
         """
-        method = self.method
-        if not method.decided:
+        method, name = self.method, self.pruning_config.method_name
+        fresh, by = not method.decided, method.traits.decides_by
+        if fresh:
             self._check_trained()
+        batches = None if by == "held_out_images" else self.training_images
         if images is not None:
-            batches: ImageBatches | None = ImageBatches(processed(images, self.get_base_model()))
-        else:
-            batches = None if method.traits.decides_by == "held_out_images" else self.training_images
-        if batches is None and not method.decided and method.traits.decides_by in ("images", "held_out_images"):
-            kind, cure = (
-                ("<evaluation set>", "give PruningCallback(images=...) to the Trainer")
-                if method.traits.decides_by == "held_out_images"
-                else ("<training set>", "train with PruningTrainer first")
-            )
+            batches = ImageBatches(processed(images, self.get_base_model()))
+        if batches is None and fresh and by in ("images", "held_out_images"):
             raise InvalidDataError(
-                f"{self.pruning_config.method_name} decides by images: pass decide(images={kind}), or {cure}"
+                f"{name} decides by images: pass decide(images=<training set>), or train with PruningTrainer first"
+                if by == "images"
+                else f"{name} decides by images: pass decide(images=<evaluation set>), or give "
+                "PruningCallback(images=...) to the Trainer"
             )
-        fresh = not method.decided
         with whole_root(self):
-            self.method.decide(self.scored, batches)
-        broadcast(self.method)
+            method.decide(self.scored, batches)
+        broadcast(method)
         reached = method.against_target() if fresh else None
         if reached is not None and is_first_process():
             ratio, target, metric = reached
@@ -298,17 +289,16 @@ class PruningModel(Checkpoints):
     ) -> Any:
         """The small model, without gates.
 
-        Without compensation it computes what this model computes in eval mode. With it, the shape is the same, and
-        the weights make up for what the decision took away: they bring it close to the model as it was trained, all
-        units there. That is done from ``calibration``, or from 128 images of the training set after a training with
-        ``PruningTrainer`` or ``PruningCallback``.
+        Without compensation it computes what this model computes in eval mode. With it, its weights make up for what
+        the decision took away, from ``calibration``, or from 128 images of the training set after a training with
+        ``PruningTrainer`` or ``PruningCallback``: they bring it close to the model as it was trained, all units there.
 
         Args:
             native: require a model that loads without this library; otherwise one is given where the shape allows it.
             calibration: unlabelled images (anything that ``ImageBatches`` takes; about 128 are enough).
             compensate: as in ``hf_vitprune.prune``; ``"none"`` or False for plain slices, with images and without.
             weights: a model of the wrapped one's shape, whose weights the small one gets (those from before the
-                training, say), and which ``calibration`` then brings it close to.
+                training, say), and that ``calibration`` brings it close to.
 
         Returns:
             A model of the wrapped one's class where that can hold the shape, else a ``Pruned<X>...`` one; a PeftModel
@@ -316,11 +306,10 @@ class PruningModel(Checkpoints):
             the first process has it, on the CPU, and the others None.
 
         Raises:
-            NativeExportError: ``native`` and the shape does not allow it; the message says why.
+            NativeExportError: ``native``, and the shape does not allow it.
             InvalidPlanError: the decision removes nothing, and the method is not one that may keep everything.
             AdapterError: ``calibration`` for adapters over layers that are whole.
-            InvalidDataError: the images are none, or not for this model.
-            InvalidConfigError: ``compensate`` asks for something, and there are no images.
+            InvalidDataError, InvalidConfigError: ``compensate`` needs images, and there are none for this model.
         """
         if is_sharded(self.model.parameters()):
             if not self.method.decided:
@@ -335,9 +324,7 @@ class PruningModel(Checkpoints):
             plan = replace(plan, info={**plan.info, "learning": self.learned})
         source = self.model if weights is None else weights
         small = prune(source, plan, allow_unchanged=self.method.traits.may_keep_everything)
-        if native:
-            return to_native(small)
-        return small
+        return to_native(small) if native else small
 
     def unload(self) -> Any:
         """The wrapped model without gates, as it was (its weights as trained)."""
@@ -349,10 +336,6 @@ class PruningModel(Checkpoints):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save the small model, as ``export().save_pretrained(...)`` does; with adapters, their pruned base too.
 
-        Args:
-            save_directory: made where it does not exist.
-            kwargs: for the small model's ``save_pretrained``; none with adapters.
-
         Raises:
             UnsupportedModelError: nothing is decided yet; a gated model is no finished model.
             AdapterError: ``kwargs`` with adapters.
@@ -362,17 +345,13 @@ class PruningModel(Checkpoints):
             return
         if not is_peft(small):
             small.save_pretrained(save_directory, **kwargs)
-            return
-        if kwargs:
+        elif kwargs:
             raise AdapterError(f"a PeftModel is saved whole, without {', '.join(kwargs)}; export() and save that")
-        save_pruned_peft(small, save_directory)
+        else:
+            save_pruned_peft(small, save_directory)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Push the small model, as ``export().push_to_hub(...)`` does.
-
-        Raises:
-            UnsupportedModelError: nothing is decided yet.
-        """
+        """Push the small model, as ``export().push_to_hub(...)`` does; raises as :meth:`save_pretrained`."""
         small = self._finished()
         return None if small is None else upload(small, *args, **kwargs)
 

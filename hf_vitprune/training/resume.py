@@ -1,13 +1,9 @@
-"""Exact resume for Trainer checkpoints.
+"""Exact resume for Trainer checkpoints of stock models.
 
-`PreTrainedModel.save_pretrained` writes a checkpoint under the tensor names it has on the Hub, which for many vision
-models are not the names of the modules any more (`vit.encoder.layer.0.attention.attention.query.weight` in the file,
-`vit.layers.0.attention.q_proj.weight` in the model). `from_pretrained` translates; `Trainer`, on
-`resume_from_checkpoint` and `load_best_model_at_end`, calls a plain `load_state_dict(..., strict=False)` and does not.
-The tensors whose name changed are then left as they are, with only a warning.
-
-`enable_exact_resume` repairs this from the model's side, so that every Trainer profits: a hook in front of
-`load_state_dict` applies the same conversions as `from_pretrained` (renamed, split and fused tensors).
+``save_pretrained`` writes tensors under their names on the Hub, which for many vision models are not those of the
+modules any more (``vit.encoder.layer.0.attention.attention.query.weight``, ``vit.layers.0.attention.q_proj.weight``).
+``from_pretrained`` translates; ``Trainer``, on ``resume_from_checkpoint`` and ``load_best_model_at_end``, calls
+``load_state_dict(..., strict=False)`` and leaves those tensors as they are, with only a warning.
 """
 
 from __future__ import annotations
@@ -18,7 +14,6 @@ from copy import deepcopy
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -31,54 +26,39 @@ from transformers.core_model_loading import (
 
 from ..errors import ResumeError
 
-__all__ = ["convert_state_dict", "enable_exact_resume"]
-
-# A name in a checkpoint that speaks of a repeated layer, whatever the family calls the list ("layers.3.", "layer.3.").
+#: a name in a checkpoint that speaks of a repeated layer, whatever the family calls the list ("layers.3.", "layer.3.")
 _IN_A_LAYER = re.compile(r"(?:^|\.)\d+\.")
-# What PEFT calls the original module inside its wrappers; everything beside it belongs to an adapter.
+#: what PEFT calls the original module inside its wrappers; everything beside it belongs to an adapter
 _WRAPPED_BY_PEFT = ("base_layer", "original_module")
 
 
-def enable_exact_resume(model: nn.Module) -> RemovableHandle:
-    """Make `load_state_dict` accept what `save_pretrained` wrote, and refuse to restore the layers only in part.
+def enable_exact_resume(model: PreTrainedModel) -> None:
+    """Make ``load_state_dict`` accept what ``save_pretrained`` wrote, and refuse to restore the layers only in part.
 
-    Call it once before `Trainer.train`; a second call changes nothing and returns a handle to the same hook.
+    A hook in front of it applies the conversions of ``from_pretrained`` (renamed, split and fused tensors). It looks
+    at the repeated layers only, and tells a failed restore from a partial one that was meant:
 
-    `model` is a transformers model, or any module around exactly one (a `PeftModel`, a wrapper of your own): the hook
-    sits on the transformers model inside, so the prefix that the wrapper adds to the names does not matter.
-
-    The check looks at the repeated layers only, and tells a failed restore from a partial one that was meant:
-
-    - Loading nothing of the layers is legitimate: a new head, the adapter weights of a PEFT model (biases that an
-      adapter trains along included). So is a head, a pooler or an adapter tensor that is missing.
-    - Loading some tensors of the layers under their right names, and no foreign ones, may be one shard of several.
-      It is accepted, but until later calls have brought the rest, `forward` raises `ResumeError`. A checkpoint with
-      fewer layers than the model is found out in this way.
-    - Tensors of the layers that are still missing, while the checkpoint has layer tensors that nothing in the model is
-      called after, mean that names were not understood (or that this is another model's checkpoint): `ResumeError`
-      before a single tensor is copied.
+    - Nothing of the layers may be loaded: a new head, the weights of PEFT adapters (with the biases that they train).
+    - Some tensors of the layers under their right names, and no foreign ones, may be one shard of several. Until later
+      calls have brought the rest, ``forward`` raises ``ResumeError``: so is a checkpoint with fewer layers found out.
+    - Tensors of the layers that are missing, while the checkpoint has layer tensors that nothing in the model is
+      called after, are a ``ResumeError`` before a single tensor is copied.
     - Tensors too many, with none missing, are left to PyTorch's and the Trainer's own reporting.
-
-    Remove the hook with the handle's `remove()`.
     """
-    inner = _transformers_model(model)
-    for hook_id, hook in inner._load_state_dict_pre_hooks.items():
-        if getattr(hook, "hook", None) is _before_load:
-            handle = RemovableHandle(inner._load_state_dict_pre_hooks)
-            handle.id = hook_id
-            return handle
-    # A plain function, not a closure over the model: copies and pickles of the model keep a hook of their own.
-    return inner.register_load_state_dict_pre_hook(_before_load)
+    hooks = model._load_state_dict_pre_hooks.values()
+    if not any(getattr(hook, "hook", None) is _before_load for hook in hooks):
+        # a plain function, not a closure over the model: copies and pickles of the model keep a hook of their own
+        model.register_load_state_dict_pre_hook(_before_load)
 
 
 def convert_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the names (and in the pieces) that `model.state_dict()` uses.
+    """The same tensors under the names (and in the pieces) that ``model.state_dict()`` uses.
 
     A tensor with no place in the model keeps its name. Nothing is copied except what a conversion splits or fuses.
     """
     own = set(model.state_dict(keep_vars=True))
     converted, rest = _apply(get_model_conversion_mapping(model), state_dict, own, model)
-    # What a `key_mapping` renamed in `from_pretrained` is written back under its old name: only the model knows it.
+    # what a ``key_mapping`` renamed in ``from_pretrained`` is written back under its old name: only the model knows it
     remembered = getattr(model, "_weight_conversions", None)
     if rest and remembered:
         more, rest = _apply(remembered, rest, own, model)
@@ -126,7 +106,7 @@ def _merge(into: dict[str, Tensor], items: Iterable[tuple[str, Tensor]]) -> None
 
 
 def _before_load(module: PreTrainedModel, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """The `load_state_dict` pre-hook. It converts in place: PyTorch hands over a copy, not the caller's dict."""
+    """The pre-hook. It converts in place: PyTorch hands over a copy, not the caller's dict."""
     incoming = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     converted = convert_state_dict(module, incoming)
     _check_layers(module, converted)
@@ -136,7 +116,7 @@ def _before_load(module: PreTrainedModel, state_dict: dict[str, Tensor], prefix:
 
 
 def _check_layers(model: PreTrainedModel, converted: Mapping[str, Tensor]) -> None:
-    """Refuse, accept, or accept for the time being: see `enable_exact_resume`."""
+    """Refuse, accept, or accept for the time being: see :func:`enable_exact_resume`."""
     own = model.state_dict(keep_vars=True)
     lists = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList))
     wrappers = [name for name, m in model.named_modules() if any(part in m._modules for part in _WRAPPED_BY_PEFT)]
@@ -167,7 +147,7 @@ def _of_an_adapter(name: str, wrappers: list[str]) -> bool:
 
 
 class _IncompleteLoad:
-    """Stands in front of `forward` while the shards loaded so far leave tensors of the layers unrestored."""
+    """Stands in front of ``forward`` while the shards loaded so far leave tensors of the layers unrestored."""
 
     def __init__(self, model: nn.Module, missing: set[str]) -> None:
         self.missing = missing
@@ -183,20 +163,3 @@ class _IncompleteLoad:
 def _some(names: Iterable[str], limit: int = 3) -> str:
     names = sorted(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The one outermost transformers model in a module tree."""
-    found: list[PreTrainedModel] = []
-    queue: list[nn.Module] = [model]
-    while queue:
-        module = queue.pop()
-        if isinstance(module, PreTrainedModel):
-            found.append(module)
-        else:
-            queue.extend(module.children())
-    if len({id(m) for m in found}) != 1:
-        raise ResumeError(
-            f"{type(model).__name__} holds {len(found)} transformers models; exact resume needs exactly one."
-        )
-    return found[0]

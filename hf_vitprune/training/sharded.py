@@ -27,11 +27,7 @@ class ShardedTraining(Trainer):
     model: Any
 
     def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        """As the parent's. A method's parameters, masks and scores are not to be sharded.
-
-        Raises:
-            InvalidConfigError: the arguments ask for DeepSpeed, and accelerate has not heard of it.
-        """
+        """As the parent's. A method's parameters, masks and scores are not to be sharded."""
         if getattr(self.args, "deepspeed_plugin", None) is not None and not self.is_deepspeed_enabled:
             raise InvalidConfigError(
                 "accelerate runs this training without DeepSpeed, as it does on CPUs under ACCELERATE_USE_CPU: leave "
@@ -60,9 +56,7 @@ class ShardedTraining(Trainer):
         return prepared
 
     def _sync_replicated_trainable_parameters(self, model: Any) -> None:
-        """As the parent's, for what is not the method's: that is averaged below, all at once, and where it got no
-        gradient on some of the processes, too.
-        """
+        """As the parent's, but for the method's: those are averaged below, also where some got no gradient."""
         if isinstance(model, PruningModel):
             broadcast(model.method)
             model = model.model

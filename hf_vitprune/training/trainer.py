@@ -1,4 +1,4 @@
-"""Training with pruning: a callback for any Trainer, and a Trainer that does the rest."""
+"""PruningTrainer: what a Trainer with ``PruningCallback`` leaves out."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from ..utils.finite import check_images, check_loss
 from ..utils.sharding import is_sharded
 from ..utils.upload import upload, write_card
 from .callback import PruningCallback, pruning_model_of
-from .lessons import Answers, Lesson, by_features, lessons_of, pairs_of
+from .lessons import Answers, Lesson, by_features, learned_from, lessons_of, note_training, pairs_of, training_facts
 from .model import PruningModel
-from .recipe import learned_from, note_training, training_facts
 from .resume import enable_exact_resume
 from .setup import check_setup
 from .sharded import ShardedTraining
@@ -42,15 +41,13 @@ class PruningTrainer(ShardedTraining):
 
     Args:
         model: a :class:`PruningModel`, or any model to fine-tune (a pruned one, say).
-        distillation: learn from a teacher's logits or hidden states too; see :class:`DistillationConfig`. Several at
-            once: a list. A model without a head, or without labels, learns from hidden states alone: by default, where
-            it is a PruningModel or there is a teacher.
+        distillation: learn from a teacher's logits or hidden states too, in a list from several; see
+            :class:`DistillationConfig`. Without head or labels, a PruningModel, or one with a teacher, learns from
+            hidden states alone by default.
         teacher: image classifier to learn from, of any architecture, or for hidden states the dense model; a list of
-            them for a list above. By default (None) a copy of the wrapped model as it is now, for a PruningModel;
-            required for other models.
+            them for a list above. By default, for a PruningModel, a copy of the wrapped model as it is now.
         compensate: what a PruningModel's ``export()`` does afterwards about what pruning took away, with images of
-            the training set: ``"auto"`` (as after a plain Trainer), or anything that ``hf_vitprune.prune`` takes;
-            False for plain slices.
+            the training set: ``"auto"``, or anything that ``hf_vitprune.prune`` takes; False for plain slices.
         Everything else as ``transformers.Trainer``.
 
     Raises:
@@ -89,6 +86,9 @@ class PruningTrainer(ShardedTraining):
     @property
     def _gated(self) -> bool:
         return isinstance(self.model, PruningModel)
+
+    def _scores_by_gradients(self) -> bool:
+        return self._gated and pruning_model_of(self.model).method.traits.decides_by == "gradients"
 
     def call_model_init(self, trial: Any = None) -> Any:
         """As the parent's, which makes a model for ``__init__`` and another for every training."""
@@ -132,10 +132,8 @@ class PruningTrainer(ShardedTraining):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """As the parent's; images or a loss that are no numbers end the training, ``logging_nan_inf_filter`` or not.
 
-        In fp16 a step with such a loss is skipped instead, and the scale of the loss lowered, as ever.
-
         Raises:
-            NotFiniteError: naming the cause.
+            NotFiniteError: naming the cause; in fp16 not of a loss: its step is skipped, as ever.
         """
         check_images(inputs, self.state.global_step)
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -146,16 +144,13 @@ class PruningTrainer(ShardedTraining):
     def _clip_grad_norm(self, model: Any) -> Any:
         """As the parent's; methods that score by gradients learn what the clipping has multiplied them by."""
         norm = super()._clip_grad_norm(model)
-        by_gradients = self._gated and pruning_model_of(self.model).method.traits.decides_by == "gradients"
-        if by_gradients and not self.is_deepspeed_enabled:
+        if self._scores_by_gradients() and not self.is_deepspeed_enabled:
             factor = self.args.max_grad_norm / (float(norm) + 1e-6)  # as torch.nn.utils.clip_grad_norm_
             self._pruning_callback.gradient_scale = 1 / factor if 0 < factor < 1 else 1.0
         return norm
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent's, which takes one step too many when it resumes after the last one: of ``max_steps``, or of a
-        search that was finished.
-        """
+        """As the parent's, which takes one step too many when it resumes after the last one."""
         finished = self._gated and pruning_model_of(self.model).method.stage == Stage.FINISHED
         if finished or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -167,8 +162,8 @@ class PruningTrainer(ShardedTraining):
         """As the parent's, with the gates in a group of their own: own learning rate, no weight decay."""
         if self.optimizer is not None or not self._gated:
             return super().create_optimizer(model)
-        method = pruning_model_of(self.model).method
-        gates = [p for p in method.gate_parameters() if p.requires_grad]
+        own = pruning_model_of(self.model).gate_group()
+        gates = own["params"]
         for parameter in gates:
             parameter.requires_grad_(False)
         try:
@@ -179,10 +174,9 @@ class PruningTrainer(ShardedTraining):
         if self.is_fsdp_enabled:  # of a group without parameters, sharded checkpoints lose the settings
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}  # optimizer_cls_and_kwargs
-        gates = [p for p in gates if id(p) not in held]
-        if gates:
-            rate = method.config.gate_learning_rate
-            optimizer.add_param_group({"params": gates, "weight_decay": 0.0, **({} if rate is None else {"lr": rate})})
+        own["params"] = [p for p in gates if id(p) not in held]
+        if own["params"]:
+            optimizer.add_param_group(own)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -202,7 +196,7 @@ class PruningTrainer(ShardedTraining):
             )
         for i, group in enumerate(scheduler.optimizer.param_groups):
             if gates & {id(p) for p in group["params"]}:
-                scheduler.lr_lambdas[i] = _constant
+                scheduler.lr_lambdas[i] = lambda step: 1.0
                 group["lr"] = group["initial_lr"]  # a warm-up has set it already
                 scheduler._last_lr[i] = group["lr"]
         return scheduler
@@ -211,15 +205,14 @@ class PruningTrainer(ShardedTraining):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        names = (*self.label_names, "labels")
-        labels = next((inputs[name] for name in names if inputs.get(name) is not None), None)
+        labels = self._labels_in(inputs)
         by_labels = labels is not None and has_head(self.model)
         lessons = self._lessons_now()
         if not model.training and (by_labels or not by_features(lessons)):
             lessons = []
         if not lessons:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        images = {k: v for k, v in inputs.items() if k not in names}
+        images = self._unlabelled(inputs)
         with Answers(lessons, images, self.accelerator.autocast) as answers:
             if by_labels or not by_features(lessons):
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -236,29 +229,20 @@ class PruningTrainer(ShardedTraining):
         # the Trainer divides by the number of micro-batches, except where a loss function of ours does
         ours = model.training and self.compute_loss_func is not None
         parts = getattr(self, "current_gradient_accumulation_steps", 1) if ours else 1
-        loss = answers.loss(
-            loss,
-            outputs,
-            items,
-            scale=self.accelerator.num_processes if over_all and accepts and self.args.n_gpu <= 1 else 1.0,
-            parts=parts,
-            noise=self._target_noise(model, by_labels),
-        )
+        scale = self.accelerator.num_processes if over_all and accepts and self.args.n_gpu <= 1 else 1.0
+        # where nothing is removed at first, a loss on features alone has no gradients to score by
+        scores = model.training and not by_labels and self._scores_by_gradients()
+        noisy = scores and pruning_model_of(self.model).method.stage < Stage.ON_TARGET
+        noise = TARGET_NOISE if noisy else 0.0
+        loss = answers.loss(loss, outputs, items, scale=scale, parts=parts, noise=noise)
         return (loss, outputs) if return_outputs else loss
-
-    def _target_noise(self, model: Any, by_labels: bool) -> float:
-        """For methods that score by gradients: nothing is removed at first, and the loss has none."""
-        if by_labels or not (self._gated and model.training):
-            return 0.0
-        method = pruning_model_of(self.model).method
-        return TARGET_NOISE if method.traits.decides_by == "gradients" and method.stage < Stage.ON_TARGET else 0.0
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
         """As the parent's; where hidden states are all that is learned, their loss is the one that is reported."""
-        labelled = any(inputs.get(name) is not None for name in (*self.label_names, "labels"))
-        if not by_features(self.lessons) or (labelled and has_head(self.model)):
+        by_labels = self._labels_in(inputs) is not None and has_head(self.model)
+        if not by_features(self.lessons) or by_labels:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
@@ -271,9 +255,7 @@ class PruningTrainer(ShardedTraining):
         return [(config, teacher) for config, teacher in self.lessons if config.kind != "kl"]
 
     def _task_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Computed here rather than in the model: several stock heads ignore ``num_items_in_batch`` (their gradients
-        then grow with accumulation), and DeiT's two-headed one takes no labels at all.
-        """
+        """Computed here rather than in the model, as :meth:`PruningModel.run` does."""
         # a head that learns from a teacher leaves the labels to the other one
         own_head = "cls_logits" in outputs and any(config.kind != "kl" for config, _ in self.lessons)
         logits = outputs["cls_logits" if own_head else "logits"]
@@ -285,7 +267,6 @@ class PruningTrainer(ShardedTraining):
         """Push the model to ``args.hub_model_id`` with a card: the exported one, for a PruningModel.
 
         Args:
-            commit_message: title of the commit.
             kwargs: for ``hf_vitprune.push_to_hub`` (``card``, ``private``, ``token``, ...).
 
         Returns:
@@ -295,11 +276,11 @@ class PruningTrainer(ShardedTraining):
         model = model.export() if self._gated else model
         if not self.is_world_process_zero():
             return None
-        repo = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir or "").name
-        kwargs.setdefault("card_folder", self.args.output_dir)
-        kwargs.setdefault("token", self.args.hub_token)
-        kwargs.setdefault("private", self.args.hub_private_repo)
-        return upload(model, repo, image_processor=self.processing_class, commit_message=commit_message, **kwargs)
+        args = self.args
+        repo = self.hub_model_id or args.hub_model_id or Path(args.output_dir or "").name
+        own = {"card_folder": args.output_dir, "token": args.hub_token, "private": args.hub_private_repo}
+        kwargs = {**own, "image_processor": self.processing_class, "commit_message": commit_message, **kwargs}
+        return upload(model, repo, **kwargs)
 
     def create_model_card(self, **kwargs: Any) -> None:  # type: ignore[override]  # by name alone
         """As the parent's; of a pruned model a card that says so, and one that is there already stays."""
@@ -309,8 +290,7 @@ class PruningTrainer(ShardedTraining):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """After the decision of a PruningModel: the small model, which ``from_pretrained`` loads.
 
-        Before, in a training, and for checkpoints: as the parent's; a PruningModel's checkpoint holds what a resume
-        needs. With adapters: these, and their pruned base in a folder beside them.
+        Before, in a training, and for checkpoints: as the parent's. With adapters, their pruned base stands beside.
         """
         model: Any = self.model
         if not self._gated or _internal_call or self.is_in_train or not model.method.decided:
@@ -322,7 +302,7 @@ class PruningTrainer(ShardedTraining):
         if self.args.should_save:
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
-            torch.save(self.args, Path(folder) / TRAINING_ARGS_NAME)
+            torch.save(self.args, Path(folder) / TRAINING_ARGS_NAME)  # as every Trainer does
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -344,7 +324,13 @@ class PruningTrainer(ShardedTraining):
         if not is_classifier(model):
             return has_head(model)
         batch = self._example()
-        return batch is None or any(batch.get(name) is not None for name in (*self.label_names, "labels"))
+        return batch is None or self._labels_in(batch) is not None
+
+    def _labels_in(self, batch: Mapping[str, Any]) -> Any:
+        return next((batch[name] for name in (*self.label_names, "labels") if batch.get(name) is not None), None)
+
+    def _unlabelled(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in batch.items() if name not in (*self.label_names, "labels")}
 
     def _check_data(self) -> None:
         """What would fail at the first step is found before it."""
@@ -354,10 +340,9 @@ class PruningTrainer(ShardedTraining):
         batch = self._example()
         if batch is None:
             return
-        names = (*self.label_names, "labels")
         for teacher in teachers:
-            teacher.check({name: value for name, value in batch.items() if name not in names})
-        labelled = any(batch.get(name) is not None for name in names)
+            teacher.check(self._unlabelled(batch))
+        labelled = self._labels_in(batch) is not None
         ddp = "MULTI" in str(self.accelerator.distributed_type) and not self.is_distributed_loading_by_transformers
         if ddp and teachers and not labelled and has_head(self.model):
             raise InvalidConfigError(
@@ -370,7 +355,3 @@ class PruningTrainer(ShardedTraining):
             f"training needs labels; a batch has only {', '.join(map(str, batch))}. Name the column labels, or learn "
             'from hidden states: distillation=DistillationConfig(kind="features"), teacher=<the unpruned model>'
         )
-
-
-def _constant(step: int) -> float:
-    return 1.0

@@ -19,15 +19,7 @@ _UNTRIED = {
 
 
 def check_zero(plugin: Any, model: Any) -> None:
-    """A DeepSpeed plugin whose stage and settings a method can work under.
-
-    Args:
-        plugin: accelerate's.
-        model: a PruningModel.
-
-    Raises:
-        InvalidConfigError: naming what to leave out.
-    """
+    """Refuse a DeepSpeed plugin (accelerate's) whose stage or settings the method of a PruningModel cannot use."""
     config = plugin.hf_ds_config
     stage = config.get_value("zero_optimization.stage", 0)
     if stage not in (1, 2, 3):
@@ -82,10 +74,7 @@ def take_type_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def restore_precision(parameters: Iterable[nn.Parameter]) -> None:
-    """After a training in half precision: what the optimizer has stepped, in single precision.
-
-    Every process has to call this.
-    """
+    """After a training in half precision, on every process: what the optimizer has stepped, in single precision."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     for parameter in parameters:

@@ -3,7 +3,6 @@
 import copy
 
 import torch
-from torch import nn
 from transformers import (
     BeitConfig,
     BeitForImageClassification,
@@ -50,17 +49,6 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, i):
         image = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(i))
         return {"pixel_values": image, "labels": i % 3}
-
-
-class Around(nn.Module):
-    """A wrapper as a user may write it; Trainer saves and loads its plain state dict."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.inner = model
-
-    def forward(self, pixel_values, labels=None):
-        return self.inner(pixel_values=pixel_values, labels=labels)
 
 
 def trainer(model, folder, **changes):

@@ -1,8 +1,9 @@
-"""The checkpoints of a PruningModel: its state dict, with a record of what it is of."""
+"""What a PruningModel is as a module around another: its ``forward``, and the state dict that its checkpoints are."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,47 @@ import torch
 from torch import nn
 
 from ..errors import ResumeError
+from ..losses.task import is_classifier
 from ..utils.sharding import spread_state
+from .setup import differences
 
 
+# ---------------------------------------------------------------------- forward
+def signature_of(base: Any) -> inspect.Signature:
+    """What the transformers model takes, without ``self``; a classifier takes labels in any case."""
+    signature = inspect.signature(base.forward)
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    if is_classifier(base) and "labels" not in signature.parameters:  # DeiT's two-headed one
+        labels = inspect.Parameter("labels", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+        at = next((i for i, p in enumerate(parameters) if p.kind > labels.kind), len(parameters))
+        parameters.insert(at, labels)
+    return signature.replace(parameters=parameters, return_annotation=signature.empty)
+
+
+def takes_loss_kwargs(base: Any) -> bool:
+    """Whether a Trainer would give ``num_items_in_batch`` to this model, and leave the scaling of its loss alone."""
+    stated = getattr(base, "accepts_loss_kwargs", None)
+    kinds = {p.kind for p in inspect.signature(base.forward).parameters.values()}
+    return inspect.Parameter.VAR_KEYWORD in kinds if stated is None else bool(stated)
+
+
+def class_with(cls: type, signature: inspect.Signature) -> type:
+    """The class under the same name, its ``forward`` with this signature.
+
+    The Trainer reads names of labels off the class, and columns to keep off the instance: the class has to be one for
+    every kind of wrapped model.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = signature.replace(parameters=[me, *signature.parameters.values()])  # type: ignore[attr-defined]
+    forward.__doc__ = cls.__dict__["run"].__doc__
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+# ---------------------------------------------------------------------- checkpoints
 class Checkpoints(nn.Module):
     """The state dict of a :class:`PruningModel`; what would restore only a part of it is refused."""
 
@@ -48,20 +87,15 @@ class Checkpoints(nn.Module):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         theirs, ours = (json.loads(bytes(t.tolist())) for t in (state, self.get_extra_state()))
-        differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-        if differing:
-            rows = [f"{key} was {theirs.get(key)} and is {ours.get(key)}" for key in differing]
+        rows = [f"{key} was {old} and is {new}" for key, old, new in differences(theirs, ours)]
+        if rows:
             raise ResumeError(
                 f"the checkpoint is of another pruning run: {'; '.join(rows)}. Use the same model and settings, or "
                 "start anew"
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Called by ``load_state_dict``, before the parts inside are loaded: refuses what would restore only some.
-
-        Raises:
-            ResumeError: the checkpoint is of another model, or of another method or settings.
-        """
+        """Called by ``load_state_dict``, before the parts inside are loaded: refuses what would restore only some."""
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # compares the settings
         own = {prefix + key for key in self.state_dict()}
         given = {key for key in state_dict if key.startswith(prefix)}
