@@ -44,6 +44,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from ema import EmaCallback
 from hf_vitprune import (
     DistillationConfig,
     PruningModel,
@@ -56,7 +57,6 @@ from hf_vitprune import (
 )
 from hf_vitprune.contrib.augment import AugmentedTrainer
 from hf_vitprune.contrib.drop_path import attach_drop_path
-from hf_vitprune.contrib.ema import EmaCallback
 from hf_vitprune.contrib.spvit_start import released_start
 from hf_vitprune.evaluation.metrics import accuracy_of
 from hf_vitprune.methods import config_class_of, method_names

@@ -5,6 +5,7 @@ And a learning rate for each layer (Bao et al., BEiT, arXiv 2106.08254).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,7 @@ class AugmentationConfig:
         rand_augment: (operations an image, magnitude of 0 to 30); (0, 0): none. kornia's operations, of one magnitude;
             DeiT's are timm's, whose magnitudes have a deviation of 0.5.
         erasing: chance of an image to lose a rectangle, which turns grey; DeiT fills it with noise.
-        mixup: alpha of its Beta distribution; 0: none.
-        cutmix: alpha of its Beta distribution; 0: none.
+        mixup, cutmix: alpha of their Beta distributions; 0: none.
         switch: chance of CutMix where both are on.
         smoothing: share of a label that goes to all classes alike, in [0, 1).
         repeats: views of an image in a batch; an epoch has as many images as without, so fewer different ones.
@@ -51,7 +51,7 @@ class AugmentationConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidConfigError(f"{name} is a share between 0 and 1, not {getattr(self, name)!r}")
         for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InvalidConfigError(f"{name} is the alpha of a Beta distribution, not {getattr(self, name)!r}")
         check_counts(self, "repeats")
         operations, magnitude = self.rand_augment
@@ -113,20 +113,18 @@ class Augmentation:
             return pixels, targets
         chance = config.switch if config.mixup and config.cutmix else float(config.cutmix > 0)
         numbers = torch.arange(len(pixels), device=pixels.device)
+        keys = {"data_keys": ["input", "class"]}
         if float(torch.rand(())) < chance:
-            mix = self.kornia.RandomCutMixV2(
-                beta=config.cutmix, same_on_batch=True, data_keys=["input", "class"], use_correct_lambda=True
-            )
+            mix = self.kornia.RandomCutMixV2(beta=config.cutmix, same_on_batch=True, use_correct_lambda=True, **keys)
             pixels, (pairs,) = mix(pixels, numbers)
-            share = pairs[:, 2:]
+            share = pairs[:, 2:].to(targets)
         else:
             alpha = torch.tensor(config.mixup)
             drawn = float(torch.distributions.Beta(alpha, alpha).sample())
-            mix = self.kornia.RandomMixUpV2(lambda_val=(drawn, drawn), data_keys=["input", "class"])
-            pixels, pairs = mix(pixels, numbers)
-            share = 1 - pairs[:, 2:]  # here kornia says how much is of the other image
+            pixels, pairs = self.kornia.RandomMixUpV2(lambda_val=(drawn, drawn), **keys)(pixels, numbers)
+            share = 1 - pairs[:, 2:].to(targets)  # here kornia says how much is of the other image
         first, second = targets[pairs[:, 0].long()], targets[pairs[:, 1].long()]
-        return pixels, share.to(targets) * first + (1 - share.to(targets)) * second
+        return pixels, share * first + (1 - share) * second
 
 
 class RepeatedSampler(Sampler[int]):
@@ -195,7 +193,8 @@ class AugmentedTrainer(PruningTrainer):
         if self.augmentation is None or self.augmentation.config.repeats == 1:
             return super()._get_train_sampler(train_dataset)
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        return RepeatedSampler(len(dataset), self.augmentation.config.repeats, self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return RepeatedSampler(len(dataset), self.augmentation.config.repeats, seed)
 
 
 def check_layer_decay(decay: float) -> None:

@@ -20,6 +20,7 @@ from ..modeling.structure import layer_paths
 from ..spec.architecture import Architecture
 from ..spec.configs import stock_config
 from ..spec.layer_shape import KERNELS
+from ..utils.settings import check_positive
 
 logger = logging.get_logger(__name__)
 
@@ -64,23 +65,20 @@ def convert_spvit_checkpoint(
     Args:
         state_dict: tensors under DeiT or Swin names: ``blocks.{i}.attn.{qk,v,proj}``, ``attn.head_probs``,
             ``attn.bn_1x1``, ``attn.bn_3x3``, ``mlp.{fc1,fc2}``; Swin ``layers.{s}.blocks.{i}...``. Convolution
-            blocks may be folded already, as the authors' tool writes them (``attn.bconv.{0,1,3}``); that tool folds
-            Swin at the temperature of DeiT, so convert the checkpoint of before for a Swin.
+            blocks may be folded already, by the authors' tool (``attn.bconv.{0,1,3}``).
         base_config: stock config of the dense model (ViT for DeiT without a distillation token, DeiT, or Swin).
         mixers: of every layer (Swin: a list a stage): ``attention`` (or ``msa``), ``conv3x3``, ``conv1x1``,
             ``identity`` (or ``skip``: in these checkpoints a skipped block adds its normalised input).
         mlp_hidden: hidden neurons of every layer, in the same form.
         temperature: of the mixing table; by default 0.01 for DeiT and 100 for Swin.
         centre_column: column of the mixing table that belongs to the kernel's centre. 4: columns are in the order of
-            the positions. 0: the centre comes first and the positions before it move up by one, as in the released
-            Swin code. By default what the 1 x 1 blocks of a Swin checkpoint show (no other column of theirs is ever
-            trained), and 4 where they show nothing.
+            the positions. 0: the centre comes first, as in the released Swin code. By default what the 1 x 1 blocks of
+            a Swin checkpoint show (no other column of theirs is ever trained), and 4 where they show nothing.
 
     Raises:
         UnsupportedModelError: the config is of another family.
-        InvalidArchitectureError: the lists do not fit the config; the message names the layer.
-        CheckpointMismatchError: the lists do not fit the checkpoint (the message names the layer), or tensors are
-            missing, left over or of other sizes.
+        InvalidArchitectureError: the lists do not fit the config.
+        CheckpointMismatchError: they do not fit the checkpoint, or tensors are missing, left over or of other sizes.
         InvalidConfigError: an impossible ``temperature`` or ``centre_column``.
     """
     stock = stock_config(base_config)
@@ -103,12 +101,10 @@ def convert_spvit_checkpoint(
         )
     if centre_column is None:
         centre_column = _centre_column(state_dict, architecture, names)
+    temperature = TEMPERATURES[stock.model_type] if temperature is None else temperature
     if centre_column not in (0, CENTRE):
         raise InvalidConfigError(f"centre_column is 0 or {CENTRE}, got {centre_column!r}")
-    if temperature is None:
-        temperature = TEMPERATURES[stock.model_type]
-    if temperature <= 0:
-        raise InvalidConfigError(f"temperature is a number over 0, got {temperature!r}")
+    check_positive("temperature", temperature)
     info: dict[str, Any] = {"method": "SPViT"}
     base = getattr(base_config, "_name_or_path", "")
     if base and not Path(base).exists():

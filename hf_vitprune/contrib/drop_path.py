@@ -16,15 +16,12 @@ from ..utils.hooks import GateHook
 def attach_drop_path(model: Any, rate: float) -> list[RemovableHandle]:
     """While ``model`` trains, drop a layer's attention or MLP for some images; the others are scaled up.
 
-    The chance grows evenly from 0 in the first layer to ``rate`` in the last (DeiT trains with 0.1). In eval mode
-    nothing changes. Attach it after the gates of a pruning method, and remove it before an export.
+    The chance grows evenly from 0 in the first layer to ``rate`` in the last (DeiT trains with 0.1). Attach it after
+    the gates of a pruning method, and remove it before an export: by the handles that this returns.
 
     Args:
-        model: stock or pruned, or a PruningModel; no weights change.
+        model: stock or pruned, or a PruningModel.
         rate: of the last layer, in [0, 1).
-
-    Returns:
-        Handles; removing them all leaves the model as it was.
 
     Raises:
         InvalidConfigError: an impossible rate, or the model has a ``drop_path_rate`` in its config.
@@ -55,10 +52,7 @@ class _DropPath(GateHook):
     def __call__(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
         if not module.training:
             return output
-        if isinstance(output, tuple):
-            return (self._dropped(output[0]), *output[1:])
-        return self._dropped(output)
-
-    def _dropped(self, branch: torch.Tensor) -> torch.Tensor:
+        branch, *rest = output if isinstance(output, tuple) else (output,)
         kept = torch.rand((len(branch), 1, 1), device=branch.device) >= self.chance
-        return branch * kept.to(branch.dtype) / (1 - self.chance)
+        branch = branch * kept.to(branch.dtype) / (1 - self.chance)
+        return (branch, *rest) if isinstance(output, tuple) else branch

@@ -1,13 +1,6 @@
-"""Training a truncated model again: which learning rates, and from which weights.
+"""Training a truncated model again: which learning rates, and from which weights (``docs/sls.md``).
 
-Three schedules, for the same number of epochs:
-
-- ``CLR`` (cyclic learning-rate restarting, Le and Hua, 2021): from the weights as they are, warm-up to the peak rate
-  of the first training, then cosine decay (to its lowest rate, where it was a ``cosine_with_min_lr``).
-- ``FT`` (fine-tuning, as Renda et al., 2020, and Le and Hua compare it): from the weights as they are, at one small
-  rate. Their rate is the first training's last; a cosine ends at zero, so that it is a share of the peak here.
-- ``TFS`` (training from scratch): the rates of ``CLR``, from fresh adapters and a fresh head on the pretrained layers
-  that were kept.
+``CLR`` is cyclic restarting (Le and Hua, 2021), ``FT`` fine-tuning (Renda et al., 2020), ``TFS`` from scratch.
 """
 
 from __future__ import annotations
@@ -16,8 +9,7 @@ import copy
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 from ..errors import AdapterError, InvalidConfigError
 from ..modeling.peft_twin import check_peft_model, is_peft, peft_model_in, plain_twin, saved_modules
@@ -39,17 +31,14 @@ def retraining_arguments(
     warm_up: float = WARM_UP,
     share: float = FINE_TUNING_SHARE,
 ) -> TrainingArguments:
-    """The arguments of a first training, changed for a second one.
+    """A copy of a first training's arguments, changed for a second one.
 
     Args:
-        args: of the first training; ``learning_rate`` is its peak.
-        schedule: ``CLR``, ``FT`` or ``TFS``.
+        args: ``learning_rate`` is the peak; a ``cosine_with_min_lr`` keeps its lowest rate.
+        schedule: ``CLR`` and ``TFS``: warm-up to the peak, then cosine decay; ``FT``: one small rate.
         epochs: of the second training; as the first by default.
         warm_up: share of the steps over which the rate rises (``CLR`` and ``TFS``), in [0, 1).
         share: the rate of ``FT`` as a share of the peak, in (0, 1].
-
-    Returns:
-        A copy; ``args`` are left alone.
 
     Raises:
         InvalidConfigError: an unknown schedule, or a share that is none.
@@ -85,17 +74,12 @@ def retrain(
     resume_from_checkpoint: Any = None,
     **trainer: Any,
 ) -> Any:
-    """Train a truncated model again.
+    """Train a truncated model again; the Trainer after that, whose ``.model`` is the model.
 
     Args:
         model: what ``export()`` or ``truncate`` gave; trained in place, but for ``TFS``.
         args, schedule, epochs, warm_up, share: as of :func:`retraining_arguments`.
-        trainer_class: the Trainer to use.
-        resume_from_checkpoint: as for ``Trainer.train``.
         trainer: for the Trainer: ``train_dataset``, ``eval_dataset``, ``compute_metrics``, ...
-
-    Returns:
-        The Trainer after its training; ``.model`` is the model.
 
     Raises:
         InvalidConfigError: see :func:`retraining_arguments`; or ``TFS`` of a model without adapters.
@@ -114,7 +98,6 @@ def fresh_adapters(model: Any, seed: int = 0) -> Any:
 
     Args:
         model: a PeftModel; left alone, but it shares the base's tensors with the result.
-        seed: of the new weights.
 
     Raises:
         InvalidConfigError: the model has no adapters.
@@ -139,22 +122,16 @@ def fresh_adapters(model: Any, seed: int = 0) -> Any:
     base = plain_twin(old)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name, wrapper in saved_modules(old).items():
-            _renew(base, name, wrapper)
+        for name, wrapper in saved_modules(old).items():  # as the model's class initialises them
+            new = copy.deepcopy(wrapper.original_module)
+            for part in (*new.modules(), *new.parameters()):
+                part._is_hf_initialized = False
+            for module in new.modules():
+                base._init_weights(module)
+            base.set_submodule(name, new)
         names = list(configs)
         made = type(model)(base, configs[names[0]], names[0])
         for name in names[1:]:
             made.add_adapter(name, configs[name])
     made.set_adapter(model.active_adapter)
     return made.train(model.training)
-
-
-def _renew(base: PreTrainedModel, name: str, wrapper: ModulesToSaveWrapper) -> None:
-    """Put a new module, as the model's class initialises it, where adapters train one as a whole."""
-    new = copy.deepcopy(wrapper.original_module)
-    for module in new.modules():
-        module._is_hf_initialized = False
-        for parameter in module.parameters(recurse=False):
-            parameter._is_hf_initialized = False
-        base._init_weights(module)
-    base.set_submodule(name, new)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..errors import InvalidConfigError, SparsityError, UnsupportedDeviceError, UnsupportedModelError
 from ..modeling.structure import layer_paths
@@ -98,16 +98,12 @@ class SparsityCallback(TrainerCallback):
     def __init__(self) -> None:
         self._masks: list[tuple[nn.Parameter, torch.Tensor]] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         masks = sparsify(model)
         self._masks = [(model.get_submodule(name).weight, mask) for name, mask in masks.items()]
 
     @torch.no_grad()
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for weight, mask in self._masks:
             weight.mul_(mask)
 

@@ -20,10 +20,9 @@ def released_start(model: Any, plan: PruningPlan, *, mixing_temperature: float |
     """A PruningModel that trains the architecture of ``plan`` from ``model``'s weights; ``export()`` folds it.
 
     MLPs are small from the start. A convolution is made of its layer's value and output weights by a table of ones
-    with fresh BatchNorms, all of it trainable: the mixing stays unfolded until the export, and the table has the
-    optimizer's weight decay. What nothing reads any more (queries and keys of those layers) is frozen. The paper
-    fine-tunes so (arXiv 2111.11802); ``PruningModel.export(weights=model)`` keeps the tables and BatchNorms of the
-    search instead, folded.
+    with fresh BatchNorms, all of it trainable, and unfolded until the export. What nothing reads any more (queries and
+    keys of those layers) is frozen. The paper fine-tunes so (arXiv 2111.11802); ``PruningModel.export(weights=model)``
+    keeps the tables and BatchNorms of the search instead, folded.
 
     Args:
         model: as before the search; left alone.

@@ -26,13 +26,9 @@ from ..spec.architecture import Architecture, unwrap
 
 @dataclass(frozen=True)
 class TaskStorage:
-    """One task's adapter.
+    """One task's adapter: its elements, those of what it trains as a whole (the classifier), and bytes of its folder.
 
-    Attributes:
-        kept_layers: how many layers of the backbone it runs: the one integer that is stored for the pruning.
-        adapter_params: elements of the adapter's tensors.
-        head_params: elements of what is trained as a whole, the classifier.
-        bytes: of its folder, configuration included; of the tensors alone for a model in memory.
+    ``kept_layers``: how many layers of the backbone it runs, the one integer that is stored for the pruning.
     """
 
     name: str
@@ -48,7 +44,7 @@ class TaskStorage:
 
 @dataclass(frozen=True)
 class ModelStorage:
-    """A whole model: its name, elements of its tensors, and bytes (of the folder, where it is one)."""
+    """A whole model: elements of its tensors, and bytes (of the folder, where it is one)."""
 
     name: str
     params: int
@@ -57,14 +53,7 @@ class ModelStorage:
 
 @dataclass(frozen=True)
 class StorageReport:
-    """The accounting of :func:`storage_report`.
-
-    Attributes:
-        backbone: stored once.
-        layers: of the backbone.
-        tasks: one adapter each.
-        models: what the tasks take as models of their own; copies of the backbone where none were given.
-    """
+    """The accounting of :func:`storage_report`: a backbone of so many layers with tasks, and models of their own."""
 
     backbone: ModelStorage
     layers: int
@@ -121,10 +110,8 @@ def storage_report(
 
     Args:
         backbone: the dense model, or the folder it was saved to.
-        adapters: of the tasks, by name: folders from ``save_pretrained``, or PeftModels. A list of folders is named
-            after them.
-        models: the alternative, by name: pruned models of full size each, as models or folders. A copy of the
-            backbone a task by default (fine-tuning).
+        adapters: of the tasks, by name, or a list: folders from ``save_pretrained``, or PeftModels.
+        models: the alternative, by name: models or folders; by default a copy of the backbone a task (fine-tuning).
 
     Raises:
         AdapterError: an adapter belongs to another backbone.

@@ -58,8 +58,7 @@ class _Images(DatasetColumn):
 class RankingEvaluator(ImageClassificationEvaluator):
     """As ``evaluate.evaluator("image-classification")``, with the ``k`` likeliest classes of every image.
 
-    evaluate 0.4.6 takes no pipeline under transformers 5 (it looks for ``transformers.TFPreTrainedModel``), and
-    gives the best class alone: both methods are replaced here.
+    evaluate 0.4.6 takes no pipeline under transformers 5, and gives the best class alone: replaced here.
 
     Attributes:
         ranks: (images, k) class numbers, best first, of the last data.
@@ -98,9 +97,7 @@ def evaluate_classifier(
 
     Args:
         model: an image classifier, or a graph that was exported from one.
-        processor: its image processor.
         data: ``datasets.Dataset`` with the two columns.
-        image_column, label_column: their names.
         numbers: class number in the data -> class number of the model; None: the same.
         k: of ``top_k_accuracy``, which is left out where the model has no more classes than that.
         batch_size: images a forward pass; accuracies do not depend on it.

@@ -19,16 +19,13 @@ from .metrics import FeatureCosine, NearestNeighbourAccuracy, NeighbourAgreement
 def image_features(
     model: Any, data: Any, *, part: str | None = None, batch_size: int = 32
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """A vector an image: what leaves the tower as CLS, or where there is none, the mean over patches.
+    """(images, channels) :func:`image_vectors`, and (images) class numbers, None where the data has none.
 
     Args:
         model: a backbone, or a bigger model with a tower in it.
         data: images, with class numbers where there are any: what ``ImageBatches`` takes.
         part: which tower of a bigger model; its only one by default.
         batch_size: images a forward pass.
-
-    Returns:
-        (images, channels) features, and (images) class numbers, None where the data has none.
 
     Raises:
         InvalidDataError: the tower gives no tokens, or does not take the images.
@@ -49,8 +46,7 @@ def image_vectors(reader: FeatureReader, tokens: torch.Tensor) -> torch.Tensor:
     """(images, channels): CLS, or where there is none, the mean over patches.
 
     Args:
-        reader: of the tower.
-        tokens: (images, tokens, channels) that left it, or a map (images, channels, height, width).
+        tokens: (images, tokens, channels) that left the tower, or a map (images, channels, height, width).
 
     Raises:
         InvalidDataError: they are neither.
@@ -77,10 +73,8 @@ def evaluate_features(
     Args:
         features: (images, channels).
         labels: (images) class numbers: gives ``k_nearest_neighbour_accuracy``.
-        dense: (images, channels) features of the dense model: gives ``feature_cosine`` (where both are as wide) and
-            ``shared_k_neighbours``.
-        gallery: features and labels of the images that are looked up, by this same model; None: the images themselves,
-            each compared with all others.
+        dense: the dense model's: gives ``feature_cosine`` (where both are as wide) and ``shared_k_neighbours``.
+        gallery: features and labels of the images that are looked up, by this same model; None: of all other images.
         k: number of neighbours.
 
     Raises:

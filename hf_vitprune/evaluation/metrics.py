@@ -1,7 +1,4 @@
-"""Metrics as classes of Hugging Face's ``evaluate``: they are here, so that no script is fetched from the Hub.
-
-``evaluate.load(name)`` downloads and runs one; these work offline (``HF_EVALUATE_OFFLINE=1``).
-"""
+"""Metrics as classes of Hugging Face's ``evaluate``: ``evaluate.load`` would fetch scripts, these work offline."""
 
 from __future__ import annotations
 
@@ -41,7 +38,6 @@ def ranked_classes(logits: Any, k: int) -> np.ndarray:
 class _LocalMetric(evaluate.Metric):
     """A metric that keeps what it compares in memory."""
 
-    about = ""
     predictions: Any = None
     references: Any = None
 
@@ -53,18 +49,17 @@ class _LocalMetric(evaluate.Metric):
 
     def _info(self) -> Any:
         features = Features({"predictions": self.predictions, "references": self.references})
-        return evaluate.MetricInfo(description=self.about, citation="", inputs_description="", features=features)
+        return evaluate.MetricInfo(
+            description=type(self).__doc__, citation="", inputs_description="", features=features
+        )
 
 
 class TopK(_LocalMetric):
     """Share of images whose class is the likeliest (``accuracy``), and is among the ``k`` likeliest.
 
-    Args (of ``compute``):
-        predictions: (images, k) class numbers, best first, as :func:`ranked_classes` gives.
-        references: (images) class numbers.
+    Of (images, k) class numbers, best first, as :func:`ranked_classes` gives, and (images) class numbers.
     """
 
-    about = "Share of images whose class is among the k likeliest."
     predictions, references = List(Value("int64")), Value("int64")
 
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
@@ -80,7 +75,6 @@ class TopK(_LocalMetric):
 class FeatureCosine(_LocalMetric):
     """Cosine of each image's features to the dense model's: mean, and the lowest."""
 
-    about = "Cosine of an image's features to another model's."
     predictions = references = List(Value("float32"))
 
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
@@ -90,14 +84,8 @@ class FeatureCosine(_LocalMetric):
 
 
 class NeighbourAgreement(_LocalMetric):
-    """Share of an image's ``k`` nearest other images, by its features, that the dense model finds nearest too.
+    """Share of an image's ``k`` (5) nearest other images, by features, that the dense model finds nearest too."""
 
-    Args (of ``compute``):
-        predictions, references: (images, features) of the model and of the dense one.
-        k: how many; 5 by default.
-    """
-
-    about = "Share of an image's k nearest images that another model finds nearest too."
     predictions = references = List(Value("float32"))
 
     def _compute(self, predictions: list, references: list, k: int = 5) -> dict[str, float]:
@@ -113,23 +101,15 @@ class NearestNeighbourAccuracy(_LocalMetric):
     """Share of images whose class most of the ``k`` nearest images of a gallery have, by cosine of features.
 
     Args (of ``compute``):
-        predictions: (images, features).
-        references: (images) class numbers.
         gallery: (others, features) of other images; None: each image is compared with all but itself.
         gallery_labels: (others) their class numbers.
-        k: how many vote; of classes with as many votes the lowest number wins. 5 by default.
+        k: how many vote; of classes with as many votes the lowest number wins.
     """
 
-    about = "Share of images whose class most of the k nearest images have."
     predictions, references = List(Value("float32")), Value("int64")
 
     def _compute(
-        self,
-        predictions: list,
-        references: list,
-        gallery: Any = None,
-        gallery_labels: Any = None,
-        k: int = 5,
+        self, predictions: list, references: list, gallery: Any = None, gallery_labels: Any = None, k: int = 5
     ) -> dict[str, float]:
         own = np.asarray(references)
         labels = own if gallery is None else np.asarray(gallery_labels)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +31,20 @@ def save_results(path: str | Path, results: Mapping[str, Any]) -> Path:
     """Write results with ``evaluate.save``, which adds time, commit and versions.
 
     Args:
-        path: file to write, or a folder to write ``results.json`` into.
+        path: a file, or a folder to write ``results.json`` into.
         results: JSON data; ``metrics`` maps names to numbers.
     """
     import evaluate
 
     path = Path(path)
-    file = path if path.suffix else path / RESULTS
-    with _quiet_git():
-        return Path(evaluate.save(file, **results))
-
-
-@contextlib.contextmanager
-def _quiet_git() -> Iterator[None]:
-    """Outside of a repository git says ``fatal: not a git repository``, which nothing is wrong with."""
-    before = os.dup(2)
-    try:
+    said = os.dup(2)
+    try:  # outside of a repository git says "fatal: not a git repository", which nothing is wrong with
         with open(os.devnull, "w") as nothing:
             os.dup2(nothing.fileno(), 2)
-        yield
+        return Path(evaluate.save(path if path.suffix else path / RESULTS, **results))
     finally:
-        os.dup2(before, 2)
-        os.close(before)
+        os.dup2(said, 2)
+        os.close(said)
 
 
 def load_results(path: str | Path) -> dict[str, Any]:
@@ -62,9 +53,8 @@ def load_results(path: str | Path) -> dict[str, Any]:
     Raises:
         InvalidDataError: it has none.
     """
-    path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidDataError(f"{path} has no results: {error}; hf-vitprune evaluate --out writes them") from error
     metrics = found.get("metrics") if isinstance(found, dict) else None
@@ -83,10 +73,7 @@ def results_of(folder: str | Path) -> dict[str, Any] | None:
 
 
 def weights_digest(folder: str | Path) -> str | None:
-    """A digest of all files of weights in a folder; None where there is none.
-
-    It tells whether results belong to what is there now, or to what was there before it was trained on.
-    """
+    """A digest of all files of weights in a folder, by which results belong to them; None where there is none."""
     files = sorted({file for pattern in _WEIGHTS for file in Path(folder).glob(pattern)})
     if not files:
         return None

@@ -18,15 +18,10 @@ _NO_DUAL = "compares no images with texts: zero-shot accuracy is for dual encode
 
 
 def zero_shot_accuracy(
-    model: Any,
-    tokenizer: Any,
-    data: Any,
-    class_names: Sequence[str],
-    template: str = "a photo of a {}.",
-    batch_size: int = 64,
+    model: Any, tokenizer: Any, data: Any, class_names: Sequence[str], *how: Any, **kw: Any
 ) -> float:
-    """Share of images whose own class's caption is the most similar one; see :func:`zero_shot_metrics`."""
-    return zero_shot_metrics(model, tokenizer, data, class_names, template, batch_size)["accuracy"]
+    """The ``accuracy`` of :func:`zero_shot_metrics`, which takes the same."""
+    return zero_shot_metrics(model, tokenizer, data, class_names, *how, **kw)["accuracy"]
 
 
 def zero_shot_metrics(
@@ -50,8 +45,8 @@ def zero_shot_metrics(
         k: of ``top_k_accuracy``, which is left out where there are no more classes than that.
 
     Returns:
-        ``accuracy``, share of images whose own class's caption is the most similar one, and ``top_k_accuracy``, share
-        of those whose own is among the ``k`` most similar.
+        ``accuracy`` and ``top_k_accuracy``: shares of images whose own class's caption is the most similar one, and is
+        among the ``k`` most similar.
 
     Raises:
         UnsupportedModelError: the model compares no images with texts.

@@ -245,7 +245,7 @@ def test_impossible_settings() -> None:
     state = random_state(DEIT)
     with pytest.raises(UnsupportedModelError, match="SPViT checkpoints are of DeiT or Swin"):
         convert_spvit_checkpoint(state, BertConfig(), *lists(DEIT))
-    for how in ({"temperature": 0.0}, {"temperature": -1.0}, {"centre_column": 3}):
+    for how in ({"temperature": 0.0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"centre_column": 3}):
         with pytest.raises(InvalidConfigError):
             converted(DEIT, state, **how)
     nested = [["conv1x1", "attention"], "attention"]

@@ -92,6 +92,15 @@ def test_the_repeated_order() -> None:
     assert list(sampler) != first
 
 
+def test_the_order_follows_from_the_seed_of_the_data_zero_too(tmp_path: Path) -> None:
+    augmentation = Augmentation(AugmentationConfig(repeats=2), MEAN, STD, 5)
+    for settings, seed in (({"seed": 3}, 3), ({"seed": 3, "data_seed": 0}, 0), ({"seed": 3, "data_seed": 7}, 7)):
+        one = trainer(
+            make(VIT), tmp_path, AugmentedTrainer, train_dataset=_Classes(), augmentation=augmentation, **settings
+        )
+        assert list(one._get_train_sampler()) == list(RepeatedSampler(16, 2, seed))
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_training_with_it_resumes_exactly(wrapped: bool, tmp_path: Path) -> None:
     def run(resume: str | None = None) -> Any:
@@ -129,6 +138,7 @@ class _Classes(torch.utils.data.Dataset):
         ({"erasing": 2}, "erasing is a share"),
         ({"smoothing": -0.1}, "smoothing is a share"),
         ({"mixup": -1}, "mixup is the alpha"),
+        ({"cutmix": float("nan")}, "cutmix is the alpha"),
         ({"repeats": 0}, "repeats is a whole number"),
         ({"rand_augment": (2, 31)}, "rand_augment is"),
     ],

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..errors import InvalidConfigError, ResumeError
+from hf_vitprune.errors import InvalidConfigError, ResumeError
 
 FILE = "ema.safetensors"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_vitprune.contrib.ema import FILE, EmaCallback
+from ema import FILE, EmaCallback
 from hf_vitprune.errors import InvalidConfigError, ResumeError
 from pruning_runs import VIT, gated, trainer
 from tiny import make
