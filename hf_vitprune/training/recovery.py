@@ -194,10 +194,10 @@ def hold_out(images: int, share: float) -> tuple[list[int], list[int]]:
     if images < 2:
         raise InvalidDataError("there is one image: a recovery holds some out, to keep the best weights by them")
     count = max(1, round(share * images))
-    apart = sorted({i * images // count for i in range(count)})
+    apart = {i * images // count for i in range(count)}
     if len(apart) == images:
         raise InvalidDataError(f"all {images} images are held out, and none is left to train on: lower held_out")
-    return [i for i in range(images) if i not in set(apart)], apart
+    return [i for i in range(images) if i not in apart], sorted(apart)
 
 
 def _arguments(settings: Recovery, folder: str, saves: bool, pin_memory: bool) -> TrainingArguments:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hf_vitprune.errors import InvalidConfigError, InvalidDataError
 from hf_vitprune.losses.features import feature_loss, token_weights
 from hf_vitprune.spec.architecture import Architecture
 from hf_vitprune.training.keep_best import KeepBest
-from hf_vitprune.training.recovery import Recovery, recover
+from hf_vitprune.training.recovery import Recovery, hold_out, recover
 from pruning_runs import VIT, Images, state_of
 from tiny import assert_same, images, make, run
 
@@ -176,3 +177,11 @@ def test_several_processes_keep_one_file(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Path, "glob", lambda *_: iter(files))
     other.on_save(None, TrainerState(), None)  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["best-2.safetensors"]
+
+
+def test_images_are_held_out_of_as_many_as_there_are() -> None:
+    """Evenly spaced; and the time grows with their number, not with its square (minutes, for these)."""
+    assert hold_out(10, 0.25) == ([1, 2, 3, 4, 6, 7, 8, 9], [0, 5])
+    begun = time.process_time()
+    rest, apart = hold_out(300_000, 0.1)
+    assert len(apart) == 30_000 and len(rest) == 270_000 and time.process_time() - begun < 10
