@@ -60,6 +60,8 @@ class Walk:
         for name in tensors.waiting():
             if not name.startswith(layers):
                 set_tensor(self.model, name, tensors[name])
+        modules = [self.model.get_submodule(paths.layer) for paths in self._paths]
+        waiting = [Waiting(tensors, paths.layer, m) for paths, m in zip(self._paths, modules, strict=True)]
         root = architecture.family.encoder_path(model)
         names = architecture.layer_names()
         outputs = architecture.family.output_names(len(names), architecture.depths)
@@ -68,11 +70,10 @@ class Walk:
         batch = next(iter(ImageBatches(batches, FIRST)))
         calls = self._record(batch)
         sequences = architecture.family.sequences(architecture.config)
-        self.layers = []
-        for paths in self._paths:
-            module = self.model.get_submodule(paths.layer)
-            waiting = Waiting(tensors, paths.layer, module)
-            self.layers.append(Layer(module, paths, calls[paths.layer], waiting, sequences))
+        self.layers = [
+            Layer(module, paths, calls[paths.layer], weights, sequences)
+            for module, paths, weights in zip(modules, self._paths, waiting, strict=True)
+        ]
         self._bridge_calls = [calls[path] for path in self._bridges]
         self._check(self.start(batch)[:sequences])
 
