@@ -38,8 +38,12 @@ def attach_drop_path(model: Any, rate: float) -> list[RemovableHandle]:
     handles: list[RemovableHandle] = []
     for i, (entry, shape) in enumerate(zip(paths, architecture.layers, strict=True)):
         chance = rate * i / max(1, len(paths) - 1)
-        branches = [entry.attention] * (shape.mixer != "none") + [entry.mlp] * (shape.mlp > 0)
-        handles += [get(base, path).register_forward_hook(_DropPath(chance)) for path in branches if chance]
+        attention, mlp = (entry.attention, entry.o, shape.mixer != "none"), (entry.mlp, entry.fc2, shape.mlp > 0)
+        for module, last, there in (attention, mlp) if chance else ():
+            if not there:
+                continue
+            beside = not last.startswith(f"{module}.")  # as in VideoMAE, whose residual comes in behind it
+            handles.append(get(base, last if beside else module).register_forward_hook(_DropPath(chance)))
     return handles
 
 

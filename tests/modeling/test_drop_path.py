@@ -56,3 +56,19 @@ def test_eval_mode_gates_and_refusals() -> None:
     assert attach_drop_path(make("SwinForImageClassification"), 0.0) == []
     with pytest.raises(InvalidConfigError, match=r"in \[0, 1\)"):
         attach_drop_path(model, 1.0)
+
+
+def test_where_the_last_linear_lies_beside_the_rest_the_whole_branch_is_dropped() -> None:
+    """A dropped branch of VideoMAE adds nothing, its last bias neither: at a chance near 1 the layer is the identity."""
+    model = make("VideoMAEForVideoClassification").double().train()
+    layer = model.videomae.encoder.layer[-1]
+    with torch.no_grad():
+        for last in (layer.attention.output.dense, layer.output.dense):
+            last.bias.fill_(1.0)
+    tokens = torch.randn(8, 5, model.config.hidden_size, dtype=torch.float64)
+    out = layer(tokens)
+    assert not torch.allclose(out[0] if isinstance(out, tuple) else out, tokens)
+    torch.manual_seed(0)
+    attach_drop_path(model, 1 - 1e-9)
+    out = layer(tokens)
+    torch.testing.assert_close(out[0] if isinstance(out, tuple) else out, tokens)
