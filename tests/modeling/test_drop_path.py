@@ -59,7 +59,7 @@ def test_eval_mode_gates_and_refusals() -> None:
 
 
 def test_where_the_last_linear_lies_beside_the_rest_the_whole_branch_is_dropped() -> None:
-    """A dropped branch of VideoMAE adds nothing, its last bias neither: at a chance near 1 the layer is the identity."""
+    """A dropped branch of VideoMAE adds nothing, no bias either: at a chance near 1 the layer is the identity."""
     model = make("VideoMAEForVideoClassification").double().train()
     layer = model.videomae.encoder.layer[-1]
     with torch.no_grad():
