@@ -136,7 +136,8 @@ def _step(model: Any, method: Any, pixels: torch.Tensor, labels: torch.Tensor) -
         model(pixel_values=pixels, labels=labels).loss.backward()
         if method is not None:
             parameters = method.gate_parameters()
-            for p, grad in zip(parameters, torch.autograd.grad(method.penalty(1.0), parameters), strict=True):
+            penalty = method.before_step(None, 1.0, 1.0)
+            for p, grad in zip(parameters, torch.autograd.grad(penalty, parameters), strict=True):
                 p.grad.add_(grad)
         optimizer.step()
         optimizer.zero_grad()

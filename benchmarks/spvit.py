@@ -52,7 +52,7 @@ def step_of(model: Any, batch_size: int) -> Callable[[], None]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if method is not None:
             parameters = method.gate_parameters()
-            grads = torch.autograd.grad(method.penalty(1.0), parameters)
+            grads = torch.autograd.grad(method.before_step(None, 1.0, 1.0), parameters)
             for parameter, grad in zip(parameters, grads, strict=True):
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         optimizer.step()

@@ -11,8 +11,7 @@ import torch
 from hf_vitprune import Architecture, PruningPlan
 from hf_vitprune.cost.meter import ClosedFormMeter
 from hf_vitprune.errors import UnreachableTargetError
-from hf_vitprune.methods.spvit.branches import SharedBranches
-from hf_vitprune.methods.spvit.build import attention_of
+from hf_vitprune.methods.spvit.branches import Attention, SharedBranches
 from hf_vitprune.methods.spvit.gates import LEVELS
 from hf_vitprune.modeling.structure import layer_paths
 from hf_vitprune.plan.select import Ranking, best, reach_target, rounded
@@ -85,8 +84,8 @@ def _uniform_weights(model: Any, plan: PruningPlan) -> dict[str, torch.Tensor]:
     for entry, paths in zip(plan.layers, layer_paths(model, plan.source), strict=True):
         shape = plan.source.layers[entry.index]
         if entry.mixer in KERNELS and entry.replaces_mixer(shape):
-            attention = attention_of(model, plan.source, entry.index, paths)
-            branches = SharedBranches(shape.heads, shape.v_dim, 1.0, next(model.parameters()).device)
+            attention = Attention.of(model, plan.source, entry.index, paths)
+            branches = SharedBranches(plan.source, entry.index, next(model.parameters()).device)
             made = branches.weights(entry.mixer, attention)
             weights |= {f"{paths.attention}.{name}": tensor for name, tensor in made.items()}
     return weights

@@ -16,7 +16,7 @@ from ..spec.layer_shape import KERNELS
 from ..training.model import PruningModel, get_pruning_model
 
 
-def released_start(model: Any, plan: PruningPlan, *, mixing_temperature: float | None = None) -> PruningModel:
+def released_start(model: Any, plan: PruningPlan) -> PruningModel:
     """A PruningModel that trains the architecture of ``plan`` from ``model``'s weights; ``export()`` folds it.
 
     MLPs are small from the start. A convolution is made of its layer's value and output weights by a table of ones
@@ -27,7 +27,6 @@ def released_start(model: Any, plan: PruningPlan, *, mixing_temperature: float |
     Args:
         model: as before the search; left alone.
         plan: of an SPViT search over it (``pruning_model.plan()``), or of the same shape.
-        mixing_temperature: tau of the tables; None: 0.01, and 100 for Swin.
 
     Raises:
         InvalidPlanError: the plan is of another shape, or removes more than neurons and mixers.
@@ -52,7 +51,7 @@ def released_start(model: Any, plan: PruningPlan, *, mixing_temperature: float |
     small = copy.deepcopy(model) if slim.removes_nothing else prune(model, slim)
     mixers = [entry.mixer for entry in plan.layers]
     _freeze_unread(small, mixers)
-    return get_pruning_model(small, SPViTTuningConfig(mixers=mixers, mixing_temperature=mixing_temperature))
+    return get_pruning_model(small, SPViTTuningConfig(mixers=mixers))
 
 
 def _freeze_unread(model: Any, mixers: list[str]) -> None:

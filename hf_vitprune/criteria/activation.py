@@ -60,21 +60,18 @@ class _Magnitudes:
     """Mean magnitude of every channel of some activations, by name."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._tokens: dict[str, int] = {}
+        self.sums: dict[str, torch.Tensor] = {}
+        self.tokens: dict[str, int] = {}
 
     def add(self, name: str, values: torch.Tensor) -> None:
         """Add (..., channels)."""
         flat = values.detach().abs().flatten(0, -2)
         total = flat.sum(0, dtype=torch.promote_types(flat.dtype, torch.float32)).double().cpu()
-        self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._tokens[name] = self._tokens.get(name, 0) + len(flat)
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.tokens[name] = self.tokens.get(name, 0) + len(flat)
 
     def mean(self, name: str) -> torch.Tensor:
-        return self._sums[name] / self._tokens[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._sums
+        return self.sums[name] / self.tokens[name]
 
 
 def _attach(
@@ -123,6 +120,6 @@ def _scores(architecture: Architecture, meter: _Magnitudes) -> dict[str, torch.T
         if shape.mlp:
             scores[set_name("mlp", i)] = mean(f"{i} mlp")
     if has_embedding_set(architecture):
-        names = [name for i in layers for name in (f"{i} norm1", f"{i} norm2") if name in meter]
+        names = [name for i in layers for name in (f"{i} norm1", f"{i} norm2") if name in meter.sums]
         scores["embedding"] = torch.stack([mean(name) for name in names]).mean(0)
     return scores

@@ -24,22 +24,20 @@ def batches_of(data: Any, form: Form | None = None) -> Iterator[dict[str, Any]]:
     Raises:
         InvalidDataError: there are no images, or they cannot be read.
     """
-    count = 0
-    for batch in _batches(data, form):
-        count += 1
-        yield batch
-    if not count:
-        raise InvalidDataError("there are no images to score with")
-
-
-def _batches(data: Any, form: Form | None) -> Iterable[dict[str, Any]]:
     streams = isinstance(data, DataLoader) and isinstance(data.dataset, IterableDataset)
     batched = isinstance(data, (list, tuple)) and len(data) > 0 and _is_batch(data[0], form)
+    batches: Iterable[dict[str, Any]]
     if streams or batched or isinstance(data, Iterator):
-        return _each(data, form)
-    if isinstance(data, ImageBatches) and form in (None, data.form):
-        return data
-    return ImageBatches(data, (getattr(data, "batch_size", None)) or 64, form=form)
+        batches = _each(data, form)
+    elif isinstance(data, ImageBatches) and form in (None, data.form):
+        batches = data
+    else:
+        batches = ImageBatches(data, getattr(data, "batch_size", None) or 64, form=form)
+    batch = None
+    for batch in batches:
+        yield batch
+    if batch is None:
+        raise InvalidDataError("there are no images to score with")
 
 
 def _is_batch(item: Any, form: Form | None) -> bool:
@@ -55,16 +53,11 @@ def _is_batch(item: Any, form: Form | None) -> bool:
 def _each(batches: Iterable[Any], form: Form | None) -> Iterator[dict[str, Any]]:
     seen = 0
     for batch in batches:
-        checked = _checked(batch, form, seen)
+        if not isinstance(batch, (Mapping, list, tuple)):
+            raise InvalidDataError(f"a batch is a mapping, or a pair of images and labels, not {type(batch).__name__}")
+        if not isinstance(batch, Mapping):
+            batch = dict(zip(("pixel_values", "labels"), batch, strict=False))
+        images = len(batch["pixel_values"]) if "pixel_values" in batch else 1
+        checked = ImageBatches(batch, images, form=form, offset=seen)
         seen += checked.images
         yield from checked
-
-
-def _checked(batch: Any, form: Form | None, seen: int) -> ImageBatches:
-    """The batch, as the only one of an ``ImageBatches``; so many images came before."""
-    if not isinstance(batch, (Mapping, list, tuple)):
-        raise InvalidDataError(f"a batch is a mapping, or a pair of images and labels, not {type(batch).__name__}")
-    if not isinstance(batch, Mapping):
-        batch = dict(zip(("pixel_values", "labels"), batch, strict=False))
-    images = len(batch["pixel_values"]) if "pixel_values" in batch else 1
-    return ImageBatches(batch, images, form=form, offset=seen)

@@ -109,8 +109,7 @@ class UnitScores(Mapping[str, torch.Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
-        tensors = {name: values.contiguous() for name, values in self.items()}
-        save_file(tensors, path, {_RECORD: json.dumps(self._record())})
+        write_scores(path, self, _RECORD, self._record())
 
     @classmethod
     def load(cls, path: str | Path) -> UnitScores:
@@ -121,33 +120,32 @@ class UnitScores(Mapping[str, torch.Tensor]):
             OSError: there is no such file.
         """
         try:
-            with safe_open(path, "pt") as file:
-                record = json.loads((file.metadata() or {})[_RECORD])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+            record, scores = read_scores(path, _RECORD)
         except (SafetensorError, KeyError, ValueError) as error:
             raise ScoresError(f"{path} is no file of unit scores: {error!r}") from error
-        return cls.from_dict({**record, "scores": tensors})
+        return cls.from_dict({**record, "scores": scores})
+
+
+def write_scores(path: str | Path, tensors: Mapping[str, torch.Tensor], key: str, record: dict[str, Any]) -> None:
+    """A safetensors file, with a record as JSON in its metadata."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {key: json.dumps(record)})
+
+
+def read_scores(path: str | Path, key: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The record and the tensors of such a file; a SafetensorError, KeyError or ValueError where it is another."""
+    with safe_open(path, "pt") as file:
+        record = json.loads((file.metadata() or {})[key])
+        return record, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
 
 
 def model_to_score(model: Any, part: str | None = None) -> tuple[nn.Module, Architecture, list[LayerPaths]]:
-    """(the transformers model, active adapters merged; its architecture; the paths of its layers).
-
-    Raises:
-        UnsupportedModelError: no family is registered for the model.
-        AdapterError: an adapter cannot be merged.
-    """
+    """(the transformers model, active adapters merged; its architecture; the paths of its layers)."""
     base, architecture = plain_part(model, part)
     return base, architecture, layer_paths(base, architecture)
 
 
 class UnitSums:
-    """Adds up values of weights to those of the units that they belong to.
-
-    Args:
-        architecture: of the model.
-        paths: of its layers.
-        names: of its parameters.
-    """
+    """Adds up values of weights to those of the units that they belong to."""
 
     def __init__(self, architecture: Architecture, paths: list[LayerPaths], names: Iterable[str]) -> None:
         sets = unit_sets(architecture)
@@ -163,12 +161,7 @@ class UnitSums:
         return next((i for i, prefix in enumerate(self._prefixes) if tensor.startswith(prefix)), None)
 
     def add(self, tensor: str, values: torch.Tensor) -> None:
-        """Add the values of a tensor.
-
-        Args:
-            tensor: its name.
-            values: of its shape.
-        """
+        """Add the values of a tensor, of its shape."""
         for name, axis in self._axes.get(tensor, ()):
             self.sums[name] += axis.sums(values).to("cpu", torch.float64)
         layer = self.layer_of(tensor)

@@ -98,43 +98,20 @@ class TimedModel:
     Every block is called with what its place in a forward pass of the model gives it, so that windows, masks and
     whatever else a family hands its blocks are there.
 
-    Args:
-        architecture: of the model; its dense form is what is built, in every width.
-        image_size: (height, width) in pixels; the models are built for it.
-
     Attributes:
-        dense: the dense architecture.
+        dense: the dense architecture behind what was given, which is built in every width.
+        image_size: (height, width) in pixels; the models are built for it.
         pixels: the input.
     """
 
     def __init__(
         self,
-        architecture: Architecture,
-        batch_size: int,
-        image_size: tuple[int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        config = copy.deepcopy(architecture.config)
-        sizes: Any = architecture.family.sizes_config(config)
-        if pair(sizes.image_size) != image_size:
-            sizes.image_size = image_size[0] if image_size[0] == image_size[1] else list(image_size)
-        self.dense = Architecture.dense(config, architecture.task)
-        self.image_size = image_size
-        self.dtype, self.device = dtype, device
-        self.pixels = torch.randn(batch_size, sizes.num_channels, *image_size).to(device, dtype)
-        self._pool = self._memory(min(count(self.dense).params, POOL))
-        self._taken = 0
-
-    @classmethod
-    def of(
-        cls,
         model_or_config: Any,
         batch_size: int,
         image_size: int | tuple[int, int] | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
-    ) -> TimedModel:
+    ) -> None:
         """For a model, a config or an Architecture; by default at the config's image size, in the model's dtype and
         where the model is (configs: float32, the processor).
 
@@ -142,17 +119,29 @@ class TimedModel:
             InvalidConfigError: an impossible image size.
             UnsupportedModelError: the model cannot be built from single blocks that stand for all.
         """
-        architecture = _architecture_of(model_or_config)
+        if isinstance(model_or_config, PreTrainedConfig):
+            model_or_config = Architecture.from_config(model_or_config)
+        architecture = Architecture.given(model_or_config)
         architecture.check_looks("timing")
         _check_alike(architecture)
-        at, kind = torch.device("cpu"), torch.float32
+        self.device, self.dtype = torch.device("cpu"), dtype or torch.float32
         if isinstance(model_or_config, nn.Module):
             parameter = next(p for p in model_or_config.parameters() if p.is_floating_point())
-            at, kind = parameter.device, parameter.dtype
-        at = at if device is None else torch.device(device)
-        if at.type == "meta":
+            self.device, self.dtype = parameter.device, dtype or parameter.dtype
+        if device is not None:
+            self.device = torch.device(device)
+        if self.device.type == "meta":
             raise UnsupportedModelError("nothing runs on the meta device: say where to measure, with device=")
-        return cls(architecture, batch_size, _image_size(architecture, image_size), dtype or kind, at)
+        config = copy.deepcopy(architecture.config)
+        sizes: Any = architecture.family.sizes_config(config)
+        check_image_size(image_size)
+        self.image_size = height, width = pair(sizes.image_size if image_size is None else image_size)
+        if pair(sizes.image_size) != self.image_size:
+            sizes.image_size = height if height == width else [height, width]
+        self.dense = Architecture.dense(config, architecture.task)
+        self.pixels = torch.randn(batch_size, sizes.num_channels, height, width).to(self.device, self.dtype)
+        self._pool = self._memory(min(count(self.dense).params, POOL))
+        self._taken = 0
 
     def calls(self, points: Sequence[Point]) -> list[Call]:
         """One function a point, to be called in inference mode."""
@@ -168,14 +157,12 @@ class TimedModel:
             layers = self._layers(hidden_size, [[point.shape(windows) for _, point in row] for row in rows])
             for row, blocks, (args, kwargs) in zip(rows, layers, inputs, strict=True):
                 for (i, point), block in zip(row, blocks, strict=True):
-                    calls[i] = partial(block, *args, **kwargs, **self._told(point))
+                    if point.grid in KERNELS and not windows:  # blocks of windows know it anyway
+                        grid = {GRID: self.dense.family.grid(self.dense.config, None)}
+                        calls[i] = partial(block, *args, **kwargs, **grid)
+                    else:
+                        calls[i] = partial(block, *args, **kwargs)
         return [calls[i] for i in range(len(points))]
-
-    def _told(self, point: Point) -> dict[str, Any]:
-        """What a model with convolutions would tell its blocks; blocks of windows know it anyway."""
-        if point.grid not in KERNELS or self.dense.depths is not None:
-            return {}
-        return {GRID: self.dense.family.grid(self.dense.config, None)}
 
     def _hidden_size(self, point: Point) -> int:
         factor = 1 if point.stage is None else self.dense.family.width_factor(point.stage)
@@ -249,12 +236,8 @@ def time_blocks(
     """Median seconds over the rounds of everything that a table of these axes holds.
 
     Args:
-        timed: builds and calls the blocks.
-        stages: axes of every stage.
-        rounds: samples of everything.
         beside: whole models that take turns with the blocks; in eval mode, where the blocks are.
         kept: file for the finished rounds.
-        progress: show a progress bar.
 
     Returns:
         Times of the model around the blocks; of the blocks, a mapping a stage; and of the models beside them.
@@ -307,18 +290,3 @@ def _check_alike(architecture: Architecture) -> None:
             f"a {name} {dense.task} reads the features of several layers and cannot be timed block by block: measure "
             "the table on the same layers under another head"
         )
-
-
-def _architecture_of(model_or_config: Any) -> Architecture:
-    if isinstance(model_or_config, Architecture):
-        return model_or_config
-    if isinstance(model_or_config, PreTrainedConfig):
-        return Architecture.from_config(model_or_config)
-    return Architecture.of(model_or_config)
-
-
-def _image_size(architecture: Architecture, image_size: Any) -> tuple[int, int]:
-    if image_size is None:
-        return pair(architecture.family.sizes_config(architecture.config).image_size)
-    check_image_size(image_size)
-    return pair(image_size)

@@ -29,7 +29,7 @@ from ..errors import InvalidConfigError, LatencyTableError
 from ..families import family_of
 from ..families.base import pair
 from ..utils.modes import evaluating
-from ..utils.settings import check_image_size
+from ..utils.settings import check_count, check_image_size
 
 #: one sample takes at least this long, by repeating the call, so that the clock's grain does not show
 MIN_SAMPLE_SECONDS = 0.02
@@ -90,7 +90,8 @@ def measure_speed(
     """
     if not models:
         raise InvalidConfigError("give at least one model to measure")
-    check_counts(batch_size=batch_size, rounds=rounds)
+    check_count("batch_size", batch_size)
+    check_count("rounds", rounds)
     first = next(iter(models.values()))
     parameter = next((p for p in first.parameters() if p.is_floating_point()), torch.empty(0))
     at = torch.device(device) if device is not None else parameter.device
@@ -107,15 +108,6 @@ def measure_speed(
     setting = {"batch_size": batch_size, "image_size": [height, width], "dtype": str(kind).removeprefix("torch.")}
     samples = {name: [row[i] for row in done] for i, name in enumerate(models)}
     return _summarised(samples, batch_size, {**setting, **environment(at)})
-
-
-def check_counts(**counts: Any) -> None:
-    """Raises:
-    InvalidConfigError: one of them is no whole number of at least 1.
-    """
-    for name, value in counts.items():
-        if type(value) is not int or value < 1:
-            raise InvalidConfigError(f"{name} is a whole number of at least 1, got {value!r}")
 
 
 def _summarised(samples: dict[str, list[float]], batch_size: int, setting: dict[str, Any]) -> dict[str, Timing]:

@@ -89,10 +89,10 @@ def latency_tables(table: LatencyTable) -> list[Table]:
     return [dense, sizes]
 
 
-def _table(title: str, *headings: str) -> Table:
+def _table(title: str, first: str, second: str) -> Table:
     table = Table(title=Text(title))
-    for i, heading in enumerate(headings):
-        table.add_column(Text(heading), justify="right" if heading == "ms" else "left", no_wrap=i == 0)
+    table.add_column(first, no_wrap=True)
+    table.add_column(second, justify="right" if second == "ms" else "left")
     return table
 
 

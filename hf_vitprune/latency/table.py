@@ -18,9 +18,10 @@ from ..families.base import pair
 from ..modeling import build
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
+from ..utils.settings import check_count
 from .blocks import TimedModel, covered_model, time_blocks
 from .grid import READING, SampledGrid, check_complete, stage_axes
-from .measure import PartialFile, check_counts, device_name, environment
+from .measure import PartialFile, device_name, environment
 
 FORMAT_VERSION = 1
 
@@ -98,9 +99,10 @@ class LatencyTable:
             LatencyTableError: ``partial`` is damaged, or of another measurement.
             UnsupportedModelError: no family is registered for the model.
         """
-        check_counts(batch_size=batch_size, rounds=rounds)
+        check_count("batch_size", batch_size)
+        check_count("rounds", rounds)
         started = time.monotonic()
-        timed = TimedModel.of(model_or_config, batch_size, image_size, dtype, device)
+        timed = TimedModel(model_or_config, batch_size, image_size, dtype, device)
         stages = stage_axes(timed.dense, grid)
         models: dict[str, Any] = {"": build(timed.dense.config, timed.dense), **(beside or {})}
         wholes = [model.to(timed.device, timed.dtype).eval() for model in models.values()]
@@ -122,11 +124,7 @@ class LatencyTable:
 
     # ------------------------------------------------------------------ predicting
     def predict(self, architecture: Architecture) -> float:
-        """Seconds of one forward pass of the table's batch, embedding and head included.
-
-        Raises:
-            LatencyTableError: the architecture is of another model, or a size lies outside the grid.
-        """
+        """Seconds of one forward pass of the table's batch, with embedding and head; errors as of :meth:`meter`."""
         self.check(architecture)
         return LatencyMeter(self, architecture).total(architecture)
 
@@ -163,15 +161,9 @@ class LatencyTable:
         return grids[name + READING].at(**sizes, inputs=inputs)
 
     def outer_seconds(self, hidden_size: int) -> float:
-        """Seconds of everything outside the blocks at a residual width.
-
-        Raises:
-            LatencyTableError: the width lies outside the grid.
-        """
-        factors = self.covers["width_factors"]
-        empty = (
-            g["none"].at(embedding=hidden_size * f, shifted=0) for g, f in zip(self._stages, factors, strict=True)
-        )
+        """Seconds of everything outside the blocks at a residual width; errors as of :meth:`layer_seconds`."""
+        stages = zip(self._stages, self.covers["width_factors"], strict=True)
+        empty = (grids["none"].at(embedding=hidden_size * factor, shifted=0) for grids, factor in stages)
         return self._model.at(embedding=hidden_size) - sum(empty)
 
     # ------------------------------------------------------------------ use
@@ -185,8 +177,7 @@ class LatencyTable:
 
         Args:
             architecture: its dense model must be the table's.
-            image_size: side, or (height, width), of the images meant; None: not stated.
-            batch_size: images a forward pass; None: not stated.
+            image_size: side, or (height, width), of the images meant; None: not stated, as of ``batch_size``.
 
         Raises:
             LatencyTableError: what differs, and what the table has.

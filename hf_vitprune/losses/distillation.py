@@ -1,12 +1,9 @@
-"""Distillation: learn from a teacher's logits beside the labels (DeiT: Touvron et al., arXiv 2012.12877).
-
-Its hidden states as a lesson, without labels, are in ``features.py``.
-"""
+"""Distillation: learn from a teacher's logits beside the labels (DeiT: Touvron et al., arXiv 2012.12877)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -21,10 +18,7 @@ from ..utils.batches import accepted
 from ..utils.classes import match_classes
 from ..utils.settings import check_one_of
 
-__all__ = ["DistillationConfig", "Teacher", "distillation_loss", "distillation_term", "task_share"]
-
 DistillationKind = Literal["soft", "hard", "kl", "features", "none"]
-Direction = Literal["teacher_student", "student_teacher"]
 FeatureLoss = Literal["cosine", "normalised", "standardised"]
 
 
@@ -34,14 +28,12 @@ class DistillationConfig:
 
     Attributes:
         kind: "soft" matches the teacher's whole distribution (DeiT eq. 2), "hard" takes the teacher's best class as a
-            second label (eq. 3), "kl" adds `weight * KL` to the task loss (NViT), "features" adds `weight *` the
-            distance of hidden states, and needs no labels; "none" leaves the task loss alone.
+            second label (eq. 3), "kl" adds `weight * KL(teacher || student)` to the task loss (NViT), "features" adds
+            `weight *` the distance of hidden states, and needs no labels; "none" leaves the task loss alone.
         weight: Share of the distillation term, from 0 to 1; the task loss gets the rest. DeiT uses 0.1 for soft and
             0.5 for hard distillation. For "kl" and "features" a factor of any size (NViT: 100; 1 by default for
             "features"); the task loss stays whole. Of several at once every weight means the same:
             `(1 - shares) * task + sum of weight * term`.
-        direction: For "kl": "teacher_student" is `KL(teacher || student)`, as NViT's code has it; "student_teacher"
-            is `KL(student || teacher)`.
         temperature: Both distributions are softened by it, for "soft" and "kl". The "soft" term is multiplied by its
             square, so that the size of the gradient does not depend on it. DeiT and NViT use 3.
         layers: For "features": whose outputs are matched, counted from 1 in the teacher; None: what leaves the tower,
@@ -55,7 +47,6 @@ class DistillationConfig:
     kind: DistillationKind = "soft"
     weight: float = None  # type: ignore[assignment]  # 0.5, and 1 for features
     temperature: float = 1.0
-    direction: Direction = "teacher_student"
     layers: tuple[int, ...] | None = None
     loss: FeatureLoss = "standardised"
     plan: PruningPlan | None = None
@@ -72,10 +63,6 @@ class DistillationConfig:
             raise InvalidConfigError(f"weight must {limit}, not {self.weight}")
         if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
             raise InvalidConfigError(f"temperature must be a positive number, not {self.temperature}")
-        if self.direction not in get_args(Direction):
-            raise InvalidConfigError(f"direction must be {' or '.join(get_args(Direction))}, not {self.direction!r}")
-        if self.kind != "kl" and self.direction != "teacher_student":
-            raise InvalidConfigError(f"direction is an option of kind 'kl'; {self.kind!r} has one direction only")
         self._check_features()
 
     def _check_features(self) -> None:
@@ -115,40 +102,9 @@ def task_share(configs: Iterable[DistillationConfig]) -> float:
     return max(0.0, 1.0 - sum(shares))
 
 
-def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    task_loss: Tensor,
-    config: DistillationConfig,
-    *,
-    distillation_logits: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-    loss_scale: float = 1.0,
-) -> Tensor:
-    """Mix the task loss with one distillation term: `(1 - weight) * task + weight * term`; "kl" adds instead.
-
-    Args:
-        task_loss: The loss on the labels, as the model or the Trainer computed it.
-        loss_scale: What `task_loss` has been multiplied by already. `Trainer.compute_loss` multiplies by the number
-            of processes when it has a global `num_items_in_batch` (DDP averages gradients); a term that is added
-            after it needs the same factor.
-        Everything else as `distillation_term`.
-    """
-    if config.kind == "none":
-        return task_loss
-    term = distillation_term(
-        student_logits,
-        teacher_logits,
-        config,
-        distillation_logits=distillation_logits,
-        num_items_in_batch=num_items_in_batch,
-    )
-    return task_share([config]) * task_loss + loss_scale * term
-
-
 def distillation_term(
     student_logits: Tensor,
-    teacher_logits: Tensor | None,
+    teacher_logits: Tensor,
     config: DistillationConfig,
     *,
     distillation_logits: Tensor | None = None,
@@ -163,16 +119,13 @@ def distillation_term(
     Args:
         student_logits: (B, C), from the head that the task loss comes from.
         teacher_logits: (B, C), never differentiated.
-        config: Kind, weight, temperature and direction.
+        config: Kind, weight and temperature.
         distillation_logits: (B, C) of a distillation head of its own (DeiT with teacher): the term is then computed
             on these in place of `student_logits`; a "kl" teacher is compared with the whole student.
         num_items_in_batch: What Trainer passes to `compute_loss`: the number of labelled images in all micro-batches
-            (and processes) of one update. When the model gets it too, its loss is a sum divided by this number, and
-            the gradients of k micro-batches add up to those of the big batch. The term is then divided in the same
-            way; without it, by the size of this batch.
+            (and processes) of one update, by which the term is then divided as the task loss is, so that gradients of
+            micro-batches add up to those of the big batch; without it, by the size of this batch.
     """
-    if teacher_logits is None:
-        raise ValueError(f"{config.kind} distillation needs teacher_logits")
     logits = student_logits if distillation_logits is None or config.kind == "kl" else distillation_logits
     if logits.ndim != 2 or logits.shape != teacher_logits.shape:
         raise ValueError(
@@ -183,18 +136,13 @@ def distillation_term(
     if config.kind in ("soft", "kl"):
         t = config.temperature
         student, teacher = F.log_softmax(logits / t, dim=-1), F.log_softmax(target / t, dim=-1)
-        if config.direction == "student_teacher":
-            student, teacher = teacher, student
         total = F.kl_div(student, teacher, reduction="sum", log_target=True)
         total = total * t**2 if config.kind == "soft" else total
     else:
         total = F.cross_entropy(logits, target.argmax(dim=-1), reduction="sum")
-    if num_items_in_batch is None:
-        items: Tensor | int = logits.shape[0]
-    elif isinstance(num_items_in_batch, Tensor):
-        items = num_items_in_batch.flatten()[0].to(total.device)  # one copy per device under DataParallel
-    else:
-        items = num_items_in_batch
+    items = len(logits) if num_items_in_batch is None else num_items_in_batch
+    if isinstance(items, Tensor):
+        items = items.flatten()[0].to(total.device)  # one copy per device under DataParallel
     return config.weight * total / items
 
 
@@ -243,16 +191,13 @@ class Teacher:
         """
         if self.model.training:  # somebody else may hold the model, too
             self.model.eval()
-        tensor = next(self._tensors(), None)
+        tensor = next((p for p in self.model.parameters() if p.is_floating_point()), None)
         if tensor is not None and getattr(self.model, "hf_device_map", None) is None:
             if tensor.device != pixel_values.device:
                 self.model.to(pixel_values.device)
             pixel_values = pixel_values.to(tensor.dtype)
         with torch.no_grad(), autocast or nullcontext():
             return self.model(pixel_values=pixel_values, **accepted(self.model, kwargs))
-
-    def _tensors(self) -> Iterator[Tensor]:
-        return (p for p in self.model.parameters() if p.is_floating_point())
 
 
 def _check_pair(teacher: nn.Module, student: nn.Module) -> None:

@@ -100,7 +100,8 @@ class FeatureReader:
         names = [root + n for n in family.output_names(len(self.architecture.layers), self.architecture.depths)]
         self.points = {0: names[-1]} if layers is None else {layer: names[layer - 1] for layer in layers}
         norm = family.head_norm(self.architecture.task)
-        self._norm = None if norm is None or not _has(self.tower, root + norm) else root + norm
+        path = None if norm is None else root + norm
+        self._norm = path if path in dict(self.tower.named_modules()) else None
 
     @contextlib.contextmanager
     def reading(self, pool: Callable[[Tensor], Tensor] | None = None) -> Iterator[dict[int, Tensor]]:
@@ -287,16 +288,11 @@ def _kept_channels(whole: Architecture, small: Architecture, plan: PruningPlan |
 
 
 def _equal(teacher: FeatureReader, student: FeatureReader) -> bool:
-    mine = dict(student.tower.named_parameters())
-    theirs = dict(teacher.tower.named_parameters())
+    mine, theirs = (dict(reader.tower.named_parameters()) for reader in (student, teacher))
     return mine.keys() == theirs.keys() and all(
         p.shape == theirs[name].shape and torch.equal(p.detach(), theirs[name].detach().to(p.device))
         for name, p in mine.items()
     )
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    return any(name == path for name, _ in module.named_modules())
 
 
 def has_head(model: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from hf_vitprune import Architecture, SPViTConfig, VTPConfig, count, get_pruning_model
 from hf_vitprune.errors import InvalidPlanError
-from hf_vitprune.methods.spvit.gates import Annealing, BinaryGates, MixerGates, NeuronGates, nested
+from hf_vitprune.methods.spvit.gates import BinaryGates, MixerGates, NeuronGates, nested
 from pruning_runs import DROPOUT, VIT, scatter_scores, spvit
 from tiny import SIZE, images, make, relative_error, run, total_loss
 
@@ -82,7 +82,7 @@ def test_what_gates_learn_from_the_cost() -> None:
 
 
 def test_samples_are_of_the_logistic_relaxation() -> None:
-    gates = BinaryGates(20000, 1.5, Annealing(2.0), torch.device("cpu"))
+    gates = BinaryGates(20000, 1.5, torch.device("cpu"))
     torch.manual_seed(0)
     drawn = gates.sample()
     assert set(drawn.tolist()) == {0.0, 1.0}
@@ -90,13 +90,13 @@ def test_samples_are_of_the_logistic_relaxation() -> None:
     drawn.sum().backward()
     torch.manual_seed(0)
     uniform = torch.rand(20000).clamp(1e-6, 1 - 1e-6)
-    relaxed = 1 / (1 + torch.exp(-(1.5 + torch.log(uniform / (1 - uniform))) / 2))
+    relaxed = 1 / (1 + torch.exp(-(1.5 + torch.log(uniform / (1 - uniform)))))
     assert torch.equal(drawn, (relaxed > 0.5).float())
-    torch.testing.assert_close(gates.score.grad, relaxed * (1 - relaxed) / 2, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gates.score.grad, relaxed * (1 - relaxed), rtol=1e-4, atol=1e-6)
 
 
 def test_the_likelier_value_and_its_gradient() -> None:
-    gates = BinaryGates(3, 0.0, Annealing(1.0), torch.device("cpu"))
+    gates = BinaryGates(3, 0.0, torch.device("cpu"))
     gates.score.data = torch.tensor([-1.0, 0.0, 2.0])
     value = gates.likelier()
     assert value.tolist() == [0.0, 0.0, 1.0]
@@ -109,7 +109,7 @@ def test_the_likelier_value_and_its_gradient() -> None:
 
 
 def test_levels_and_counts() -> None:
-    mixer = MixerGates(1.5, Annealing(1.0), torch.device("cpu"))
+    mixer = MixerGates(1.5, torch.device("cpu"))
     for scores, level in (([1, 1, 1], 3), ([1, 1, -1], 2), ([1, -1, 1], 1), ([-1, 1, 1], 0), ([1, 0, 1], 1)):
         mixer.score.data = torch.tensor(scores, dtype=torch.float32)
         assert mixer.level() == level
@@ -119,7 +119,7 @@ def test_levels_and_counts() -> None:
     mixer.score.data.fill_(-1)
     assert mixer.level() == 2
 
-    neurons = NeuronGates(10, 1.5, Annealing(1.0), torch.device("cpu"), round_to=4)
+    neurons = NeuronGates(10, 1.5, torch.device("cpu"), round_to=4)
     neurons.score.data = torch.tensor([1.0, -1, 3, 2, -2, 4, -3, -4, -5, -6])
     assert neurons.count() == 4 and neurons.on().nonzero().flatten().tolist() == [0, 2, 3, 5]
     neurons.score.data[0] = -0.5  # three on: rounded up, the likeliest of the rest joins
@@ -264,14 +264,14 @@ def test_expected_cost_is_the_count(case: str, metric: str) -> None:
 def test_the_penalty_in_both_forms() -> None:
     """And its gradient: an attention that is on is asked about, not the convolutions below it."""
     for settings in ({"target": 0.6, "cost_weight": 3.0}, {"target_gmacs": 1e-4, "target": None, "cost_weight": 2e6}):
-        model = spvit(**{**settings, "cost_warmup": 0.5, "gate_gradients": "topmost"})
+        model = spvit(**{**settings, "gate_gradients": "topmost"})
         macs = count(model.model).macs
         goal = 0.6 * macs if settings["target"] else 1e5
         difference = (macs - goal) / macs if settings["target"] else (macs - goal) / 1e9
-        for progress, ramp in ((0.1, 0.2), (0.5, 1.0), (1.0, 1.0)):
-            expected = settings["cost_weight"] * ramp * difference**2
-            assert model.method.penalty(progress).item() == pytest.approx(expected, rel=1e-6)
-        model.method.penalty(1.0).backward()
+        assert model.method.before_step(None, 1.0, 1.0).item() == pytest.approx(
+            settings["cost_weight"] * difference**2, rel=1e-6
+        )
+        model.method.before_step(None, 1.0, 1.0).backward()
         for name, gate in model.method.gates.items():
             moved = (gate.score.grad > 0).tolist()
             assert moved == ([False, False, True] if name.endswith("mixer") else [True] * 48)
@@ -298,7 +298,8 @@ def test_what_is_over_the_target_goes_at_once(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_is_little_over_the_target_goes_from_the_mlps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_vitprune.methods.spvit.method.logger.warning", lambda _: pytest.fail("nothing to say"))
-    model = spvit(target=0.7, round_to=1, tolerance=0.1).eval()
+    monkeypatch.setattr("hf_vitprune.methods.spvit.method.TOLERANCE", 0.1)
+    model = spvit(target=0.7, round_to=1).eval()
     method = model.method
     generator = torch.Generator().manual_seed(0)
     for search in method.searches.values():

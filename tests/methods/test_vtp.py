@@ -98,22 +98,22 @@ def test_scores_start_at_one_and_nothing_changes() -> None:
 def test_penalty_is_lambda_times_the_sum_of_absolute_scores() -> None:
     model = scatter_scores(gated(sparsity_weight=0.01))
     total = sum(score.abs().sum().item() for score in model.method.gate_parameters())
-    penalty = model.method.penalty(0.0)
+    penalty = model.method.before_step(None, 0.0, 1.0)
     assert penalty.item() == pytest.approx(0.01 * total)
     gradients = torch.autograd.grad(penalty, model.method.gate_parameters())
     for score, grad in zip(model.method.gate_parameters(), gradients, strict=True):
         torch.testing.assert_close(grad, 0.01 * score.sign())
     model.decide()
-    assert model.method.penalty(1.0) is None
-    assert gated(sparsity_weight=0).method.penalty(0.5) is None
+    assert model.method.before_step(None, 1.0, 1.0) is None
+    assert gated(sparsity_weight=0).method.before_step(None, 0.5, 1.0) is None
 
 
 def test_penalty_grows_over_the_warm_up() -> None:
     method = gated(sparsity_weight=0.01, sparsity_warmup=0.5).method
-    assert method.penalty(0.0) is None
+    assert method.before_step(None, 0.0, 1.0) is None
     full = 0.01 * sum(map(len, method.gate_parameters()))
     for progress, share in ((0.125, 0.25), (0.25, 0.5), (0.5, 1.0), (0.9, 1.0)):
-        assert method.penalty(progress).item() == pytest.approx(share * full)
+        assert method.before_step(None, progress, 1.0).item() == pytest.approx(share * full)
 
 
 # ---------------------------------------------------------------------- the decision

@@ -13,7 +13,7 @@ from hf_vitprune import OneShotScores, PruningPlan, VTPConfig, count, criteria, 
 from hf_vitprune.errors import InvalidConfigError, InvalidPlanError, UnreachableTargetError
 from hf_vitprune.methods import OneShotSettings
 from hf_vitprune.methods.oneshot.choose import _attention, _branch_cost, _mlp, check_target
-from hf_vitprune.methods.oneshot.rebuild import of_layer
+from hf_vitprune.methods.oneshot.folds import of_layer
 from hf_vitprune.plan.uniform import StockSizes
 from hf_vitprune.spec.units import set_name
 from pruning_runs import scatter_scores

@@ -45,8 +45,8 @@ def pruning_on_the_way() -> PruningModel:
 
 
 def search() -> PruningModel:
-    """Gates are drawn at random, their temperature falls, BatchNorms count."""
-    config = SPViTConfig(target=0.6, gate_learning_rate=0.4, final_temperature=0.5, cost_warmup=0.5, patience=3)
+    """Gates are drawn at random, BatchNorms count."""
+    config = SPViTConfig(target=0.6, gate_learning_rate=0.4, patience=3)
     return get_pruning_model(make(VIT, **DROPOUT), config)
 
 

@@ -10,13 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 from hf_vitprune import SPViTConfig, get_pruning_model
+from hf_vitprune.methods.spvit import method
 from pruning_runs import DROPOUT, VIT, Patterns, state_of, trainer
 from tiny import make, relative_error, run
 
 if __name__ == "__main__":
     out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    method.TOLERANCE = 0.3
     for name, settings in (("shared", {}), ("own", {"single_path": False}), ("checkpointed", {})):
-        config = SPViTConfig(target=0.6, gate_learning_rate=0.3, patience=2, tolerance=0.3, **settings)
+        config = SPViTConfig(target=0.6, gate_learning_rate=0.3, patience=2, **settings)
         model = get_pruning_model(make(VIT, **DROPOUT), config)
         torch.manual_seed(rank)  # processes draw differently
         trainer(

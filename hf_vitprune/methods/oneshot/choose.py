@@ -21,7 +21,7 @@ from ...spec.units import DEFAULT_UNITS, LAYER_UNITS, check_units
 from ...utils.settings import check_count
 from ..base import PruningConfig
 from .allocate import Options, allocate
-from .rebuild import of_layer
+from .folds import of_layer
 from .settings import OneShotSettings
 
 #: what can be scored and chosen
@@ -138,29 +138,20 @@ def best_plan(
 
 
 def _allocate_alike(branches: list[Branch], stock: StockSizes, budget: float) -> tuple[list[int], float]:
-    """The same option for the branches of one kind in all layers, of those that a stock class holds.
-
-    Returns:
-        As :func:`allocate`: the option of every branch, and the gap.
-    """
+    """As :func:`allocate`, with the same sizes for all branches of a kind, of those that a stock class holds."""
     width = stock.whole.embedding
-    pairs, neurons = {(h, d, d) for h, d in stock.attention[width]}, {(m,) for m in stock.mlp[width]}
+    held = {(h, d, d) for h, d in stock.attention[width]} | {(m,) for m in stock.mlp[width]}
     kinds = [[b for b in branches if len(b.sizes[0]) == length] for length in (3, 1)]
-    held = [[s for s in kind[0].sizes if s in pairs or s in neurons] for kind in kinds]
-    places = [[[b.sizes.index(s) for s in sizes] for b in kind] for kind, sizes in zip(kinds, held, strict=True)]
-    alike = [
-        Options(
-            *(sum(getattr(b.options, name)[p] for b, p in zip(kind, place, strict=True)) for name in Options._fields)
-        )
-        for kind, place in zip(kinds, places, strict=True)
-    ]
+    sizes = [[size for size in kind[0].sizes if size in held] for kind in kinds]
+    alike = []
+    for kind, row in zip(kinds, sizes, strict=True):
+        places = [[branch.sizes.index(size) for size in row] for branch in kind]
+        costs = sum(branch.options.costs[place] for branch, place in zip(kind, places, strict=True))
+        errors = sum(branch.options.errors[place] for branch, place in zip(kind, places, strict=True))
+        alike.append(Options(np.asarray(costs), np.asarray(errors)))
     picked, gap = allocate(alike, budget)
-    found = {
-        id(b): p[pick]
-        for kind, place, pick in zip(kinds, places, picked, strict=True)
-        for b, p in zip(kind, place, strict=True)
-    }
-    return [found[id(branch)] for branch in branches], gap
+    chosen = {len(row[p]): row[p] for row, p in zip(sizes, picked, strict=True)}
+    return [branch.sizes.index(chosen[len(branch.sizes[0])]) for branch in branches], gap
 
 
 def _branch_cost(architecture: Architecture, meter: CostMeter, layer: int) -> Callable[..., float]:
@@ -202,29 +193,27 @@ def _attention(
     values = at_output(scores["values"], scores["values_seen"])
     sizes, costs, errors = [], [], []
     for heads in range(shape.heads, 0, -1) if "heads" in goal.units else [shape.heads]:
-        kept = order[shape.heads - heads :]
-        products = (
-            at_output(queries[:, kept].sum(1), scores["queries_seen"]) if "queries" in scores else queries.sum(1)
-        )
+        products = queries[:, order[shape.heads - heads :]].sum(1)
+        if "queries" in scores:
+            products = at_output(products, scores["queries_seen"])
         for q in _multiples(qk_ranks, goal.round_to, "qk" in goal.units):
             for v in _multiples(v_ranks, goal.round_to, "v" in goal.units):
                 sizes.append((heads, qk_ranks[q], v_ranks[v]))
-                costs.append(cost(heads, qk_ranks[q], v_ranks[v]))
+                costs.append(cost(*sizes[-1]))
                 errors.append(float(values[heads - 1, v] + products[q]))
+
+    def strongest(name: str, size: int) -> tuple[tuple[int, ...], ...]:
+        """The channels of every head that matter most as they are; a compensated model has others in their place."""
+        if name not in scores:  # all are kept
+            return tuple(tuple(range(size)) for _ in range(shape.heads))
+        return tuple(tuple(sorted(row)) for row in scores[name].topk(size).indices.tolist())
 
     def apply(entry: LayerPlan, chosen: tuple[int, ...]) -> LayerPlan:
         heads, qk, v = chosen
-        best = (_strongest(scores.get(name), shape.heads, size) for name, size in (("qk", qk), ("v", v)))
-        return replace(entry, qk=next(best), v=next(best)).keep_heads(order[shape.heads - heads :])
+        entry = replace(entry, qk=strongest("qk", qk), v=strongest("v", v))
+        return entry.keep_heads(order[shape.heads - heads :])
 
     return Branch(layer, sizes, Options(np.array(costs), np.array(errors)), apply)
-
-
-def _strongest(strengths: torch.Tensor | None, heads: int, size: int) -> tuple[tuple[int, ...], ...]:
-    """The channels of every head that matter most as they are; a compensated model has other ones in their place."""
-    if strengths is None:  # all are kept
-        return tuple(tuple(range(size)) for _ in range(heads))
-    return tuple(tuple(sorted(row)) for row in strengths.topk(size).indices.tolist())
 
 
 def _mlp(

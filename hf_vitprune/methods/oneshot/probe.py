@@ -17,12 +17,7 @@ Changes = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class Probe:
-    """Errors at the output, measured with the layers above as they are.
-
-    Args:
-        walk: the model.
-        batch: a batch of ``ImageBatches``, of a few images.
-    """
+    """Errors at the output for a batch of a few images, measured with the layers above as they are."""
 
     def __init__(self, walk: Walk, batch: Mapping[str, Any]) -> None:
         self.walk = walk

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
+from ...criteria.scores import read_scores, write_scores
 from ...errors import InvalidDataError, UnsupportedModelError
 from ...modeling.peft_twin import is_peft, plain_part
 from ...plan.plan import PruningPlan
@@ -23,11 +22,13 @@ from ...utils.offload import StateDict, check_weights, device_of
 from ...utils.processes import shard
 from ...utils.sharding import check_whole
 from .choose import best_plan
+from .folds import rebuilt
 from .measure import Measurement
-from .rebuild import rebuilt
 from .settings import OneShotSettings
 
 FORMAT_VERSION = 1
+#: key of the record in the metadata of a file
+_RECORD = "hf_vitprune_scores"
 
 
 @dataclass(frozen=True)
@@ -195,9 +196,7 @@ class OneShotScores:
             "images": self.images,
             "model": self.model,
         }
-        save_file(
-            {k: t.contiguous() for k, t in self.tensors.items()}, path, {"hf_vitprune_scores": json.dumps(record)}
-        )
+        write_scores(path, self.tensors, _RECORD, record)
         return path
 
     @classmethod
@@ -209,9 +208,7 @@ class OneShotScores:
             OSError: there is no such file.
         """
         try:
-            with safe_open(path, "pt") as file:
-                record = json.loads((file.metadata() or {})["hf_vitprune_scores"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+            record, tensors = read_scores(path, _RECORD)
             if record["version"] != FORMAT_VERSION:
                 raise InvalidDataError(
                     f"{path} has version {record['version']!r}, this library reads {FORMAT_VERSION}"
@@ -224,9 +221,9 @@ class OneShotScores:
                 tensors,
                 record["model"],
             )
+        except InvalidDataError:
+            raise
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, InvalidDataError):
-                raise
             raise InvalidDataError(f"{path} is no file of one-shot scores: {error!r}") from error
 
 

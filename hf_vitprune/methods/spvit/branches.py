@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
+from ...errors import InvalidConfigError, UnsupportedModelError
+from ...families import LayerPaths
 from ...modeling.blocks import read_inputs
 from ...modeling.conv_mixer import (
     POSITIONS,
@@ -20,18 +23,35 @@ from ...modeling.conv_mixer import (
     mixer_state,
     mixing_probabilities,
 )
+from ...modeling.structure import conv_mixer, get
+from ...plan.plan import PruningPlan
+from ...spec.architecture import Architecture
 from ...spec.layer_shape import KERNELS
 from ...utils.sharding import whole
+from .cost import mixer_shape
 
 Grid = tuple[int, int]
 
+#: temperature of the mixing table, by family; others as ViT
+MIXING_TEMPERATURES = {"swin": 100.0}
+MIXING_TEMPERATURE = 0.01
 
+
+@dataclass
 class Attention:
-    """The attention that a layer has now: its modules, and what their names are in the family."""
+    """The attention that a layer has now: its modules, the name of its output in the family, and the width."""
 
-    def __init__(self, module: nn.Module, v: nn.Linear, o: nn.Linear, output_name: str, width: int) -> None:
-        self.module, self.v, self.o = module, v, o
-        self.output_name, self.width = output_name, width
+    module: nn.Module
+    v: nn.Linear
+    o: nn.Linear
+    output_name: str
+    width: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, architecture: Architecture, i: int, paths: LayerPaths) -> Attention:
+        """Of layer ``i``."""
+        v, o = checked_linear(model, paths.v), checked_linear(model, paths.o)
+        return cls(get(model, paths.attention), v, o, architecture.family.o, architecture.width(i))
 
     def parameters(self) -> list[nn.Parameter]:
         """All of its parameters, the output projection's too where that is a module beside it."""
@@ -49,46 +69,41 @@ class Attention:
             return fold_heads(v, bias, o, shares, kernel)
 
 
-class Branches(nn.Module, ABC):
-    """Both convolutions of one layer."""
+def checked_linear(model: PreTrainedModel, path: str) -> nn.Linear:
+    """A Linear whose weights can be multiplied by gates.
 
-    @abstractmethod
-    def convolve(self, kind: str, patches: torch.Tensor, grid: Grid, attention: Attention) -> torch.Tensor:
-        """What a convolution mixer puts out.
-
-        Args:
-            kind: ``conv1x1`` or ``conv3x3``.
-            patches: (B, rows * columns, C), normalised.
-            grid: (rows, columns).
-            attention: of the layer.
-        """
-
-    @abstractmethod
-    def own(self, kind: str) -> list[nn.Parameter]:
-        """Parameters that a convolution mixer does not share with the attention."""
-
-    @abstractmethod
-    def weights(self, kind: str, attention: Attention) -> dict[str, torch.Tensor]:
-        """State dict of the ``ConvMixer`` that computes the same in eval mode."""
+    Raises:
+        UnsupportedModelError: it is something else, or quantised.
+    """
+    module = get(model, path)
+    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+        raise UnsupportedModelError(
+            f"SPViT makes convolutions of the weights of {path}, a {type(module).__name__}: load the model in "
+            "floating point, without quantisation or adapters"
+        )
+    return module
 
 
-class SharedBranches(Branches):
+class SharedBranches(nn.Module):
     """Single path: heads of the attention, mixed by a learned table; a BatchNorm for each branch.
 
     Attributes:
-        table: (heads, 9) parameter, m.
+        table: (heads, 9) parameter, m; ones at the start.
         kernel_norm: the BatchNorms, by kind; transformers gives no weight decay to parameters under such a name.
     """
 
     def __init__(
-        self, heads: int, channels: int, temperature: float, device: torch.device, kinds: Iterable[str] = KERNELS
+        self, architecture: Architecture, i: int, device: torch.device, kinds: Iterable[str] = tuple(KERNELS)
     ) -> None:
+        """Of layer ``i``, one of attention; of these kinds of convolutions."""
         super().__init__()
-        self.temperature = temperature
-        self.table = nn.Parameter(torch.ones(heads, POSITIONS, device=device))
-        self.kernel_norm = nn.ModuleDict({kind: MixerBatchNorm(channels, device=device) for kind in kinds})
+        shape = architecture.layers[i]
+        self.temperature = MIXING_TEMPERATURES.get(architecture.family.model_type, MIXING_TEMPERATURE)
+        self.table = nn.Parameter(torch.ones(shape.heads, POSITIONS, device=device))
+        self.kernel_norm = nn.ModuleDict({kind: MixerBatchNorm(shape.v_dim, device=device) for kind in kinds})
 
     def convolve(self, kind: str, patches: torch.Tensor, grid: Grid, attention: Attention) -> torch.Tensor:
+        """What ``conv1x1`` or ``conv3x3`` puts out for (B, rows * columns, C), normalised."""
         kernel = KERNELS[kind]
         folded = attention.fold(self.table, self.temperature, kernel)
         inputs = read_inputs(attention.module, patches)
@@ -102,9 +117,11 @@ class SharedBranches(Branches):
         return F.linear(mixed, folded.output_weight, bias)
 
     def own(self, kind: str) -> list[nn.Parameter]:
+        """Parameters that a convolution mixer does not share with the attention."""
         return [self.table, *self.kernel_norm[kind].parameters()]
 
     def weights(self, kind: str, attention: Attention) -> dict[str, torch.Tensor]:
+        """State dict of the ``ConvMixer`` that computes the same in eval mode."""
         folded = attention.fold(self.table, self.temperature, KERNELS[kind])
         index = getattr(attention.module, "input_index", None)
         if index is not None:  # the convolution of a small model reads every channel
@@ -117,11 +134,15 @@ class SharedBranches(Branches):
         return mixer_state(folded, self.kernel_norm[kind].state_dict(), bias, attention.output_name)
 
 
-class OwnBranches(Branches):
-    """Multi-path, the paper's baseline: every candidate has weights of its own, drawn at random."""
+class OwnBranches(nn.Module):
+    """Multi-path, the paper's baseline: every candidate has weights of its own, drawn at random; as the above."""
 
-    def __init__(self, mixers: dict[str, ConvMixer]) -> None:
+    def __init__(self, architecture: Architecture, i: int, device: torch.device) -> None:
         super().__init__()
+        shape, width, name = architecture.layers[i], architecture.width(i), architecture.family.o
+        mixers: dict[str, ConvMixer] = {  # they see patches only
+            kind: conv_mixer(mixer_shape(shape, kind), width, 0, name).to(device) for kind in KERNELS
+        }
         self.mixers = nn.ModuleDict(mixers)
 
     def convolve(self, kind: str, patches: torch.Tensor, grid: Grid, attention: Attention) -> torch.Tensor:
@@ -132,3 +153,37 @@ class OwnBranches(Branches):
 
     def weights(self, kind: str, attention: Attention) -> dict[str, torch.Tensor]:
         return {name: t.detach().clone() for name, t in self.mixers[kind].state_dict().items()}
+
+
+Branches = SharedBranches | OwnBranches
+
+
+@torch.no_grad()
+def convolution_weights(
+    plan: PruningPlan, branches: Mapping[int, Branches], attentions: Mapping[int, Attention], paths: list[LayerPaths]
+) -> dict[str, torch.Tensor]:
+    """The weights of the convolutions that a plan has, by their names in the small model, which keeps every layer.
+
+    Args:
+        plan: says the mixer of every layer.
+        branches: by number of the layer.
+        attentions: whose weights they are made of, by number of the layer.
+        paths: of all layers.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for entry in plan.layers:
+        if entry.index in branches and entry.mixer in KERNELS:
+            made = branches[entry.index].weights(entry.mixer, attentions[entry.index])
+            weights |= {f"{paths[entry.index].attention}.{name}": tensor for name, tensor in made.items()}
+    return weights
+
+
+def refuse_zero(how: str) -> None:
+    """Raises:
+    InvalidConfigError: the model is trained under DeepSpeed.
+    """
+    if how != "fsdp2":
+        raise InvalidConfigError(
+            "SPViT uses weights outside of their Linears, and other branches on every process, which DeepSpeed does "
+            "not follow: use FSDP2 or DDP"
+        )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
@@ -11,13 +9,6 @@ from ...plan.select import best, rounded
 
 #: what gates choose from, by how many of the three nested gates are on
 LEVELS = ("none", "conv1x1", "conv3x3", "attention")
-
-
-@dataclass
-class Annealing:
-    """What all gates of a model share: the temperature of their relaxation now."""
-
-    temperature: float
 
 
 class BinaryGates(nn.Module):
@@ -30,11 +21,10 @@ class BinaryGates(nn.Module):
 
     kept: torch.Tensor
 
-    def __init__(self, units: int, initial: float, annealing: Annealing, device: torch.device) -> None:
+    def __init__(self, units: int, initial: float, device: torch.device) -> None:
         super().__init__()
         self.score = nn.Parameter(torch.full((units,), float(initial), device=device))
         self.register_buffer("kept", torch.ones(units, dtype=torch.bool, device=device))
-        self.annealing = annealing
         self.decided = False
 
     def probabilities(self) -> torch.Tensor:
@@ -44,7 +34,7 @@ class BinaryGates(nn.Module):
     def sample(self) -> torch.Tensor:
         """(units,) draws of 0 and 1, with the gradients of the logistic relaxation (straight through)."""
         uniform = torch.rand_like(self.score).clamp(1e-6, 1 - 1e-6)
-        relaxed = ((self.score + uniform.logit()) / self.annealing.temperature).sigmoid()
+        relaxed = (self.score + uniform.logit()).sigmoid()
         return (relaxed > 0.5).to(relaxed.dtype) + (relaxed - relaxed.detach())
 
     def likelier(self) -> torch.Tensor:
@@ -54,11 +44,7 @@ class BinaryGates(nn.Module):
         return (probability > 0.5).to(soft.dtype) + (soft - soft.detach())
 
     def decide(self, kept: torch.Tensor) -> None:
-        """Fix the gates for good.
-
-        Args:
-            kept: (units,) booleans.
-        """
+        """Fix the gates for good: ``kept`` (units,) booleans."""
         self.kept.copy_(kept)
         self.decided = True
 
@@ -73,14 +59,13 @@ class BinaryGates(nn.Module):
 class MixerGates(BinaryGates):
     """The three nested gates of a layer: 1 x 1, 3 x 3, attention."""
 
-    def __init__(self, initial: float, annealing: Annealing, device: torch.device) -> None:
-        super().__init__(3, initial, annealing, device)
+    def __init__(self, initial: float, device: torch.device) -> None:
+        super().__init__(3, initial, device)
 
     def level(self, threshold: float = 0.0) -> int:
         """How many gates are on, from the simplest up to the first that is off: an index of :data:`LEVELS`.
 
-        Args:
-            threshold: scores over this are on; 0 is P > .5. What was decided stays.
+        Scores over the threshold are on; 0 is P > .5. What was decided stays.
         """
         on = self.kept if self.decided else self.score.detach() > threshold
         return sum(on.cumprod(0).tolist())
@@ -90,18 +75,14 @@ class MixerGates(BinaryGates):
 
 
 class NeuronGates(BinaryGates):
-    """One gate for every hidden neuron of an MLP."""
+    """One gate for every hidden neuron of an MLP; thresholds as of :class:`MixerGates`."""
 
-    def __init__(self, units: int, initial: float, annealing: Annealing, device: torch.device, round_to: int) -> None:
-        super().__init__(units, initial, annealing, device)
+    def __init__(self, units: int, initial: float, device: torch.device, round_to: int) -> None:
+        super().__init__(units, initial, device)
         self.round_to = round_to
 
     def count(self, threshold: float = 0.0) -> int:
-        """How many neurons stay: those over the threshold, rounded.
-
-        Args:
-            threshold: of the scores; 0 is P > .5. What was decided stays.
-        """
+        """How many neurons stay: those over the threshold, rounded."""
         if self.decided:
             return int(self.kept.sum())
         count, size = int((self.score.detach() > threshold).sum()), len(self.score)

@@ -25,15 +25,17 @@ from ...spec.layer_shape import KERNELS
 from ...utils.batches import ImageBatches
 from ...utils.processes import mean_statistics
 from ..contract import PruningMethod, Stage, Traits
-from .branches import Attention
-from .build import attention_of, checked_linear, convolution_weights, mixer_search, refuse_zero
+from .branches import Attention, OwnBranches, SharedBranches, checked_linear, convolution_weights, refuse_zero
 from .config import SPViTConfig
 from .cost import SearchCost
-from .gates import LEVELS, Annealing, NeuronGates
+from .gates import LEVELS, MixerGates, NeuronGates
 from .hooks import GatedColumns, attach_mixers
 from .mixing import MixerSearch
 
 logger = logging.get_logger(__name__)
+
+#: a search counts as having met the target within this fraction of it; what it is over then goes from the MLPs
+TOLERANCE = 0.02
 
 
 class SPViT(PruningMethod):
@@ -55,7 +57,6 @@ class SPViT(PruningMethod):
                 f"SPViT turns attention into convolutions, and the grid of patches of {family.model_type} models is "
                 "not known: set convolutions in their family"
             )
-        self.annealing = Annealing(config.temperature)
         # named as gates are, so without weight decay, which would draw the mixing tables towards equal shares
         self.branches_norm = nn.ModuleDict()
         self.branches = nn.ModuleDict()
@@ -75,7 +76,15 @@ class SPViT(PruningMethod):
         self.target = config.target if config.target is not None else (config.target_gmacs or 0.0) * unit
         # the weight of a squared difference: in units of the whole model, or of 10^9 multiply-adds
         self._weight = config.cost_weight / (1.0 if config.target_gmacs is None else unit**2)
-        self._check_target()
+        if self.target >= 1:
+            raise InvalidConfigError(
+                f"target_gmacs={config.target_gmacs} is not under the {self.cost.total / 1e9:.3f} of the model"
+            )
+        if self.cost.lowest > self.target:
+            raise UnreachableTargetError(
+                f"a target of {self.target:.3f} of the {config.target_metric} cannot be reached: with every "
+                f"mixer skipped and every MLP gone, {self.cost.lowest:.3f} remains. Raise the target"
+            )
         self._step = self._steps = self._stable = 0
         self._levels = [-1] * len(self.searches)  # of the step before; sharded checkpoints want one size
         self._searched: PruningPlan | None = None
@@ -83,26 +92,17 @@ class SPViT(PruningMethod):
     def _add_layer(self, model: PreTrainedModel, i: int, paths: LayerPaths) -> None:
         config, shape = self.config, self.architecture.layers[i]
         if shape.mixer == "attention":
-            search = mixer_search(model, self.architecture, i, paths, config, self.annealing)
-            self.gates[f"layer{i}_mixer"] = search.gates
-            (self.branches_norm if config.single_path else self.branches)[f"layer{i}"] = search.branches
-            self.searches[i] = search
+            attention = Attention.of(model, self.architecture, i, paths)
+            special = self.architecture.family.extra_tokens_of(self.architecture.config)
+            gates = MixerGates(config.initial_score, self._device)
+            branches = (SharedBranches if config.single_path else OwnBranches)(self.architecture, i, self._device)
+            self.searches[i] = MixerSearch(gates, branches, attention, special, config.gate_gradients)
+            self.gates[f"layer{i}_mixer"] = gates
+            (self.branches_norm if config.single_path else self.branches)[f"layer{i}"] = branches
         if shape.mlp:
-            neurons = NeuronGates(shape.mlp, config.initial_score, self.annealing, self._device, config.round_to)
+            neurons = NeuronGates(shape.mlp, config.initial_score, self._device, config.round_to)
             self.gates[f"layer{i}_neurons"] = neurons
             self._columns[i] = GatedColumns(checked_linear(model, paths.fc2), neurons)
-
-    def _check_target(self) -> None:
-        """A target that cannot be met says so before any training."""
-        if self.target >= 1:
-            raise InvalidConfigError(
-                f"target_gmacs={self.config.target_gmacs} is not under the {self.cost.total / 1e9:.3f} of the model"
-            )
-        if self.cost.lowest > self.target:
-            raise UnreachableTargetError(
-                f"a target of {self.target:.3f} of the {self.config.target_metric} cannot be reached: with every "
-                f"mixer skipped and every MLP gone, {self.cost.lowest:.3f} remains. Raise the target"
-            )
 
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
         handles: list[Any] = list(attach_mixers(model, self.architecture, self.searches, self._paths))
@@ -125,26 +125,17 @@ class SPViT(PruningMethod):
         refuse_zero(how)
 
     def before_step(self, model: Any, progress: float, gradient_scale: float) -> torch.Tensor | None:
-        return self.penalty(progress)
-
-    def penalty(self, progress: float) -> torch.Tensor | None:
-        """lambda * (cost - target)^2, lambda growing over the warm-up."""
-        if self.decided:
-            return None
-        warmup = self.config.cost_warmup
-        weight = self._weight * (min(1.0, progress / warmup) if warmup else 1.0)
-        return weight * (self.cost.expected() - self.target).square()
+        """lambda * (cost - target)^2."""
+        return None if self.decided else self._weight * (self.cost.expected() - self.target).square()
 
     def after_step(self, model: Any, step: int, max_steps: int) -> None:
-        """Anneal, and see whether the architecture still changes."""
+        """See whether the architecture still changes."""
         if self.decided:
             return
         mean_statistics(self.modules())
         self._step, self._steps = step, max_steps
-        self._anneal()
         levels = self._levels_now()
-        met = abs(self._cost_now() - self.target) <= self.config.tolerance * self.target
-        self._stable = self._stable + 1 if met and levels == self._levels else 0
+        self._stable = self._stable + 1 if self._met and levels == self._levels else 0
         self._levels = levels
 
     def _cost_now(self) -> float:
@@ -152,16 +143,14 @@ class SPViT(PruningMethod):
         return self.cost.at(self._levels_now(), counts)
 
     @property
+    def _met(self) -> bool:
+        return abs(self._cost_now() - self.target) <= TOLERANCE * self.target
+
+    @property
     def stage(self) -> Stage:
         if self.finished:
             return Stage.FINISHED
-        met = self.decided or abs(self._cost_now() - self.target) <= self.config.tolerance * self.target
-        return Stage.ON_TARGET if met else Stage.REMOVING
-
-    def _anneal(self) -> None:
-        first, last = self.config.temperature, self.config.final_temperature
-        progress = self._step / max(self._steps, 1)
-        self.annealing.temperature = first if last is None else first * (last / first) ** progress
+        return Stage.ON_TARGET if self.decided or self._met else Stage.REMOVING
 
     @property
     def finished(self) -> bool:
@@ -169,8 +158,7 @@ class SPViT(PruningMethod):
         patience = self.config.patience
         if patience is None:
             patience = max(1, self._steps // 20)
-        ramped = self._step >= self.config.cost_warmup * self._steps
-        return not self.decided and 0 < patience <= self._stable and ramped
+        return not self.decided and 0 < patience <= self._stable
 
     def logs(self) -> dict[str, float]:
         """Chance of every mixer gate, mean chance of every MLP's, and the cost.
@@ -217,20 +205,17 @@ class SPViT(PruningMethod):
             InvalidPlanError: that one is of another shape.
         """
         if weights is None:
-            return self._with_weights(self._shapes(), self._attentions())
+            return self._with_weights(self._shapes())
         if not self.architecture.fits(Architecture.of(weights)):
             raise InvalidPlanError("the architecture was searched for a model of another shape")
-        attentions = {i: attention_of(weights, self.architecture, i, self._paths[i]) for i in self.searches}
+        attentions = {i: Attention.of(weights, self.architecture, i, self._paths[i]) for i in self.searches}
         return self._with_weights(self._shapes(), attentions)
 
     def reference(self) -> PruningPlan | str:
         """What the gates had come to in training, where the decision took more away to reach the target."""
         if self._searched is None or self._searched == self._shapes():
             return "SPViT has switched gates off while the model trained: it is without those units already"
-        return self._with_weights(self._searched, self._attentions())
-
-    def _attentions(self) -> dict[int, Attention]:
-        return {i: search.attention for i, search in self.searches.items()}
+        return self._with_weights(self._searched)
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
         """Fix the gates at their likelier values.
@@ -264,7 +249,7 @@ class SPViT(PruningMethod):
         found = self._meter.ratio(plan.architecture)
         if found <= self.target or not self.config.enforce_target:
             return plan
-        close = found <= self.target * (1 + self.config.tolerance)
+        close = found <= self.target * (1 + TOLERANCE)
         if not close:
             logger.warning(
                 f"the search ended at {found:.3f} of the {self._meter.metric}, over the target of {self.target:.3f}: "
@@ -306,9 +291,10 @@ class SPViT(PruningMethod):
                 entry = entry.with_mixer(kind, channels)
         return entry
 
-    def _with_weights(self, plan: PruningPlan, attentions: dict[int, Attention]) -> PruningPlan:
-        """The plan, with convolutions made of these weights."""
+    def _with_weights(self, plan: PruningPlan, attentions: dict[int, Attention] | None = None) -> PruningPlan:
+        """The plan, with convolutions made of these weights; None: the wrapped model's."""
         branches = {i: search.branches for i, search in self.searches.items()}
+        attentions = attentions or {i: search.attention for i, search in self.searches.items()}
         weights = convolution_weights(plan, branches, attentions, self._paths)
         return replace(plan, weights=weights, info=self.config.to_dict()).validated()
 
@@ -321,4 +307,3 @@ class SPViT(PruningMethod):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         self._step, self._steps, self._stable, *self._levels = state.tolist()
-        self._anneal()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
+from operator import and_
 from typing import Any, NamedTuple
 
 import torch
@@ -46,14 +48,9 @@ class Mixing:
         raise NotImplementedError
 
     def attend(self, run: Callable[[], Any], tokens: torch.Tensor, others: Iterable[Any]) -> Any:
-        """What attention gives in this pass, as far as it is read: its own input otherwise.
+        """What attention gives in this pass, as far as it is read; of its input, ``tokens`` and ``others``.
 
         Times zero, nothing is remembered of it for a backward pass.
-
-        Args:
-            run: the attention.
-            tokens: its input.
-            others: what else it gets.
         """
         role = self._begin(others)
         if role.taken == "attention":
@@ -164,7 +161,7 @@ class MixerSearch(Mixing):
             return Role(taken, (taken,))
         drawn = self.gates.sample()
         ones = [value > 0.5 for value in drawn.tolist()]
-        taken = LEVELS[sum(_prefix(ones))]
+        taken = LEVELS[sum(accumulate(ones, and_))]
         if not torch.is_grad_enabled():
             return Role(taken, (taken,))
         simple, middle, attention = nested(drawn, self.gradients)
@@ -175,10 +172,6 @@ class MixerSearch(Mixing):
         }
         read = _read(*ones)
         return Role(taken, read, torch.stack([shares[kind] for kind in read]))
-
-
-def _prefix(ones: list[bool]) -> list[bool]:
-    return [all(ones[: i + 1]) for i in range(len(ones))]
 
 
 def _read(simple: bool, middle: bool, attention: bool) -> tuple[str, ...]:

@@ -15,11 +15,9 @@ from ...modeling.structure import layer_paths
 from ...plan.plan import PruningPlan
 from ...spec.layer_shape import KERNELS
 from ...utils.batches import ImageBatches
-from ...utils.settings import check_positive
 from ..base import PruningConfig
 from ..contract import PruningMethod, Traits
-from .branches import Attention, Branches
-from .build import attention_of, convolution_weights, refuse_zero, shared_branches
+from .branches import Attention, Branches, SharedBranches, convolution_weights, refuse_zero
 from .gates import LEVELS
 from .hooks import attach_mixers
 from .mixing import FixedMixer
@@ -37,24 +35,18 @@ class SPViTTuningConfig(PruningConfig):
 
     Attributes:
         mixers: of every layer: ``attention``, ``conv3x3``, ``conv1x1`` or ``none``.
-        mixing_temperature: tau of the table; None: 0.01, and 100 for Swin.
     """
 
     takes_target: ClassVar[bool] = False
+    unused: ClassVar = dict.fromkeys(_UNUSED, "the architecture is decided, nothing is searched")
     mixers: Sequence[str] = ()
-    mixing_temperature: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in _UNUSED:
-            if getattr(self, name) is not None:
-                raise InvalidConfigError(f"the architecture is decided, nothing is searched: leave {name} out")
         self.mixers = tuple(self.mixers)
         unknown = [mixer for mixer in self.mixers if mixer not in LEVELS]
         if unknown or not self.mixers:
             raise InvalidConfigError(f"mixers are {', '.join(LEVELS)}, one a layer; not {self.mixers!r}")
-        if self.mixing_temperature is not None:
-            check_positive("mixing_temperature", self.mixing_temperature)
 
     @property
     def method_name(self) -> str:
@@ -78,16 +70,16 @@ class SPViTTuning(PruningMethod):
         self._paths = layer_paths(model, self.architecture)
         self._attentions: dict[int, Attention] = {}
         self._mixers: dict[int, FixedMixer] = {}
-        like = next(model.parameters())
+        device = next(model.parameters()).device
         special = self.architecture.family.extra_tokens_of(self.architecture.config)
         for i, (kind, shape) in enumerate(zip(config.mixers, shapes, strict=True)):
             if kind == shape.mixer:
                 continue
             if shape.mixer != "attention":
                 raise InvalidPlanError(f"layer {i} has {shape.mixer}, which {kind} cannot be made of")
-            attention = attention_of(model, self.architecture, i, self._paths[i])
+            attention = Attention.of(model, self.architecture, i, self._paths[i])
             kinds = [kind] if kind in KERNELS else []
-            branches = shared_branches(self.architecture, i, config.mixing_temperature, like, kinds)
+            branches = SharedBranches(self.architecture, i, device, kinds)
             if kinds:
                 self.branches[f"layer{i}"] = branches
             self._attentions[i] = attention
@@ -106,7 +98,7 @@ class SPViTTuning(PruningMethod):
         """The architecture, its convolutions folded as they are now, or made of another model's weights."""
         if weights is None:
             return self._plan(self._attentions)
-        return self._plan({i: attention_of(weights, self.architecture, i, self._paths[i]) for i in self._mixers})
+        return self._plan({i: Attention.of(weights, self.architecture, i, self._paths[i]) for i in self._mixers})
 
     def reference(self) -> str:
         return "the architecture was fine-tuned as it is exported"

@@ -65,9 +65,6 @@ class VTP(PruningMethod):
 
     # ------------------------------------------------------------------ training
     def before_step(self, model: Any, progress: float, gradient_scale: float) -> torch.Tensor | None:
-        return self.penalty(progress)
-
-    def penalty(self, progress: float) -> torch.Tensor | None:
         """lambda * sum |score| over all gates (equation 5), lambda growing over the warm-up."""
         warmup = self.config.sparsity_warmup
         weight = self.config.sparsity_weight * (min(1.0, progress / warmup) if warmup else 1.0)

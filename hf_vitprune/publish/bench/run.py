@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from ...cost import count
 from ...errors import InvalidConfigError, MissingExtraError
 from ...families.base import pair
-from ...latency.measure import check_counts, environment
+from ...latency.measure import environment
+from ...utils.settings import check_count
 from ..exporters.formats import check_format
 from ..exporters.inputs import example_inputs, own_size
 from ..exporters.run import export, prepared
@@ -126,7 +127,8 @@ def bench(
     """
     check_forms(forms)
     threads = torch.get_num_threads() if threads is None else threads
-    check_counts(threads=threads, rounds=rounds, **{f"batch size {size}": size for size in batch_sizes})
+    for name, value in {"threads": threads, "rounds": rounds, **{f"batch size {b}": b for b in batch_sizes}}.items():
+        check_count(name, value)
     if not models or not batch_sizes:
         raise InvalidConfigError("give at least one model and one batch size")
     with tempfile.TemporaryDirectory() as place:

@@ -1,9 +1,9 @@
-"""Taylor: what the loss would change by without a unit, to first order."""
+"""Criteria of weights: their size, what the loss would change by without them, and the baseline of both."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,17 +11,70 @@ from torch import nn
 
 from ..errors import MissingLabelsError, UnsupportedModelError
 from ..modeling.peft_twin import is_peft, merged_twin
-from ..spec.architecture import unwrap
+from ..spec.architecture import Architecture, unwrap
 from ..spec.configs import task_of
+from ..spec.units import check_units, unit_sets
 from ..utils.batches import run_images
 from ..utils.examples import processed
 from ..utils.modes import evaluating
-from ..utils.offload import check_weights
+from ..utils.offload import StateDict, check_weights
+from ..utils.settings import check_count
 from .batches import batches_of
 from .scores import UnitScores, UnitSums, model_to_score
 
 #: (model, batch) -> scalar loss
 Loss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
+
+
+def magnitude(model: Any, part: str | None = None) -> UnitScores:
+    """L2 norm of the weights of every unit: rows that compute it and columns that read it (Li et al., 1608.08710).
+
+    Matrices and convolutions inside the layers count, each once; biases, norms and what lies outside do not.
+
+    Args:
+        model: stock or pruned transformers model, or a PeftModel over one (its active adapters count).
+        part: which tower of a bigger model (see :func:`hf_vitprune.towers`); its only one by default.
+
+    Raises:
+        UnsupportedModelError: no family is registered for the model.
+        AdapterError: an adapter cannot be merged.
+        ScoresError: a weight is not finite.
+    """
+    base, architecture, paths = model_to_score(model, part)
+    check_weights(model, "scoring")
+    weights, state = dict(base.named_parameters()), StateDict(base)
+    squares = UnitSums(architecture, paths, weights)
+    for name, weight in weights.items():
+        if weight.ndim > 1 and name.endswith(".weight") and squares.layer_of(name) is not None:
+            squares.add(name, state[name].detach().double().square())
+    return UnitScores(architecture, {name: values.sqrt() for name, values in squares.sums.items()}, "magnitude")
+
+
+def random(model: Any, seed: int = 0, units: Collection[str] | None = None, part: str | None = None) -> UnitScores:
+    """Uniform draws from [0, 1), the same for the same seed and architecture: the baseline of every criterion.
+
+    Args:
+        model: a model, or its Architecture: weights are not looked at.
+        seed: of the draw.
+        units: draw for these units only (``heads``, ``qk``, ``v``, ``mlp``, ``embedding``, ``layers``); None: all.
+        part: as of :func:`magnitude`.
+
+    Raises:
+        UnsupportedModelError: no family is registered for the model.
+        UnsupportedUnitError: the family has not got one of the units.
+        InvalidConfigError: the seed is no whole number.
+    """
+    check_count("seed", seed, least=0)
+    architecture = Architecture.given(model, part)
+    if units is not None:
+        check_units(architecture, units)
+    generator = torch.Generator().manual_seed(seed)
+    scores = {}
+    for one in unit_sets(architecture).values():
+        if units is None or one.unit in units:
+            sizes = (architecture.depths or (one.size,)) if one.unit == "layers" else (one.size,)
+            scores[one.name] = torch.cat([torch.rand(size, generator=generator) for size in sizes])
+    return UnitScores(architecture, scores, "random", {"seed": seed})
 
 
 def taylor(model: Any, batches: Any, loss: Loss | None = None, part: str | None = None) -> UnitScores:
@@ -38,7 +91,7 @@ def taylor(model: Any, batches: Any, loss: Loss | None = None, part: str | None 
             Their size matters: small ones see more of what differs between images.
         loss: (model, batch) -> scalar, for models without labels or with a loss of their own; ``model`` is the whole
             one. By default the loss that the classifier is trained with.
-        part: which tower of a bigger model (see :func:`hf_vitprune.towers`); its only one by default.
+        part: as of :func:`magnitude`.
 
     Raises:
         UnsupportedModelError: no family is registered for the model, or it is no classifier and there is no ``loss``.
