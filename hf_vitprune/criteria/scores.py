@@ -89,11 +89,7 @@ class UnitScores(Mapping[str, torch.Tensor]):
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> UnitScores:
-        """Inverse of :meth:`to_dict`; scores become double precision.
-
-        Raises:
-            ScoresError: something is missing or damaged.
-        """
+        """Inverse of :meth:`to_dict`; scores become double precision, a ScoresError where something is damaged."""
         try:
             if record["version"] != FORMAT_VERSION:
                 raise ScoresError(f"scores of version {record['version']!r}; this library reads {FORMAT_VERSION}")

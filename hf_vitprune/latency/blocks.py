@@ -112,8 +112,7 @@ class TimedModel:
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        """For a model, a config or an Architecture; by default at the config's image size, in the model's dtype and
-        where the model is (configs: float32, the processor).
+        """For a model, a config or an Architecture; its own image size, dtype and device are the defaults.
 
         Raises:
             InvalidConfigError: an impossible image size.
@@ -235,15 +234,10 @@ def time_blocks(
 ) -> tuple[SampledGrid, list[dict[str, SampledGrid]], list[float]]:
     """Median seconds over the rounds of everything that a table of these axes holds.
 
-    Args:
-        beside: whole models that take turns with the blocks; in eval mode, where the blocks are.
-        kept: file for the finished rounds.
+    ``beside``: whole models that take turns with the blocks, in eval mode, where the blocks are.
 
     Returns:
         Times of the model around the blocks; of the blocks, a mapping a stage; and of the models beside them.
-
-    Raises:
-        LatencyTableError: the kept rounds are damaged, or of something else.
     """
     points = points_of(stages, timed.dense)
     calls = timed.calls(points) + [partial(model, pixel_values=timed.pixels) for model in beside]

@@ -102,12 +102,7 @@ def spread(largest: int, step: int, points: int) -> tuple[int, ...]:
 
 
 def grids_of(axes: StageAxes, architecture: Architecture) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Name of every grid of a stage -> its axes; see :class:`LatencyTable` for what the grids are.
-
-    Args:
-        axes: of the stage, from :func:`stage_axes`.
-        architecture: of the model: says whether there are windows, and whether convolutions can mix its tokens.
-    """
+    """Name of every grid of a stage -> its axes; see :class:`LatencyTable` for what the grids are."""
     every = {**axes, **dict.fromkeys(SWITCHES, (0, 1))}
     grids = {}
     for name, names in GRID_AXES.items():
@@ -194,11 +189,7 @@ class SampledGrid:
 
     @classmethod
     def from_dict(cls, name: str, record: Any) -> SampledGrid:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            LatencyTableError: the record is malformed, or a time is impossible.
-        """
+        """Inverse of :meth:`to_dict`."""
         try:
             axes = {str(axis): tuple(values) for axis, values in record["axes"].items()}
             seconds = np.array(record["seconds"], dtype=float)

@@ -175,9 +175,7 @@ def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
 class PartialFile:
     """The finished rounds of a measurement that may be cut off; all or nothing: a killed run leaves the rounds before.
 
-    Attributes:
-        path: where; removed at the end.
-        header: what the times are of, JSON-ready; a file of anything else is refused.
+    ``header`` says what the times are of, JSON-ready; a file of anything else is refused.
     """
 
     path: Path
@@ -219,23 +217,13 @@ def timed_rounds(
     progress: bool = True,
     shuffled: bool = False,
 ) -> list[list[float]]:
-    """Seconds of every call in every round; each round takes all of them once.
+    """Seconds of every call in every round, one list a round; each round takes all of them once.
 
     Args:
-        calls: what to time, in inference mode.
-        rounds: samples of every call.
-        device: where the calls run.
         least_seconds: a sample takes so long, by repeating.
         effort: about how long each takes, in any unit: the progress bar's estimate of the time left goes by it.
         kept: taken up if it is there.
-        progress: show a progress bar with the time left.
         shuffled: each round has an order of its own.
-
-    Returns:
-        One list a round, of one time a call.
-
-    Raises:
-        LatencyTableError: the kept rounds are damaged, or of something else.
     """
     done = [] if kept is None else kept.read(len(calls))[:rounds]
     shares = [1.0] * len(calls) if effort is None else effort

@@ -97,13 +97,7 @@ def _table(title: str, first: str, second: str) -> Table:
 
 
 def plot_latency(table: LatencyTable, path: str | Path) -> Path:
-    """Draw the curves: one panel a size, one line a stage.
-
-    Args:
-        path: file to write; its suffix says the format (png, svg, pdf).
-
-    Returns:
-        The path.
+    """Draw the curves to a file (png, svg, pdf): one panel a size, one line a stage; gives its path.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

@@ -248,11 +248,7 @@ class LatencyTable:
 
     @classmethod
     def from_dict(cls, record: Any) -> LatencyTable:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            LatencyTableError: something is missing or impossible.
-        """
+        """Inverse of :meth:`to_dict`."""
         needed = {"version", "provenance", "covers", "monotone", "model", "stages"}
         if not isinstance(record, dict) or not needed <= record.keys():
             raise LatencyTableError(f"a latency table has {', '.join(sorted(needed))}")
@@ -270,11 +266,7 @@ class LatencyTable:
         return cls(record["provenance"], record["covers"], model, stages, record["monotone"])
 
     def save(self, path: str | Path) -> Path:
-        """Write the table as JSON.
-
-        Returns:
-            The path.
-        """
+        """Write the table as JSON."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")

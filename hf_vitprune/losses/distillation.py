@@ -88,11 +88,7 @@ class DistillationConfig:
 
 
 def task_share(configs: Iterable[DistillationConfig]) -> float:
-    """Weight of the task loss beside these terms, from 0 to 1.
-
-    Raises:
-        InvalidConfigError: their shares are more than the whole.
-    """
+    """Weight of the task loss beside these terms, from 0 to 1."""
     shares = [config.share for config in configs]
     if sum(shares) > 1 + 1e-9:
         raise InvalidConfigError(
@@ -152,18 +148,14 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 class Teacher:
-    """An image classifier that a student learns from.
+    """An image classifier that a student learns from: any module that takes `pixel_values` and returns `.logits`.
 
     Deliberately no `nn.Module`: kept as an attribute of a model or a Trainer, it is not saved with the student, not
-    given to the optimizer, not wrapped by DDP, and `student.train()` does not switch its dropout on.
+    given to the optimizer, not wrapped by DDP, and `student.train()` does not switch its dropout on. It is put in eval
+    mode, not copied. No gradient goes through it, and its parameters keep their ``requires_grad``.
 
-    The given model is put in eval mode, not copied. No gradient goes through it, and its parameters keep their
-    ``requires_grad``: a model that is pruned after it has taught is one that can be trained.
-
-    Args:
-        model: Any module that takes `pixel_values` and returns something with `.logits`.
-        student: Checked against the teacher when given: same number of classes, in the same order where both configs
-            name their classes alike, and no shared tensors (a teacher that changes with its student teaches nothing).
+    A `student` is checked against it: the same number of classes, in the same order where both configs name them
+    alike, and no shared tensors (a teacher that changes with its student teaches nothing).
     """
 
     def __init__(self, model: nn.Module, student: nn.Module | None = None) -> None:
@@ -182,9 +174,7 @@ class Teacher:
         return logits
 
     def run(self, pixel_values: Tensor, *, autocast: AbstractContextManager[Any] | None = None, **kwargs: Any) -> Any:
-        """What the teacher returns for a batch; it follows the batch to its device.
-
-        Of `kwargs` (`interpolate_pos_encoding`, ...) it gets what its forward takes.
+        """What the teacher returns for a batch, whose device it follows; of `kwargs` it gets what its forward takes.
 
         `autocast`: the mixed precision that the student runs in. Trainer opens no autocast around `compute_loss`
         (accelerate wraps the student's `forward` alone), so pass `trainer.accelerator.autocast()` for the same.

@@ -80,15 +80,12 @@ def token_weights(architecture: Architecture, tokens: int, device: torch.device)
 
 
 class FeatureReader:
-    """Reads hidden states of a tower while its model runs.
+    """Reads hidden states of a tower (``part``; its only one by default) while its model runs.
 
     Args:
-        model: the whole model.
         layers: whose outputs, counted from 1; None: what leaves the tower.
-        part: which tower is read; its only one by default.
 
     Attributes:
-        architecture: of the tower.
         points: layer -> path of the module whose output it is; layer 0 is what leaves the tower.
     """
 
@@ -166,11 +163,7 @@ class FeatureTeacher(Teacher):
     def features(
         self, pixel_values: Tensor, *, autocast: AbstractContextManager[Any] | None = None, **kwargs: Any
     ) -> dict[int, Tensor]:
-        """Layer of the teacher -> (images, tokens, kept channels) for a batch.
-
-        Raises:
-            InvalidDataError: the tower masks patches at random.
-        """
+        """Layer of the teacher -> (images, tokens, kept channels); refused where it masks patches at random."""
         if hasattr(self.reader.tower.config, "mask_ratio") and "noise" not in kwargs:
             raise InvalidDataError(
                 f"{type(self.reader.tower).__name__} draws at random which patches it sees, and student and teacher "
@@ -187,14 +180,11 @@ class FeatureTeacher(Teacher):
         return self.student_reader.reading()
 
     def term(self, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], noise: float = 0.0) -> Tensor:
-        """(images,) weighted losses of a batch, averaged over layers.
+        """(images,) weighted losses, averaged over layers, of what :meth:`reading` and :meth:`features` gave.
 
-        Args:
-            student: what :meth:`reading` has filled.
-            teacher: what :meth:`features` gave.
-            noise: standard deviation of random numbers that the teacher's features get, in units of that of every
-                token. While nothing is removed, student and teacher are one and the loss has no gradient; with noise,
-                the expected squares of gradients say how much the features depend on a weight (Gauss-Newton).
+        ``noise``: standard deviation of random numbers that the teacher's features get, in units of that of every
+        token. While nothing is removed, student and teacher are one and the loss has no gradient; with noise, the
+        expected squares of gradients say how much the features depend on a weight (Gauss-Newton).
         """
         losses = []
         for layer, theirs in teacher.items():
@@ -208,11 +198,7 @@ class FeatureTeacher(Teacher):
         return self.config.weight * torch.stack(losses).mean(0)
 
     def check(self, batch: Mapping[str, Any]) -> None:
-        """Refuse images that the teacher does not take, before training.
-
-        Raises:
-            InvalidDataError: naming their size and the teacher's.
-        """
+        """Refuse images that the teacher does not take, before training: an InvalidDataError names both sizes."""
         images = batch["pixel_values"]
         try:
             self.features(**batch)
@@ -236,13 +222,7 @@ def _part_of(student: Any, config: DistillationConfig) -> str | None:
 
 
 def _paired_layers(whole: Architecture, small: Architecture, config: DistillationConfig) -> dict[int, int]:
-    """Layer of the teacher -> the same layer of the student, from 1; 0 is what leaves the tower.
-
-    Of backbones these are by default the layers whose outputs they give.
-
-    Raises:
-        InvalidConfigError: there is no such layer, or nothing says which of the student's it is.
-    """
+    """Layer of the teacher -> the same layer of the student, from 1; 0 is what leaves the tower."""
     if config.layers is None:
         outputs = _outputs_of(whole), _outputs_of(small)
         return dict(zip(*outputs, strict=True)) if outputs[0] and len(outputs[0]) == len(outputs[1]) else {0: 0}

@@ -115,26 +115,20 @@ class PruningMethod(nn.Module):
     def check_sharded(self, how: str) -> None:
         """Called when a training begins that is spread over processes.
 
-        Args:
-            how: ``fsdp2`` or ``zero3``: the weights are sharded; ``zero1`` or ``zero2``: gradients and optimizer are.
+        ``fsdp2``, ``zero3``: the weights are sharded; ``zero1``, ``zero2``: gradients and optimizer are.
         """
 
     def check_images(self, model: Any, images: ImageBatches) -> None:
-        """Called when training begins, with the images that :meth:`decide` will get; only a few are to be looked at.
+        """Called when training begins, with the images that :meth:`decide` will get, of which a few are looked at.
 
-        Raises:
-            InvalidDataError: the method could not decide by them.
+        An ``InvalidDataError`` where the method could not decide by them.
         """
 
     def before_step(self, model: Any, progress: float, gradient_scale: float) -> torch.Tensor | None:
         """Called once an update, before the optimizer's step; a place to look at the gradients in ``parameter.grad``.
 
-        They are whole: summed over micro-batches, averaged over processes, unscaled.
-
-        Args:
-            model: the wrapped model (stock or PeftModel).
-            progress: share of the training that is over, in [0, 1].
-            gradient_scale: factor that undoes the clipping.
+        They are whole: summed over micro-batches, averaged over processes, unscaled. ``progress`` is the share of the
+        training that is over, ``gradient_scale`` undoes the clipping.
 
         Returns:
             A regulariser whose gradient is added to that of the gates; None for nothing.
@@ -164,9 +158,7 @@ class PruningMethod(nn.Module):
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
         """Fix what :meth:`choose` says; the first process's decision is then broadcast.
 
-        Args:
-            model: the wrapped model.
-            images: training images with labels, in a fixed order; given if there are any.
+        ``images``: those of the training with labels, in a fixed order; given if there are any.
         """
         raise NotImplementedError
 
@@ -182,11 +174,7 @@ class PruningMethod(nn.Module):
         return any(gate.decided for gate in self.gates.values() if isinstance(gate, Gate))
 
     def choose(self, weights: PreTrainedModel | None = None) -> PruningPlan:
-        """The plan that the current scores give.
-
-        Args:
-            weights: a model of the same shape that the plan is for, where plans hold weights; None: the wrapped one.
-        """
+        """The plan that the current scores give; where plans hold weights, for this model of the same shape."""
         raise NotImplementedError
 
     def reference(self) -> PruningPlan | str:

@@ -42,11 +42,7 @@ def fewest_layers(model: Any, stages: int | None = None) -> int:
 
 
 def class_numbers(batch: dict[str, Any]) -> torch.Tensor:
-    """(images,) class numbers of a batch, negative where an image has no class.
-
-    Raises:
-        InvalidDataError: there are no labels, or they are something else: several an image, or fractions.
-    """
+    """(images,) class numbers of a batch, negative where an image has no class."""
     if "labels" not in batch:
         raise InvalidDataError(
             "the images have no labels, and layers are judged by the images' classes. Without labels: "
@@ -140,11 +136,7 @@ class DepthMethod(PruningMethod):
         return {i + 1: number for i, number in reversed(list(enumerate(numbers))) if number == number}
 
     def choose(self, weights: PreTrainedModel | None = None) -> PruningPlan:
-        """The plan that keeps the first layers.
-
-        Raises:
-            InvalidPlanError: nothing was decided yet.
-        """
+        """The plan that keeps the first layers."""
         if not self.decided:
             raise InvalidPlanError(f"{self.config.method_name} has not decided yet: train first, or call decide()")
         plan = PruningPlan.dense(self.architecture).keep_layers(range(self.depth.layers))

@@ -124,12 +124,7 @@ class Truncation(DepthMethod):
             super().check_images(model, images)
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
-        """Fix the number of layers. Later calls change nothing.
-
-        Raises:
-            InvalidDataError: ``layers`` is ``"validation"`` or ``"features"``, and there are no images; or, for the
-                first of them, no labels.
-        """
+        """Fix the number of layers. Later calls change nothing."""
         config = self.config
         if self.decided:
             return
@@ -208,15 +203,6 @@ def losses_by_layer(model: Any, images: ImageBatches, batch_size: int, floor: in
 
     The maps are fitted by least squares over the tokens of every second batch, and judged on the others. Of models
     with stages, only depths within the last stage can be compared.
-
-    Args:
-        model: a transformers model.
-        images: without labels; of two batches at least.
-        batch_size: images a forward pass.
-        floor: the fewest layers to look at.
-
-    Raises:
-        InvalidDataError: there are too few images to fit on some and judge on others.
     """
     batches = list(ImageBatches(images, batch_size=min(batch_size, max(1, images.images // 2))))
     if len(batches) < 2:

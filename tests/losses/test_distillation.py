@@ -28,9 +28,9 @@ def vit(**changes):
     )
 
 
-def distillation_loss(student, teacher, task, config, **kwargs):
+def distillation_loss(student, teacher, task, config, loss_scale=1.0, **kwargs):
     """As ``training.lessons.Answers`` puts them together."""
-    return task_share([config]) * task + distillation_term(student, teacher, config, **kwargs)
+    return task_share([config]) * task + loss_scale * distillation_term(student, teacher, config, **kwargs)
 
 
 @pytest.mark.parametrize(

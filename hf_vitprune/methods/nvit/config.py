@@ -123,8 +123,7 @@ class Schedule:
     """When groups are removed in one run, and how many.
 
     Attributes:
-        interval: optimizer steps between prune steps.
-        count: how many prune steps there are.
+        interval, count: optimizer steps between prune steps, and how many of these there are.
         groups: removed at each (1 at the first); None: as many as it takes to reach the target at the last.
     """
 
@@ -134,11 +133,7 @@ class Schedule:
 
     @classmethod
     def of(cls, config: NViTConfig, max_steps: int) -> Schedule:
-        """The schedule of a training of ``max_steps`` optimizer steps.
-
-        Raises:
-            InvalidConfigError: it has no prune step.
-        """
+        """The schedule of a training of ``max_steps`` optimizer steps."""
         share = config.pruning_share or (0.5 if config.groups_per_step is None else 1.0)
         steps = max(1, math.floor(max_steps * share))
         interval = config.interval or max(1, min(INTERVAL, steps // PRUNE_STEPS))

@@ -20,12 +20,7 @@ from .config import GROUP_SIZES, NViTConfig
 
 @dataclass(frozen=True)
 class GroupedSet(UnitSet):
-    """A set of the unit table: groups are made within it, the ranking is over those of all sets.
-
-    Attributes:
-        start: place of its first unit in vectors over all units.
-        group: units that are removed at a time.
-    """
+    """A set of the unit table, its first unit's place in vectors over all units, and how many go at a time."""
 
     start: int = 0
     group: int = 1
@@ -40,12 +35,7 @@ class GroupedSet(UnitSet):
 
 
 def grouped_sets(architecture: Architecture, config: NViTConfig) -> tuple[GroupedSet, ...]:
-    """All sets of a model: the embedding first, then layer by layer heads, q/k channels, v channels, neurons.
-
-    Raises:
-        InvalidConfigError: a group size does not divide a set.
-        UnsupportedUnitError: the family has not got one of ``config.units``.
-    """
+    """All sets of a model: the embedding first, then layer by layer heads, q/k channels, v channels, neurons."""
     wanted = check_units(architecture, config.units)
     found = unit_sets(architecture)
     places = [("embedding", None), *((unit, i) for i in range(len(architecture.layers)) for unit in GROUP_SIZES)]
@@ -171,13 +161,7 @@ def fewest_groups(source: Architecture, sets: Sequence[GroupedSet], meter: CostM
 # ---------------------------------------------------------------------- in what order they go
 @dataclass
 class Removal:
-    """A group that is removed.
-
-    Attributes:
-        set: place of its set among all sets.
-        units: (group size,) its units, as places in vectors over all units.
-        ratio: cost of the model without it (and without those removed before), as a fraction of the unpruned one's.
-    """
+    """A group that goes: place of its set, its units as places in vectors over all, and the cost that remains."""
 
     set: int
     units: torch.Tensor
@@ -187,13 +171,9 @@ class Removal:
 def removals(sizes: Sizes, alive: torch.Tensor, scores: torch.Tensor, eta: float) -> Iterator[Removal]:
     """Groups in the order in which they go, until every set is at its floor; ``sizes`` follows.
 
-    Groups are made once: the living units of a set, sorted by score, cut into chunks. A group's importance is the sum
-    of its scores, as a share of the sum over all groups; what it saves is found anew after every removal.
-
-    Args:
-        alive: (units,) booleans, on the CPU.
-        scores: (units,) importance, on the CPU.
-        eta: weight of the saving.
+    Groups are made once: the ``alive`` (units,) of a set, sorted by ``scores`` (units,), cut into chunks. A group's
+    importance is the sum of its scores, as a share of the sum over all groups; what it saves, times ``eta``, is found
+    anew after every removal. All tensors are on the CPU.
     """
     queues: list[list[torch.Tensor]] = []
     importance: list[list[float]] = []
@@ -221,13 +201,7 @@ def removals(sizes: Sizes, alive: torch.Tensor, scores: torch.Tensor, eta: float
 
 @dataclass(frozen=True)
 class Moment:
-    """The state after a group was removed.
-
-    Attributes:
-        groups: removed so far.
-        step: optimizer steps made so far.
-        ratio: cost of what is left, as a fraction of the unpruned model's.
-    """
+    """The state after so many groups and optimizer steps; ``ratio``: cost as a fraction of the unpruned model's."""
 
     groups: int
     step: int

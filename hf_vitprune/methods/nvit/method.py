@@ -171,11 +171,7 @@ class NViT(PruningMethod):
 
     # ------------------------------------------------------------------ removing groups
     def current_scores(self, model: Any) -> torch.Tensor:
-        """(units,) importance by which groups are ranked now, on the CPU.
-
-        Raises:
-            MissingGradientsError: the criterion needs gradients, and none were scored yet.
-        """
+        """(units,) importance by which groups are ranked now, on the CPU."""
         if self.config.criterion == "random":
             return random_scores(self.sets, self.config.seed)
         if self.config.criterion == "magnitude":
@@ -188,11 +184,7 @@ class NViT(PruningMethod):
         return self.scores.current().cpu()
 
     def _to_target(self, model: Any) -> Iterator[Removal]:
-        """Removals up to the first that reaches the target.
-
-        Raises:
-            UnreachableTargetError: every set comes down to its floor first.
-        """
+        """Removals up to the first that reaches the target."""
         sizes = self._sizes()
         if sizes.ratio <= self.target:
             return
@@ -250,11 +242,7 @@ class NViT(PruningMethod):
         return self.ratio <= self.target
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
-        """Remove what is still missing to the target, all at once: nothing after a training of the planned length.
-
-        Raises:
-            MissingGradientsError: the criterion needs gradients, and there was no training.
-        """
+        """Remove what is still missing to the target, all at once: nothing after a training of the planned length."""
         if not self.decided:
             missing = list(self._to_target(model))
             if missing and self._step:
@@ -285,9 +273,7 @@ class NViT(PruningMethod):
         return self.trajectory.moments(self.architecture, self._meter)
 
     def plan_at(self, target: float) -> PruningPlan:
-        """The plan of the moment when the cost first was at most ``target``.
-
-        Weights of that moment are in a snapshot, not in this model: see ``snapshots.model_at``.
+        """The plan of the moment when the cost first was at most ``target``; weights of that moment are in a snapshot.
 
         Raises:
             UnreachableTargetError: the run has not come down to it.

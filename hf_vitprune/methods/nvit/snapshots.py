@@ -40,11 +40,7 @@ def snapshot_path(folder: str | Path, target: float) -> Path:
 
 
 def save_snapshot(model: Any, plan: PruningPlan, folder: str | Path, target: float) -> Path:
-    """Write the pruned model (of a PeftModel: with its adapters merged) and its plan.
-
-    Returns:
-        The folder of the snapshot.
-    """
+    """Write the pruned model (of a PeftModel: with its adapters merged) and its plan."""
     path = snapshot_path(folder, target)
     small = prune(model, plan)
     if is_peft(small):

@@ -67,13 +67,7 @@ class WeightSums:
         """(units,) the sums of the update that is about to be made, in single precision at least.
 
         Of weights that are spread over processes, each sums up its pieces, and what is then summed over the processes
-        is no more than this vector.
-
-        Args:
-            gradient_scale: factor that undoes the clipping of the weights' gradients.
-
-        Raises:
-            MissingGradientsError: there are no gradients.
+        is no more than this vector. ``gradient_scale`` undoes the clipping.
         """
         sums: list[Any] = [0.0] * len(self.sets)
         for tensor, uses in self.uses.items():
@@ -153,11 +147,7 @@ class ActivationSums:
 
 
 class Tap(GateHook):
-    """Adds up what comes out of a module times its gradient, channel by channel.
-
-    Attributes:
-        sums: (channels,) since the last :meth:`ActivationSums.take`; None where there were no gradients.
-    """
+    """Adds up what comes out of a module times its gradient, channel by channel, since the last ``take``."""
 
     def __init__(self, channels_first: bool) -> None:
         self.channels_first = channels_first

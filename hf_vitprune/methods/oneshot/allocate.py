@@ -81,11 +81,7 @@ def allocate(groups: Sequence[Options], budget: float) -> Allocation:
 
 
 def _greedy(choices: list[Options]) -> tuple[list[int], float]:
-    """Steps down the groups' lower hulls, those that gain most for their cost first, and the gain where room ends.
-
-    Returns:
-        A good choice, and the price of cost.
-    """
+    """Steps down the groups' lower hulls, those that gain most for their cost first, and the gain where room ends."""
     steps = []
     for g, group in enumerate(choices):
         hull = _lower_hull(group)
@@ -121,10 +117,8 @@ class _Search:
     """All choices whose errors are within some reach of the bound that a price gives.
 
     The excess over the bound is the sum of what every option is above its group's best one, cost at its price
-    included, and the price of the room that is left.
-
-    Attributes:
-        tolerance: how much better a choice in reach may be than the one that was found.
+    included, and the price of the room that is left. ``tolerance``: how much better a choice in reach may be than the
+    one that was found.
     """
 
     def __init__(self, choices: list[Options], price: float) -> None:
@@ -139,10 +133,7 @@ class _Search:
         return sum(float(c.errors[p]) for c, p in zip(self.choices, chosen, strict=True)) - self.bound
 
     def within(self, reach: float) -> list[int] | None:
-        """The best choice whose excess is at most ``reach``, or None.
-
-        Group by group; of the partial choices with nearly the same error the cheapest stays.
-        """
+        """The best choice within ``reach``, or None; of partial ones of nearly the same error the cheapest stays."""
         count, merged = len(self.choices), TOLERANCE / len(self.choices)
         near = [np.flatnonzero(a <= reach + TOLERANCE) for a in self.above]
         order = sorted(range(count), key=lambda g: len(near[g]))

@@ -232,13 +232,9 @@ def _mlp(
 
 
 def at_output(errors: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Relative squared errors of the model's output for squared errors of a branch, from those that were measured.
+    """Relative squared errors of the output for squared errors of a branch, from (n, 2) of both that were seen.
 
-    Between the measured ones, and beyond the largest, a power law; below the smallest, proportional.
-
-    Args:
-        errors: of any shape; 0 stays 0.
-        seen: (n, 2) errors of the branch, and of the output.
+    Between the measured ones, and beyond the largest, a power law; below the smallest, proportional; 0 stays 0.
     """
     x, y = np.array(sorted((a, b) for a, b in seen.tolist() if a > 0 and b > 0)).reshape(-1, 2).T
     if not len(x):

@@ -38,9 +38,6 @@ class Measurement:
     """The pass. With several processes, each has a part of the images and owns every so many-th layer.
 
     An owner gets the sums of its layer from all, solves it while the others solve theirs, and sends what it found.
-
-    Attributes:
-        tensors: what :class:`OneShotScores` holds.
     """
 
     def __init__(self, model: PreTrainedModel, batches: ImageBatches, settings: OneShotSettings) -> None:

@@ -161,11 +161,7 @@ class OneShotScores:
         return rebuilt(plain_part(model, plan.part)[0], plan, self.tensors, self.settings)
 
     def check(self, model: Any) -> None:
-        """Refuse another model than the one that was scored.
-
-        Raises:
-            InvalidDataError: the architecture or a weight differs.
-        """
+        """Refuse another model than the one that was scored."""
         base, architecture = plain_part(model, self.architecture.part)
         if not self.architecture.fits(architecture):
             raise InvalidDataError(
@@ -181,11 +177,7 @@ class OneShotScores:
 
     # ------------------------------------------------------------------ files
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file.
-
-        Returns:
-            The path.
-        """
+        """Write a safetensors file."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {

@@ -104,11 +104,7 @@ def probe() -> Any:
 
 
 def cross_validated(features: np.ndarray, classes: np.ndarray) -> float:
-    """Accuracy of the probe on images that it was not fitted on.
-
-    Raises:
-        InvalidDataError: no class has two images.
-    """
+    """Accuracy of the probe on images that it was not fitted on."""
     most = int(np.bincount(np.unique(classes, return_inverse=True)[1]).max())
     if most < 2:
         raise InvalidDataError("a probe needs images to be tested on: no class has two; pass probe_features")

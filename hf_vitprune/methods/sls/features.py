@@ -81,11 +81,7 @@ def extract_features(
 
 
 def given_features(features: Any, labels: Any, config: SLSConfig) -> tuple[dict[int, np.ndarray], torch.Tensor]:
-    """Layer number -> features, and labels; of evenly spaced images where ``max_samples`` says so.
-
-    Raises:
-        InvalidDataError: the features are no list of layers, or cannot be scored; or images have no class.
-    """
+    """Layer number -> features, and labels; of evenly spaced images where ``max_samples`` says so."""
     if isinstance(features, (str, dict)) or not hasattr(features, "__len__") or not len(features):
         raise InvalidDataError(
             f"give a model and a data set, or a list of (images, channels) tensors, one a layer from the bottom up, "
@@ -104,11 +100,7 @@ def given_features(features: Any, labels: Any, config: SLSConfig) -> tuple[dict[
 
 
 def check_features(features: Any, number: int, images: int) -> np.ndarray:
-    """(images, channels) numbers of one layer: float64 as it is, everything else in float32.
-
-    Raises:
-        InvalidDataError: another shape, or numbers that are not finite.
-    """
+    """(images, channels) numbers of one layer: float64 as it is, everything else in float32."""
     if isinstance(features, torch.Tensor):
         features = features.detach().cpu()
         features = (features if features.dtype == torch.float64 else features.float()).numpy()
@@ -132,11 +124,7 @@ def check_features(features: Any, number: int, images: int) -> np.ndarray:
 
 
 def check_classes(labels: torch.Tensor) -> np.ndarray:
-    """(images,) class numbers.
-
-    Raises:
-        InvalidDataError: fewer than two classes.
-    """
+    """(images,) class numbers."""
     classes = labels.unique()
     if len(classes) < 2:
         raise InvalidDataError(

@@ -33,11 +33,7 @@ class SLS(DepthMethod):
         self.register_buffer("estimated", torch.zeros(total, dtype=torch.bool, device=device))
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
-        """Score the layers of the model on the images, and keep what the scores say. Later calls change nothing.
-
-        Raises:
-            InvalidDataError: there are no images, or they cannot be scored; see ``select_layers``.
-        """
+        """Score the layers of the model on the images, and keep what the scores say. Later calls change nothing."""
         if self.decided:
             return
         if images is None:

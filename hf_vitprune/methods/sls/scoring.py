@@ -15,21 +15,12 @@ MOST_THREADS = 2
 
 
 def layer_score(features: np.ndarray, labels: np.ndarray, config: SLSConfig) -> float:
-    """Mean silhouette coefficient of the true classes in the t-SNE map of a layer's features, in [-1, 1].
-
-    Args:
-        features: (images, channels).
-        labels: (images,) class numbers.
-    """
+    """Mean silhouette coefficient, in [-1, 1], of the true classes in the t-SNE map of (images, channels) features."""
     return map_score(tsne_map(features, config), labels)
 
 
 def tsne_map(features: np.ndarray, config: SLSConfig) -> np.ndarray:
-    """(images, 2) coordinates by scikit-learn's t-SNE, not yet scaled.
-
-    Raises:
-        InvalidDataError: t-SNE gave coordinates that are not finite.
-    """
+    """(images, 2) coordinates by scikit-learn's t-SNE, not yet scaled."""
     if not np.ptp(features, axis=0).any():
         return np.zeros((len(features), 2), dtype=features.dtype)  # all alike: there is nothing to lay out
     tsne = TSNE(

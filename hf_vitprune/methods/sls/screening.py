@@ -44,17 +44,15 @@ Score = Callable[[int], float]
 class Screened:
     """Scores of layers from the top, as cheaply as the decision allows.
 
-    A cheap score counts where it is further from the threshold than the margin; otherwise the full one is taken. The
-    last layer is always scored in full. If its cheap score is off by more than that, cheap scores are not used.
+    A cheap score counts where it is further from the threshold (``alpha`` times the last layer's) than the margin;
+    otherwise the full one is taken. The last layer is always scored in full. If its cheap score is off by more than
+    that, cheap scores are not used.
 
     Args:
         score: the full score.
         estimate: the cheap one; at least its second argument means that high.
-        layers: number of layers.
-        alpha: the threshold is this times the last layer's score.
         floor: the lowest layer that may be asked for.
         threads: layers that are estimated at once, from the one asked for downwards, as the walk goes.
-        margin: see :data:`MARGIN`.
 
     Attributes:
         estimated: the layers whose score is not the full one.
@@ -116,8 +114,7 @@ def estimated_score(features: np.ndarray, labels: np.ndarray, config: SLSConfig,
 def quick_map(features: np.ndarray, config: SLSConfig, clear: Callable[[np.ndarray], bool]) -> np.ndarray:
     """(images, 2) coordinates by t-SNE with exact gradients (van der Maaten and Hinton, 2008, equation 5).
 
-    Args:
-        clear: whether coordinates are good enough; asked after ``LOOKS`` steps.
+    After ``LOOKS`` steps ``clear`` is asked whether they are good enough.
     """
     forces = _Forces(joint_probabilities(features, effective_perplexity(len(features), config)))
     points = PCA(2, svd_solver="randomized", random_state=config.seed).fit_transform(features)
@@ -138,11 +135,7 @@ def quick_map(features: np.ndarray, config: SLSConfig, clear: Callable[[np.ndarr
 
 
 class _Forces:
-    """The gradient, a block of pairs of images at a time; those above the diagonal serve for those under it.
-
-    Args:
-        wanted: (images, images) joint probabilities.
-    """
+    """The gradient for (images, images) joint probabilities, by blocks of pairs, each above the diagonal once."""
 
     def __init__(self, wanted: np.ndarray) -> None:
         images = len(wanted)

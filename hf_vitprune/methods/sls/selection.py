@@ -47,12 +47,7 @@ class LayerSelection:
     def of(
         cls, scores: dict[int, float], layers: int, alpha: float, floor: int = 1, estimated: Sequence[int] = ()
     ) -> LayerSelection:
-        """What follows from the scores of the layers from the top down to the first that fails; see the attributes.
-
-        Args:
-            alpha: the threshold is this times the last layer's score.
-            floor: fewest layers that may stay.
-        """
+        """What follows from the scores of layers from the top down to the first that fails, or to ``floor``."""
         top = scores[layers]
         if not top > 0:
             reason = (
@@ -131,14 +126,7 @@ def select_layers(
 
 
 def walk(score: Score, layers: int, alpha: float, floor: int = 1) -> LayerSelection:
-    """Score layers from the top, and stop at the first that fails.
-
-    Args:
-        score: of a layer, by its number from 1.
-        layers: number of layers.
-        alpha: the threshold is this times the last layer's score.
-        floor: fewest layers that may stay; none below is scored.
-    """
+    """Score layers from the top, by their number from 1, and stop at the first that fails or ``floor``."""
     scores: dict[int, float] = {}
     for number in tqdm(range(layers, floor - 1, -1), desc="scoring layers", leave=False, disable=None):
         scores[number] = score(number)
@@ -151,11 +139,7 @@ def walk(score: Score, layers: int, alpha: float, floor: int = 1) -> LayerSelect
 
 
 def checked_floor(floor: int, layers: int, config: SLSConfig) -> int:
-    """Fewest layers that may stay: by the model and by the config.
-
-    Raises:
-        InvalidConfigError: ``min_layers`` is more than there are.
-    """
+    """Fewest layers that may stay: by the model and by the config."""
     if config.min_layers > layers:
         raise InvalidConfigError(f"min_layers is {config.min_layers}, and the model has {layers} layers")
     return max(floor, config.min_layers)

@@ -70,11 +70,7 @@ class Attention:
 
 
 def checked_linear(model: PreTrainedModel, path: str) -> nn.Linear:
-    """A Linear whose weights can be multiplied by gates.
-
-    Raises:
-        UnsupportedModelError: it is something else, or quantised.
-    """
+    """A Linear whose weights can be multiplied by gates."""
     module = get(model, path)
     if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
         raise UnsupportedModelError(
@@ -162,14 +158,7 @@ Branches = SharedBranches | OwnBranches
 def convolution_weights(
     plan: PruningPlan, branches: Mapping[int, Branches], attentions: Mapping[int, Attention], paths: list[LayerPaths]
 ) -> dict[str, torch.Tensor]:
-    """The weights of the convolutions that a plan has, by their names in the small model, which keeps every layer.
-
-    Args:
-        plan: says the mixer of every layer.
-        branches: by number of the layer.
-        attentions: whose weights they are made of, by number of the layer.
-        paths: of all layers.
-    """
+    """The weights of the convolutions that a plan has, by their names in the small model, which keeps every layer."""
     weights: dict[str, torch.Tensor] = {}
     for entry in plan.layers:
         if entry.index in branches and entry.mixer in KERNELS:

@@ -86,12 +86,7 @@ class SearchCost:
         return cost
 
     def at(self, levels: Sequence[int], counts: Sequence[int]) -> float:
-        """Cost of an architecture, a fraction.
-
-        Args:
-            levels: of every searched mixer, an index of ``LEVELS``.
-            counts: neurons of every searched MLP.
-        """
+        """Cost, a fraction, of mixers by their index of ``LEVELS`` and MLPs by their neurons."""
         mixers = sum(sum(row[:level]) for row, level in zip(self._steps, levels, strict=True))
         neurons = sum(n * slope + (n > 0) * fixed for n, (slope, fixed) in zip(counts, self._lines, strict=True))
         return self.lowest + mixers + neurons

@@ -12,12 +12,7 @@ LEVELS = ("none", "conv1x1", "conv3x3", "attention")
 
 
 class BinaryGates(nn.Module):
-    """Gates of 0 and 1, each on with probability ``sigmoid(score)`` until a decision is taken.
-
-    Attributes:
-        score: (units,) parameter, theta.
-        kept: (units,) buffer of booleans: the decision; all on before.
-    """
+    """Gates of 0 and 1, each on with probability ``sigmoid(score)`` until a decision is taken: ``kept``."""
 
     kept: torch.Tensor
 

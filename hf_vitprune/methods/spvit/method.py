@@ -39,11 +39,7 @@ TOLERANCE = 0.02
 
 
 class SPViT(PruningMethod):
-    """Search, decision and convolutions of SPViT.
-
-    Attributes:
-        searches: what every layer of attention may mix its tokens with, by number of the layer.
-    """
+    """Search, decision and convolutions of SPViT; ``searches``: what layers of attention may mix their tokens with."""
 
     config: SPViTConfig
     # a search may end in a model whose layers only change their kind
@@ -196,14 +192,7 @@ class SPViT(PruningMethod):
         return any(gates.decided for gates in self._all_gates())
 
     def choose(self, weights: PreTrainedModel | None = None) -> PruningPlan:
-        """The architecture that the gates say now, with its convolutions made of the wrapped model's weights.
-
-        Args:
-            weights: take another model's; mixing tables and BatchNorms are those of the search.
-
-        Raises:
-            InvalidPlanError: that one is of another shape.
-        """
+        """The architecture that the gates say now, with its convolutions made of the wrapped model's weights."""
         if weights is None:
             return self._with_weights(self._shapes())
         if not self.architecture.fits(Architecture.of(weights)):
@@ -222,9 +211,6 @@ class SPViT(PruningMethod):
 
         Where these cost more than the target, and ``enforce_target``, the least likely ones that are on go as well;
         within the tolerance of it, neurons only.
-
-        Raises:
-            InvalidPlanError: there was no search yet, or a score is not finite.
         """
         if self.decided:
             return

@@ -16,12 +16,9 @@ from .gates import LEVELS, MixerGates, nested
 
 
 class Role(NamedTuple):
-    """What mixers do for the output of a layer in one pass.
+    """What mixers do for the output of a layer in one pass: which one makes it, which are read, and factors of these.
 
-    Attributes:
-        taken: the mixer that makes the output; one of :data:`~hf_vitprune.methods.spvit.gates.LEVELS`.
-        read: mixers whose output counts, or enters the gradient of a gate.
-        shares: factor of each of those that are read, ones and zeros; None where no gate learns.
+    Read is what counts, or enters the gradient of a gate. Factors are ones and zeros; None where no gate learns.
     """
 
     taken: str
@@ -30,13 +27,7 @@ class Role(NamedTuple):
 
 
 class Mixing:
-    """What a layer may mix its tokens with, computed from its attention's input.
-
-    Attributes:
-        branches: its convolutions.
-        attention: its attention.
-        special: tokens in front of the grid.
-    """
+    """What a layer may mix its tokens with; ``special`` of them are in front of the grid."""
 
     def __init__(self, branches: Branches, attention: Attention, special: int) -> None:
         self.branches, self.attention, self.special = branches, attention, special
@@ -75,7 +66,6 @@ class Mixing:
         Args:
             attended: what :meth:`attend` gave.
             tokens: (B, special + rows * columns, C), the layer's normalised input.
-            grid: (rows, columns).
             as_attended: brings (B, rows * columns, C) into the order of ``attended``; None: it is the same.
         """
         taken, read, shares = self._role or self._begin()
@@ -126,11 +116,7 @@ class _Taken(torch.autograd.Function):
 
 
 class FixedMixer(Mixing):
-    """One kind, decided.
-
-    Attributes:
-        kind: of the mixer.
-    """
+    """One kind, decided."""
 
     def __init__(self, kind: str, branches: Branches, attention: Attention, special: int) -> None:
         super().__init__(branches, attention, special)
@@ -141,12 +127,7 @@ class FixedMixer(Mixing):
 
 
 class MixerSearch(Mixing):
-    """All kinds, and how much of each counts now.
-
-    Attributes:
-        gates: the layer's.
-        gradients: of the gates; see :func:`~hf_vitprune.methods.spvit.gates.nested`.
-    """
+    """All kinds, and how much of each counts now; ``gradients`` as of ``gates.nested``."""
 
     def __init__(
         self, gates: MixerGates, branches: Branches, attention: Attention, special: int, gradients: str

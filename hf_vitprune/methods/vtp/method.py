@@ -103,11 +103,7 @@ class VTP(PruningMethod):
 
     # ------------------------------------------------------------------ decision
     def choose(self, weights: PreTrainedModel | None = None) -> PruningPlan:
-        """Rank |score| over the whole network and keep the highest (section 3.3).
-
-        Raises:
-            UnreachableTargetError: the target lies under what the floors allow.
-        """
+        """Rank |score| over the whole network and keep the highest (section 3.3)."""
         if self.decided:  # what was decided stays, however the scores went on
             scores = {name: gate.mask.double().cpu() for name, gate in self._gates().items()}
             plan = self._plan({name: mask > 0 for name, mask in scores.items()}, scores)
@@ -117,12 +113,7 @@ class VTP(PruningMethod):
         return replace(plan, info={**self.config.to_dict(), **plan.info})
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
-        """Set the masks to what :meth:`choose` says.
-
-        Raises:
-            UnreachableTargetError: as :meth:`choose`.
-            InvalidPlanError: a score is not finite, or all are alike.
-        """
+        """Set the masks to what :meth:`choose` says."""
         if not all(gate.score.isfinite().all() for gate in self._gates().values()):
             raise InvalidPlanError(
                 "there are scores that are not finite: the training diverged; lower the learning rate"
@@ -161,13 +152,7 @@ class VTP(PruningMethod):
         return plan.with_layers(self._layer(entry, above, scores) for entry in plan.layers).validated()
 
     def _best_alike(self, scores: _Sets, stock: StockSizes, target: float) -> PruningPlan:
-        """Of the largest sizes within the target that all layers can have, those next to what the ranking keeps.
-
-        Heads are few, so that their number alone misses most targets: as many neurons stay as the rest allows.
-
-        Raises:
-            UnreachableTargetError: the smallest cost more.
-        """
+        """Of the largest sizes within the target that all layers can have, those next to what the ranking keeps."""
         meter, dense, ranking = (
             self.config.meter(self.architecture),
             PruningPlan.dense(self.architecture),
