@@ -1,6 +1,6 @@
 """The multiple-choice knapsack: one option of every group, least error in all, within a budget.
 
-A price for the cost (the best Lagrange multiplier, from the groups' lower convex hulls) gives a bound that no choice
+A price for the cost (the best Lagrange multiplier) gives a bound that no choice
 beats, and how far each option is above its group's share of it. A choice whose error is near the bound takes options
 that are near it, so that a search over those alone, group by group, finds the best one (Sinha and Zoltners 1979;
 Pisinger 1995), to a tolerance that is stated.
@@ -22,6 +22,8 @@ TOLERANCE = 1e-6
 STATES, PRODUCTS = 20_000, 500_000
 #: share of the budget that rounding may take
 ROUNDING = 1e-9
+#: of the price of cost
+BISECTIONS = 60
 
 
 class Options(NamedTuple):
@@ -66,7 +68,7 @@ def allocate(groups: Sequence[Options], budget: float) -> Allocation:
     if room <= ROUNDING * abs(budget):
         return Allocation([int(k[0]) for k in kept], 0.0)
     choices = [Options((c.costs - c.costs[0]) / room, (c.errors - c.errors[-1]) / scale) for c in choices]
-    best, price = _greedy(choices)
+    best, price = _by_price(choices)
     search = _Search(choices, price)
     most, reach = search.excess(best), TOLERANCE
     while True:
@@ -80,37 +82,27 @@ def allocate(groups: Sequence[Options], budget: float) -> Allocation:
     return Allocation([int(k[p]) for k, p in zip(kept, best, strict=True)], gap * scale)
 
 
-def _greedy(choices: list[Options]) -> tuple[list[int], float]:
-    """Steps down the groups' lower hulls, those that gain most for their cost first, and the gain where room ends."""
-    steps = []
-    for g, group in enumerate(choices):
-        hull = _lower_hull(group)
-        gains = -np.diff(group.errors[hull]) / np.diff(group.costs[hull])
-        steps += [(float(gain), g, int(a), int(b)) for gain, a, b in zip(gains, hull[:-1], hull[1:], strict=True)]
-    at, room, price = [0] * len(choices), 1.0 - ROUNDING, 0.0
-    for gain, g, start, end in sorted(steps, reverse=True):
-        cost = choices[g].costs[end] - choices[g].costs[start]
-        if cost <= room and at[g] == start:
-            at[g], room = end, room - cost
-        else:
-            price = price or gain
+def _by_price(choices: list[Options]) -> tuple[list[int], float]:
+    """A good choice, and the price of cost by which it is found: the lowest at which all options of least worth fit."""
+
+    def cheapest_worth(price: float) -> list[int]:
+        return [int((c.errors + price * c.costs).argmin()) for c in choices]
+
+    def cost(at: list[int]) -> float:
+        return sum(float(c.costs[p]) for c, p in zip(choices, at, strict=True))
+
+    low, high = 0.0, 1.0
+    while cost(cheapest_worth(high)) > 1.0 - ROUNDING:
+        low, high = high, 2 * high
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(cheapest_worth(middle)) <= 1.0 - ROUNDING else (middle, high)
+    at = cheapest_worth(high)
+    room = 1.0 - ROUNDING - cost(at)
     for g, group in enumerate(choices):  # what is left over, group by group
-        better = np.searchsorted(group.costs, group.costs[at[g]] + room, side="right") - 1
-        at[g], room = int(better), room - (group.costs[better] - group.costs[at[g]])
-    return at, price
-
-
-def _lower_hull(group: Options) -> list[int]:
-    """Positions on the lower convex hull of errors over costs (which rise, as errors fall)."""
-    hull: list[int] = []
-    for p, (x, y) in enumerate(zip(group.costs.tolist(), group.errors.tolist(), strict=True)):
-        while len(hull) > 1:
-            (x1, y1), (x2, y2) = ((group.costs[q], group.errors[q]) for q in hull[-2:])
-            if (y2 - y1) * (x - x2) < (y - y2) * (x2 - x1):
-                break
-            hull.pop()
-        hull.append(p)
-    return hull
+        better = int(np.searchsorted(group.costs, group.costs[at[g]] + room, side="right")) - 1
+        at[g], room = better, room - float(group.costs[better] - group.costs[at[g]])
+    return at, high
 
 
 class _Search:
