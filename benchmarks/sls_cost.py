@@ -29,8 +29,7 @@ from sklearn.metrics import silhouette_score
 from hf_vitprune import SLSConfig, select_layers
 from hf_vitprune.latency.measure import device_name
 from hf_vitprune.methods import LayerSelection
-from hf_vitprune.methods.sls.scoring import layer_score
-from hf_vitprune.methods.sls.screening import estimated_score
+from hf_vitprune.methods.sls.scoring import estimated_score, layer_score
 
 IMAGES, CHANNELS, LAYERS, CLASSES = 1000, 768, 12, 10
 Features = list[np.ndarray]

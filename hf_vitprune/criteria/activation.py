@@ -15,8 +15,7 @@ from ..utils.batches import run_images
 from ..utils.examples import processed
 from ..utils.modes import evaluating
 from ..utils.offload import check_weights
-from .batches import batches_of
-from .scores import UnitScores, model_to_score
+from .scores import UnitScores, batches_of, model_to_score
 
 
 def activation(model: Any, images: Any, part: str | None = None) -> UnitScores:

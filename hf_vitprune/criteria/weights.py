@@ -19,8 +19,7 @@ from ..utils.examples import processed
 from ..utils.modes import evaluating
 from ..utils.offload import StateDict, check_weights
 from ..utils.settings import check_count
-from .batches import batches_of
-from .scores import UnitScores, UnitSums, model_to_score
+from .scores import UnitScores, UnitSums, batches_of, model_to_score
 
 #: (model, batch) -> scalar loss
 Loss = Callable[[Any, Mapping[str, Any]], torch.Tensor]

@@ -15,7 +15,7 @@ from transformers import CLIPModel
 
 from hf_vitprune import PruningPlan, criteria
 from hf_vitprune.criteria import UnitScores
-from hf_vitprune.criteria.batches import batches_of
+from hf_vitprune.criteria.scores import batches_of
 from hf_vitprune.errors import InvalidDataError, MissingLabelsError, ScoresError, UnsupportedModelError
 from hf_vitprune.modeling.structure import layer_paths
 from hf_vitprune.spec.architecture import Architecture

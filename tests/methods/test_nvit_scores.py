@@ -14,8 +14,7 @@ from transformers import DeiTConfig, Trainer
 from hf_vitprune import Architecture, NViTConfig, PruningCallback, get_pruning_model
 from hf_vitprune.errors import InvalidConfigError, MissingGradientsError
 from hf_vitprune.methods.nvit.groups import GroupedSet, grouped_sets
-from hf_vitprune.methods.nvit.scores import RunningScores, divisors
-from hf_vitprune.methods.nvit.taylor import ActivationSums, WeightSums
+from hf_vitprune.methods.nvit.scores import ActivationSums, RunningScores, WeightSums, divisors
 from hf_vitprune.modeling.peft_twin import merged_twin
 from hf_vitprune.modeling.structure import layer_paths
 from pruning_runs import DROPOUT, SMALL_GROUPS, VIT, Images, lora_model, nvit, state_of, trainer

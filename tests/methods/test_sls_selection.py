@@ -17,7 +17,7 @@ from sklearn.metrics import silhouette_score
 from hf_vitprune import SLSConfig, select_layers
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError
 from hf_vitprune.methods import LayerSelection
-from hf_vitprune.methods.sls import scoring, screening, selection
+from hf_vitprune.methods.sls import scoring, selection
 from hf_vitprune.methods.sls.features import given_features
 
 #: quick maps for what does not depend on their quality
@@ -219,27 +219,27 @@ def test_estimates_are_near_the_scores(signal: float) -> None:
     (features,), labels = blobs(1, 200, 4, [signal])
     features, classes = features.numpy(), labels.numpy()
     exact = scoring.layer_score(features, classes, SLSConfig())
-    assert screening.estimated_score(features, classes, SLSConfig()) == pytest.approx(exact, abs=0.05)
+    assert scoring.estimated_score(features, classes, SLSConfig()) == pytest.approx(exact, abs=0.05)
 
 
 def test_estimates_follow_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screening, "PLAIN_STEPS", 40)
+    monkeypatch.setattr(scoring, "PLAIN_STEPS", 40)
     (features,), labels = blobs(1, 90, 4, [0.6])
     features, classes = features.numpy(), labels.numpy()
-    plain = screening.estimated_score(features, classes, SLSConfig())
-    assert screening.estimated_score(features, classes, SLSConfig(perplexity=5.0)) != plain
-    assert screening.estimated_score(np.ones((20, 4)), np.arange(20) % 2, SLSConfig()) == 0
+    plain = scoring.estimated_score(features, classes, SLSConfig())
+    assert scoring.estimated_score(features, classes, SLSConfig(perplexity=5.0)) != plain
+    assert scoring.estimated_score(np.ones((20, 4)), np.arange(20) % 2, SLSConfig()) == 0
 
 
 def test_a_map_that_is_clear_early_is_left_at_that(monkeypatch: pytest.MonkeyPatch) -> None:
     (features,), labels = blobs(1, 120, 3, [2.0])
     features, classes = features.numpy(), labels.numpy()
     looks: list[int] = []
-    gradient = screening._Forces.gradient
-    monkeypatch.setattr(screening._Forces, "gradient", lambda *args: looks.append(1) or gradient(*args))
+    gradient = scoring._Forces.gradient
+    monkeypatch.setattr(scoring._Forces, "gradient", lambda *args: looks.append(1) or gradient(*args))
     for enough, steps in ((0.3, 100), (0.999, 500), (None, 500)):
         looks.clear()
-        score = screening.estimated_score(features, classes, SLSConfig(), enough)
+        score = scoring.estimated_score(features, classes, SLSConfig(), enough)
         assert len(looks) == steps and (enough is None or (score > enough) == (steps < 500))
 
 
@@ -252,8 +252,8 @@ def test_the_gradient_is_that_of_the_divergence(monkeypatch: pytest.MonkeyPatch)
     kernel = (1 / (1 + (points[:, None] - points).square().sum(-1))).fill_diagonal_(0)
     off = ~torch.eye(150, dtype=torch.bool)
     (wanted[off] * (wanted[off] / (kernel / kernel.sum())[off]).log()).sum().backward()
-    monkeypatch.setattr(screening, "BLOCK", 64)  # the last blocks are smaller
-    made = screening._Forces(wanted.numpy()).gradient(points.detach().numpy(), 1.0)
+    monkeypatch.setattr(scoring, "BLOCK", 64)  # the last blocks are smaller
+    made = scoring._Forces(wanted.numpy()).gradient(points.detach().numpy(), 1.0)
     np.testing.assert_allclose(made, points.grad.numpy(), rtol=1e-8, atol=1e-12)
 
 
@@ -262,7 +262,7 @@ def test_affinities_have_the_perplexity(perplexity: float, copies: int) -> None:
     """Of 37 neighbours, and of all."""
     points = np.random.default_rng(0).normal(size=(80, 5)).astype(np.float32)
     points[40 : 40 + copies] = points[40]
-    joint = screening.joint_probabilities(points, perplexity)
+    joint = scoring.joint_probabilities(points, perplexity)
     assert joint.sum() == pytest.approx(1, abs=1e-5) and np.array_equal(joint, joint.T) and not joint.diagonal().any()
     np.testing.assert_allclose(joint, scoring_joint(points, perplexity), atol=1e-6)
 
@@ -312,7 +312,7 @@ def test_estimates_decide_where_they_are_far_from_the_threshold(
         seen.append(number)
         return scores[number - 1]
 
-    screened = screening.Screened(score, lambda number, _: estimates[number - 1], 5, 0.3, margin=0.12)
+    screened = scoring.Screened(score, lambda number, _: estimates[number - 1], 5, 0.3, margin=0.12)
     made = selection.walk(screened, 5, 0.3)
     assert made.kept_layers == kept == selection.walk(lambda n: scores[n - 1], 5, 0.3).kept_layers
     assert seen == full and sorted(screened.estimated + full, reverse=True) == list(made.scores)
@@ -325,7 +325,7 @@ def test_estimates_are_made_once_and_none_too_low() -> None:
         made.append(number)
         return 8.0 if number == 8 else number * enough
 
-    screened = screening.Screened(lambda number: 8.0, estimate, 8, 1 / 16, floor=3, threads=3, margin=0.25)
+    screened = scoring.Screened(lambda number: 8.0, estimate, 8, 1 / 16, floor=3, threads=3, margin=0.25)
     assert [screened(number) for number in (8, 7, 6)] == [8, 5.25, 4.5] and sorted(made) == [6, 7, 8]
     assert [screened(number) for number in (4, 3)] == [3, 2.25] and sorted(made) == [3, 4, 6, 7, 8]
 

@@ -24,9 +24,8 @@ from ..contract import PruningMethod, Stage, Traits
 from .config import NViTConfig, Schedule
 from .groups import Moment, Removal, Sizes, Trajectory, fewest_groups, grouped_sets, plan_of, removals, smallest_ratio
 from .masking import ZeroedWeights, set_masks
-from .scores import RunningScores, divisors, magnitudes, random_scores
+from .scores import ActivationSums, RunningScores, WeightSums, divisors, magnitudes, random_scores
 from .snapshots import save_run, save_snapshot
-from .taylor import ActivationSums, WeightSums
 
 logger = logging.get_logger(__name__)
 

@@ -1,9 +1,8 @@
 """The multiple-choice knapsack: one option of every group, least error in all, within a budget.
 
-A price for the cost (the best Lagrange multiplier) gives a bound that no choice
-beats, and how far each option is above its group's share of it. A choice whose error is near the bound takes options
-that are near it, so that a search over those alone, group by group, finds the best one (Sinha and Zoltners 1979;
-Pisinger 1995), to a tolerance that is stated.
+A price for the cost (the best Lagrange multiplier) gives a bound that no choice beats, and how far each option is above
+its group's share of it. A choice near the bound takes options near it, so that a search over those alone, group by
+group, finds the best one (Sinha and Zoltners 1979; Pisinger 1995), to a tolerance that is stated.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def allocate(groups: Sequence[Options], budget: float) -> Allocation:
 
 
 def _by_price(choices: list[Options]) -> tuple[list[int], float]:
-    """A good choice, and the price of cost by which it is found: the lowest at which all options of least worth fit."""
+    """A good choice, and the price of cost by which it is found: the lowest at which the best options fit."""
 
     def cheapest_worth(price: float) -> list[int]:
         return [int((c.errors + price * c.costs).argmin()) for c in choices]

@@ -3,8 +3,7 @@
 from .analysis import LayerAnalysis, analyse_layers
 from .config import SLSConfig
 from .features import extract_features
-from .method import SLS
-from .selection import LayerSelection, select_layers
+from .selection import SLS, LayerSelection, select_layers
 
 __all__ = [
     "SLS",

@@ -1,4 +1,4 @@
-"""From scores to a number of layers: the walk from the top (arXiv 2407.14330, section 3.3)."""
+"""From scores to a number of layers: the walk from the top (arXiv 2407.14330, section 3.3), alone and in training."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from ...errors import InvalidConfigError
+from ...errors import InvalidConfigError, InvalidDataError
 from ...spec.architecture import Architecture, unwrap
 from ...spec.towers import find_tower, tower_module
 from ...surgery.read_layers import layers_needed
-from ..depth import fewest_layers
+from ...utils.batches import ImageBatches
+from ..depth import DepthMethod, fewest_layers
 from .config import SLSConfig
 from .features import check_classes, check_features, extract_features, given_features
-from .scoring import layer_score, thread_count
-from .screening import MOST_IMAGES, Score, Screened, estimated_score
+from .scoring import MOST_IMAGES, Score, Screened, estimated_score, layer_score, thread_count
 
 logger = logging.getLogger(__name__)
 
@@ -143,3 +145,51 @@ def checked_floor(floor: int, layers: int, config: SLSConfig) -> int:
     if config.min_layers > layers:
         raise InvalidConfigError(f"min_layers is {config.min_layers}, and the model has {layers} layers")
     return max(floor, config.min_layers)
+
+
+class SLS(DepthMethod):
+    """The decision of SLS; scores are in buffers, so that a checkpoint restores them and processes share them."""
+
+    traits = replace(DepthMethod.traits, decides_by="images")
+    config: SLSConfig
+    estimated: torch.Tensor
+
+    def __init__(self, config: SLSConfig, model: PreTrainedModel) -> None:
+        super().__init__(config, model, config.stages)
+        self.architecture.check_looks("SLS")
+        total, device = len(self.architecture.layers), next(model.parameters()).device
+        self.floor = checked_floor(self.floor, total, config)
+        self.register_buffer("estimated", torch.zeros(total, dtype=torch.bool, device=device))
+
+    def decide(self, model: Any, images: ImageBatches | None = None) -> None:
+        """Score the layers of the model on the images, and keep what the scores say. Later calls change nothing."""
+        if self.decided:
+            return
+        if images is None:
+            raise InvalidDataError("SLS decides by labelled images, and there are none")
+        selection = select_layers(model, images, self.config)
+        self.record(selection.scores)
+        for number in selection.estimated:
+            self.estimated[number - 1] = True
+        self.keep(selection.kept_layers)
+        logger.info("SLS: %s", selection.reason)
+
+    @property
+    def selection(self) -> LayerSelection | None:
+        """What was decided, and why; None before."""
+        if not self.decided:
+            return None
+        estimated = (self.estimated.nonzero().squeeze(1) + 1).tolist()
+        return LayerSelection.of(self.found, len(self.estimated), self.config.alpha, self.floor, estimated)
+
+    def report(self) -> dict[str, Any]:
+        record = {} if self.selection is None else self.selection.to_dict()
+        return {name: record[name] for name in ("scores", "threshold", "reason", "estimated") if name in record}
+
+    def logs(self) -> dict[str, float]:
+        made = self.selection
+        if made is None:
+            return {}
+        scores = {f"score_layer_{number}": score for number, score in made.scores.items()}
+        threshold = {} if made.threshold is None else {"threshold": made.threshold}
+        return {"kept_layers": made.kept_layers, **threshold, **scores}

@@ -28,7 +28,7 @@ from ...plan.plan import PruningPlan
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import KERNELS
 from ...utils.sharding import whole
-from .cost import mixer_shape
+from .gates import mixer_shape
 
 Grid = tuple[int, int]
 

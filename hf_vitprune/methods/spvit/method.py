@@ -27,8 +27,7 @@ from ...utils.processes import mean_statistics
 from ..contract import PruningMethod, Stage, Traits
 from .branches import Attention, OwnBranches, SharedBranches, checked_linear, convolution_weights, refuse_zero
 from .config import SPViTConfig
-from .cost import SearchCost
-from .gates import LEVELS, MixerGates, NeuronGates
+from .gates import LEVELS, MixerGates, NeuronGates, SearchCost
 from .hooks import GatedColumns, attach_mixers
 from .mixing import MixerSearch
 
