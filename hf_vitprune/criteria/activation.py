@@ -22,16 +22,15 @@ def activation(model: Any, images: Any, part: str | None = None) -> UnitScores:
     """Mean magnitude, over tokens and images, of what every unit puts out; no labels, no gradients.
 
     After Minitron (Muralidharan et al., arXiv 2407.14679), with the mean as aggregation. A neuron: what the second
-    Linear reads. A v channel and a head: what the output projection reads, averaged over the head. A q/k
-    channel: mean ``|q|`` times mean ``|k|``. A residual channel: what the norms of all layers put out there. A
-    layer: what it adds to the residual stream, relative to the stream.
+    Linear reads. A v channel and a head: what the output projection reads, averaged over the head. A q/k channel: mean
+    ``|q|`` times mean ``|k|``. A residual channel: what the norms of all layers put out there. A layer: what it adds
+    to the residual stream, relative to the stream.
 
     Args:
         model: stock or pruned transformers model, or a PeftModel over one (active adapters merged).
         images: an iterable of batches, a DataLoader, or anything that ``ImageBatches`` takes; labels are not looked
-            at.
-        part: which tower of a bigger model (see :func:`hf_vitprune.towers`), which runs by itself; its only one by
-            default.
+        at. part: which tower of a bigger model (see :func:`hf_vitprune.towers`), which runs by itself; its only one by
+        default.
 
     Raises:
         UnsupportedModelError: no family is registered for the model.

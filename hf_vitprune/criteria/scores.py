@@ -168,16 +168,11 @@ class UnitSums:
 
 
 def batches_of(data: Any, form: Form | None = None) -> Iterator[dict[str, Any]]:
-    """One pass over the batches.
+    """One pass over the batches; an InvalidDataError where there are none, or they cannot be read.
 
-    Args:
-        data: an iterable of batches: mappings with ``pixel_values`` (batch, channels, height, width) and ``labels``
-            where there are any, or pairs of both; a DataLoader (its size of batches, in the order of the data unless
-            it streams); or anything that ``ImageBatches`` takes, 64 images a batch.
-        form: what the model takes, as in ``ImageBatches``.
-
-    Raises:
-        InvalidDataError: there are no images, or they cannot be read.
+    ``data``: an iterable of batches: mappings with ``pixel_values`` (batch, channels, height, width) and ``labels``
+    where there are any, or pairs of both; a DataLoader (its size of batches, in the order of the data unless it
+    streams); or anything that ``ImageBatches`` takes, 64 images a batch; ``form`` as there.
     """
     streams = isinstance(data, DataLoader) and isinstance(data.dataset, IterableDataset)
     batched = isinstance(data, (list, tuple)) and len(data) > 0 and _is_batch(data[0], form)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..cost.closed_form import count, layer_parts
+from ..cost.closed_form import count
 from ..errors import UnsupportedModelError
 from ..families.base import pair
 from ..modeling import build
@@ -241,10 +241,8 @@ def time_blocks(
     """
     points = points_of(stages, timed.dense)
     calls = timed.calls(points) + [partial(model, pixel_values=timed.pixels) for model in beside]
-    size = timed.image_size
-    effort = [_effort(timed.dense, point, size) for point in points] + [count(model, size).macs for model in beside]
     least = LEAST_SECONDS.get(timed.device.type, LEAST_SECONDS_ELSEWHERE)
-    done = timed_rounds(calls, rounds, timed.device, least, effort, kept, progress, shuffled=True)
+    done = timed_rounds(calls, rounds, timed.device, least, kept, progress, shuffled=True)
     medians = [median(row[i] for row in done) for i in range(len(calls))]
     rest = iter(medians)
 
@@ -259,15 +257,6 @@ def time_blocks(
         for i, row in enumerate(stages)
     ]
     return whole, grids, list(rest)
-
-
-def _effort(dense: Architecture, point: Point, image_size: tuple[int, int]) -> float:
-    """About how long a point takes, in multiply-adds: the model around the blocks is taken for a block."""
-    grid = dense.family.grid(dense.config, image_size)
-    stage, width = point.stage or 0, point.sizes["embedding"]
-    macs = sum(part.macs for part in layer_parts(dense, point.shape(False), width, stage, grid))
-    tokens = dense.family.attention_tokens(dense.config, grid, stage)[0]
-    return macs + 500 * tokens * width  # norms and residuals have no multiply-adds, but take time
 
 
 def _check_alike(architecture: Architecture) -> None:

@@ -74,16 +74,12 @@ def measure_speed(
     """Measure the forward pass of several models on the same random images.
 
     Every round times every model once, in turn. The models are in eval mode while they are measured, and are given
-    back as they were; where another device or dtype is asked for, copies are measured.
+    back as they were; where another device or dtype is asked for than the first model's, copies are measured.
 
     Args:
         models: name -> model that takes ``pixel_values``; the first one is what ``speedup`` compares with.
-        batch_size: images a forward pass.
         image_size: side, or (height, width), in pixels; by default what the first model's config says.
         rounds: samples of every model.
-        device: where to measure; by default where the first model is.
-        dtype: in which type to measure; by default that of the first model.
-        progress: show a progress bar.
 
     Raises:
         InvalidConfigError: no model, an impossible number, or no image size and no config that has one.
@@ -106,18 +102,13 @@ def measure_speed(
         calls = [partial(model, pixel_values=pixels) for model in ready]
         done = timed_rounds(calls, rounds, at, MIN_SAMPLE_SECONDS, progress=progress)
     setting = {"batch_size": batch_size, "image_size": [height, width], "dtype": str(kind).removeprefix("torch.")}
-    samples = {name: [row[i] for row in done] for i, name in enumerate(models)}
-    return _summarised(samples, batch_size, {**setting, **environment(at)})
-
-
-def _summarised(samples: dict[str, list[float]], batch_size: int, setting: dict[str, Any]) -> dict[str, Timing]:
-    reference = next(iter(samples.values()))
+    setting |= environment(at)
     timings = {}
-    for name, row in samples.items():
-        low, _, high = quantiles(row, n=4, method="inclusive") if len(row) > 1 else (row[0], row[0], row[0])
+    for name, row in zip(models, map(list, zip(*done, strict=True)), strict=True):
+        low, _, high = quantiles(row, n=4, method="inclusive") if rounds > 1 else row * 3
+        speedup = median(turn[0] / seconds for turn, seconds in zip(done, row, strict=True))
         seconds = median(row)
-        ratio = median(a / b for a, b in zip(reference, row, strict=True))
-        timings[name] = Timing(seconds, high - low, ratio, batch_size / seconds, tuple(row), setting)
+        timings[name] = Timing(seconds, high - low, speedup, batch_size / seconds, tuple(row), setting)
     return timings
 
 
@@ -212,7 +203,6 @@ def timed_rounds(
     rounds: int,
     device: torch.device,
     least_seconds: float,
-    effort: Sequence[float] | None = None,
     kept: PartialFile | None = None,
     progress: bool = True,
     shuffled: bool = False,
@@ -221,14 +211,12 @@ def timed_rounds(
 
     Args:
         least_seconds: a sample takes so long, by repeating.
-        effort: about how long each takes, in any unit: the progress bar's estimate of the time left goes by it.
         kept: taken up if it is there.
         shuffled: each round has an order of its own.
     """
     done = [] if kept is None else kept.read(len(calls))[:rounds]
-    shares = [1.0] * len(calls) if effort is None else effort
     bar = tqdm(
-        total=sum(shares) * (rounds - len(done) + 1),
+        total=len(calls) * (rounds - len(done) + 1),
         desc="measuring",
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
         disable=not progress,
@@ -236,9 +224,9 @@ def timed_rounds(
     )
     with torch.inference_mode(), bar:
         repeats = []
-        for call, share in zip(calls, shares, strict=True):
+        for call in calls:
             repeats.append(warm_up(call, device, least_seconds) if len(done) < rounds else 1)
-            bar.update(share)
+            bar.update()
         while len(done) < rounds:
             order = list(range(len(calls)))
             if shuffled:
@@ -246,7 +234,7 @@ def timed_rounds(
             row = [0.0] * len(calls)
             for i in order:
                 row[i] = sample(calls[i], device, repeats[i])
-                bar.update(shares[i])
+                bar.update()
             done.append(row)
             if kept is not None:
                 kept.write(done)

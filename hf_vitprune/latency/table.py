@@ -80,19 +80,18 @@ class LatencyTable:
 
         Args:
             model_or_config: a model, a config (of an image classifier) or an Architecture. Weights play no part; of a
-                pruned one, the dense model behind it is meant.
-            batch_size: images a forward pass.
+            pruned
+                one, the dense model behind it is meant.
             image_size: side, or (height, width), in pixels; the config's by default.
-            dtype: the model's by default (float32 for configs).
-            device: the model's by default (cpu for configs).
+            dtype, device: the model's by default (float32 and cpu for configs).
             grid: ``"coarse"`` (minutes on two cores for a ViT-S or ViT-B), ``"fine"``, or sizes by axis; see
                 :func:`~hf_vitprune.latency.grid.stage_axes`.
             rounds: times every shape is timed.
             monotone: read times from a fit that never falls when a size grows.
             partial: file for the finished rounds: a measurement that was cut off goes on from it.
-            progress: show a progress bar with the time left.
-            beside: further models that take turns with the blocks, by name; ``provenance["beside_seconds"]`` has
-                their times. A machine's speed drifts: only what was timed in one run can be compared closely.
+            beside: further models that take turns with the blocks, by name; ``provenance["beside_seconds"]`` has their
+            times. A
+                machine's speed drifts: only what was timed in one run can be compared closely.
 
         Raises:
             InvalidConfigError: an impossible number or grid.
@@ -173,11 +172,7 @@ class LatencyTable:
         image_size: int | tuple[int, int] | None = None,
         batch_size: int | None = None,
     ) -> None:
-        """Refuse an architecture of another model, or another input than the table's.
-
-        Args:
-            architecture: its dense model must be the table's.
-            image_size: side, or (height, width), of the images meant; None: not stated, as of ``batch_size``.
+        """Refuse another dense model, or other images or batches (None: not stated) than those of the table.
 
         Raises:
             LatencyTableError: what differs, and what the table has.
@@ -222,14 +217,12 @@ class LatencyTable:
         """Seconds a batch of models pruned from ``reference``, for a search.
 
         Args:
-            reference: what ratios are taken of.
             image_size: side, or (height, width), in pixels; the model's own by default.
             batch_size: images a forward pass that the pruned model is for; None: the table's.
             allow_other_device: the table may be of another device than this machine's.
 
         Raises:
-            LatencyTableError: the table is of another model, input, batch or device, or its grid does not cover the
-                reference.
+            LatencyTableError: the table is of another model, input, batch or device, or does not cover the reference.
         """
         sizes = reference.family.sizes_config(reference.config)
         self.check(reference, pair(sizes.image_size if image_size is None else image_size), batch_size)

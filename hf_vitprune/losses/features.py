@@ -129,13 +129,10 @@ class FeatureReader:
 
 
 class FeatureTeacher(Teacher):
-    """A dense model whose hidden states a student learns.
+    """A dense model whose hidden states a student learns: a small model, or a PruningModel.
 
-    Args:
-        model: the teacher, of the student's kind: the same tokens, and the same residual width unless ``config.plan``
-            says which channels the student has kept.
-        student: what is trained: a small model, or a PruningModel.
-        config: of ``kind="features"``.
+    It is of the student's kind: the same tokens, and the same residual width unless ``config.plan`` says which
+    channels the student has kept.
 
     Raises:
         InvalidConfigError: widths differ and nothing says which channels stay, a layer that student or teacher lack,

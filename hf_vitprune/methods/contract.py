@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainingArguments
 
+from ..cost.meter import ClosedFormMeter, CostMeter
 from ..losses.distillation import DistillationConfig
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
@@ -153,6 +154,13 @@ class PruningMethod(nn.Module):
     def logs(self) -> dict[str, float]:
         """Numbers for the Trainer's log; those of the decision too, once it is taken."""
         return {}
+
+    def ratios(self, now: Architecture) -> dict[str, float]:
+        """What is left of multiply-adds, parameters and what the target counts, as fractions: for logs."""
+        size = self.config.image_size
+        meters: list[CostMeter] = [ClosedFormMeter(metric, self.architecture, size) for metric in ("macs", "params")]
+        meters.append(self.config.meter(self.architecture))
+        return {f"{meter.metric}_ratio": meter.ratio(now) for meter in meters}
 
     # ------------------------------------------------------------------ decision
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:

@@ -12,7 +12,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from ...cost.meter import ClosedFormMeter
 from ...errors import InvalidConfigError, MissingGradientsError, UnreachableTargetError
 from ...losses.distillation import DistillationConfig
 from ...modeling.peft_twin import is_peft
@@ -155,10 +154,7 @@ class NViT(PruningMethod):
         self._settle()
 
     def logs(self) -> dict[str, float]:
-        now = self.choose().architecture
-        meters = {m: ClosedFormMeter(m, self.architecture, self.config.image_size) for m in ("macs", "params")}
-        ratios = {f"{metric}_ratio": meter.ratio(now) for metric, meter in meters.items()}
-        ratios[f"{self._meter.metric}_ratio"] = self.ratio
+        ratios = self.ratios(self.choose().architecture)
         counts = self.trajectory.counts(self._logged), self.trajectory.counts()
         self._logged = self.groups
         taken = {  # units that have gone since the row before

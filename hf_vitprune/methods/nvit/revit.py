@@ -19,18 +19,15 @@ def revit(base_config: PreTrainedConfig, hidden_size: int = 384, rule: str = "re
     """A wide middle and narrow ends: the redistributed shape of NViT (arXiv 2110.04869), not pruned.
 
     With a = round(0.005 E) and b = round(0.00625 E) (at least 1) for width E, a quarter of the layers at either end
-    have 2a heads with 8b q/k channels and an MLP of 3E; the half between has 4a heads with 16b and an MLP of 6E.
-    Heads have 64 value channels. The paper has 12 layers (3, 6, 3); other depths are split in the same proportions.
-    The released code, whose sizes are the published ones, gives the first and the last layer 10 heads with 16b; the
+    have 2a heads with 8b q/k channels and an MLP of 3E; the half between has 4a heads with 16b and an MLP of 6E. Heads
+    have 64 value channels. The paper has 12 layers (3, 6, 3); other depths are split in the same proportions. The
+    released code, whose sizes are the published ones, gives the first and the last layer 10 heads with 16b; the
     paper's table 6 does not.
 
     Args:
         base_config: stock config: depth, labels, image and patch size; its heads have 64 channels.
         hidden_size: residual width E.
         rule: ``"released"``, or ``"table"`` for the paper's table 6.
-
-    Returns:
-        The architecture; ``build(base_config, revit(base_config))`` is an untrained model of it.
 
     Raises:
         InvalidConfigError: the family has stages, or a fixed width, or the config's heads have not 64 channels; an

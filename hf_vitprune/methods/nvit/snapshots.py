@@ -66,12 +66,9 @@ def save_run(trajectory: Trajectory, moments: list[Moment], folder: str | Path) 
 def model_at(folder: str | Path, target: float) -> Any:
     """The model of a run when its cost first was at most ``target`` of the unpruned one's.
 
-    Loads the snapshot of the same or the next larger budget and cuts it further, in the order in which the run
-    removed groups: the shape is exactly the run's, the weights are those of the snapshot.
-
-    Args:
-        folder: ``snapshot_folder`` of the run.
-        target: fraction of the cost that may remain; between the first snapshot's and the run's own target.
+    Loads the snapshot of the same or the next larger budget out of the run's ``snapshot_folder`` and cuts it further,
+    in the order in which the run removed groups: the shape is exactly the run's, the weights are those of the
+    snapshot.
 
     Raises:
         UnreachableTargetError: the run has no snapshot at or above the target, or never came down to it.

@@ -1,6 +1,6 @@
 """The multiple-choice knapsack: one option of every group, least error in all, within a budget.
 
-A price for the cost (the best Lagrange multiplier) gives a bound that no choice beats, and how far each option is above
+A price of cost (the best Lagrange multiplier) gives a bound that no choice beats, and how far each option is above
 its group's share of it. A choice near the bound takes options near it, so that a search over those alone, group by
 group, finds the best one (Sinha and Zoltners 1979; Pisinger 1995), to a tolerance that is stated.
 """

@@ -36,15 +36,13 @@ class OneShotScores:
     """What every size of every layer of a model costs in accuracy.
 
     Attributes:
-        architecture: of the model.
-        fingerprint: digest of its weights.
-        settings: what they were measured with.
-        images: how many were seen.
+        fingerprint: digest of the model's weights.
+        settings, images: what they were measured with, and how many were seen.
         tensors: ``<layer>.<name>``. ``heads`` and ``neurons``: order of removal. ``values`` (heads kept - 1, sizes),
             ``queries`` (sizes, head), ``neuron_errors`` (neurons removed): squared errors of what the branch adds, or
-            of the products of queries and keys; ``..._seen`` (probes, 2): some of them with the relative squared
-            error of the model's output that was measured for it. ``qk`` and ``v`` (head, channel): how strong channels
-            are as they are. With ``settings.statistics`` also the moments.
+            of the products of queries and keys; ``..._seen`` (probes, 2): some of them with the relative squared error
+            of the model's output that was measured for it. ``qk`` and ``v`` (head, channel): how strong channels are
+            as they are. With ``settings.statistics`` also the moments.
         model: where it is, where that was said.
     """
 
@@ -69,17 +67,16 @@ class OneShotScores:
         """Score a model from unlabelled images: forward passes only; the model is not changed.
 
         Heads and hidden neurons are put in the order in which the others can best make up for them (optimal brain
-        surgeon, arXiv 2203.04466); the errors of values and of queries and keys are those of their best low rank.
-        With several processes, all have to call this, with the same data; all get the same scores.
+        surgeon, arXiv 2203.04466); the errors of values and of queries and keys are those of their best low rank. With
+        several processes, all have to call this, with the same data; all get the same scores.
 
         Args:
-            model: stock or pruned transformers model, a bigger one with a tower in it, or a PeftModel over one (with
-                its active adapters).
-            images: unlabelled: anything that ``ImageBatches`` takes, already through the image processor. A tower runs
-                by itself, on what it takes of the batches.
-            settings: the defaults where there are none.
+            model: stock or pruned, a bigger one with a tower in it, or a PeftModel over one (with its active
+                adapters).
+            images: unlabelled: anything that ``ImageBatches`` takes, already through the image processor.
             name: where the model is, kept for ``hf-vitprune prune --scores``.
-            part: which tower of a bigger model (see :func:`hf_vitprune.towers`); its only one by default.
+            part: which tower of a bigger model (see :func:`hf_vitprune.towers`), which runs by itself; its only one by
+                default.
 
         Raises:
             UnsupportedModelError: no family is registered for the model, or it is spread over devices.
@@ -108,7 +105,10 @@ class OneShotScores:
         uniform: bool = False,
         **goal: Any,
     ) -> PruningPlan:
-        """The sizes that lose least at a target.
+        """The sizes that lose least at a target: among all plans of scored sizes, the least sum of errors.
+
+        It keeps units as they are: ``prune(model, plan, calibration=images)`` or :meth:`compensate` make up for the
+            rest.
 
         Args:
             target: fraction of the model's cost that may remain, in (0, 1).
@@ -117,13 +117,7 @@ class OneShotScores:
             round_to: kept channels and neurons are a multiple of this, or all there are (heads: any number).
             uniform: the same sizes in every layer, q/k as v, of those that a stock class can hold: the small model is
                 then a stock one, which loads without this library.
-            goal: ``image_size``, ``latency_table``, ``latency_batch_size``, ``allow_other_device`` as in every
-                method's config.
-
-        Returns:
-            The plan. Among all plans that take one of the scored sizes for each branch, it has the least sum of
-            errors. It keeps units as they are: ``prune(model, plan, calibration=images)`` or :meth:`compensate`
-            make up for the rest.
+            goal: ``image_size``, ``latency_table``, ``latency_batch_size``, ``allow_other_device`` as in every config.
 
         Raises:
             UnreachableTargetError: the smallest sizes cost more.
@@ -135,18 +129,14 @@ class OneShotScores:
         return best_plan(self.architecture, self.tensors, self.settings, goal)
 
     def compensate(self, model: Any, plan: PruningPlan) -> PruningPlan:
-        """The plan with new weights, from the statistics alone: no images.
+        """The plan with new weights, from the statistics alone: no images, no adapters.
 
         Every branch is fitted on the dense model's own statistics. With images, ``prune(model, plan,
         calibration=images)`` also makes up for what the layers below lost, and is closer to the dense model.
 
-        Args:
-            model: the one that was scored; plain, without adapters.
-            plan: any that removes heads, q/k or v channels or hidden neurons of it.
-
         Raises:
-            InvalidDataError: the model is another one, or the statistics were not kept.
-            InvalidPlanError: the plan removes something else, or carries weights or factors.
+            InvalidDataError: the model is another one than was scored, or the statistics were not kept.
+            InvalidPlanError: the plan removes more than heads, channels and neurons, or carries weights or factors.
         """
         if is_peft(model):
             raise UnsupportedModelError(

@@ -25,15 +25,14 @@ PROBE_STEPS = 1000
 
 @dataclass(frozen=True)
 class LayerAnalysis:
-    """What every layer knows of the classes.
+    """What every layer, by its number from 1, knows of the classes; and what SLS decides (``selection``).
 
     Attributes:
-        scores: layer number from 1 -> silhouette coefficient, of all layers.
-        probe_accuracy: layer number -> accuracy of a linear classifier on the layer's features.
+        scores: silhouette coefficients.
+        probe_accuracy: of a linear classifier on the layer's features.
         correlation: Spearman's rank correlation of the two over the layers; None where one of them is constant.
-        maps: layer number -> (images, 2) t-SNE coordinates in the unit square.
+        maps: (images, 2) t-SNE coordinates in the unit square.
         labels: (images,) class numbers, in the order of the maps.
-        selection: what SLS decides.
     """
 
     scores: dict[int, float]

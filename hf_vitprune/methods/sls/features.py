@@ -33,12 +33,11 @@ def extract_features(
     """Features of every layer's raw output (before the final norm), in eval mode and float32, by one pass.
 
     The feature of an image is its class token, or where the model has none, the mean over its patch tokens; of a Swin
-    layer that ends a stage, after the stage's patch merging. The model is given back in the mode that it was in.
+    layer that ends a stage, after the stage's patch merging.
 
     Args:
-        model: stock, pruned, PEFT or PruningModel.
+        model: stock, pruned, PEFT or PruningModel; given back in the mode that it was in.
         data: images with class labels; anything that ``ImageBatches`` takes.
-        config: ``batch_size`` and ``max_samples`` are read.
         layers: layer numbers from 1; None for all.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How well classes lie apart in a layer's features: t-SNE to two dimensions, then the silhouette; and a cheap t-SNE."""
+"""How well classes lie apart in a layer's features: t-SNE to two dimensions, the silhouette, and a cheap t-SNE."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def thread_count(config: SLSConfig) -> int:
 
 
 # ---------------------------------------------------------------------- a cheap form, at a tenth of the cost
-# Exact gradients as products of dense matrices, and four times the rate over half the steps. Scores come out within a
-# few hundredths, and within 0.15 where classes are about to come apart; on a share of the images they were off by 0.35.
+# Exact gradients as products of dense matrices, four times the rate over half the steps. Scores come out within a few
+# hundredths, and within 0.15 where classes are about to come apart; on a share of the images they were off by 0.35.
 
 #: with more images, matrices of all pairs are no cheaper than scikit-learn's tree
 MOST_IMAGES = 3000

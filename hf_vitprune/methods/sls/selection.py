@@ -80,16 +80,15 @@ def select_layers(
 ) -> LayerSelection:
     """Decide how many of the bottom layers to keep for a task (SLS, arXiv 2407.14330).
 
-    The score of a layer is the silhouette coefficient of the true classes in a t-SNE map of its features. From the
-    top down, the first layer that scores under ``alpha`` times the last layer's score ends the search, and the layer
-    above it becomes the last one. Layers below are not scored.
+    The score of a layer is the silhouette coefficient of the true classes in a t-SNE map of its features. From the top
+    down, the first layer that scores under ``alpha`` times the last layer's score ends the search, and the layer above
+    it becomes the last one. Layers below are not scored.
 
     Args:
         features_or_model: one (images, channels) tensor or array a layer, bottom to top; or a model that was trained
             on the task (stock, PEFT, or a PruningModel).
         labels_or_dataset: the images' class numbers; or for a model, images with labels in anything that
             ``ImageBatches`` takes: all of them are used, in their order, by one pass in eval mode and float32.
-        config: ``SLSConfig()`` by default.
         part: which tower of a bigger model (see :func:`hf_vitprune.towers`), which runs by itself; its only one by
             default.
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
 from ...cost.closed_form import removed_macs
-from ...cost.meter import ClosedFormMeter
 from ...errors import InvalidConfigError, InvalidPlanError, UnreachableTargetError, UnsupportedModelError
 from ...families import LayerPaths
 from ...modeling.structure import layer_paths
@@ -167,10 +166,7 @@ class SPViT(PruningMethod):
         for i, columns in self._columns.items():
             numbers[f"gate_layer{i}_mlp"] = columns.gates.probabilities().mean().item()
         now = self._shapes().architecture
-        for metric in ("macs", "params"):
-            meter = ClosedFormMeter(metric, self.architecture, self.config.image_size)
-            numbers[f"{metric}_ratio"] = meter.ratio(now)
-        numbers["stable_steps"] = self._stable
+        numbers |= {**self.ratios(now), "stable_steps": self._stable}
         if self.decided:
             mixers, mlps, part = removed_macs(now, self.config.image_size).values()
             numbers |= {"attention_removed": mixers, "mlp_removed": mlps, "attention_part_of_removed": part}

@@ -10,7 +10,6 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ...cost.meter import ClosedFormMeter, CostMeter
 from ...errors import InvalidConfigError, InvalidPlanError, UnsupportedUnitError
 from ...modeling.structure import layer_paths
 from ...plan.layer_plan import PAD, LayerPlan
@@ -74,16 +73,10 @@ class VTP(PruningMethod):
 
     def logs(self) -> dict[str, float]:
         scores = torch.cat([gate.factors().detach().abs() for gate in self._gates().values()])
-        plan = self.choose()
-        meters: dict[str, CostMeter] = {
-            m: ClosedFormMeter(m, plan.source, self.config.image_size) for m in ("macs", "params")
-        }
-        meters.setdefault(self.config.target_metric, self.config.meter(plan.source))
-        ratios = {metric: meter.ratio(plan.architecture) for metric, meter in meters.items()}
         return {
             "gates_mean": scores.mean().item(),
             "gates_min": scores.min().item(),
-            **{f"{metric}_ratio": ratio for metric, ratio in ratios.items()},
+            **self.ratios(self.choose().architecture),
         }
 
     def _gates(self) -> dict[str, Gate]:
