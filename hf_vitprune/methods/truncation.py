@@ -46,14 +46,12 @@ class TruncationConfig(PruningConfig):
         max_drop: with ``"validation"``: accuracy that may be lost against all layers, in [0, 1], without retraining
             (0.01 by default). With ``"features"``: one minus the mean cosine, CLS counting as much as all patches
             (0.05 by default).
-        min_layers: with these two: never keep fewer.
         batch_size: with these two: images a forward pass.
     """
 
     unused: ClassVar = {"gate_learning_rate": "truncation has no gates"}
     layers: int | str | None = None
     max_drop: float = None  # type: ignore[assignment]  # see MAX_DROPS
-    min_layers: int = 1
     batch_size: int = 64
 
     def __post_init__(self) -> None:
@@ -70,7 +68,7 @@ class TruncationConfig(PruningConfig):
         if self.max_drop is None:
             self.max_drop = MAX_DROPS.get(str(self.layers), MAX_DROPS[VALIDATION])
         check_number("max_drop", self.max_drop, highest=1)
-        check_counts(self, "min_layers", "batch_size")
+        check_counts(self, "batch_size")
 
     @property
     def by_images(self) -> bool:
@@ -78,7 +76,7 @@ class TruncationConfig(PruningConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Without what says nothing for the way chosen."""
-        without = set() if self.by_images else {"max_drop", "min_layers", "batch_size"}
+        without = set() if self.by_images else {"max_drop", "batch_size"}
         if self.target is None:
             without |= {"target", "target_metric", "latency_table", "latency_batch_size", "allow_other_device"}
         return {name: value for name, value in super().to_dict().items() if name not in without}
@@ -95,10 +93,6 @@ class Truncation(DepthMethod):
         if not config.by_images:
             return
         self.traits = replace(self.traits, decides_by="held_out_images")
-        self.floor = max(self.floor, config.min_layers)
-        total = len(self.architecture.layers)
-        if config.min_layers > total:
-            raise InvalidConfigError(f"min_layers is {config.min_layers}, and the model has {total} layers")
         if config.layers == FEATURES:
             self.architecture.check_looks("truncation by features")
         elif not self.architecture.task.startswith("ForImageClassification"):

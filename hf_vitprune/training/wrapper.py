@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import ResumeError
 from ..losses.task import is_classifier
+from ..methods.base import RETIRED
 from ..utils.sharding import spread_state
 from .setup import differences
 
@@ -87,6 +88,7 @@ class Checkpoints(nn.Module):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         theirs, ours = (json.loads(bytes(t.tolist())) for t in (state, self.get_extra_state()))
+        ours |= {key: str(value) for key, value in RETIRED.items() if key in theirs and key not in ours}
         rows = [f"{key} was {old} and is {new}" for key, old, new in differences(theirs, ours)]
         if rows:
             raise ResumeError(

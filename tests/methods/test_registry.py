@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import toy_method
 from hf_vitprune import count, get_pruning_model, register_method
-from hf_vitprune.errors import InvalidConfigError
+from hf_vitprune.errors import InvalidConfigError, ResumeError
 from hf_vitprune.methods import (
     NViTConfig,
     PruningConfig,
     SLSConfig,
+    SPViTConfig,
     VTPConfig,
     config_class_of,
     method_names,
@@ -93,3 +97,19 @@ def test_what_is_no_method(toy: Any) -> None:
     ):
         with pytest.raises(InvalidConfigError, match=message):
             register_method(config_class, method_class)
+
+
+def test_checkpoints_that_name_settings_of_before_go_on() -> None:
+    """Those that are gone, at what they were by default; any other value computed something else."""
+    config = SPViTConfig(target=0.7)
+    state = dict(get_pruning_model(make(VIT), config).state_dict())
+    record = json.loads(bytes(state["_extra_state"].tolist()))
+    for changes, refused in (
+        ({"temperature": "1.0", "final_temperature": "None", "tolerance": "0.02"}, None),
+        ({"final_temperature": "0.5"}, "final_temperature was 0.5 and is None"),
+        ({"cost_weight": "3.0"}, "cost_weight was 3.0 and is 40.0"),
+        ({"magic": "None"}, "magic was None and is None"),
+    ):
+        state["_extra_state"] = torch.tensor(list(json.dumps({**record, **changes}).encode()), dtype=torch.uint8)
+        with pytest.raises(ResumeError, match=refused) if refused else contextlib.nullcontext():
+            get_pruning_model(make(VIT), config).load_state_dict(state)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_vitprune import SLSConfig, select_layers
-from hf_vitprune.errors import InvalidConfigError, InvalidDataError
+from hf_vitprune.errors import InvalidDataError
 from hf_vitprune.methods.sls import analyse_layers, analysis
 from hf_vitprune.methods.sls.scoring import map_score
 
@@ -84,7 +84,6 @@ def test_rank_correlation(first: list[float], second: list[float], expected: flo
         ((layers(1.0), torch.zeros_like(LABELS), QUICK), InvalidDataError, "at least 2 classes"),
         ((layers(1.0), torch.arange(48), QUICK), InvalidDataError, "no class has two; pass probe_features"),
         ((layers(1.0), LABELS[:40], QUICK), InvalidDataError, "48 images, and there are 40 labels"),
-        ((layers(1.0), LABELS, SLSConfig(min_layers=2)), InvalidConfigError, "min_layers is 2"),
     ],
 )
 def test_what_cannot_be_analysed_is_refused(arguments: Any, error: type[Exception], words: str) -> None:

@@ -183,14 +183,6 @@ def test_every_setting_matters_and_is_repeatable(settings: dict[str, Any]) -> No
     assert ours[0] == ours[1] and ours[0].scores != plain.scores
 
 
-def test_min_layers() -> None:
-    features, labels = CASES["none fails"]
-    made = select_layers(features, labels, SLSConfig(min_layers=2, **QUICK))
-    assert made.kept_layers == 2 and list(made.scores) == [3, 2]
-    with pytest.raises(InvalidConfigError, match="min_layers is 5.*3 layers"):
-        select_layers(features, labels, SLSConfig(min_layers=5))
-
-
 def test_max_samples_spreads_over_sorted_data() -> None:
     features, labels = blobs(1, 100, 4, [1.0])
     order = labels.argsort(stable=True)
@@ -386,7 +378,7 @@ def test_what_cannot_be_scored_is_refused(features: Any, labels: Any, words: str
         ({"alpha": "0.3"}, "alpha"), ({"target": 0.5}, "TruncationConfig"), ({"gate_learning_rate": 0.1}, "no gates"),
         ({"perplexity": 0}, "perplexity"), ({"iterations": 100}, "iterations is a whole number of at least 250"),
         ({"seed": -1}, "seed"), ({"stages": 0}, "stages"), ({"target_metric": "latency"}, "leave target_metric out"),
-        ({"min_layers": 0}, "min_layers"), ({"max_samples": 0}, "max_samples"), ({"threads": 0}, "threads"),
+        ({"max_samples": 0}, "max_samples"), ({"threads": 0}, "threads"),
         ({"fast": "yes"}, "fast"), ({"batch_size": 2.0}, "batch_size"),
     ],
 )  # fmt: skip

@@ -82,7 +82,7 @@ def test_what_gates_learn_from_the_cost() -> None:
 
 
 def test_samples_are_of_the_logistic_relaxation() -> None:
-    gates = BinaryGates(20000, 1.5, torch.device("cpu"))
+    gates = BinaryGates(20000, torch.device("cpu"))
     torch.manual_seed(0)
     drawn = gates.sample()
     assert set(drawn.tolist()) == {0.0, 1.0}
@@ -96,7 +96,7 @@ def test_samples_are_of_the_logistic_relaxation() -> None:
 
 
 def test_the_likelier_value_and_its_gradient() -> None:
-    gates = BinaryGates(3, 0.0, torch.device("cpu"))
+    gates = BinaryGates(3, torch.device("cpu"))
     gates.score.data = torch.tensor([-1.0, 0.0, 2.0])
     value = gates.likelier()
     assert value.tolist() == [0.0, 0.0, 1.0]
@@ -109,7 +109,7 @@ def test_the_likelier_value_and_its_gradient() -> None:
 
 
 def test_levels_and_counts() -> None:
-    mixer = MixerGates(1.5, torch.device("cpu"))
+    mixer = MixerGates(torch.device("cpu"))
     for scores, level in (([1, 1, 1], 3), ([1, 1, -1], 2), ([1, -1, 1], 1), ([-1, 1, 1], 0), ([1, 0, 1], 1)):
         mixer.score.data = torch.tensor(scores, dtype=torch.float32)
         assert mixer.level() == level
@@ -119,7 +119,7 @@ def test_levels_and_counts() -> None:
     mixer.score.data.fill_(-1)
     assert mixer.level() == 2
 
-    neurons = NeuronGates(10, 1.5, torch.device("cpu"), round_to=4)
+    neurons = NeuronGates(10, torch.device("cpu"), round_to=4)
     neurons.score.data = torch.tensor([1.0, -1, 3, 2, -2, 4, -3, -4, -5, -6])
     assert neurons.count() == 4 and neurons.on().nonzero().flatten().tolist() == [0, 2, 3, 5]
     neurons.score.data[0] = -0.5  # three on: rounded up, the likeliest of the rest joins

@@ -43,7 +43,7 @@ ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "per_device_train_batch_
 
 # ---------------------------------------------------------------------- the search in training
 def test_a_search_meets_its_target_stops_and_is_logged(tmp_path: Path) -> None:
-    settings = {"target": 0.7, "gate_learning_rate": 0.1, "round_to": 1, "patience": 10, "initial_score": 1.0}
+    settings = {"target": 0.7, "gate_learning_rate": 0.1, "round_to": 1, "patience": 10}
     model = spvit(**settings)
     run_ = trainer(
         model, tmp_path, max_steps=200, logging_strategy="steps", lr_scheduler_type="cosine", warmup_steps=5,
@@ -149,7 +149,6 @@ def config(**settings: Any) -> Callable[[], Any]:
         (config(target_gmacs=1.0, target_metric="params"), InvalidConfigError, "leave target_metric at macs"),
         (config(target_gmacs=0), InvalidConfigError, "target_gmacs must be positive"),
         (config(target=0.5, cost_weight=0), InvalidConfigError, "cost_weight must be positive"),
-        (config(target=0.5, initial_score=-1.5), InvalidConfigError, "initial_score is a number, not negative"),
         (config(target=0.5, single_path=1), InvalidConfigError, "single_path is True or False"),
         (config(target=0.5, enforce_target=0), InvalidConfigError, "enforce_target is True or False"),
         (config(target=0.5, gate_gradients="all"), InvalidConfigError, "gate_gradients is one of shared, topmost"),

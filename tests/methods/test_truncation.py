@@ -90,13 +90,13 @@ def test_validation_goes_down_until_it_costs_too_much(kind: str, max_drop: float
 
 
 def test_the_callback_decides_by_images_of_its_own(tmp_path: Path) -> None:
-    config = TruncationConfig(layers="validation", max_drop=1.0, min_layers=2)
+    config = TruncationConfig(layers="validation", max_drop=1.0)
     model = get_pruning_model(make(VIT), config)
     with pytest.raises(InvalidConfigError, match=r"PruningCallback\(images="):
         trainer(model, tmp_path, train_dataset=Patterns()).train()
     run_of = trainer(model, tmp_path, train_dataset=Patterns(), callbacks=[PruningCallback(Patterns(10))])
     run_of.train()
-    assert len(model.plan().layers) == 2 and list(model.method.found) == [3, 2]
+    assert len(model.plan().layers) == 1 and list(model.method.found) == [3, 2, 1]
     assert run_of.state.log_history[-1]["accuracy_2_layers"] == model.method.found[2]
 
 
@@ -116,7 +116,7 @@ def test_training_images_are_no_validation(tmp_path: Path) -> None:
     [
         ({}, "give either"), ({"layers": 2, "target": 0.5}, "both"), ({"layers": "half"}, "or 'features'"),
         ({"layers": 2.0}, "whole number"), ({"layers": True}, "whole number"), ({"target": 1.5}, "target"),
-        ({"layers": 2, "max_drop": 2}, "max_drop"), ({"layers": 2, "min_layers": 0}, "min_layers"),
+        ({"layers": 2, "max_drop": 2}, "max_drop"),
         ({"layers": 2, "gate_learning_rate": 0.1}, "no gates"), ({"layers": 2, "batch_size": 0}, "batch_size"),
     ],
 )  # fmt: skip
@@ -128,8 +128,6 @@ def test_settings_are_checked(settings: dict[str, Any], words: str) -> None:
 def test_validation_needs_a_classifier() -> None:
     with pytest.raises(InvalidConfigError, match="classifies no images"):
         get_pruning_model(make("ViTModel"), TruncationConfig(layers="validation"))
-    with pytest.raises(InvalidConfigError, match="min_layers is 4"):
-        get_pruning_model(make(VIT), TruncationConfig(layers="validation", min_layers=4))
 
 
 # ---------------------------------------------------------------------- by features, without labels

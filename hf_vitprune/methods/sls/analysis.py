@@ -17,7 +17,7 @@ from ...errors import InvalidDataError
 from .config import SLSConfig
 from .features import check_classes, given_features
 from .scoring import map_score, tsne_map, unit_square
-from .selection import LayerSelection, checked_floor, walk
+from .selection import LayerSelection, walk
 
 #: steps of the probe's solver; it has converged long before on features of a trained model
 PROBE_STEPS = 1000
@@ -91,8 +91,7 @@ def analyse_layers(
             accuracy[number] = cross_validated(layer, classes)
         else:
             accuracy[number] = probe().fit(layer, classes).score(held_out[0][number], held_out[1])
-    total = len(layers)
-    selection = walk(scores.__getitem__, total, config.alpha, checked_floor(1, total, config))
+    selection = walk(scores.__getitem__, len(layers), config.alpha)
     correlation = rank_correlation(list(scores.values()), list(accuracy.values()))
     return LayerAnalysis(scores, accuracy, correlation, selection, maps, classes)
 

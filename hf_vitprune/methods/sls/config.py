@@ -24,7 +24,6 @@ class SLSConfig(PruningConfig):
         perplexity: of t-SNE; never more than (images - 1) / 3.
         iterations: of t-SNE, at least 250.
         seed: of t-SNE.
-        min_layers: never keep fewer layers.
         stages: of a model with stages (Swin), how many of the last ones can lose layers. As in the authors' code, the
             last can lose all of them, and keeps its patch merging; of the first that is cut, one layer stays.
         max_samples: score with at most this many images, evenly spaced over the data; None: all.
@@ -47,7 +46,6 @@ class SLSConfig(PruningConfig):
     perplexity: float = 30.0
     iterations: int = 1000
     seed: int = 0
-    min_layers: int = 1
     stages: int = 2
     max_samples: int | None = None
     batch_size: int = 64
@@ -60,6 +58,6 @@ class SLSConfig(PruningConfig):
         check_positive("perplexity", self.perplexity)
         check_count("iterations", self.iterations, MIN_ITERATIONS)
         check_count("seed", self.seed, 0)
-        check_counts(self, "min_layers", "stages", "batch_size")
+        check_counts(self, "stages", "batch_size")
         check_counts(self, "max_samples", "threads", optional=True)
         check_flags(self, "fast")

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...errors import InvalidConfigError, InvalidDataError
+from ...errors import InvalidDataError
 from ...spec.architecture import Architecture, unwrap
 from ...spec.towers import find_tower, tower_module
 from ...surgery.read_layers import layers_needed
@@ -95,7 +95,6 @@ def select_layers(
     Raises:
         InvalidDataError: fewer than two classes, labels that are no classes, features that are not finite or do not
             match.
-        InvalidConfigError: ``min_layers`` is over the number of layers.
         UnsupportedModelError: no family is registered for the model.
     """
     config = config or SLSConfig()
@@ -103,13 +102,12 @@ def select_layers(
         total = len(Architecture.of(features_or_model, part).layers)
         tower = tower_module(features_or_model, part)
         needed, _ = layers_needed(unwrap(features_or_model), find_tower(features_or_model, part), total)
-        floor = checked_floor(max(needed, fewest_layers(tower, config.stages)), total, config)
+        floor = max(needed, fewest_layers(tower, config.stages))
         read, labels = extract_features(tower, labels_or_dataset, config, range(floor, total + 1))
         features = {number: check_features(layer, number, len(labels)) for number, layer in read.items()}
     else:
         features, labels = given_features(features_or_model, labels_or_dataset, config)
-        total = max(features)
-        floor = checked_floor(1, total, config)
+        total, floor = max(features), 1
     classes = check_classes(labels)
 
     def score(number: int) -> float:
@@ -139,13 +137,6 @@ def walk(score: Score, layers: int, alpha: float, floor: int = 1) -> LayerSelect
     return selection
 
 
-def checked_floor(floor: int, layers: int, config: SLSConfig) -> int:
-    """Fewest layers that may stay: by the model and by the config."""
-    if config.min_layers > layers:
-        raise InvalidConfigError(f"min_layers is {config.min_layers}, and the model has {layers} layers")
-    return max(floor, config.min_layers)
-
-
 class SLS(DepthMethod):
     """The decision of SLS; scores are in buffers, so that a checkpoint restores them and processes share them."""
 
@@ -157,7 +148,6 @@ class SLS(DepthMethod):
         super().__init__(config, model, config.stages)
         self.architecture.check_looks("SLS")
         total, device = len(self.architecture.layers), next(model.parameters()).device
-        self.floor = checked_floor(self.floor, total, config)
         self.register_buffer("estimated", torch.zeros(total, dtype=torch.bool, device=device))
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:

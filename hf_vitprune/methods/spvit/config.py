@@ -36,7 +36,6 @@ class SPViTConfig(PruningConfig):
     Attributes:
         target_gmacs: 10^9 multiply-adds that may remain; the cost is then counted in that unit.
         cost_weight: lambda of the cost term ``lambda * (cost - target)^2``.
-        initial_score: theta of every gate at the start; a gate is on with probability ``sigmoid(theta)`` (paper: 1.5).
         single_path: convolutions share the attention's weights. False is the paper's baseline: every candidate has
             weights of its own, drawn at random.
         gate_gradients: which of the three gates of a layer learn from mixers that are on. ``"shared"``: all gates of
@@ -53,7 +52,6 @@ class SPViTConfig(PruningConfig):
     gate_learning_rate: float | None = 1e-3
     target_gmacs: float | None = None
     cost_weight: float = 40.0
-    initial_score: float = 1.5
     single_path: bool = True
     gate_gradients: str = "topmost"
     enforce_target: bool = True
@@ -64,7 +62,6 @@ class SPViTConfig(PruningConfig):
         super().__post_init__()
         self._check_target()
         check_positive("cost_weight", self.cost_weight)
-        check_positive("initial_score", self.initial_score)
         check_flags(self, "single_path", "enforce_target")
         check_one_of(self, "gate_gradients", GATE_GRADIENTS)
         check_counts(self, "round_to")

@@ -15,6 +15,8 @@ from ...plan.select import best, rounded
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import KERNELS, LayerShape
 
+#: of every gate, of the paper: on with probability 0.82
+INITIAL_SCORE = 1.5
 #: what gates choose from, by how many of the three nested gates are on
 LEVELS = ("none", "conv1x1", "conv3x3", "attention")
 
@@ -24,9 +26,9 @@ class BinaryGates(nn.Module):
 
     kept: torch.Tensor
 
-    def __init__(self, units: int, initial: float, device: torch.device) -> None:
+    def __init__(self, units: int, device: torch.device) -> None:
         super().__init__()
-        self.score = nn.Parameter(torch.full((units,), float(initial), device=device))
+        self.score = nn.Parameter(torch.full((units,), INITIAL_SCORE, device=device))
         self.register_buffer("kept", torch.ones(units, dtype=torch.bool, device=device))
         self.decided = False
 
@@ -62,8 +64,8 @@ class BinaryGates(nn.Module):
 class MixerGates(BinaryGates):
     """The three nested gates of a layer: 1 x 1, 3 x 3, attention."""
 
-    def __init__(self, initial: float, device: torch.device) -> None:
-        super().__init__(3, initial, device)
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(3, device)
 
     def level(self, threshold: float = 0.0) -> int:
         """How many gates are on, from the simplest up to the first that is off: an index of :data:`LEVELS`.
@@ -80,8 +82,8 @@ class MixerGates(BinaryGates):
 class NeuronGates(BinaryGates):
     """One gate for every hidden neuron of an MLP; thresholds as of :class:`MixerGates`."""
 
-    def __init__(self, units: int, initial: float, device: torch.device, round_to: int) -> None:
-        super().__init__(units, initial, device)
+    def __init__(self, units: int, device: torch.device, round_to: int) -> None:
+        super().__init__(units, device)
         self.round_to = round_to
 
     def count(self, threshold: float = 0.0) -> int:

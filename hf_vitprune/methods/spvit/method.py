@@ -26,7 +26,7 @@ from ...utils.processes import mean_statistics
 from ..contract import PruningMethod, Stage, Traits
 from .branches import Attention, OwnBranches, SharedBranches, checked_linear, convolution_weights, refuse_zero
 from .config import SPViTConfig
-from .gates import LEVELS, MixerGates, NeuronGates, SearchCost
+from .gates import INITIAL_SCORE, LEVELS, MixerGates, NeuronGates, SearchCost
 from .hooks import GatedColumns, attach_mixers
 from .mixing import MixerSearch
 
@@ -88,13 +88,13 @@ class SPViT(PruningMethod):
         if shape.mixer == "attention":
             attention = Attention.of(model, self.architecture, i, paths)
             special = self.architecture.family.extra_tokens_of(self.architecture.config)
-            gates = MixerGates(config.initial_score, self._device)
+            gates = MixerGates(self._device)
             branches = (SharedBranches if config.single_path else OwnBranches)(self.architecture, i, self._device)
             self.searches[i] = MixerSearch(gates, branches, attention, special, config.gate_gradients)
             self.gates[f"layer{i}_mixer"] = gates
             (self.branches_norm if config.single_path else self.branches)[f"layer{i}"] = branches
         if shape.mlp:
-            neurons = NeuronGates(shape.mlp, config.initial_score, self._device, config.round_to)
+            neurons = NeuronGates(shape.mlp, self._device, config.round_to)
             self.gates[f"layer{i}_neurons"] = neurons
             self._columns[i] = GatedColumns(checked_linear(model, paths.fc2), neurons)
 
@@ -108,10 +108,10 @@ class SPViT(PruningMethod):
         config = self.config
         rate = args.learning_rate if config.gate_learning_rate is None else config.gate_learning_rate
         bounded = str(getattr(args.optim, "value", args.optim)).startswith("adamw")
-        if bounded and not self.decided and rate * max_steps < config.initial_score:
+        if bounded and not self.decided and rate * max_steps < INITIAL_SCORE:
             raise InvalidConfigError(
-                f"gates start at {config.initial_score} and AdamW moves them by about {rate:g} a step: in {max_steps} "
-                f"steps none turns over. Raise gate_learning_rate (to {4 * config.initial_score / max_steps:.2g}, "
+                f"gates start at {INITIAL_SCORE} and AdamW moves them by about {rate:g} a step: in {max_steps} "
+                f"steps none turns over. Raise gate_learning_rate (to {4 * INITIAL_SCORE / max_steps:.2g}, "
                 "say), or train longer"
             )
 
