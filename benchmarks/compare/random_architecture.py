@@ -85,7 +85,7 @@ def _uniform_weights(model: Any, plan: PruningPlan) -> dict[str, torch.Tensor]:
         shape = plan.source.layers[entry.index]
         if entry.mixer in KERNELS and entry.replaces_mixer(shape):
             attention = Attention.of(model, plan.source, entry.index, paths)
-            branches = SharedBranches(plan.source, entry.index, next(model.parameters()).device)
+            branches = SharedBranches(plan.source, entry.index, next(model.parameters()))
             made = branches.weights(entry.mixer, attention)
             weights |= {f"{paths.attention}.{name}": tensor for name, tensor in made.items()}
     return weights

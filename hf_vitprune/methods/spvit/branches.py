@@ -16,7 +16,6 @@ from ...families import LayerPaths
 from ...modeling.blocks import read_inputs
 from ...modeling.conv_mixer import (
     POSITIONS,
-    ConvMixer,
     FoldedConvolution,
     MixerBatchNorm,
     fold_heads,
@@ -89,14 +88,15 @@ class SharedBranches(nn.Module):
     """
 
     def __init__(
-        self, architecture: Architecture, i: int, device: torch.device, kinds: Iterable[str] = tuple(KERNELS)
+        self, architecture: Architecture, i: int, like: torch.Tensor, kinds: Iterable[str] = tuple(KERNELS)
     ) -> None:
-        """Of layer ``i``, one of attention; of these kinds of convolutions."""
+        """Of layer ``i``, one of attention; on the device of a weight of it, and as precise, at least float32."""
         super().__init__()
         shape = architecture.layers[i]
         self.temperature = MIXING_TEMPERATURES.get(architecture.family.model_type, MIXING_TEMPERATURE)
-        self.table = nn.Parameter(torch.ones(shape.heads, POSITIONS, device=device))
-        self.kernel_norm = nn.ModuleDict({kind: MixerBatchNorm(shape.v_dim, device=device) for kind in kinds})
+        self.table = nn.Parameter(torch.ones(shape.heads, POSITIONS))
+        self.kernel_norm = nn.ModuleDict({kind: MixerBatchNorm(shape.v_dim) for kind in kinds})
+        self.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
     def convolve(self, kind: str, patches: torch.Tensor, grid: Grid, attention: Attention) -> torch.Tensor:
         """What ``conv1x1`` or ``conv3x3`` puts out for (B, rows * columns, C), normalised."""
@@ -133,13 +133,12 @@ class SharedBranches(nn.Module):
 class OwnBranches(nn.Module):
     """Multi-path, the paper's baseline: every candidate has weights of its own, drawn at random; as the above."""
 
-    def __init__(self, architecture: Architecture, i: int, device: torch.device) -> None:
+    def __init__(self, architecture: Architecture, i: int, like: torch.Tensor) -> None:
         super().__init__()
         shape, width, name = architecture.layers[i], architecture.width(i), architecture.family.o
-        mixers: dict[str, ConvMixer] = {  # they see patches only
-            kind: conv_mixer(mixer_shape(shape, kind), width, 0, name).to(device) for kind in KERNELS
-        }
-        self.mixers = nn.ModuleDict(mixers)
+        # they see patches only
+        self.mixers = nn.ModuleDict({kind: conv_mixer(mixer_shape(shape, kind), width, 0, name) for kind in KERNELS})
+        self.to(like.device, like.dtype)
 
     def convolve(self, kind: str, patches: torch.Tensor, grid: Grid, attention: Attention) -> torch.Tensor:
         return self.mixers[kind](patches, patch_grid=grid)[0]

@@ -89,7 +89,9 @@ class SPViT(PruningMethod):
             attention = Attention.of(model, self.architecture, i, paths)
             special = self.architecture.family.extra_tokens_of(self.architecture.config)
             gates = MixerGates(self._device)
-            branches = (SharedBranches if config.single_path else OwnBranches)(self.architecture, i, self._device)
+            branches = (SharedBranches if config.single_path else OwnBranches)(
+                self.architecture, i, next(model.parameters())
+            )
             self.searches[i] = MixerSearch(gates, branches, attention, special, config.gate_gradients)
             self.gates[f"layer{i}_mixer"] = gates
             (self.branches_norm if config.single_path else self.branches)[f"layer{i}"] = branches

@@ -70,7 +70,7 @@ class SPViTTuning(PruningMethod):
         self._paths = layer_paths(model, self.architecture)
         self._attentions: dict[int, Attention] = {}
         self._mixers: dict[int, FixedMixer] = {}
-        device = next(model.parameters()).device
+        like = next(model.parameters())
         special = self.architecture.family.extra_tokens_of(self.architecture.config)
         for i, (kind, shape) in enumerate(zip(config.mixers, shapes, strict=True)):
             if kind == shape.mixer:
@@ -79,7 +79,7 @@ class SPViTTuning(PruningMethod):
                 raise InvalidPlanError(f"layer {i} has {shape.mixer}, which {kind} cannot be made of")
             attention = Attention.of(model, self.architecture, i, self._paths[i])
             kinds = [kind] if kind in KERNELS else []
-            branches = SharedBranches(self.architecture, i, device, kinds)
+            branches = SharedBranches(self.architecture, i, like, kinds)
             if kinds:
                 self.branches[f"layer{i}"] = branches
             self._attentions[i] = attention
