@@ -110,7 +110,7 @@ def step(model: Any, optimizer: Any, pixels: torch.Tensor, labels: torch.Tensor,
     model(pixel_values=pixels, labels=labels).loss.backward()
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     if scored:
-        model.method.observe(model.model, max(1.0, norm))
+        model.method.before_step(model.model, 0.0, max(1.0, norm))
     optimizer.step()
     if scored:
         model.method.after_step(model.model, 1, 10**6)  # no prune step: that is one in a hundred

@@ -76,18 +76,13 @@ def _attach(
     model: nn.Module, architecture: Architecture, i: int, paths: LayerPaths, meter: _Magnitudes
 ) -> list[torch.utils.hooks.RemovableHandle]:
     shape = architecture.layers[i]
+    watched = [(paths.q, "q", False), (paths.k, "k", False), (paths.o, "heads", True)]
+    watched = watched if shape.mixer == "attention" else []
+    watched += [(paths.norm1, "norm1", False)] if shape.mixer != "none" else []
+    watched += [(paths.norm2, "norm2", False), (paths.fc2, "mlp", True)] if shape.mlp else []
 
-    def writes(path: str, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            meter.add(name, output)
-
-        return model.get_submodule(path).register_forward_hook(hook)
-
-    def reads(path: str, name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            meter.add(name, args[0])
-
-        return model.get_submodule(path).register_forward_pre_hook(hook)
+    def watch(name: str, reads: bool) -> Any:
+        return lambda module, args, output: meter.add(f"{i} {name}", args[0] if reads else output)
 
     def layer(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
@@ -96,13 +91,9 @@ def _attach(
         meter.add(f"{i} update", after - before)
 
     handles: list[Any] = [model.get_submodule(paths.layer).register_forward_hook(layer, with_kwargs=True)]
-    if shape.mixer == "attention":
-        handles += [writes(paths.q, f"{i} q"), writes(paths.k, f"{i} k"), reads(paths.o, f"{i} heads")]
-    if shape.mixer != "none":
-        handles.append(writes(paths.norm1, f"{i} norm1"))
-    if shape.mlp:
-        handles += [writes(paths.norm2, f"{i} norm2"), reads(paths.fc2, f"{i} mlp")]
-    return handles
+    return handles + [
+        model.get_submodule(path).register_forward_hook(watch(name, reads)) for path, name, reads in watched
+    ]
 
 
 def _scores(architecture: Architecture, meter: _Magnitudes) -> dict[str, torch.Tensor]:

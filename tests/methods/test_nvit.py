@@ -17,7 +17,16 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_vitprune import Architecture, DistillationConfig, NViTConfig, PruningCallback, count, get_pruning_model, mask
+from hf_vitprune import (
+    Architecture,
+    DistillationConfig,
+    NViTConfig,
+    PruningCallback,
+    count,
+    get_pruning_model,
+    mask,
+    prune,
+)
 from hf_vitprune.errors import InvalidConfigError, InvalidPlanError, MissingLabelsError, UnreachableTargetError
 from hf_vitprune.methods import NViT
 from hf_vitprune.methods.nvit import model_at
@@ -228,6 +237,22 @@ def test_any_budget_of_a_run_can_be_had_afterwards(case: str, tmp_path: Path) ->
         model_at(folder, 0.3)
     with pytest.raises(InvalidPlanError, match="no snapshot_folder"):
         model_at(tmp_path / "elsewhere", 0.7)
+
+
+@pytest.mark.parametrize(
+    "case", ["DINOv3ViTBackbone", "Dinov2Backbone", "BeitForSemanticSegmentation", "BeitForMaskedImageModeling"]
+)
+def test_snapshots_of_any_class_come_back_as_it(case: str, tmp_path: Path) -> None:
+    """Backbones too, whose Auto class takes no folders, and heads that no common Auto class has."""
+    settings = {"criterion": "random", "eta": 0, "snapshots": (0.99,), "snapshot_folder": str(tmp_path)}
+    model = get_pruning_model(make(case), NViTConfig(target=0.96, group_sizes=SMALL_GROUPS, **settings))
+    model.decide()
+    for budget in (0.99, 0.97):
+        small = model_at(tmp_path, budget)
+        assert type(small).__name__.removeprefix("Pruned") == case
+        assert Architecture.of(small) == model.method.plan_at(budget).architecture
+        expected = run(prune(make(case), model.method.plan_at(budget)))
+        assert all(relative_error(run(small)[name], value) < 1e-6 for name, value in expected.items())
 
 
 def test_a_snapshot_has_the_weights_of_its_moment(tmp_path: Path) -> None:

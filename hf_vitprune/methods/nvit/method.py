@@ -122,9 +122,6 @@ class NViT(PruningMethod):
             raise InvalidConfigError("snapshots save whole models on the way, and this one is sharded: leave them out")
 
     def before_step(self, model: Any, progress: float, gradient_scale: float) -> None:
-        self.observe(model, gradient_scale)
-
-    def observe(self, model: Any, gradient_scale: float) -> None:
         """Take in the Taylor sums of an update."""
         if self._sums is None or self.decided or self.reached:
             return

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling
+from transformers import AutoConfig
 
 from ...errors import InvalidPlanError, UnreachableTargetError
 from ...modeling.peft_twin import is_peft
+from ...modeling.registry import class_for_task, stock_model_class
 from ...plan.plan import PruningPlan
 from ...plan.select import plan_keeping
 from ...pruning import prune
@@ -26,12 +27,6 @@ from .groups import GroupedSet, Moment, Trajectory
 
 RUN_FILE = "run.json"
 PLAN_FILE = "plan.json"
-_LOADERS = {
-    "ForImageClassification": AutoModelForImageClassification,
-    "ForImageClassificationWithTeacher": AutoModelForImageClassification,
-    "ForMaskedImageModeling": AutoModelForMaskedImageModeling,
-    "Backbone": AutoBackbone,
-}
 
 
 def snapshot_path(folder: str | Path, target: float) -> Path:
@@ -92,8 +87,9 @@ def model_at(folder: str | Path, target: float) -> Any:
         )
     path = snapshot_path(folder, larger[0])
     plan = PruningPlan.load(path / PLAN_FILE)
-    loader: Any = _LOADERS.get(plan.source.task, AutoModel)
-    model = loader.from_pretrained(path)
+    pruned: Any = class_for_task(plan.source.family, plan.source.task)
+    is_pruned = isinstance(AutoConfig.from_pretrained(path), pruned.config_class)
+    model = (pruned if is_pruned else stock_model_class(pruned)).from_pretrained(path)
     sets = [
         GroupedSet(set_name(unit, layer), unit, layer, size, start=start, group=group)
         for unit, layer, start, size, group in record["sets"]
