@@ -16,7 +16,7 @@ from ..errors import InvalidConfigError, InvalidDataError
 from ..plan.plan import PruningPlan
 from ..utils.batches import accepted
 from ..utils.classes import match_classes
-from ..utils.settings import check_one_of
+from ..utils.settings import check_number, check_one_of, check_positive
 
 DistillationKind = Literal["soft", "hard", "kl", "features", "none"]
 FeatureLoss = Literal["cosine", "normalised", "standardised"]
@@ -52,17 +52,11 @@ class DistillationConfig:
     plan: PruningPlan | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(DistillationKind):
-            raise InvalidConfigError(f"kind must be one of {', '.join(get_args(DistillationKind))}, not {self.kind!r}")
+        check_one_of(self, "kind", get_args(DistillationKind))
         if self.weight is None:
             object.__setattr__(self, "weight", 1.0 if self.kind == "features" else 0.5)
-        adds = self.kind in ("kl", "features")
-        highest = math.inf if adds else 1.0
-        if not (0.0 <= self.weight <= highest and math.isfinite(self.weight)):
-            limit = "be a number, not negative" if adds else "lie between 0 and 1"
-            raise InvalidConfigError(f"weight must {limit}, not {self.weight}")
-        if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
-            raise InvalidConfigError(f"temperature must be a positive number, not {self.temperature}")
+        check_number("weight", self.weight, math.inf if self.kind in ("kl", "features") else 1.0)
+        check_positive("temperature", self.temperature)
         self._check_features()
 
     def _check_features(self) -> None:
@@ -197,7 +191,7 @@ def _check_pair(teacher: nn.Module, student: nn.Module) -> None:
         raise InvalidConfigError("teacher and student share tensors: give a copy.deepcopy of the model as teacher")
     configs: list[Any] = [getattr(model, "config", None) for model in (teacher, student)]
     if not all(hasattr(config, "id2label") for config in configs):
-        return  # distillation_loss still compares the shapes
+        return  # distillation_term still compares the shapes
     names = [[label for _, label in sorted(config.id2label.items())] for config in configs]
     if len(names[0]) != len(names[1]):
         raise InvalidConfigError(f"the teacher has {len(names[0])} classes and the student {len(names[1])}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ from ...modeling.conv_mixer import (
     mixing_probabilities,
 )
 from ...modeling.structure import conv_mixer, get
-from ...plan.plan import PruningPlan
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import KERNELS
 from ...utils.sharding import whole
@@ -151,19 +150,6 @@ class OwnBranches(nn.Module):
 
 
 Branches = SharedBranches | OwnBranches
-
-
-@torch.no_grad()
-def convolution_weights(
-    plan: PruningPlan, branches: Mapping[int, Branches], attentions: Mapping[int, Attention], paths: list[LayerPaths]
-) -> dict[str, torch.Tensor]:
-    """The weights of the convolutions that a plan has, by their names in the small model, which keeps every layer."""
-    weights: dict[str, torch.Tensor] = {}
-    for entry in plan.layers:
-        if entry.index in branches and entry.mixer in KERNELS:
-            made = branches[entry.index].weights(entry.mixer, attentions[entry.index])
-            weights |= {f"{paths[entry.index].attention}.{name}": tensor for name, tensor in made.items()}
-    return weights
 
 
 def refuse_zero(how: str) -> None:

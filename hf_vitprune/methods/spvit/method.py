@@ -24,11 +24,11 @@ from ...spec.layer_shape import KERNELS
 from ...utils.batches import ImageBatches
 from ...utils.processes import mean_statistics
 from ..contract import PruningMethod, Stage, Traits
-from .branches import Attention, OwnBranches, SharedBranches, checked_linear, convolution_weights, refuse_zero
+from .branches import Attention, OwnBranches, SharedBranches, checked_linear, refuse_zero
 from .config import SPViTConfig
 from .gates import INITIAL_SCORE, LEVELS, MixerGates, NeuronGates, SearchCost
 from .hooks import GatedColumns, attach_mixers
-from .mixing import MixerSearch
+from .mixing import MixerSearch, with_convolutions
 
 logger = logging.get_logger(__name__)
 
@@ -190,18 +190,15 @@ class SPViT(PruningMethod):
 
     def choose(self, weights: PreTrainedModel | None = None) -> PruningPlan:
         """The architecture that the gates say now, with its convolutions made of the wrapped model's weights."""
-        if weights is None:
-            return self._with_weights(self._shapes())
-        if not self.architecture.fits(Architecture.of(weights)):
+        if weights is not None and not self.architecture.fits(Architecture.of(weights)):
             raise InvalidPlanError("the architecture was searched for a model of another shape")
-        attentions = {i: Attention.of(weights, self.architecture, i, self._paths[i]) for i in self.searches}
-        return self._with_weights(self._shapes(), attentions)
+        return with_convolutions(self._shapes(), self.searches, self._paths, weights)
 
     def reference(self) -> PruningPlan | str:
         """What the gates had come to in training, where the decision took more away to reach the target."""
         if self._searched is None or self._searched == self._shapes():
             return "SPViT has switched gates off while the model trained: it is without those units already"
-        return self._with_weights(self._searched)
+        return with_convolutions(self._searched, self.searches, self._paths)
 
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:
         """Fix the gates at their likelier values.
@@ -257,7 +254,7 @@ class SPViT(PruningMethod):
 
     def _shapes(self, neurons: float = 0.0, mixers: float = 0.0) -> PruningPlan:
         """The plan without the weights of its convolutions, of the gates over these thresholds."""
-        plan = PruningPlan.dense(self.architecture)
+        plan = replace(PruningPlan.dense(self.architecture), info=self.config.to_dict())
         return plan.with_layers(self._layer(entry, neurons, mixers) for entry in plan.layers)
 
     def _layer(self, entry: LayerPlan, neurons: float, mixers: float) -> LayerPlan:
@@ -273,13 +270,6 @@ class SPViT(PruningMethod):
                 channels = self.architecture.layers[i].v_dim if kind in KERNELS else None
                 entry = entry.with_mixer(kind, channels)
         return entry
-
-    def _with_weights(self, plan: PruningPlan, attentions: dict[int, Attention] | None = None) -> PruningPlan:
-        """The plan, with convolutions made of these weights; None: the wrapped model's."""
-        branches = {i: search.branches for i, search in self.searches.items()}
-        attentions = attentions or {i: search.attention for i, search in self.searches.items()}
-        weights = convolution_weights(plan, branches, attentions, self._paths)
-        return replace(plan, weights=weights, info=self.config.to_dict()).validated()
 
     def _all_gates(self) -> Iterator[Any]:
         yield from self.gates.values()

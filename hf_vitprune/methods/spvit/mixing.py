@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import accumulate
 from operator import and_
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
+from ...families import LayerPaths
 from ...modeling.conv_mixer import split_tokens
+from ...plan.plan import PruningPlan
 from ...spec.layer_shape import KERNELS
 from .branches import Attention, Branches, Grid
 from .gates import LEVELS, MixerGates, nested
@@ -163,3 +167,21 @@ def _read(simple: bool, middle: bool, attention: bool) -> tuple[str, ...]:
         "conv1x1": not (simple and middle and attention),
     }
     return tuple(kind for kind, there in read.items() if there)
+
+
+@torch.no_grad()
+def with_convolutions(
+    plan: PruningPlan, mixings: Mapping[int, Mixing], paths: list[LayerPaths], model: PreTrainedModel | None = None
+) -> PruningPlan:
+    """A plan that keeps every layer, with the weights of its convolutions by their names in the small model.
+
+    They are made of the layers' attention, or of that of another model of the same shape.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for i, mixing in mixings.items():
+        kind = plan.layers[i].mixer
+        if kind in KERNELS:
+            attention = mixing.attention if model is None else Attention.of(model, plan.source, i, paths[i])
+            made = mixing.branches.weights(kind, attention)
+            weights |= {f"{paths[i].attention}.{name}": tensor for name, tensor in made.items()}
+    return replace(plan, weights=weights).validated()

@@ -17,10 +17,10 @@ from ...spec.layer_shape import KERNELS
 from ...utils.batches import ImageBatches
 from ..base import PruningConfig
 from ..contract import PruningMethod, Traits
-from .branches import Attention, Branches, SharedBranches, convolution_weights, refuse_zero
+from .branches import Attention, SharedBranches, refuse_zero
 from .gates import LEVELS
 from .hooks import attach_mixers
-from .mixing import FixedMixer
+from .mixing import FixedMixer, with_convolutions
 
 #: settings that every method has, and that say nothing here
 _UNUSED = ("target", "gate_learning_rate", "latency_table", "latency_batch_size")
@@ -68,7 +68,6 @@ class SPViTTuning(PruningMethod):
         # by this name, unlike gates, the tables have the optimizer's weight decay, as the authors' code gives them
         self.branches = nn.ModuleDict()
         self._paths = layer_paths(model, self.architecture)
-        self._attentions: dict[int, Attention] = {}
         self._mixers: dict[int, FixedMixer] = {}
         like = next(model.parameters())
         special = self.architecture.family.extra_tokens_of(self.architecture.config)
@@ -82,7 +81,6 @@ class SPViTTuning(PruningMethod):
             branches = SharedBranches(self.architecture, i, like, kinds)
             if kinds:
                 self.branches[f"layer{i}"] = branches
-            self._attentions[i] = attention
             self._mixers[i] = FixedMixer(kind, branches, attention, special)
 
     def attach(self, model: PreTrainedModel) -> list[RemovableHandle]:
@@ -96,20 +94,13 @@ class SPViTTuning(PruningMethod):
 
     def choose(self, weights: PreTrainedModel | None = None) -> PruningPlan:
         """The architecture, its convolutions folded as they are now, or made of another model's weights."""
-        if weights is None:
-            return self._plan(self._attentions)
-        return self._plan({i: Attention.of(weights, self.architecture, i, self._paths[i]) for i in self._mixers})
-
-    def reference(self) -> str:
-        return "the architecture was fine-tuned as it is exported"
-
-    def _plan(self, attentions: dict[int, Attention]) -> PruningPlan:
         plan = PruningPlan.dense(self.architecture)
         layers = list(plan.layers)
         for i, mixer in self._mixers.items():
             channels = self.architecture.layers[i].v_dim if mixer.kind in KERNELS else None
             layers[i] = layers[i].with_mixer(mixer.kind, channels)
-        plan = plan.with_layers(layers)
-        branches: dict[int, Branches] = {i: mixer.branches for i, mixer in self._mixers.items()}
-        weights = convolution_weights(plan, branches, attentions, self._paths)
-        return replace(plan, weights=weights, info=self.config.to_dict()).validated()
+        plan = replace(plan.with_layers(layers), info=self.config.to_dict())
+        return with_convolutions(plan, self._mixers, self._paths, weights)
+
+    def reference(self) -> str:
+        return "the architecture was fine-tuned as it is exported"
