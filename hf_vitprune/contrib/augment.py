@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from torch.utils.data import Sampler
 
 from ..errors import InvalidConfigError
-from ..modeling.structure import layer_paths
-from ..spec.architecture import Architecture, unwrap
+from ..spec.live import unwrap
 from ..training.trainer import PruningTrainer
 from ..utils.extras import need
 from ..utils.settings import check_counts
+from .own_layers import own_layers
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,7 @@ class AugmentedTrainer(PruningTrainer):
 
     Raises:
         InvalidConfigError: ``layer_decay`` is no such share; or as ``PruningTrainer``.
+        UnsupportedModelError: ``layer_decay`` for a bigger model with towers in it.
     """
 
     def __init__(
@@ -162,6 +163,8 @@ class AugmentedTrainer(PruningTrainer):
     ) -> None:
         check_layer_decay(layer_decay)
         super().__init__(*args, **kwargs)
+        if layer_decay != 1:
+            own_layers(self.model)  # raises
         self.augmentation, self.layer_decay = augmentation, layer_decay
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -212,7 +215,7 @@ def depths(model: Any) -> dict[int, int]:
     the first of them, what comes behind (norm, head) L + 1. Gates of a PruningModel are not among them.
     """
     base = unwrap(model)
-    layers = [paths.layer + "." for paths in layer_paths(base, Architecture.of(base))]
+    layers = [paths.layer + "." for paths, _ in own_layers(base)]
     depth, found = 0, {}
     for name, parameter in base.named_parameters():
         inside = next((i for i, path in enumerate(layers, start=1) if name.startswith(path)), None)

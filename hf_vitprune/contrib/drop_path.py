@@ -8,9 +8,10 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InvalidConfigError
-from ..modeling.structure import get, layer_paths
-from ..spec.architecture import Architecture, unwrap
+from ..spec.live import unwrap
 from ..utils.hooks import GateHook
+from ..utils.modules import get
+from .own_layers import own_layers
 
 
 def attach_drop_path(model: Any, rate: float) -> list[RemovableHandle]:
@@ -25,6 +26,7 @@ def attach_drop_path(model: Any, rate: float) -> list[RemovableHandle]:
 
     Raises:
         InvalidConfigError: an impossible rate, or the model has a ``drop_path_rate`` in its config.
+        UnsupportedModelError: it is a bigger model with towers in it.
     """
     if not 0 <= rate < 1:
         raise InvalidConfigError(f"the rate of drop path lies in [0, 1), not {rate!r}")
@@ -33,11 +35,10 @@ def attach_drop_path(model: Any, rate: float) -> list[RemovableHandle]:
         raise InvalidConfigError(
             f"{base.config.model_type} models drop paths themselves: load this one with drop_path_rate={rate}"
         )
-    architecture = Architecture.of(base)
-    paths = layer_paths(base, architecture)
+    layers = own_layers(base)
     handles: list[RemovableHandle] = []
-    for i, (entry, shape) in enumerate(zip(paths, architecture.layers, strict=True)):
-        chance = rate * i / max(1, len(paths) - 1)
+    for i, (entry, shape) in enumerate(layers):
+        chance = rate * i / max(1, len(layers) - 1)
         attention, mlp = (entry.attention, entry.o, shape.mixer != "none"), (entry.mlp, entry.fc2, shape.mlp > 0)
         for module, last, there in (attention, mlp) if chance else ():
             if not there:

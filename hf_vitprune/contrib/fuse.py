@@ -11,11 +11,12 @@ from torch import nn
 from ..errors import InvalidPlanError
 from ..modeling.conv_mixer import ConvMixer
 from ..modeling.peft_twin import is_peft
-from ..modeling.structure import get, layer_paths
 from ..plan.lineage import lineage_of
 from ..plan.plan import PruningPlan
 from ..pruning import prune
 from ..spec.architecture import Architecture, unwrap
+from ..utils.modules import get
+from .own_layers import own_layers
 
 #: parts of a record's info that hold for one shape only; a new plan writes them itself
 _OF_THE_SHAPE = ("plan", "kept_layers")
@@ -32,18 +33,16 @@ def fuse_bn(model: Any) -> Any:
 
     Raises:
         InvalidPlanError: no layer has a BatchNorm to fold, or the model has adapters.
+        UnsupportedModelError: it is a bigger model with towers in it.
     """
     if is_peft(model):
         raise InvalidPlanError("the model has adapters; merge them first (merge_and_unload), then fold its BatchNorm")
     model = unwrap(model)
-    source = Architecture.of(model)
-    if not any(shape.batch_norm for shape in source.layers):
+    mixers = [paths.attention for paths, shape in own_layers(model) if shape.batch_norm]
+    if not mixers:
         raise InvalidPlanError("the model has no convolution mixer with a BatchNorm to fold")
-    plan = PruningPlan.dense(source)
-    weights: dict[str, torch.Tensor] = {}
-    for paths, shape in zip(layer_paths(model, source), source.layers, strict=True):
-        if shape.batch_norm:
-            weights |= {f"{paths.attention}.{k}": v for k, v in _folded(get(model, paths.attention)).items()}
+    plan = PruningPlan.dense(Architecture.of(model))
+    weights = {f"{path}.{k}": v for path in mixers for k, v in _folded(get(model, path)).items()}
     layers = (replace(e, batch_norm=False) if e.batch_norm else e for e in plan.layers)
     info = {k: v for k, v in lineage_of(model.config).items() if k not in _OF_THE_SHAPE}
     return prune(model, replace(plan.with_layers(layers), weights=weights, info=info)).eval()

@@ -12,8 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..errors import InvalidConfigError, SparsityError, UnsupportedDeviceError, UnsupportedModelError
-from ..modeling.structure import layer_paths
-from ..spec.architecture import Architecture
+from .own_layers import own_layers
 
 #: weights a group, and how many of them stay
 GROUP, KEPT = 4, 2
@@ -23,7 +22,7 @@ def sparse_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Name -> every Linear that is made sparse: q, k, v, output projection and MLP of all layers.
 
     Raises:
-        UnsupportedModelError: not a plain transformers model of a registered family.
+        UnsupportedModelError: not a plain transformers model of a registered family, or a bigger one around it.
         InvalidConfigError: a Linear reads a number of channels that four does not divide.
     """
     if not isinstance(model, PreTrainedModel) or getattr(model, "peft_config", None):
@@ -31,9 +30,8 @@ def sparse_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
             f"2:4 sparsity is for plain models, not for a {type(model).__name__}: export() a PruningModel and "
             "merge_and_unload() adapters first"
         )
-    architecture = Architecture.of(model)
     found: dict[str, nn.Linear] = {}
-    for paths, shape in zip(layer_paths(model, architecture), architecture.layers, strict=True):
+    for paths, shape in own_layers(model):
         names = [paths.q, paths.k, paths.v, paths.o] if shape.mixer == "attention" else []
         for name in (*names, *((*paths.fc1, paths.fc2) if shape.mlp else ())):
             linear = model.get_submodule(name)

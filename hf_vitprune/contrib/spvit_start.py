@@ -8,12 +8,13 @@ from typing import Any
 
 from ..errors import InvalidPlanError
 from ..methods.spvit import SPViTTuningConfig
-from ..modeling.structure import get, layer_paths
 from ..plan.plan import PruningPlan
 from ..pruning import prune
 from ..spec.architecture import Architecture, unwrap
 from ..spec.layer_shape import KERNELS
 from ..training.model import PruningModel, get_pruning_model
+from ..utils.modules import get
+from .own_layers import own_layers
 
 
 def released_start(model: Any, plan: PruningPlan) -> PruningModel:
@@ -30,7 +31,9 @@ def released_start(model: Any, plan: PruningPlan) -> PruningModel:
 
     Raises:
         InvalidPlanError: the plan is of another shape, or removes more than neurons and mixers.
+        UnsupportedModelError: it is a bigger model with towers in it.
     """
+    own_layers(model)  # raises
     source = Architecture.of(unwrap(model))
     if not plan.source.fits(source):
         raise InvalidPlanError("the plan is for a model of another shape")
@@ -56,7 +59,7 @@ def released_start(model: Any, plan: PruningPlan) -> PruningModel:
 
 def _freeze_unread(model: Any, mixers: list[str]) -> None:
     """Queries, keys and position biases of convolution layers; all attention, and its norm, of layers without any."""
-    for kind, paths in zip(mixers, layer_paths(model, Architecture.of(model)), strict=True):
+    for kind, (paths, _) in zip(mixers, own_layers(model), strict=True):
         if kind == "attention":
             continue
         read = [get(model, paths.v), get(model, paths.o)] if kind in KERNELS else []
