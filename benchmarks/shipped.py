@@ -15,8 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_vitprune import PruningPlan, criteria, prune
 from hf_vitprune.publish.bench import bench
-from hf_vitprune.publish.bench.run import FORMS
-from hf_vitprune.publish.bench.show import bench_table, plot_bench
+from hf_vitprune.publish.bench.run import FORMS, bench_table, plot_bench
 
 
 def main() -> None:
@@ -45,7 +44,7 @@ def main() -> None:
         rounds=given.rounds,
     )
     Console(width=160).print(bench_table(rows, setting))
-    given.out.write_text(json.dumps({"setting": setting, "rows": [row.to_dict() for row in rows]}, indent=2) + "\n")
+    given.out.write_text(json.dumps({"setting": setting, "rows": [row._asdict() for row in rows]}, indent=2) + "\n")
     plot_bench(rows, setting, given.out.with_suffix(".png"))
 
 

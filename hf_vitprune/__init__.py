@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .modeling import registry as _registry  # noqa: F401  configs of pruned models, whose classes come with the first
 from .modeling import whole_config as _whole_config  # noqa: F401  and those of models that build their towers themselves
 from .peft import register_peft_types as _register_peft_types
-from .publish import hub as _hub  # noqa: F401  what push_to_hub of a pruned model does
-from .publish import trainer_card as _trainer_card  # noqa: F401  and the card of a Trainer
+from .publish import hub as _hub  # noqa: F401  what push_to_hub of a pruned model does, and the card of a Trainer
 
 if TYPE_CHECKING:
     from . import criteria as criteria

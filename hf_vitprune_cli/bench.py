@@ -42,8 +42,7 @@ def bench(
     from rich.console import Console
 
     from hf_vitprune.publish.bench import bench as measure
-    from hf_vitprune.publish.bench.run import check_forms, installed_forms
-    from hf_vitprune.publish.bench.show import bench_table, plot_bench
+    from hf_vitprune.publish.bench.run import bench_table, check_forms, installed_forms, plot_bench
     from hf_vitprune.utils.figures import new_figure
 
     from .export import read_images
@@ -79,7 +78,7 @@ def bench(
         progress=not as_json,
     )
     if as_json:
-        found = {"setting": setting, "rows": [row.to_dict() for row in rows], "metrics": metrics}
+        found = {"setting": setting, "rows": [row._asdict() for row in rows], "metrics": metrics}
         typer.echo(json.dumps(found, indent=2))
     else:
         Console().print(bench_table(rows, setting))

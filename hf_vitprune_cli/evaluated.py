@@ -20,8 +20,8 @@ from hf_vitprune.evaluation.results import weights_digest
 from hf_vitprune.evaluation.zero_shot import zero_shot_metrics
 from hf_vitprune.latency.measure import device_name
 from hf_vitprune.plan.lineage import plain_name
-from hf_vitprune.publish.purpose import pipeline_tag
 from hf_vitprune.publish.report import comparison_table
+from hf_vitprune.publish.snippet import pipeline_tag
 from hf_vitprune.spec.towers import find_tower
 from hf_vitprune.utils.data import LabelledImages, load_images, read_folder
 from hf_vitprune.utils.sources import Source

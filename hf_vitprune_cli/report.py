@@ -61,8 +61,7 @@ def report(
 
     from hf_vitprune.cost import count
     from hf_vitprune.publish.block_report import plot_kept
-    from hf_vitprune.publish.layers import layer_rows
-    from hf_vitprune.publish.report import comparison_table, layer_table
+    from hf_vitprune.publish.report import comparison_table, layer_rows, layer_table
 
     from .saved import load_architecture, saved_metrics
 

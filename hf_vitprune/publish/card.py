@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,20 +11,16 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import PreTrainedConfig
 
 from ..cost import count
 from ..errors import InvalidConfigError
 from ..families.base import pair
 from ..modeling.peft_twin import is_peft
 from ..plan.lineage import lineage_of, plain_name
-from ..spec.architecture import Architecture, dense_of, unwrap
-from ..spec.towers import pruned_tower
-from .purpose import pipeline_tag
-from .recipe import facts, measured_on, settings
+from ..spec.architecture import Architecture, unwrap
+from ..spec.origin import dense_of, pruned_tower
 from .report import comparison_markdown, human, layer_markdown
-from .snippet import Beside, how_to_use
-from .stages import stage_rows
+from .snippet import Beside, how_to_use, pipeline_tag
 
 if TYPE_CHECKING:
     from ..latency.measure import Timing
@@ -31,6 +28,9 @@ if TYPE_CHECKING:
 #: the file that a card is
 CARD = "README.md"
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+#: parts of a record's info that say nothing to a reader, or have a place of their own
+_INTERNAL = ("base_model", "base_folder", "plan", "altered_weights", "dense", "custom", "history", "training")
+_TIMES = ("once", "twice")
 
 
 def model_card(
@@ -52,7 +52,6 @@ def model_card(
     eval_results: Sequence[EvalResult] = (),
     plot: str | None = None,
     beside: Beside | None = None,
-    portable: bool = False,
 ) -> ModelCard:
     """A card for a pruned model, a bigger one with a pruned tower in it, or for its native export.
 
@@ -76,7 +75,6 @@ def model_card(
         eval_results: more of the ``model-index``, of an earlier card for instance; ``after`` goes before them.
         plot: file name, beside the card, of a figure of what is kept.
         beside: what else is saved with the model; by default nothing that an example could use.
-        portable: it is in a portable folder, which loads without this library.
 
     Raises:
         InvalidConfigError: metrics without a dataset, or timings without ``before`` and ``after``.
@@ -87,47 +85,53 @@ def model_card(
     if timings is not None and not {"before", "after"} <= timings.keys():
         raise InvalidConfigError(f"timings has 'before' and 'after', got {', '.join(timings) or 'nothing'}")
     dataset = plain_name(dataset) if dataset else None
-    whole, model = model, unwrap(model)
-    beside = beside or Beside()
-    beside = replace(beside, portable=portable or beside.portable, adapter=is_peft(whole) or beside.adapter)
+    whole, model, beside = model, unwrap(model), beside or Beside()
+    beside = replace(beside, adapter=is_peft(whole) or beside.adapter)
     tower = pruned_tower(model, part)
     architecture = Architecture.of(model, tower.part if tower.path else None)
     config = model.get_submodule(tower.path).config
     remembered = lineage_of(config)
     source = base_model or remembered.get("base_model") or remembered.get("base_folder")
-    base_model = hub_id(source)
+    trained, task = remembered.get("training") or [], pipeline_tag(model)
     name = repo_id.split("/")[-1] if repo_id else type(model).__name__
-    task = pipeline_tag(model)
-    results = _merged(_eval_results(after or {}, task, dataset, dataset_split), eval_results)
+    # what the Hub calls the way from the base model to this one; it has no word for pruning
+    relation = "adapter" if beside.adapter else "finetune" if trained else None
     data = ModelCardData(
-        base_model=base_model,
-        base_model_relation=None if base_model is None else _relation(beside.adapter, remembered),
+        base_model=hub_id(source),
+        base_model_relation=relation if hub_id(source) else None,
         datasets=hub_id(dataset),
         library_name="peft" if beside.adapter else "transformers",
         license=license,
         model_name=name,
         pipeline_tag=task,
         tags=["hf_vitprune", "pruning", architecture.model_type, *tags],
-        eval_results=results or None,
+        eval_results=_eval_results(after or {}, task, dataset, dataset_split, eval_results) or None,
     )
-    reference = _reference(architecture, dense, config)
-    history = remembered.get("history", ())
-    rows = stage_rows(
-        architecture, reference, history, before, after, timings, given=dense is not None, dataset=dataset
-    )
+    if dense is None:
+        reference = dense_of(config, architecture.task).replace(part=architecture.part)
+    else:
+        reference = Architecture.given(dense, architecture.part)
+    known = None if reference == architecture else reference
+    rows = _rows(architecture, known, remembered, (before, after), timings, dense is not None, dataset)
     install, snippets = how_to_use(whole, config, repo_id, beside)
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         title=name,
-        summary=_summary(architecture, reference, source),
-        facts=facts(source, base_model, remembered, dataset, dataset_split, license, author),
+        part=architecture.part,
+        kind=architecture.model_type,
+        remains=_remains(architecture, known),
+        source=Path(source).name if isinstance(source, str) else None,
+        trained=("; then ".join(map(_stage, trained)) or "none on record") if remembered else None,
+        dataset=f"{dataset} ({dataset_split})" if dataset and dataset_split else dataset,
+        author=author,
         plot=plot,
         install=install,
         snippets="\n\nThe model alone:\n\n".join(f"```python\n{code}\n```" for code in snippets),
         results=comparison_markdown(rows) if len(rows) > 1 or after or timings else "",
-        measured_on=measured_on(dataset if after else None, dataset_split, timings),
-        settings=settings(remembered if info is None else info),
+        after=after,
+        timing=None if timings is None else _timing(timings["after"]),
+        settings=list(_settings(remembered if info is None else info)),
         layers=layer_markdown(architecture),
         counted_for=_counted_for(architecture),
     )
@@ -144,26 +148,15 @@ def hub_id(name: Any) -> str | None:
     return name
 
 
-def _relation(adapter: bool, remembered: Mapping[str, Any]) -> str | None:
-    """What the Hub calls the way from the base model to this one; it has no word for pruning."""
-    if adapter:
-        return "adapter"
-    return "finetune" if remembered.get("training") else None
-
-
-def _reference(architecture: Architecture, dense: Any, config: PreTrainedConfig) -> Architecture | None:
-    """The dense architecture, where it is known and another one."""
-    if dense is not None:
-        reference = Architecture.given(dense, architecture.part)
-    else:
-        reference = dense_of(config, architecture.task).replace(part=architecture.part)
-    return None if reference == architecture else reference
-
-
 def _eval_results(
-    metrics: Mapping[str, float], task: str | None, dataset: str | None, split: str | None
+    metrics: Mapping[str, float],
+    task: str | None,
+    dataset: str | None,
+    split: str | None,
+    kept: Sequence[EvalResult],
 ) -> list[EvalResult]:
-    return [
+    """Of these metrics, and those kept that are not measured anew."""
+    own = [
         EvalResult(
             task_type=task or "image-feature-extraction",
             dataset_type=str(dataset),
@@ -174,28 +167,96 @@ def _eval_results(
         )
         for metric, value in metrics.items()
     ]
-
-
-def _merged(own: list[EvalResult], kept: Sequence[EvalResult]) -> list[EvalResult]:
-    """All of them, without what is measured anew."""
     anew = {(result.dataset_type, result.dataset_split, result.metric_type) for result in own}
-    old = [r for r in kept if (r.dataset_type, r.dataset_split, r.metric_type) not in anew]
-    return [*own, *old]
+    return [*own, *(r for r in kept if (r.dataset_type, r.dataset_split, r.metric_type) not in anew)]
 
 
-def _summary(architecture: Architecture, reference: Architecture | None, source: Any) -> str:
-    base_model = hub_id(source)
-    of = f" of [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
-    kind = f"`{architecture.model_type}`"
-    if architecture.part is not None:
-        kind = f"its {architecture.part} tower, a {kind}; nothing else is changed"
-    text = f"A pruned version{of} ({kind}), made with `hf_vitprune`: "
-    if reference is None:
-        return text + f"{human(count(architecture).params)} parameters."
-    small, full = count(architecture), count(reference)
+# ---------------------------------------------------------------------- every model from the dense one to this
+def _rows(
+    architecture: Architecture,
+    dense: Architecture | None,
+    remembered: Mapping[str, Any],
+    metrics: tuple[Mapping[str, float] | None, Mapping[str, float] | None],
+    timings: Mapping[str, Timing] | None,
+    given: bool,
+    dataset: str | None,
+) -> list[dict[str, Any]]:
+    """For ``comparison_markdown``: each model with its own size and its own metrics on this data.
+
+    The metrics before are of ``dense`` where the caller gave it, else of what was pruned last: a model pruned twice
+    was pruned from a smaller one than its dense model.
+    """
+    history = remembered.get("history", ())
+    earlier = [
+        {**_size(entry), **(entry.get("metrics", {}) if dataset and entry.get("dataset") == dataset else {})}
+        for entry in history
+    ]
+    known = [] if dense is None else [_size(count(dense)._asdict())]
+    place = next((i for i, entry in enumerate(history) if [_size(entry)] == known), None) if given else -1
+    if place is None or not earlier:
+        earlier, place = known or [{}], 0
+    own = _size(count(architecture)._asdict())
+    for row, found, name in zip((earlier[place], own), metrics, ("before", "after"), strict=True):
+        row.update(found or {})
+        if timings is not None:
+            seconds = timings[name].seconds
+            row |= {"latency_ms": seconds * 1000, "speedup": timings["before"].seconds / seconds}
+    last = len(earlier) - 1
+    shown = [
+        {"name": _name(i, last), **row} for i, row in enumerate(earlier) if row and (i in (0, last) or len(row) > 2)
+    ]
+    return [*shown, {"name": "after", **own}]
+
+
+def _size(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: entry[name] for name in ("params", "macs")}
+
+
+def _name(i: int, last: int) -> str:
+    if last == 0:
+        return "before"
+    return "dense" if i == 0 else f"pruned {_TIMES[i - 1] if i <= len(_TIMES) else f'{i} times'}"
+
+
+# ---------------------------------------------------------------------- words
+def _remains(architecture: Architecture, dense: Architecture | None) -> str:
+    small = count(architecture)
+    if dense is None:
+        return f"{human(small.params)} parameters."
+    full = count(dense)
     return (
-        f"{text}{human(small.params)} of {human(full.params)} parameters ({small.params / full.params:.0%}) and "
+        f"{human(small.params)} of {human(full.params)} parameters ({small.params / full.params:.0%}) and "
         f"{human(small.macs)} of {human(full.macs)} multiply-adds ({small.macs / full.macs:.0%}) remain."
+    )
+
+
+def _stage(stage: Mapping[str, Any]) -> str:
+    """``"on labels, 130 steps of 64 images at a learning rate of 0.0001"``."""
+    batch = f" of {stage['batch_size']} images" if "batch_size" in stage else ""
+    return (
+        f"on {stage['learned_from']}, {stage['steps']} steps{batch} at a learning rate of {stage['learning_rate']:g}"
+    )
+
+
+def _settings(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names and values of what a reader wants to know of a record's info."""
+    for name, value in info.items():
+        if name in _INTERNAL or value is None:
+            continue
+        if isinstance(value, Mapping) and "learned_from" in value:
+            value = _stage(value)
+        elif isinstance(value, Mapping):  # of a compensation, not every layer's error
+            value = {k: v for k, v in value.items() if k != "fits"}
+        yield name.replace("_", " "), value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _timing(timing: Timing) -> str:
+    s = timing.setting
+    threads = f", {s['threads']} threads" if "threads" in s else ""
+    return (
+        f"median of {len(timing.samples)} interleaved rounds, a batch of {s['batch_size']} images of "
+        f"{' x '.join(map(str, s['image_size']))} in {s['dtype']} on {s['device']}{threads} "
+        f"(torch {s['torch']}, transformers {s['transformers']})."
     )
 
 

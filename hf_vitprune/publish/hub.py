@@ -1,4 +1,4 @@
-"""Push a model to the Hub: weights, config, card and image processor in one commit, or nothing."""
+"""Push a model to the Hub: weights, config, card and processor in one commit, or nothing; and a Trainer's card."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from ..errors import HubUploadError, UnsupportedModelError
 from ..modeling.whole_config import check_portable
 from ..peft.folder import name_base
 from ..spec.architecture import unwrap
+from ..spec.origin import is_pruned
+from ..spec.towers import towers
 from ..utils.finite import check_finite
 from ..utils.upload import register
 from .card import CARD, model_card
+from .kept import UNNAMED, beside, draw, metrics_of, take_figures
 
 #: weights of an earlier push in other pieces; they would be loaded in place of, or beside, the new ones
 _SHARDS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
@@ -97,8 +100,6 @@ def push_to_hub(
         with _explained(repo_id, "nothing was changed there"):
             text = _card_text(api, model, repo_id, card, CARD in present, revision, tags, folder, card_folder)
         if text is not None:
-            from .kept import take_figures  # the import of the package is quick
-
             (folder / CARD).write_text(text, encoding="utf-8")
             take_figures(text, _source(model, card_folder), folder, base)
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
@@ -142,15 +143,15 @@ def _card_text(
         card = Path(path).read_text(encoding="utf-8")
     chosen = card if card is not None else _card_beside(model, card_folder)
     if chosen is None:
-        from .kept import beside, draw
+        plot = draw(unwrap(model), folder)
+        return str(model_card(model, repo_id=repo_id, tags=tags, plot=plot, beside=beside(folder)))
+    return str(_tagged(ModelCard(str(chosen)), tags) if tags else chosen)
 
-        facts: dict[str, Any] = {"plot": draw(unwrap(model), folder), "beside": beside(folder)}
-        return str(model_card(model, repo_id=repo_id, tags=tags, **facts))
-    if tags:
-        chosen = ModelCard(str(chosen))
-        data: Any = chosen.data
-        data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
-    return str(chosen)
+
+def _tagged(card: ModelCard, tags: Sequence[str]) -> ModelCard:
+    data: Any = card.data
+    data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
+    return card
 
 
 def _source(model: Any, card_folder: str | Path | None) -> Path:
@@ -165,14 +166,11 @@ def _card_beside(model: Any, card_folder: str | Path | None = None) -> str | Non
 
     A freshly pruned model remembers the folder of its dense model, whose card is about that one.
     """
-    config = unwrap(model).config
-    folder = _source(model, card_folder)
-    if not (folder / CARD).is_file() or not (folder / "config.json").is_file():
+    card, saved = (_source(model, card_folder) / name for name in (CARD, "config.json"))
+    if not card.is_file() or not saved.is_file():
         return None
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if _shape_of(saved) != _shape_of(config.to_dict()):
-        return None
-    return (folder / CARD).read_text(encoding="utf-8")
+    same = _shape_of(json.loads(saved.read_text("utf-8"))) == _shape_of(unwrap(model).config.to_dict())
+    return card.read_text("utf-8") if same else None
 
 
 def _shape_of(fields: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -190,24 +188,78 @@ def _explained(repo_id: str, consequence: str) -> Iterator[None]:
     """Turn what the Hub's client lets through into one error that says what became of the repository."""
     try:
         yield
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        advice = "; sign in with `hf auth login`, or pass a token that may write there" if status in (401, 403) else ""
-        reason = f"the Hub answered {status} ({error.server_message or _line(error)})"
-        raise HubUploadError(f"push to {repo_id}: {reason}; {consequence}{advice}") from error
-    except (HTTPError, OfflineModeIsEnabled) as error:
-        reason = f"the connection failed ({type(error).__name__}: {_line(error)})"
-        raise HubUploadError(f"push to {repo_id}: {reason}; {consequence}") from error
-    except RuntimeError as error:
-        if "Error while uploading" not in str(error):
+    except (HTTPError, OfflineModeIsEnabled, RuntimeError) as error:
+        advice = ""
+        if isinstance(error, HfHubHTTPError):
+            reason = f"the Hub answered {error.response.status_code} ({error.server_message or _line(error)})"
+            if error.response.status_code in (401, 403):
+                advice = "; sign in with `hf auth login`, or pass a token that may write there"
+        elif not isinstance(error, RuntimeError):
+            reason = f"the connection failed ({type(error).__name__}: {_line(error)})"
+        elif "Error while uploading" in str(error):
+            cause = error.__cause__
+            reason = f"an upload failed ({_line(error)} {type(cause).__name__}: {_line(cause)})"
+        else:
             raise
-        reason = f"an upload failed ({_line(error)} {type(error.__cause__).__name__}: {_line(error.__cause__)})"
-        raise HubUploadError(f"push to {repo_id}: {reason}; {consequence}") from error
+        raise HubUploadError(f"push to {repo_id}: {reason}; {consequence}{advice}") from error
 
 
 def _line(error: BaseException | None) -> str:
-    """An error's message on one line."""
     return " ".join(str(error).split())
 
 
+# ---------------------------------------------------------------------- a Trainer
+def trainer_card(
+    trainer: Any,
+    *,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    dataset: str | list[str] | None = None,
+    **_: Any,
+) -> bool:
+    """Write ``README.md`` and its figure into the Trainer's output folder; an author's own card there gets tags alone.
+
+    Args:
+        trainer: a PruningTrainer; of a PruningModel that has decided, the card is that of its small model.
+        license, tags, model_name, finetuned_from, dataset: as ``Trainer.create_model_card`` takes them.
+
+    Returns:
+        False, and nothing is written, where the model is not pruned.
+    """
+    model: Any = trainer.model
+    if hasattr(model, "pruning_config") and hasattr(model, "export"):
+        if not model.method.decided:
+            return False
+        model = model.export()
+    base = unwrap(model)
+    if not any(is_pruned(base.get_submodule(tower.path).config) for tower in towers(base).values()):
+        return False
+    folder = Path(trainer.args.output_dir)
+    path, more = folder / CARD, [tags] if isinstance(tags, str) else list(tags or [])
+    if path.is_file():
+        _tagged(ModelCard.load(path), more).save(path)
+        return True
+    logs: dict[str, Any] = next((row for row in reversed(trainer.state.log_history) if "eval_loss" in row), {})
+    named = next(iter([dataset] if isinstance(dataset, str) else dataset or []), None)
+    metrics = metrics_of(logs)
+    card = model_card(
+        model,
+        base_model=finetuned_from,
+        after=metrics or None,
+        dataset=named or (UNNAMED if metrics else None),
+        license=license,
+        tags=more,
+        repo_id=trainer.hub_model_id or trainer.args.hub_model_id or None,
+        plot=draw(base, folder),
+        beside=beside(folder),
+    )
+    if model_name:
+        card.data.model_name = model_name  # type: ignore[attr-defined]
+    card.save(path)
+    return True
+
+
 register("upload", push_to_hub)
+register("card", trainer_card)

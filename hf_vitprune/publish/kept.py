@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,13 @@ def kept_of(folder: str | Path, dataset: str | None = None) -> Kept:
         kept.source = "results.json"
     elif kept.eval_results:
         first = kept.eval_results[0]
-        same = [r for r in kept.eval_results if _of(r) == _of(first)]
-        kept.settings |= {"after": {r.metric_type: r.metric_value for r in same}, "dataset": first.dataset_name}
-        kept.settings |= {"dataset_split": first.dataset_split}
+        data_of = attrgetter("dataset_name", "dataset_split")
+        same = {r.metric_type: r.metric_value for r in kept.eval_results if data_of(r) == data_of(first)}
+        kept.settings |= {"after": same, "dataset": first.dataset_name, "dataset_split": first.dataset_split}
         kept.source = CARD
-    else:
-        metrics = _trainer_metrics(folder)
-        if metrics:
-            kept.settings |= {"after": metrics, "dataset": dataset or UNNAMED}
-            kept.source = "all_results.json"
+    elif metrics := _trainer_metrics(folder):
+        kept.settings |= {"after": metrics, "dataset": dataset or UNNAMED}
+        kept.source = "all_results.json"
     return kept
 
 
@@ -83,13 +82,10 @@ def license_of(model: str | None) -> str | None:
     """The license that a model's card states: of a folder, or of a Hub model whose card was fetched before."""
     if model is None:
         return None
-    path = Path(model) / CARD
+    path: Any = Path(model) / CARD
     if not path.is_file():
-        cached = try_to_load_from_cache(model, CARD) if hub_id(model) else None
-        if not isinstance(cached, str):
-            return None
-        path = Path(cached)
-    stated = ModelCard.load(path, ignore_metadata_errors=True).data.license
+        path = try_to_load_from_cache(model, CARD) if hub_id(model) else None
+    stated = ModelCard.load(path, ignore_metadata_errors=True).data.license if isinstance(path, (str, Path)) else None
     return stated if isinstance(stated, str) else None
 
 
@@ -143,10 +139,6 @@ def take_figures(text: str, source: Path, folder: Path, model: Any) -> None:
             shutil.copy(source / name, folder / name)
         elif name == PLOT and not (folder / name).is_file():
             draw(model, folder)
-
-
-def _of(result: EvalResult) -> tuple[Any, Any]:
-    return result.dataset_name, result.dataset_split
 
 
 def _trainer_metrics(folder: Path) -> dict[str, float]:

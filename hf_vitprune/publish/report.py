@@ -1,14 +1,19 @@
-"""Tables of what a model is made of and what pruning changed: for terminals and model cards."""
+"""What models are made of and what pruning changed: rows of plain data, and tables for terminals and cards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .layers import layer_rows
+from ..cost import cost_parts
+from ..spec.architecture import Architecture
+from ..spec.units import LAYER_UNITS
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+#: sizes of a layer that few models have
+_RARE = ("conv_channels", "attention_in", "mlp_in")
 
 
 # ---------------------------------------------------------------------- numbers as text
@@ -26,22 +31,69 @@ def _percent(share: float) -> str:
 
 
 # ---------------------------------------------------------------------- layers
+def layer_rows(model: Any, image_size: int | tuple[int, int] | None = None) -> list[dict[str, Any]]:
+    """One dict a layer, and one of what lies outside the layers.
+
+    Keys: ``layer`` (index, or ``"other"``), ``stage`` (Swin), ``mixer``, ``heads``, ``qk``, ``v``, ``mlp``,
+    ``conv_channels`` (None: no convolution), ``attention_in`` and ``mlp_in`` (None: all channels), ``params``,
+    ``macs`` and ``share`` (of all multiply-adds).
+
+    Args:
+        model: a model or an Architecture.
+        image_size: side, or (height, width), in pixels; the config's by default.
+
+    Raises:
+        UnsupportedModelError: no family is registered for the model.
+    """
+    architecture = Architecture.given(model)
+    costs: dict[Any, list[int]] = {}
+    for part in cost_parts(architecture, image_size):
+        words = part.name.split()
+        row = costs.setdefault(int(words[1]) if words[0] == "layer" else "other", [0, 0])
+        row[0] += part.weights + part.others
+        row[1] += part.macs
+    total = sum(macs for _, macs in costs.values())
+    return [
+        {
+            "layer": key,
+            **({} if key == "other" else sizes_of(architecture, key)),
+            "params": params,
+            "macs": macs,
+            "share": macs / total if total else 0.0,
+        }
+        for key, (params, macs) in costs.items()
+    ]
+
+
+def sizes_of(architecture: Architecture, layer: int) -> dict[str, Any]:
+    """What a row of :func:`layer_rows` says of a layer beside its cost."""
+    shape = architecture.layers[layer]
+    stage = {} if architecture.depths is None else {"stage": architecture.stages[layer]}
+    sizes = {unit: getattr(shape, field) for unit, field in LAYER_UNITS.items()}
+    return {**stage, "mixer": shape.mixer, **sizes, **{name: getattr(shape, name) for name in _RARE}}
+
+
+def size_at(architecture: Architecture, layer: int, name: str) -> int:
+    """One of :func:`sizes_of`; of a branch that reads all channels, how many there are."""
+    size: int | None = sizes_of(architecture, layer)[name]
+    return architecture.width(layer) if size is None else size
+
+
 def layer_table(model: Any, image_size: int | tuple[int, int] | None = None, title: str | None = None) -> Table:
     """:func:`layer_rows` for a terminal, with a line of totals."""
-    return _rich(layer_cells(layer_rows(model, image_size)), title)
+    return _rich(layer_cells(model, image_size), title)
 
 
 def layer_markdown(model: Any, image_size: int | tuple[int, int] | None = None) -> str:
     """:func:`layer_rows` for a card, with a line of totals."""
-    return markdown_table(layer_cells(layer_rows(model, image_size)))
+    return markdown_table(layer_cells(model, image_size))
 
 
-def layer_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
-    names = ["layer", "stage", "mixer", "heads", "qk", "v", "mlp"]
-    names += [
-        name for name in ("conv_channels", "attention_in", "mlp_in") if any(row.get(name) is not None for row in rows)
-    ]
-    names = [name for name in names if any(name in row for row in rows)]
+def layer_cells(model: Any, image_size: int | tuple[int, int] | None = None) -> list[list[str]]:
+    """The same as text, headings first."""
+    rows = layer_rows(model, image_size)
+    everything = ["layer", "stage", "mixer", "heads", "qk", "v", "mlp", *_RARE]
+    names = [name for name in everything if any(row.get(name) is not None for row in rows)]
     cells = [[*names, "params", "MACs", "share"]]
     for row in rows:
         sizes = [_size(row, name) for name in names]
@@ -51,13 +103,11 @@ def layer_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _size(row: dict[str, Any], name: str) -> str:
-    if name not in row:
-        return ""
-    if name in ("layer", "stage"):
-        return str(row[name])
-    if name == "conv_channels":
-        return str(row[name] or "-")
-    return {None: "all", 0: "-", "none": "-"}.get(row[name], str(row[name]))
+    if name in ("layer", "stage") or name not in row:
+        return str(row.get(name, ""))
+    if row[name] is None and name != "conv_channels":
+        return "all"
+    return "-" if row[name] in (None, 0, "none") else str(row[name])
 
 
 # ---------------------------------------------------------------------- before and after
@@ -67,8 +117,8 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "accuracy": ("accuracy", _percent),
     "params": ("params", human),
     "macs": ("MACs", human),
-    "latency_ms": ("latency (ms)", lambda value: f"{value:.2f}"),
-    "speedup": ("speed-up", lambda value: f"{value:.2f}x"),
+    "latency_ms": ("latency (ms)", "{:.2f}".format),
+    "speedup": ("speed-up", "{:.2f}x".format),
 }
 
 
@@ -89,21 +139,20 @@ def comparison_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def comparison_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The same as text, headings first."""
     present = {name: None for row in rows for name, value in row.items() if name != "name" and value is not None}
-    metrics = [name for name in present if name not in _COLUMNS]
-    names = [name for name in ("accuracy",) if name in present] + metrics
-    names += [name for name in _COLUMNS if name in present and name != "accuracy"]
-    cells = [["", *(_COLUMNS[name][0] if name in _COLUMNS else name for name in names)]]
+    first, *others = _COLUMNS
+    order = [first, *(name for name in present if name not in _COLUMNS), *others]
+    columns = {name: _COLUMNS.get(name, (name, _writer(name))) for name in order if name in present}
+    cells = [["", *(heading for heading, _ in columns.values())]]
     for row in rows:
-        values = [(row.get(name), _writer(name)) for name in names]
+        values = [(row.get(name), write) for name, (_, write) in columns.items()]
         cells.append([str(row["name"]), *("" if value is None else write(value) for value, write in values)])
     return cells
 
 
-def _writer(name: str) -> Callable[[Any], str]:
-    if name in _COLUMNS:
-        return _COLUMNS[name][1]
-    is_share = "accuracy" in name or name.endswith(" kept") or name.startswith(("same ", "shared "))
+def _writer(metric: str) -> Callable[[Any], str]:
+    is_share = "accuracy" in metric or metric.endswith(" kept") or metric.startswith(("same ", "shared "))
     return _percent if is_share else "{:.4g}".format
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..methods.nvit.groups import Moment
-from ..utils.figures import MARKERS, PALETTE, new_figure, save_figure
-from .block_report import COLOURS
+from ..methods.nvit.trajectory import Moment
+from ..utils.figures import PALETTE, new_figure, save_figure
+from .block_report import COLOURS, panels, style
 
 
 def plot_run(
@@ -29,8 +29,7 @@ def plot_run(
     panel: Any = figure.subplots()
     for i, (name, moments) in enumerate(named.items()):
         steps, ratios = [moment.step for moment in moments], [moment.ratio for moment in moments]
-        style = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
-        panel.step(steps, ratios, where="post", linewidth=1.2, markersize=3, label=name or "cost", **style)
+        panel.step(steps, ratios, where="post", linewidth=1.2, markersize=3, label=name or "cost", **style(i))
     if target is not None:
         panel.axhline(target, color="grey", linewidth=0.8, linestyle="--", label=f"target, {target:g}")
     panel.set(xlabel="optimizer step", ylabel="share of the dense cost that is left", ylim=(0, 1.03))
@@ -56,12 +55,9 @@ def plot_gates(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> Pa
         raise ValueError("the log has no gates: train a search with logging_strategy='steps'")
     keys = [key.removeprefix("gate_layer").split("_") for key in rows[0] if key.startswith("gate_layer")]
     layers = sorted({int(layer) for layer, _ in keys})
-    columns = min(4, len(layers))
-    lines = -(-len(layers) // columns)
-    figure = new_figure(2.3 * columns, 1.9 * lines)
-    panels: Any = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    figure, axes, first = panels(len(layers), 4, 2.3, 1.9)
     steps = [row["step"] for row in rows]
-    for panel, layer in zip(panels.flat, layers, strict=False):
+    for panel, layer in zip(axes, layers, strict=True):
         for kind, colour in COLOURS.items():
             key = f"gate_layer{layer}_{kind.lower()}"
             if key in rows[0]:
@@ -71,10 +67,8 @@ def plot_gates(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> Pa
         panel.set_title(f"layer {layer}", fontsize="small")
         panel.set(ylim=(0, 1))
         panel.grid(alpha=0.3)
-    for panel in panels.flat[len(layers) :]:
-        panel.set_axis_off()
-    panels[-1][0].set(xlabel="optimizer step", ylabel="chance to be on")
-    shown = {line.get_label(): line for panel in panels.flat for line in panel.get_legend_handles_labels()[0]}
+    first[-1].set(xlabel="optimizer step", ylabel="chance to be on")
+    shown = {line.get_label(): line for panel in axes for line in panel.get_legend_handles_labels()[0]}
     figure.legend(handles=shown.values(), fontsize="x-small", loc="outside lower center", ncols=min(3, len(shown)))
     return save_figure(figure, path)
 

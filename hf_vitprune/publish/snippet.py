@@ -1,16 +1,31 @@
-"""How to use a model, as its card says it: what to install, and code that runs."""
+"""What a model is for, and how to use it, as its card says it: what to install, and code that runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from transformers import PreTrainedConfig
 
 from ..families import PRUNED_PREFIX
 from ..spec.architecture import unwrap
-from .purpose import auto_class, pipeline_tag
+from ..utils.mixing import stock_type
 
+#: Auto class -> task of the Hub (None: none that all of its models share); the first that maps a class is taken
+_TASKS = {
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForVideoClassification": "video-classification",
+    "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
+    "AutoModelForDepthEstimation": "depth-estimation",
+    "AutoModelForSemanticSegmentation": "image-segmentation",
+    "AutoModelForUniversalSegmentation": "image-segmentation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMaskedImageModeling": None,
+    "AutoModelForPreTraining": None,
+    "AutoBackbone": "image-feature-extraction",
+    "AutoModel": "image-feature-extraction",
+}
 #: task of the Hub -> a call of its pipeline on an image, what it says, and whether that takes a tokenizer
 _CALLS = {
     "image-classification": ('print(pipe("image.jpg"))', False),
@@ -19,7 +34,6 @@ _CALLS = {
     "depth-estimation": ('pipe("image.jpg")["depth"].save("depth.png")', False),
     "image-segmentation": ('print([segment["label"] for segment in pipe("image.jpg")])', False),
 }
-_PATH = "path/to/model"
 
 
 @dataclass(frozen=True)
@@ -48,11 +62,10 @@ def how_to_use(model: Any, config: PreTrainedConfig, repo_id: str | None, beside
         repo_id: where it is; ``path/to/model`` by default.
         beside: what is saved with it.
     """
-    place = repo_id or _PATH
-    base = unwrap(model)
+    place, base = repo_id or "path/to/model", unwrap(model)
     ours = config.model_type.startswith(PRUNED_PREFIX)
     task = pipeline_tag(base)
-    name = auto_class(base)
+    name = _mapping(base, (stock_type(base),))  # the Auto class that maps its very class
     trust = ", trust_remote_code=True" if beside.portable and ours else ""
     lines = []
     if beside.adapter:
@@ -81,3 +94,17 @@ def how_to_use(model: Any, config: PreTrainedConfig, repo_id: str | None, beside
         module = "hf_vitprune.modeling" if name.startswith("Pruned") else module
     made = f'model = {name}.from_pretrained("{place}"{trust})'
     return needs, [*pieces, "\n".join([*lines, f"from {module} import {name}", "", made])]
+
+
+def pipeline_tag(model: Any) -> str | None:
+    """The model's task on the Hub, for a class of a user's that of its stock one; None where there is none for it."""
+    name = _mapping(model, type(model).__mro__)
+    return "image-feature-extraction" if name is None else _TASKS[name]
+
+
+def _mapping(model: Any, classes: tuple[type, ...]) -> str | None:
+    for name in _TASKS:
+        found = getattr(transformers, name)._model_mapping.get(type(model.config), ())
+        if not set(found if isinstance(found, tuple) else (found,)).isdisjoint(classes):
+            return name
+    return None

@@ -14,7 +14,7 @@ from hf_vitprune.cost import count
 from hf_vitprune.errors import BenchError, MissingExtraError
 from hf_vitprune.publish.bench import bench
 from hf_vitprune.publish.bench import run as benching
-from hf_vitprune.publish.bench.show import bench_table
+from hf_vitprune.publish.bench.run import bench_table
 from hf_vitprune.publish.exporters import formats
 from image_folders import image_folder
 from tiny import make

@@ -16,13 +16,13 @@ from hf_vitprune.cost.closed_form import block_macs, removed_macs
 from hf_vitprune.errors import MissingExtraError
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune
-from hf_vitprune.publish.block_report import COLOURS, plot_architecture, plot_kept
-from hf_vitprune.publish.layers import kept_shares, layer_rows
+from hf_vitprune.publish.block_report import COLOURS, kept_shares, plot_architecture, plot_kept
 from hf_vitprune.publish.report import (
     comparison_markdown,
     comparison_table,
     human,
     layer_markdown,
+    layer_rows,
     layer_table,
 )
 from hf_vitprune.spec.architecture import Architecture

@@ -83,10 +83,8 @@ def timed(
             stack.callback(worker.close)
         for worker in workers.values():
             worker.answer()  # ready
-        repeats = {}
-        for key, worker in workers.items():
-            seconds = min(worker.ask(1)["seconds"] for _ in range(2))
-            repeats[key] = max(1, min(MAX_REPEATS, round(SAMPLE_SECONDS / max(seconds, 1e-9))))
+        once = {key: min(worker.ask(1)["seconds"] for _ in range(2)) for key, worker in workers.items()}
+        repeats = {key: max(1, min(MAX_REPEATS, round(SAMPLE_SECONDS / max(s, 1e-9)))) for key, s in once.items()}
         samples: dict[tuple[str, str], list[float]] = {key: [] for key in orders}
         memory: dict[tuple[str, str], float] = {}
         for _ in tqdm(range(rounds), "measuring", disable=not progress, leave=False):

@@ -1,12 +1,17 @@
-"""An exported model against the one it was made from: equal outputs, or (int8) how much they agree."""
+"""An exported model against the one it was made from: equal, or (int8) how much they agree; and a record of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.metadata
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment, PackageLoader
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from ...errors import ExportError
@@ -19,6 +24,9 @@ TOLERANCE = 1e-3
 LEAST_COSINE = 0.5
 #: outputs in the order in which they are looked for: what a model says of an image
 _ANSWERS = ("logits", "logits_per_image", "image_embeds", "pooler_output", "predicted_depth", "last_hidden_state")
+
+RECORD, PAGE = "checked.json", "README.md"
+_PACKAGES = ("hf_vitprune", "transformers", "torch", "onnxruntime", "openvino", "nncf", "executorch", "torchao")
 
 
 @dataclass(frozen=True)
@@ -69,11 +77,11 @@ def largest_error(expected: Any, actual: Any) -> float:
     Raises:
         ExportError: other tensors, other shapes, or values that are not finite.
     """
-    pairs = [(list(named_tensors(one))) for one in (expected, actual)]
+    pairs = [list(named_tensors(one)) for one in (expected, actual)]
     shapes = [[(name, tuple(value.shape)) for name, value in one] for one in pairs]
-    if shapes[0] != shapes[1]:
-        differing = next((a, b) for a, b in zip(*map(_padded(shapes), (0, 1)), strict=True) if a != b)
-        raise ExportError(f"the exported model gives {differing[1]} where the model gives {differing[0]}")
+    for theirs, ours in zip_longest(*shapes):
+        if theirs != ours:
+            raise ExportError(f"the exported model gives {ours} where the model gives {theirs}")
     worst = 0.0
     for (name, want), (_, got) in zip(*pairs, strict=True):
         if not torch.isfinite(got).all() and torch.isfinite(want).all():
@@ -81,11 +89,6 @@ def largest_error(expected: Any, actual: Any) -> float:
         difference = (want.double() - got.double()).abs()
         worst = max(worst, float(difference.max() / want.double().abs().max().clamp(min=1e-12)) if len(want) else 0.0)
     return worst
-
-
-def _padded(shapes: list[list[Any]]) -> Any:
-    longest = max(map(len, shapes))
-    return lambda which: [*shapes[which], *[None] * (longest - len(shapes[which]))]
 
 
 def answer(output: Any) -> tuple[str, torch.Tensor]:
@@ -112,7 +115,7 @@ def agreement(model: Any, exported: Any, batches: ImageBatches, inputs: dict[str
     Raises:
         ExportError: an answer that is not finite.
     """
-    cosines, same, right, right_exported, labelled = [], 0, 0, 0, 0
+    cosines, same, right = [], [], []
     name, classes = "", False
     for batch in batches:
         taken = {**inputs, "pixel_values": batch["pixel_values"].float()}
@@ -123,20 +126,65 @@ def agreement(model: Any, exported: Any, batches: ImageBatches, inputs: dict[str
         cosines.append(torch.cosine_similarity(want.double().flatten(1), got.double().flatten(1)))
         classes = name.startswith("logits") and want.ndim == 2
         if classes:
-            same += int((want.argmax(-1) == got.argmax(-1)).sum())
-        labels = batch.get("labels")
-        if classes and isinstance(labels, torch.Tensor):
-            labelled += len(labels)
-            right += int((want.argmax(-1) == labels).sum())
-            right_exported += int((got.argmax(-1) == labels).sum())
+            chosen = torch.stack([want.argmax(-1), got.argmax(-1)])
+            same.append(chosen[0] == chosen[1])
+            if isinstance(batch.get("labels"), torch.Tensor):
+                right.append(chosen == batch["labels"])
     every = torch.cat(cosines)
-    count = len(every)
-    return Agreement(
-        count,
-        name,
-        float(every.mean()),
-        float(every.min()),
-        same / count if classes else None,
-        right / labelled if labelled else None,
-        right_exported / labelled if labelled else None,
-    )
+    top1 = float(torch.cat(same).double().mean()) if classes else None
+    accuracies = torch.cat(right, 1).double().mean(1).tolist() if right else (None, None)
+    return Agreement(len(every), name, float(every.mean()), float(every.min()), top1, *accuracies)
+
+
+# ---------------------------------------------------------------------- kept
+@dataclass(frozen=True)
+class ExportRecord:
+    """What an export was checked on, and what came of it.
+
+    Attributes:
+        to: format.
+        int8: whether Linears are in int8.
+        model: class that it was made from.
+        inputs: name -> shape; words for what may vary.
+        batches: batch sizes that were compared.
+        sizes: (height, width) of the images that were compared.
+        error: largest difference of an output from the model's, as a share of its largest value.
+        tolerance: what was allowed; None for int8, which is compared on images.
+        agreement: on the user's images; None without any.
+        versions: of the packages.
+    """
+
+    to: str
+    model: str
+    inputs: dict[str, list[int | str]]
+    batches: list[int]
+    error: float
+    versions: dict[str, str]
+    int8: bool = False
+    sizes: Sequence[tuple[int, int]] = ()
+    tolerance: float | None = TOLERANCE
+    agreement: Agreement | None = None
+
+    @classmethod
+    def of(cls, model: Any, to: str, error: float, inputs: dict[str, Any], **more: Any) -> ExportRecord:
+        """What was found of a model; ``more``: the other fields that are not by default."""
+        known = {d.metadata["Name"].lower().replace("-", "_"): d.version for d in importlib.metadata.distributions()}
+        versions = {name: known[name] for name in _PACKAGES if name in known}
+        return cls(to=to, model=type(model).__name__, inputs=inputs, error=error, versions=versions, **more)
+
+    @property
+    def one_line(self) -> str:
+        """For people."""
+        kind = f"{self.to}, int8" if self.int8 else self.to
+        batches = ", ".join(map(str, self.batches))
+        said = f"{kind}: outputs within {self.error:.1g} of the model's largest values, in batches of {batches}"
+        return said if self.agreement is None else f"{said}; {self.agreement.one_line}"
+
+    def save(self, folder: Path) -> None:
+        """Write ``checked.json``, and a page for who receives it where there is none."""
+        (folder / RECORD).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        if not (folder / PAGE).exists():
+            pages = Environment(loader=PackageLoader("hf_vitprune.publish"), trim_blocks=True)
+            said = None if self.agreement is None else self.agreement.one_line
+            page = pages.get_template("export.md").render(vars(self), file=RECORD, one_line=said)
+            (folder / PAGE).write_text(page + "\n")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
 from ...errors import InvalidConfigError, MissingExtraError
+from ...families import family_of
+from ...modeling.blocks import IN_STEPS, UNPADDED, eager_attention_forward
+from ...spec.towers import towers
 
 #: folders that transformers loads
 FOLDERS = ("native", "portable")
@@ -21,8 +28,6 @@ _PACKAGES = {
     "openvino": ("openvino",),
     "executorch": ("executorch",),
 }
-#: format -> what int8 needs besides, in the extra "int8"
-_INT8_PACKAGES = {"onnx": (), "openvino": ("nncf",), "executorch": ()}
 
 
 def check_format(to: str, int8: bool = False) -> None:
@@ -38,9 +43,8 @@ def check_format(to: str, int8: bool = False) -> None:
         if int8:
             raise InvalidConfigError(f"int8 is for {', '.join(GRAPHS)}: a {to} folder keeps the model's own weights")
         return
-    missing = [(name, to) for name in _PACKAGES[to]]
-    missing += [(name, "int8") for name in _INT8_PACKAGES[to] if int8]
-    missing = [(name, extra) for name, extra in missing if importlib.util.find_spec(name) is None]
+    wanted = [(name, to) for name in _PACKAGES[to]] + [("nncf", "int8")] * (int8 and to == "openvino")
+    missing = [(name, extra) for name, extra in wanted if importlib.util.find_spec(name) is None]
     if missing:
         extras = ",".join(dict.fromkeys(extra for _, extra in missing))
         names = ", ".join(name for name, _ in missing)
@@ -104,3 +108,36 @@ def load_graph(to: str, folder: str | Path) -> Any:
     if to == "openvino":
         return ExportedModel.from_pretrained(folder, device="cpu", config={"INFERENCE_PRECISION_HINT": "f32"})
     return ExportedModel.from_pretrained(folder, device=None if to == "executorch" else "cpu")
+
+
+# ---------------------------------------------------------------------- attention as graphs want it
+@contextlib.contextmanager
+def without_empty_masks(model: Any, inputs: dict[str, Any], to: str) -> Iterator[None]:
+    """Encoders of images make no masks for a while; where the inputs have some, all stays as it is.
+
+    transformers leaves an empty mask out, but not while it is exported: every layer would then add zeros to all scores
+    and choose all outputs by a condition that always holds, which does not shrink with the model. For an attention
+    without a mask function of its own it makes none. ONNX has no node for torch's fused attention, and what stands for
+    it reads its shapes as it runs and turns the keys twice: for ONNX it is written in plain steps.
+
+    Args:
+        model, inputs: what is exported, and its example.
+        to: the format.
+    """
+    AttentionInterface.register(UNPADDED, sdpa_attention_forward)
+    AttentionInterface.register(IN_STEPS, eager_attention_forward)
+    changed = []
+    if not any(name.startswith("pixel") and "mask" in name for name in inputs):
+        for tower in towers(model).values():
+            module = model.get_submodule(tower.path)
+            family = family_of(module)
+            config = family.sizes_config(module.config)
+            if family.part != "text" and config._attn_implementation == "sdpa":
+                changed.append(config)
+    try:
+        for config in changed:
+            config._attn_implementation = IN_STEPS if to == "onnx" else UNPADDED
+        yield
+    finally:
+        for config in changed:
+            config._attn_implementation = "sdpa"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,12 +33,8 @@ def example_inputs(model: Any, batch: int, size: Size | None = None, seed: int =
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         rows = [_one(model, size) for _ in range(batch)]
-    first = rows[0]
-    made = {
-        name: torch.cat([row[name] for row in rows]) if isinstance(value, torch.Tensor) else value
-        for name, value in first.items()
-        if value is not None
-    }
+    made = {name: value for name, value in rows[0].items() if value is not None}
+    made |= {name: torch.cat([row[name] for row in rows]) for name, _ in _tensors(made)}
     return {**made, **(_captions(model, batch) if is_dual_encoder(model) else {})}
 
 
@@ -51,18 +47,36 @@ def varying_axes(inputs: Mapping[str, Any], sizes: int, to: str, most: int) -> d
         to: the format; ExecuTorch plans its memory for the largest batch.
         most: that batch.
     """
-    axes: dict[str, Any] = {}
-    for name, value in inputs.items():
-        if not isinstance(value, torch.Tensor):
-            axes[name] = None
-            continue
+    axes: dict[str, Any] = dict.fromkeys(inputs)
+    for name, value in _tensors(inputs):
         if to == "executorch":
-            axes[name] = {0: Dim("texts" if _is_text(name) else "batch", min=1, max=most)}
+            axes[name] = {0: Dim(_batch_word(name), min=1, max=most)}
             continue
         axes[name] = {0: Dim.DYNAMIC}
         if sizes > 1 and name == "pixel_values":
             axes[name] |= {value.ndim - 2: Dim.DYNAMIC, value.ndim - 1: Dim.DYNAMIC}
     return axes
+
+
+def axis_names(inputs: Mapping[str, Any], axes: Mapping[str, Any] | None = None) -> dict[str, list[int | str]]:
+    """Name of an input -> its shape, with words for what may vary (by :func:`varying_axes`)."""
+    named = {}
+    for name, value in _tensors(inputs):
+        shape: list[int | str] = list(value.shape)
+        for axis, word in zip(
+            sorted(axes[name] if axes else ()), (_batch_word(name), "height", "width"), strict=False
+        ):
+            shape[axis] = word
+        named[name] = shape
+    return named
+
+
+def _tensors(inputs: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    return [(name, value) for name, value in inputs.items() if isinstance(value, torch.Tensor)]
+
+
+def _batch_word(name: str) -> str:
+    return "texts" if name in ("input_ids", "attention_mask") else "batch"
 
 
 def own_size(model: Any) -> Size:
@@ -71,7 +85,7 @@ def own_size(model: Any) -> Size:
     Raises:
         UnsupportedModelError: there is no encoder of images in the model.
     """
-    return tuple(_vision(model)[1]["pixel_values"].shape[-2:])
+    return tuple(_vision(model)["pixel_values"].shape[-2:])
 
 
 def is_dual_encoder(model: Any) -> bool:
@@ -93,19 +107,17 @@ def _one(model: Any, size: Size | None) -> dict[str, Any]:
             f"{type(model).__name__} generates text, step by step: export its tower by itself (part="
             f"{next(iter(towers(model)), 'vision')!r}, --part), or the steps by transformers.exporters"
         )
-    return _vision(model, size)[1]
+    return _vision(model, size)
 
 
-def _vision(model: Any, size: Size | None = None) -> tuple[Any, dict[str, Any]]:
-    """The encoder of images in a model, and what it takes."""
+def _vision(model: Any, size: Size | None = None) -> dict[str, Any]:
+    """What the encoder of images in a model takes."""
     found = {} if stands_alone(model) else towers(model)
-    modules = [model.get_submodule(tower.path) for tower in found.values()] or [model]
-    for module in modules:
-        if family_of(module).part == "text":
-            continue
-        taken = family_of(module).inputs(module.config, size, task=Architecture.of(module).task)
+    for module in [model.get_submodule(tower.path) for tower in found.values()] or [model]:
+        family = family_of(module)
+        taken = family.inputs(module.config, size, task=Architecture.of(module).task) if family.part != "text" else {}
         if "pixel_values" in taken:
-            return module, taken
+            return taken
     raise UnsupportedModelError(f"{type(model).__name__} holds no encoder of images")
 
 
@@ -123,21 +135,3 @@ def _captions(model: Any, batch: int) -> dict[str, torch.Tensor]:
     # SigLIP was trained on captions of one length, and has no mask for shorter ones
     siglip = "siglip" in model.config.model_type
     return {"input_ids": ids, **({} if siglip else {"attention_mask": mask})}
-
-
-def _is_text(name: str) -> bool:
-    return name in ("input_ids", "attention_mask")
-
-
-def axis_names(inputs: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, list[int | str]]:
-    """Name of an input -> its shape, with words for what may vary."""
-    named: dict[str, list[int | str]] = {}
-    for name, value in inputs.items():
-        if isinstance(value, torch.Tensor):
-            words: Sequence[str] = ("texts" if _is_text(name) else "batch", "height", "width")
-            free = sorted(axes[name])
-            shape: list[int | str] = list(value.shape)
-            for axis, word in zip(free, words, strict=False):
-                shape[axis] = word
-            named[name] = shape
-    return named

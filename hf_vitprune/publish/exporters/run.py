@@ -9,7 +9,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,9 @@ from ...training.model import PruningModel
 from ...utils.batches import ImageBatches
 from ...utils.offload import check_present
 from ...utils.sharding import all_finite, check_whole
-from .attention import without_empty_masks
-from .checks import LEAST_COSINE, TOLERANCE, agreement, largest_error
-from .formats import FOLDERS, GRAPHS, check_format, int8_quantizer, load_graph, make_graph
+from .checks import LEAST_COSINE, TOLERANCE, ExportRecord, agreement, largest_error
+from .formats import FOLDERS, GRAPHS, check_format, int8_quantizer, load_graph, make_graph, without_empty_masks
 from .inputs import Size, axis_names, example_inputs, own_size, varying_axes
-from .record import ExportRecord
 
 #: images a batch while exporting; the check takes others, too
 BATCH = 2
@@ -137,61 +134,43 @@ def _check_sizes_vary(model: Any, to: str) -> None:
         )
 
 
-# ---------------------------------------------------------------------- folders
 def _folder(model: Any, made: Path, to: str) -> ExportRecord:
     result: Any = to_native(model) if to == "native" else model
-    if to == "portable":
-        result.save_pretrained(made, portable=True)
-        if not list(made.glob("*.py")):
-            raise ExportError(
-                f"{type(result).__name__} is a class of transformers: it loads without this library as it is; "
-                "use --to native"
-            )
-    else:
-        result.save_pretrained(made)
-    loaded: Any = type(result).from_pretrained(made)
-    loaded = loaded.to(result.device, result.dtype)
-    inputs = {name: _placed(value, model) for name, value in example_inputs(model, BATCH).items()}
+    result.save_pretrained(made, **({"portable": True} if to == "portable" else {}))
+    if to == "portable" and not list(made.glob("*.py")):
+        raise ExportError(
+            f"{type(result).__name__} is a class of transformers: it loads without this library as it is; "
+            "use --to native"
+        )
+    loaded: Any = type(result).from_pretrained(made).to(result.device, result.dtype)
+    inputs = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in example_inputs(model, BATCH).items()
+    }
     with torch.no_grad():
         error = largest_error(model(**inputs), loaded.eval()(**inputs))
     _check_error(error, to)
-    return ExportRecord.of(result, to, error, {name: list(v.shape) for name, v in _tensors(inputs)}, [BATCH], [])
+    return ExportRecord.of(result, to, error, axis_names(inputs), batches=[BATCH])
 
 
-def _placed(value: Any, model: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
-
-
-def _tensors(inputs: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
-    return [(name, value) for name, value in inputs.items() if isinstance(value, torch.Tensor)]
-
-
-# ---------------------------------------------------------------------- graphs
 def _graph(
-    model: Any,
-    made: Path,
-    to: str,
-    sizes: list[Size],
-    batches: ImageBatches | None,
-    int8: bool,
-    most: int,
+    model: Any, made: Path, to: str, sizes: list[Size], batches: ImageBatches | None, int8: bool, most: int
 ) -> ExportRecord:
     # the flag that has positions interpolated is part of the graph, so the first size must not be the config's
     sizes = sorted(set(sizes), key=lambda size: size == own_size(model))
-    make = partial(_inputs, model, flags=example_inputs(model, 1, sizes[0]))
-    inputs = make(BATCH, sizes[0])
+    inputs = example_inputs(model, BATCH, sizes[0], seed=BATCH)
+    switches = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
     axes = varying_axes(inputs, len(sizes), to, max(most, BATCH + 1))
-    seen = _checked_images(batches, inputs, sizes)
     quantizer = None
-    if int8 and seen is not None:
-        fixed = make(BATCH, sizes[0])
-        whole = [batch for batch in seen if len(batch["pixel_values"]) == BATCH]
-        calibration = [{**fixed, "pixel_values": batch["pixel_values"].float()} for batch in whole]
-        if not calibration:
+    if batches is not None:
+        _check_images(batches, inputs, sizes)
+    if int8 and batches is not None:
+        whole = [batch["pixel_values"] for batch in batches if len(batch["pixel_values"]) == BATCH]
+        if not whole:
             raise InvalidConfigError(f"int8 is measured on images, and there is one only: give at least {BATCH}")
-        quantizer = int8_quantizer(to, calibration)
+        quantizer = int8_quantizer(to, ({**inputs, "pixel_values": pixels.float()} for pixels in whole))
     with contextlib.redirect_stdout(sys.stderr):  # the libraries tell of their steps
         try:
             with without_empty_masks(model, inputs, to):
@@ -205,20 +184,19 @@ def _graph(
         graph.config = _plain_config(model)
         graph.save_pretrained(made)
         exported = load_graph(to, made)
-    worst, found = 0.0, None
+    numbers = (1, BATCH, BATCH + 1)
     with torch.no_grad():
-        for size in sizes:
-            for batch in (1, BATCH, BATCH + 1):
-                taken = make(batch, size)
-                worst = max(worst, _error(model, exported, taken, size, batch))
-    if seen is not None:
-        found = agreement(model, exported, seen, {k: v for k, v in inputs.items() if k != "pixel_values"})
+        worst = max(_error(model, exported, size, batch, switches) for size in sizes for batch in numbers)
+    found = None
+    if batches is not None:
+        found = agreement(model, exported, batches, {k: v for k, v in inputs.items() if k != "pixel_values"})
     if not int8:
         _check_error(worst, to)
     elif found is not None and found.cosine < LEAST_COSINE:
         raise ExportError(f"the int8 {to} file is no likeness of the model: {found.one_line}. Nothing was written")
-    named = axis_names(inputs, axes)
-    return ExportRecord.of(model, to, worst, named, [1, BATCH, BATCH + 1], sizes, int8=int8, agreement=found)
+    checked: dict[str, Any] = {"batches": [*numbers], "sizes": [list(size) for size in sizes], "agreement": found}
+    checked |= {"int8": True, "tolerance": None} if int8 else {}
+    return ExportRecord.of(model, to, worst, axis_names(inputs, axes), **checked)
 
 
 def _plain_config(model: Any) -> Any:
@@ -237,28 +215,21 @@ def _plain_config(model: Any) -> Any:
     return config
 
 
-def _inputs(model: Any, batch: int, size: Size, flags: dict[str, Any]) -> dict[str, Any]:
-    """Inputs of a size, with the switches of the traced one."""
-    switches = {name: value for name, value in flags.items() if not isinstance(value, torch.Tensor)}
-    return {**example_inputs(model, batch, size, seed=batch), **switches}
-
-
-def _checked_images(batches: ImageBatches | None, inputs: dict[str, Any], sizes: list[Size]) -> ImageBatches | None:
+def _check_images(batches: ImageBatches, inputs: dict[str, Any], sizes: list[Size]) -> None:
     """Raises:
     InvalidConfigError: the images are of another size than the graph takes.
     """
-    if batches is None:
-        return None
-    shape = next(iter(batches))["pixel_values"].shape[1:]
-    if shape[:-2] != inputs["pixel_values"].shape[1:-2] or (len(sizes) == 1 and tuple(shape[-2:]) != sizes[0]):
+    shape, taken = (tuple(one["pixel_values"].shape[1:]) for one in (next(iter(batches)), inputs))
+    if shape[:-2] != taken[:-2] or (len(sizes) == 1 and shape[-2:] != sizes[0]):
         raise InvalidConfigError(
-            f"the images are of shape {tuple(shape)}, and the model is exported for "
-            f"{tuple(inputs['pixel_values'].shape[1:])}: give image_sizes (--image-size), or images of that size"
+            f"the images are of shape {shape}, and the model is exported for {taken}: give image_sizes "
+            "(--image-size), or images of that size"
         )
-    return batches
 
 
-def _error(model: Any, exported: Any, inputs: dict[str, Any], size: Size, batch: int) -> float:
+def _error(model: Any, exported: Any, size: Size, batch: int, switches: dict[str, Any]) -> float:
+    """On random images of a size, with the switches of the traced example."""
+    inputs = {**example_inputs(model, batch, size, seed=batch), **switches}
     want = model(**inputs)
     try:
         got = exported(**inputs)

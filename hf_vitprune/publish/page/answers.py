@@ -1,14 +1,16 @@
-"""What models say of the same images: predictions of classifiers, neighbours by features of the others."""
+"""What models say of the same images (predictions, or neighbours by features), and cards of what changed."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from sklearn.neighbors import NearestNeighbors
 from tqdm.auto import tqdm
 
@@ -24,6 +26,8 @@ from .pictures import Pictures
 
 #: neighbours of every image that are compared
 NEIGHBOURS = 4
+#: cards that are shown at the most; one of neighbours has many pictures
+CLASS_CARDS, NEIGHBOUR_CARDS = 24, 9
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,19 @@ class Answers:
 
     def agreement(self, name: str) -> float:
         """Share of images with the dense model's class, or of neighbours that the dense model finds too."""
-        dense, own = next(iter(self.chosen.values())), self.chosen[name]
-        return float(np.mean([np.isin(a, b).mean() for a, b in zip(own, dense, strict=True)]))
+        return float(_are_in(self.chosen[name], next(iter(self.chosen.values()))).mean())
 
     def changed(self) -> list[int]:
         """Images for which a model says something else, those that change most first."""
         dense, *others = self.chosen.values()
-        lost = sum((~_isin_rows(own, dense)).sum(1) for own in others)
+        lost = sum((~_are_in(own, dense)).sum(1) for own in others)
         sure = next(iter(self.sure.values()), np.zeros(len(dense)))
         order = sorted(range(len(dense)), key=lambda i: (-int(lost[i]), -float(sure[i]), i))
         return [i for i in order if lost[i]]
 
 
-def _isin_rows(own: np.ndarray, dense: np.ndarray) -> np.ndarray:
+def _are_in(own: np.ndarray, dense: np.ndarray) -> np.ndarray:
+    """Which of the numbers of an image are among the dense model's for it."""
     return (own[:, :, None] == dense[:, None, :]).any(2)
 
 
@@ -102,8 +106,8 @@ def compare_answers(
     runs = dict(models) if is_classifier else {name: reader.tower for name, reader in readers.items()}
     rows, errors = _run(runs, readers, ImageBatches(pictures.processed(processor), batch_size), is_classifier)
     if is_classifier:
-        return _classes(rows, errors, pictures, class_names)
-    return _neighbours(rows, errors, pictures)
+        return _classes(rows, errors, pictures.labels, class_names)
+    return _neighbours(rows, errors, pictures.labels)
 
 
 def _run(
@@ -137,31 +141,84 @@ def _run(
 
 
 def _classes(
-    logits: dict[str, np.ndarray], errors: dict[str, float], pictures: Pictures, class_names: list[str]
+    logits: dict[str, np.ndarray], errors: dict[str, float], labels: Sequence[int] | None, class_names: list[str]
 ) -> Answers:
-    chosen = {name: ranked_classes(rows, 1) for name, rows in logits.items()}
-    sure = {}
+    chosen, sure, accuracy = {}, {}, {}
     for name, rows in logits.items():
-        shares = torch.from_numpy(rows).softmax(-1).numpy()
-        sure[name] = np.take_along_axis(shares, chosen[name], 1)[:, 0]
-    accuracy = {}
-    if pictures.labels is not None:
-        for name, rows in chosen.items():
-            accuracy[name] = (TopK().compute(predictions=rows, references=pictures.labels) or {})["accuracy"]
+        chosen[name] = ranked_classes(rows, 1)
+        sure[name] = np.take_along_axis(softmax(rows, axis=1), chosen[name], 1)[:, 0]
+        if labels is not None:
+            accuracy[name] = (TopK().compute(predictions=chosen[name], references=labels) or {})["accuracy"]
     return Answers("classes", chosen, sure, class_names, errors, accuracy, "accuracy")
 
 
-def _neighbours(features: dict[str, np.ndarray], errors: dict[str, float], pictures: Pictures) -> Answers:
-    k = min(NEIGHBOURS, len(pictures) - 1)
-    chosen = {}
+def _neighbours(features: dict[str, np.ndarray], errors: dict[str, float], labels: Sequence[int] | None) -> Answers:
+    chosen, accuracy = {}, {}
     for name, rows in features.items():
         if not np.isfinite(rows).all():
             raise InvalidDataError(f"features of {name} are no numbers: its weights are broken")
+        k = min(NEIGHBOURS, len(rows) - 1)
         found = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="cosine").fit(rows)
         chosen[name] = found.kneighbors(return_distance=False)
-    accuracy = {}
-    if pictures.labels is not None:
-        for name, rows in features.items():
-            scores = NearestNeighbourAccuracy().compute(predictions=rows, references=pictures.labels, k=k)
+        if labels is not None:
+            scores = NearestNeighbourAccuracy().compute(predictions=rows, references=labels, k=k)
             accuracy[name] = next(iter((scores or {}).values()))
     return Answers("neighbours", chosen, {}, [], errors, accuracy, f"{k}-nearest-neighbour accuracy")
+
+
+# ---------------------------------------------------------------------- cards of those that changed
+def answers_section(answers: Answers, pictures: Pictures) -> dict[str, Any]:
+    """Heading, a sentence for every model, and the cards."""
+    dense, *others = answers.chosen
+    changed = answers.changed()
+    if answers.kind == "classes":
+        cards = [_class_card(answers, pictures, i) for i in changed[:CLASS_CARDS]]
+        heading, what, order = "Predictions that changed", "images have another class", "surest first"
+        counts = {name: sum(answers.chosen[name][:, 0] != answers.chosen[dense][:, 0]) for name in others}
+        said = "; ".join(f"{name}: {n} of {len(pictures)} {what}" for name, n in counts.items())
+    else:
+        thumbnail = cache(pictures.thumbnail)
+        cards = [_neighbour_card(answers, pictures, i, thumbnail) for i in changed[:NEIGHBOUR_CARDS]]
+        heading, order = "Nearest neighbours that changed", "those that changed most first"
+        k = answers.chosen[dense].shape[1]
+        said = "; ".join(f"{n}: {answers.agreement(n):.1%} of the {k} nearest images are the same" for n in others)
+    summary = f"On {pictures.source}, beside the dense model: {said}."
+    if answers.accuracy:
+        rates = ", ".join(f"{name} {rate:.1%}" for name, rate in answers.accuracy.items())
+        summary += f" {answers.accuracy_name.capitalize()}: {rates}."
+    shown = f"{len(cards)} of {len(changed)} images, {order}." if cards else ""
+    return {"kind": answers.kind, "heading": heading, "summary": summary, "cards": cards, "shown": shown}
+
+
+def _class_card(answers: Answers, pictures: Pictures, image: int) -> dict[str, Any]:
+    truth = None if pictures.labels is None else pictures.labels[image]
+    says = []
+    for name, chosen in answers.chosen.items():
+        number = int(chosen[image, 0])
+        mark = "" if truth is None else "right" if number == truth else "wrong"
+        sure = f"{answers.sure[name][image]:.0%}"
+        says.append({"model": name, "what": answers.class_names[number], "sure": sure, "mark": mark})
+    return {
+        "thumbnail": pictures.thumbnail(image),
+        "name": pictures.names[image],
+        "truth": "" if truth is None else answers.class_names[truth],
+        "says": says,
+    }
+
+
+def _neighbour_card(answers: Answers, pictures: Pictures, image: int, thumbnail: Any) -> dict[str, Any]:
+    dense = next(iter(answers.chosen))
+    before = set(answers.chosen[dense][image].tolist())
+    says = []
+    for name, chosen in answers.chosen.items():
+        nearest = [
+            {
+                "thumbnail": thumbnail(near),
+                "name": pictures.names[near],
+                "new": near not in before,
+                "caption": "new" if near not in before else "" if name == dense else "same",
+            }
+            for near in chosen[image].tolist()
+        ]
+        says.append({"model": f"{name}: nearest images", "nearest": nearest})
+    return {"thumbnail": thumbnail(image), "name": pictures.names[image], "truth": "", "says": says}

@@ -1,20 +1,27 @@
-"""Sizes of a dense model's layers and of pruned ones, layer beside layer."""
+"""Sizes of a dense model's layers and of pruned ones, layer beside layer; and cost against error for every budget."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ...errors import ModelMismatchError
+from tqdm.auto import tqdm
+
+from ...cost import count
+from ...errors import ModelMismatchError, UnreachableTargetError
+from ...methods import OneShotScores
 from ...plan.plan import PruningPlan
 from ...spec.architecture import Architecture
 from ...spec.units import layer_sizes
-from ..layers import layer_rows
+from ..block_report import places
+from ..report import layer_rows
 from .charts import Chart, bar_chart
 
 #: more rows of :func:`layer_rows` that are drawn, where a model has them
 MORE = {"conv_channels": "channels of the convolution", "macs": "multiply-adds"}
+#: shares of the multiply-adds that budgets are asked for
+TARGETS = tuple(round(0.1 + 0.05 * i, 2) for i in range(18))
 
 
 def places_of(
@@ -44,9 +51,8 @@ def places_of(
     kept = remembered.get("kept_layers")
     if kept is not None and len(kept) == len(small.layers):
         return list(kept), True
-    theirs = [(stage, dense.stages[:i].count(stage)) for i, stage in enumerate(dense.stages)]
-    places = [theirs.index((stage, small.stages[:i].count(stage))) for i, stage in enumerate(small.stages)]
-    return places, len(places) == len(theirs)
+    theirs = places(dense)
+    return [theirs.index(place) for place in places(small)], len(small.layers) == len(theirs)
 
 
 def plan_beside(folder: str) -> PruningPlan | None:
@@ -56,29 +62,71 @@ def plan_beside(folder: str) -> PruningPlan | None:
 
 
 def size_charts(
-    architectures: Mapping[str, Architecture], places: Mapping[str, Sequence[int]], image_size: Any = None
+    architectures: Mapping[str, Architecture], where: Mapping[str, Sequence[int]], image_size: Any = None
 ) -> list[Chart]:
     """A chart a unit, and one of multiply-adds; the first architecture is the dense one."""
-    (_, dense), *models = architectures.items()
-    whole = layer_rows(dense, image_size)[:-1]
-    rows = {name: layer_rows(small, image_size)[:-1] for name, small in models}
+    sizes = {name: _sizes(architecture, image_size) for name, architecture in architectures.items()}
+    dense, *models = architectures
     charts = []
     for key, title in {**layer_sizes(), **MORE}.items():
-        full = [_size(row, key, dense, i) for i, row in enumerate(whole)]
-        kept = []
-        for name, small in models:
-            at: list[float | None] = [None] * len(whole)
-            for i, place in enumerate(places[name]):
-                at[place] = _size(rows[name][i], key, small, i)
-            kept.append((name, at))
         optional = key.endswith("_in") or key == "conv_channels"
-        if not optional or any(row.get(key) is not None for mine in rows.values() for row in mine):
-            charts.append(bar_chart(title, full, kept, dense.stages))
+        if optional and not any(row[key] is not None for name in models for row in sizes[name]):
+            continue
+        kept = []
+        for name in models:
+            at: list[float | None] = [None] * len(sizes[dense])
+            for i, place in enumerate(where[name]):
+                at[place] = _size(sizes[name][i], key)
+            kept.append((name, at))
+        charts.append(bar_chart(title, [_size(row, key) for row in sizes[dense]], kept, architectures[dense].stages))
     return charts
 
 
-def _size(row: Mapping[str, Any], key: str, architecture: Architecture, layer: int) -> float:
-    size = row.get(key)
-    if size is None:  # of what a branch reads: all there are; of a convolution: there is none
-        return architecture.width(layer) if key.endswith("_in") else 0
-    return size
+def _sizes(architecture: Architecture, image_size: Any) -> list[dict[str, Any]]:
+    """:func:`layer_rows` of the layers, with their ``width``."""
+    rows = layer_rows(architecture, image_size)[:-1]
+    return [{**row, "width": architecture.width(i)} for i, row in enumerate(rows)]
+
+
+def _size(row: Mapping[str, Any], key: str) -> float:
+    """None says: of what a branch reads, all there are; of a convolution, that there is none."""
+    default = row["width"] if key.endswith("_in") else 0
+    return default if row[key] is None else row[key]
+
+
+# ---------------------------------------------------------------------- budgets
+class Budget(NamedTuple):
+    """The best plan of a budget.
+
+    Attributes:
+        share: of the dense multiply-adds that its model needs.
+        error: relative squared error of the dense model's output that the scores predict, with compensation.
+    """
+
+    share: float
+    error: float
+
+
+def budgets_of(scores: OneShotScores, round_to: int = 8) -> list[Budget]:
+    """What every budget costs in accuracy, from the smallest that can be reached on; 1.0 is the model as it is.
+
+    Args:
+        scores: of the dense model.
+        round_to: as in ``OneShotScores.plan``.
+
+    Raises:
+        UnreachableTargetError: nothing under 95% can be reached.
+    """
+    whole = count(scores.architecture).macs
+    found: dict[float, float] = {}
+    refused: UnreachableTargetError | None = None
+    for target in tqdm(TARGETS, "budgets", delay=3, leave=False):
+        try:
+            plan = scores.plan(target, round_to=round_to)
+        except UnreachableTargetError as error:
+            refused = error
+        else:
+            found[count(plan.architecture).macs / whole] = float(plan.info["error"])
+    if not found and refused is not None:
+        raise refused
+    return [Budget(share, error) for share, error in sorted(found.items()) if error > 0]

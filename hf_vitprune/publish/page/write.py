@@ -8,19 +8,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ...cost import count
+from ...cost import Cost, count
 from ...latency.measure import Timing
 from ...spec.architecture import Architecture
-from ..layers import layer_rows
 from ..report import comparison_cells, human, layer_cells
-from .answers import Answers
-from .budgets import Budget
+from .answers import Answers, answers_section
 from .charts import line_chart, time_chart
 from .pictures import Pictures
-from .shapes import size_charts
-from .shown import answers_section
-
-TEMPLATE = "page.html"
+from .shapes import Budget, size_charts
 
 
 def write_page(
@@ -56,16 +51,23 @@ def write_page(
         The path.
     """
     names = list(architectures)
-    costs = {name: count(one, image_size) for name, one in architectures.items()}
+    rows = [
+        _row(name, count(one, image_size), timings, answers, metrics or {}, other=name != names[0])
+        for name, one in architectures.items()
+    ]
+    shapes = [_shape(architectures, name, name in guessed) for name in names]
     context = {
         "title": f"Pruning report: {names[0]}",
         "about": f"A {architectures[names[0]].model_type}, and what pruning made of it: {', '.join(names[1:])}.",
         "names": names,
-        "models": [_model(name, architectures, costs, timings, answers, name in guessed) for name in names[1:]],
-        "comparison": comparison_cells(_rows(names, costs, timings, answers, metrics or {})),
+        "models": [
+            {"name": row["name"], "facts": _facts(row, rows[0], answers), "shape": shape}
+            for row, shape in zip(rows[1:], shapes[1:], strict=True)
+        ],
+        "comparison": comparison_cells(rows),
         "sizes": size_charts(architectures, places, image_size),
-        "layers": [(name, layer_cells(layer_rows(one, image_size))) for name, one in architectures.items()],
-        "budgets": _budgets(names, budgets, scored_images, costs, answers) if budgets else None,
+        "layers": [(name, layer_cells(one, image_size)) for name, one in architectures.items()],
+        "budgets": _budgets(rows, budgets, scored_images) if budgets else None,
         "latency": _latency(names, timings) if timings else None,
         "answers": None if answers is None or pictures is None else answers_section(answers, pictures),
         "source": "" if pictures is None else pictures.source,
@@ -80,71 +82,58 @@ def write_page(
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(environment.get_template(TEMPLATE).render(context), encoding="utf-8")
+    path.write_text(environment.get_template("page.html").render(context), encoding="utf-8")
     return path
 
 
-def _model(
+def _row(
     name: str,
-    architectures: Mapping[str, Architecture],
-    costs: Mapping[str, Any],
-    timings: Mapping[str, Timing] | None,
-    answers: Answers | None,
-    guessed: bool,
-) -> dict[str, Any]:
-    """A card of the summary."""
-    dense, *_ = architectures
-    small, whole = costs[name], costs[dense]
-    facts = [
-        {"what": "multiply-adds kept", "value": f"{small.macs / whole.macs:.1%}", "more": human(small.macs)},
-        {"what": "parameters kept", "value": f"{small.params / whole.params:.1%}", "more": human(small.params)},
-    ]
-    if timings is not None:
-        time = f"{1e3 * timings[name].seconds:.1f} ms a batch"
-        facts.append({"what": "speed-up", "value": f"{timings[name].speedup:.2f}x", "more": time})
-    if answers is not None and answers.accuracy:
-        change = 100 * (answers.accuracy[name] - answers.accuracy[dense])
-        more = f"{change:+.1f} points to dense"
-        facts.append({"what": answers.accuracy_name, "value": f"{answers.accuracy[name]:.1%}", "more": more})
-    elif answers is not None:
-        what = "same prediction" if answers.kind == "classes" else "same neighbours"
-        facts.append({"what": what, "value": f"{answers.agreement(name):.1%}", "more": "as the dense model"})
-    layers, full = len(architectures[name].layers), len(architectures[dense].layers)
-    width, wide = architectures[name].hidden_size, architectures[dense].hidden_size
-    shape = f"{layers} of {full} layers, width {width}" + (f" of {wide}" if width != wide else "")
-    shape += "; which ones stayed is not on record, and they are drawn from the bottom" if guessed else ""
-    return {"name": name, "facts": facts, "shape": shape}
-
-
-def _rows(
-    names: Sequence[str],
-    costs: Mapping[str, Any],
+    cost: Cost,
     timings: Mapping[str, Timing] | None,
     answers: Answers | None,
     metrics: Mapping[str, Mapping[str, float]],
-) -> list[dict[str, Any]]:
-    """The table of all models."""
-    rows: list[dict[str, Any]] = []
-    for i, name in enumerate(names):
-        row: dict[str, Any] = {"name": name, **metrics.get(name, {})}
-        if answers is not None and answers.accuracy:
-            row[answers.accuracy_name] = answers.accuracy[name]
-        if answers is not None and i:
-            row["same predictions" if answers.kind == "classes" else "same neighbours"] = answers.agreement(name)
-            row["output error"] = answers.errors.get(name)
-        row |= {"params": costs[name].params, "macs": costs[name].macs}
-        if timings is not None:
-            row |= {"latency_ms": 1e3 * timings[name].seconds, "speedup": timings[name].speedup}
-        rows.append(row)
-    return rows
-
-
-def _budgets(
-    names: Sequence[str], budgets: Sequence[Budget], images: int, costs: Mapping[str, Any], answers: Answers | None
+    other: bool,
 ) -> dict[str, Any]:
-    errors = {} if answers is None else answers.errors
-    whole = costs[names[0]].macs
-    points = [(name, costs[name].macs / whole, errors.get(name)) for name in names[1:]]
+    """Of the table of all models; ``other``: it is not the dense one."""
+    row: dict[str, Any] = {"name": name, **metrics.get(name, {})}
+    if answers is not None and answers.accuracy:
+        row[answers.accuracy_name] = answers.accuracy[name]
+    if answers is not None and other:
+        row["same predictions" if answers.kind == "classes" else "same neighbours"] = answers.agreement(name)
+        row["output error"] = answers.errors.get(name)
+    row |= {"params": cost.params, "macs": cost.macs}
+    if timings is not None:
+        row |= {"latency_ms": 1e3 * timings[name].seconds, "speedup": timings[name].speedup}
+    return row
+
+
+def _facts(row: Mapping[str, Any], dense: Mapping[str, Any], answers: Answers | None) -> list[tuple[str, str, str]]:
+    """(what, value, more) of a card of the summary."""
+    facts = [
+        (what, f"{row[key] / dense[key]:.1%}", human(row[key]))
+        for key, what in (("macs", "multiply-adds kept"), ("params", "parameters kept"))
+    ]
+    if "speedup" in row:
+        facts.append(("speed-up", f"{row['speedup']:.2f}x", f"{row['latency_ms']:.1f} ms a batch"))
+    if answers is not None and answers.accuracy:
+        own, whole = row[answers.accuracy_name], dense[answers.accuracy_name]
+        facts.append((answers.accuracy_name, f"{own:.1%}", f"{100 * (own - whole):+.1f} points to dense"))
+    elif answers is not None:
+        what = "same prediction" if answers.kind == "classes" else "same neighbours"
+        facts.append((what, f"{answers.agreement(row['name']):.1%}", "as the dense model"))
+    return facts
+
+
+def _shape(architectures: Mapping[str, Architecture], name: str, guessed: bool) -> str:
+    own, dense = architectures[name], next(iter(architectures.values()))
+    shape = f"{len(own.layers)} of {len(dense.layers)} layers, width {own.hidden_size}"
+    shape += f" of {dense.hidden_size}" if own.hidden_size != dense.hidden_size else ""
+    return shape + ("; which ones stayed is not on record, and they are drawn from the bottom" if guessed else "")
+
+
+def _budgets(rows: Sequence[Mapping[str, Any]], budgets: Sequence[Budget], images: int) -> dict[str, Any]:
+    dense, *models = rows
+    points = [(row["name"], row["macs"] / dense["macs"], row.get("output error")) for row in models]
     summary = f"Predicted error falls from {budgets[0].error:.2g} at {budgets[0].share:.0%} of the multiply-adds "
     summary += f"to {budgets[-1].error:.2g} at {budgets[-1].share:.0%}."
     measured = [(name, share, error) for name, share, error in points if error is not None]
@@ -155,16 +144,15 @@ def _budgets(
 
 
 def _latency(names: Sequence[str], timings: Mapping[str, Timing]) -> dict[str, Any]:
-    timing = timings[names[0]]
-    s = timing.setting
+    first = timings[names[0]]
+    s = first.setting
     threads = f", {s['threads']} thread{'s' if s['threads'] > 1 else ''}" if "threads" in s else ""
-    rows = []
-    for name in names:
-        one = timings[name]
-        text = f"{1e3 * one.seconds:.2f} ms, {one.speedup:.2f}x"
-        rows.append((name, 1e3 * one.seconds, 1e3 * one.spread, text))
+    rows = [
+        (name, 1e3 * one.seconds, 1e3 * one.spread, f"{1e3 * one.seconds:.2f} ms, {one.speedup:.2f}x")
+        for name, one in ((name, timings[name]) for name in names)
+    ]
     setting = (
-        f"Median of {len(timing.samples)} rounds in which the models took turns; the thin line is as long as the "
+        f"Median of {len(first.samples)} rounds in which the models took turns; the thin line is as long as the "
         f"quartiles are apart. A batch of {s['batch_size']} random images of {' x '.join(map(str, s['image_size']))} "
         f"pixels in {s['dtype']} on {s['device']}{threads}; torch {s['torch']}, transformers {s['transformers']}."
     )
