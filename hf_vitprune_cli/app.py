@@ -58,12 +58,7 @@ def _explained() -> tuple[type[Exception], ...]:
 
 
 def make_app(name: str, about: str | None) -> typer.Typer:
-    """An application without commands yet.
-
-    Args:
-        name: what errors begin with.
-        about: its help.
-    """
+    """An application without commands yet: what its errors begin with, and its help."""
     return typer.Typer(
         cls=type("NamedCommands", (Commands,), {"program": name}),
         no_args_is_help=True,
@@ -86,11 +81,7 @@ def say(text: str) -> None:
 
 
 def need_plots() -> None:
-    """What draws at its end looks for matplotlib before it begins.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """What draws at its end looks for matplotlib before it begins: MissingExtraError where it is not."""
     from hf_vitprune.utils.extras import need
 
     need("plots", "matplotlib")

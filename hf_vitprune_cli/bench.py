@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import ForceOption, ImageSizeOption, PartOption, empty_output, say
+from .app import ForceOption, ImageSizeOption, PartOption, empty_output, need_plots, say
 
 
 def bench(
@@ -38,18 +38,16 @@ def bench(
     """
     if plot is not None:
         empty_output(plot, force, dense, *pruned, file=True)
+        need_plots()
 
     from rich.console import Console
 
     from hf_vitprune.publish.bench import bench as measure
     from hf_vitprune.publish.bench.run import bench_table, check_forms, installed_forms, plot_bench
-    from hf_vitprune.utils.figures import new_figure
 
     from .export import read_images
     from .saved import load_with_adapters, saved_metrics
 
-    if plot is not None:
-        new_figure(1, 1)  # before any work, where matplotlib is missing
     if forms is None:
         chosen, left_out = installed_forms()
         for reason in left_out:
@@ -61,8 +59,7 @@ def bench(
     models: dict[str, Any] = {}
     metrics: dict[str, dict[str, float]] = {}  # what evaluate left beside them
     for path in (dense, *pruned):
-        name = Path(path).name
-        name = path if name in models else name
+        name = path if Path(path).name in models else Path(path).name
         models[name] = load_with_adapters(path)
         if known := saved_metrics(path):
             metrics[name] = known

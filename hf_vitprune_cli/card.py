@@ -53,12 +53,11 @@ def card(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         plot = PLOT if (out.parent / PLOT).is_file() else draw(skeleton, out.parent, part)
-    hub_name = repo_id or (None if Path(model).exists() else model)
     text = str(
         model_card(
             skeleton,
             eval_results=kept.eval_results,
-            repo_id=hub_name,
+            repo_id=repo_id or (None if Path(model).exists() else model),
             part=part,
             plot=plot,
             beside=beside(model),

@@ -16,15 +16,10 @@ from .saved import load_any_config
 def load_classifier(
     model: str, images: LabelledImages, new_head: bool = False, **settings: Any
 ) -> tuple[Any, LabelledImages]:
-    """(the classifier, the images with its class numbers).
+    """(the classifier of a folder or Hub id, the images with its class numbers).
 
-    A classifier keeps its own classes, and the images follow; one whose classes have no names takes the data's.
-
-    Args:
-        model: folder or Hub id of an image classifier.
-        images: what it is trained on.
-        new_head: a classifier of fresh weights for the data's classes, whatever the saved one is for.
-        settings: for its config.
+    A classifier keeps its own classes, and the images follow; one whose classes have no names takes the data's. With
+    ``new_head`` fresh weights are for the data's classes, whatever the saved ones are for.
 
     Raises:
         InvalidDataError: its classes are not the data's, and no new head is asked for.

@@ -13,7 +13,6 @@ from rich.console import Console
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, pipeline, set_seed
 
 from hf_vitprune.compensate import Compensation
-from hf_vitprune.cost import count
 from hf_vitprune.errors import VitPruneError
 from hf_vitprune.latency.measure import device_name
 from hf_vitprune.losses.distillation import DistillationConfig
@@ -84,15 +83,11 @@ def with_lora(model: ViTForImageClassification) -> Any:
 
 
 def run_demo(output: Path, seed: int = 0, console: Console | None = None) -> list[dict[str, Any]]:
-    """Train, prune, fine-tune, export, save, load back, and print the table.
+    """Train, prune, fine-tune, export, save, load back, and print the table, whose rows it returns.
 
     Args:
         output: folder for ``dense`` and one model folder a method (weights, card, image processor, plot of what every
             layer keeps).
-        seed: of everything.
-
-    Returns:
-        The rows of the printed table: ``name``, ``accuracy``, ``params``, ``macs``, ``latency_ms``, ``speedup``.
 
     Raises:
         VitPruneError: a reloaded model does not predict what the saved one did.
@@ -127,7 +122,7 @@ def run_demo(output: Path, seed: int = 0, console: Console | None = None) -> lis
             result.model = result.model.merge_and_unload()
         results[method.name] = result
     results["one-shot"] = _one_shot(dense, train_set, eval_set)
-    rows, timings = compare(dense, evaluate(dense, eval_set), results, batch_size=64)
+    rows, timings = compare(dense, results, batch_size=64)
     for name, result in results.items():
         folder = output / name.lower()
         pair = {"before": timings["dense"], "after": timings[name]}
@@ -149,9 +144,7 @@ def _one_shot(dense: Any, images: Any, eval_set: Any) -> PrunedResult:
     scores = OneShotScores.measure(dense, images)
     plan = scores.plan(0.5, round_to=2)
     small = prune(dense, plan, calibration=images, compensate=Compensation(images=scores.images))
-    accuracy = {"dense": evaluate(dense, eval_set), "pruned": evaluate(small, eval_set)}
-    before, after = count(dense), count(small)
-    return PrunedResult(small, plan, accuracy, after.macs / before.macs, after.params / before.params)
+    return PrunedResult(small, plan, {"dense": evaluate(dense, eval_set), "pruned": evaluate(small, eval_set)})
 
 
 def _check_pipeline(folder: Path, result: PrunedResult, images: LabelledImages, console: Console) -> None:

@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from rich.console import Console
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoTokenizer
 
 from hf_vitprune.cost import count
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError
 from hf_vitprune.evaluation.classify import evaluate_classifier
 from hf_vitprune.evaluation.features import evaluate_features, image_features
 from hf_vitprune.evaluation.results import weights_digest
-from hf_vitprune.evaluation.zero_shot import zero_shot_metrics
+from hf_vitprune.evaluation.zero_shot import zero_shot_accuracy, zero_shot_metrics
 from hf_vitprune.latency.measure import device_name
 from hf_vitprune.plan.lineage import plain_name
+from hf_vitprune.publish.exporters.formats import GRAPHS, load_graph
 from hf_vitprune.publish.report import comparison_table
 from hf_vitprune.publish.snippet import pipeline_tag
 from hf_vitprune.spec.towers import find_tower
+from hf_vitprune.utils.classes import chance_note
 from hf_vitprune.utils.data import LabelledImages, load_images, read_folder
 from hf_vitprune.utils.sources import Source
 
 from .app import say
-from .saved import is_adapter_alone, load_adapted, load_any_config, model_class_of
+from .saved import is_adapter_alone, load_model
 
 CLASSIFY, ZERO_SHOT, FEATURES = (
     "image-classification",
     "zero-shot-image-classification",
     "image-feature-extraction",
 )
-#: formats of exported graphs
-GRAPHS = ("onnx", "openvino", "executorch")
 #: what evaluate's evaluator says of time
 _TIMES = ("total_time_in_seconds", "samples_per_second", "latency_in_seconds")
 
@@ -45,13 +45,55 @@ class Question:
     """What a model is measured on, and how; see the options of ``hf-vitprune evaluate``."""
 
     data: str
-    part: str | None = None
-    split: str | None = None
-    limit: int | None = None
-    top_k: int = 5
-    neighbours: int = 5
-    template: str = "a photo of a {}."
-    batch_size: int = 8
+    part: str | None
+    split: str | None
+    limit: int | None
+    top_k: int
+    neighbours: int
+    template: str
+    batch_size: int
+
+
+class Subject(NamedTuple):
+    """A saved model, by its folder or Hub id, and loaded."""
+
+    name: str
+    model: Any
+
+    @classmethod
+    def load(cls, name: str) -> Subject:
+        """In evaluation mode: stock, pruned, adapters with their base, or an exported graph.
+
+        Raises:
+            OSError: there is no such model.
+            UnsupportedModelError: transformers or this library does not know its kind.
+        """
+        record = Path(name) / "checked.json"
+        to = json.loads(record.read_text("utf-8")).get("to") if record.is_file() else None
+        if to in GRAPHS:
+            return cls(name, load_graph(to, name))
+        if is_adapter_alone(name):
+            return cls(name, AutoModelForImageClassification.from_pretrained(name).eval())
+        return cls(name, load_model(name))
+
+    @property
+    def task(self) -> str:
+        if not isinstance(self.model, nn.Module):
+            kind = next(iter(self.model.config.architectures or []), "")
+            if not kind.endswith("ForImageClassification"):
+                raise InvalidConfigError(
+                    f"of exported graphs only image classifiers are evaluated, and this is a {kind}"
+                )
+            return CLASSIFY
+        tag = pipeline_tag(self.model)
+        return tag if tag in (CLASSIFY, ZERO_SHOT) else FEATURES
+
+    def row(self, metrics: dict[str, float], part: str | None, **more: Any) -> dict[str, Any]:
+        """Of the results; of a graph no sizes: its config has the dense model's."""
+        cost = count(self.model, part=part) if isinstance(self.model, nn.Module) else None
+        digest = weights_digest(self.name) if Path(self.name).is_dir() else None
+        sizes = {name: None if cost is None else getattr(cost, name) for name in ("params", "macs")}
+        return {"model": plain_name(self.name), "weights": digest, **sizes, "metrics": metrics, **more}
 
 
 def ask(question: Question, model: str, dense: str | None = None) -> dict[str, Any]:
@@ -67,25 +109,20 @@ def ask(question: Question, model: str, dense: str | None = None) -> dict[str, A
             needs some.
         InvalidConfigError: the two models have different tasks.
     """
-    loaded = load_model(model)
-    other = None if dense is None else load_model(dense)
-    task = FEATURES if question.part is not None else _task(loaded)
-    if other is not None and question.part is None and _task(other) != task:
-        raise InvalidConfigError(f"{model} is for {task} and {dense} for {_task(other)}: nothing to compare")
-    if task == FEATURES:
-        found = _features(question, model, loaded, dense, other)
-    else:
-        images = _labelled(question).at_most(evaluation=question.limit)
-        found = _predictions(question, task, images, model, loaded, dense, other)
-    common = {
+    own, other = Subject.load(model), None if dense is None else Subject.load(dense)
+    task = FEATURES if question.part is not None else own.task
+    if other is not None and question.part is None and other.task != task:
+        raise InvalidConfigError(f"{model} is for {task} and {dense} for {other.task}: nothing to compare")
+    found = (_features if task == FEATURES else _predictions)(question, own, other)
+    _show(question, found)
+    return {
         "task": task,
         "part": question.part,
         "data": plain_name(Source.parse(question.data).name),
         "split": question.split,
+        "setting": {"batch_size": question.batch_size, "device": device_name()},
+        **found,
     }
-    setting = {"batch_size": question.batch_size, "device": device_name()}
-    _show(question, found)
-    return {**common, "setting": setting, **found}
 
 
 def _labelled(question: Question) -> LabelledImages:
@@ -93,69 +130,27 @@ def _labelled(question: Question) -> LabelledImages:
     return load_images(question.data, eval_split=question.split, training=False)
 
 
-def load_model(model: str) -> Any:
-    """A saved model of any form, in evaluation mode: stock, pruned, adapters with their base, an exported graph.
-
-    Raises:
-        OSError: there is no such model.
-        UnsupportedModelError: transformers or this library does not know its kind.
-    """
-    record = Path(model) / "checked.json"
-    to = json.loads(record.read_text("utf-8")).get("to") if record.is_file() else None
-    if to in GRAPHS:
-        from hf_vitprune.publish.exporters.formats import load_graph
-
-        return load_graph(to, model)
-    if is_adapter_alone(model):
-        return load_adapted(model)
-    return model_class_of(load_any_config(model)).from_pretrained(model).eval()
-
-
-def _task(model: Any) -> str:
-    if not isinstance(model, nn.Module):
-        kind = next(iter(model.config.architectures or []), "")
-        if not kind.endswith("ForImageClassification"):
-            raise InvalidConfigError(f"of exported graphs only image classifiers are evaluated, and this is a {kind}")
-        return CLASSIFY
-    tag = pipeline_tag(model)
-    return tag if tag in (CLASSIFY, ZERO_SHOT) else FEATURES
-
-
-def _row(model: str, loaded: Any, part: str | None) -> dict[str, Any]:
-    about = {"model": plain_name(model), "weights": weights_digest(model) if Path(model).is_dir() else None}
-    if not isinstance(loaded, nn.Module):  # its config has the dense model's sizes
-        return {**about, "params": None, "macs": None}
-    cost = count(loaded, part=part)
-    return {**about, "params": cost.params, "macs": cost.macs}
-
-
 # ---------------------------------------------------------------------- classes
-def _predictions(
-    question: Question, task: str, images: LabelledImages, model: str, loaded: Any, dense: str | None, other: Any
-) -> dict[str, Any]:
-    judge = _classified if task == CLASSIFY else _zero_shot
-    row, ranks = judge(question, images, model, loaded)
+def _predictions(question: Question, own: Subject, other: Subject | None) -> dict[str, Any]:
+    images = _labelled(question).at_most(evaluation=question.limit)
+    judge = _classified if own.task == CLASSIFY else _zero_shot
+    row, ranks = judge(question, images, own)
     row["images"] = len(images.evaluation)
-    if dense is not None:
-        row["dense"], theirs = judge(question, images, dense, other)
-        if ranks is not None and theirs is not None and _same_classes(loaded, other):
+    if other is not None:
+        row["dense"], theirs = judge(question, images, other)
+        same_classes = own.model.config.id2label == getattr(other.model.config, "id2label", None)
+        if ranks is not None and theirs is not None and same_classes:
             row["metrics"]["same_prediction_as_dense"] = float((ranks[:, 0] == theirs[:, 0]).mean())
     return row
 
 
-def _same_classes(model: Any, other: Any) -> bool:
-    return model.config.id2label == other.config.id2label
-
-
-def _classified(
-    question: Question, images: LabelledImages, model: str, loaded: Any
-) -> tuple[dict[str, Any], np.ndarray | None]:
-    own = images.aligned_to(loaded.config, every=False, model=model)
+def _classified(question: Question, images: LabelledImages, subject: Subject) -> tuple[dict[str, Any], Any]:
+    own = images.aligned_to(subject.model.config, every=False, model=subject.name)
     if own.match is not None and own.match.how:
         say(own.match.how)
     found, ranks = evaluate_classifier(
-        loaded,
-        AutoImageProcessor.from_pretrained(model),
+        subject.model,
+        AutoImageProcessor.from_pretrained(subject.name),
         own.evaluation,
         image_column=own.image_column,
         label_column=own.label_column,
@@ -164,43 +159,53 @@ def _classified(
         batch_size=question.batch_size,
     )
     timing = {name: found.pop(name) for name in _TIMES}
-    return {**_row(model, loaded, None), "metrics": found, "timing": timing}, ranks
+    return subject.row(found, None, timing=timing), ranks
 
 
-def _zero_shot(question: Question, images: LabelledImages, model: str, loaded: Any) -> tuple[dict[str, Any], None]:
+def _zero_shot(question: Question, images: LabelledImages, subject: Subject) -> tuple[dict[str, Any], Any]:
+    _, evaluation = images.processed(AutoImageProcessor.from_pretrained(subject.name))
+    tokenizer = AutoTokenizer.from_pretrained(subject.name)
+    settings = (question.template, question.batch_size, question.top_k)
+    return subject.row(
+        zero_shot_metrics(subject.model, tokenizer, evaluation, images.label_names, *settings), "vision"
+    ), None
+
+
+def accuracy_of_saved(model: str, source: str) -> float:
+    """Zero-shot accuracy of a saved dual encoder on the evaluation split of labelled images (``load_images``).
+
+    Raises:
+        OSError: there is no such model, or no tokenizer or image processor with it.
+        InvalidDataError, UnsupportedModelError: as :func:`zero_shot_accuracy`.
+    """
+    images, loaded = load_images(source, training=False), load_model(model)
     _, evaluation = images.processed(AutoImageProcessor.from_pretrained(model))
-    found = zero_shot_metrics(
-        loaded,
-        AutoTokenizer.from_pretrained(model),
-        evaluation,
-        images.label_names,
-        question.template,
-        question.batch_size,
-        question.top_k,
-    )
-    return {**_row(model, loaded, "vision"), "metrics": found}, None
+    accuracy = zero_shot_accuracy(loaded, AutoTokenizer.from_pretrained(model), evaluation, images.label_names)
+    captions = f"{model} with captions like 'a photo of a {images.label_names[0]}'"
+    at_chance = chance_note(accuracy, evaluation.labels, captions)
+    if at_chance is not None:
+        print(at_chance, file=sys.stderr)  # what is printed may be JSON
+    return accuracy
 
 
 # ---------------------------------------------------------------------- features
-def _features(question: Question, model: str, loaded: Any, dense: str | None, other: Any) -> dict[str, Any]:
-    find_tower(loaded, question.part)  # says what there is
-    row = _row(model, loaded, question.part)
-    evaluation, gallery = _feature_images(question, model, dense is not None)
+def _features(question: Question, own: Subject, other: Subject | None) -> dict[str, Any]:
+    find_tower(own.model, question.part)  # says what there is
+    evaluation, gallery = _feature_images(question, own.name, other is not None)
 
-    def seen(which: Any, data: Any) -> Any:
-        return image_features(which, data, part=question.part, batch_size=question.batch_size)
+    def seen(subject: Subject, data: Any) -> Any:
+        return image_features(subject.model, data, part=question.part, batch_size=question.batch_size)
 
     theirs = None if other is None else seen(other, evaluation)[0]
-    ours, labels = seen(loaded, evaluation)
+    ours, labels = seen(own, evaluation)
 
-    def metrics(which: Any, features: Any, reference: Any = None) -> dict[str, float]:
-        known = None if gallery is None else seen(which, gallery)
-        return evaluate_features(features, labels, dense=reference, gallery=known, k=question.neighbours)
+    def row(subject: Subject, features: Any, reference: Any = None, **more: Any) -> dict[str, Any]:
+        known = None if gallery is None else seen(subject, gallery)
+        metrics = evaluate_features(features, labels, dense=reference, gallery=known, k=question.neighbours)
+        return subject.row(metrics, question.part, **more)
 
-    row |= {"images": len(ours), "metrics": metrics(loaded, ours, theirs)}
-    if dense is not None:
-        row["dense"] = {**_row(dense, other, question.part), "metrics": metrics(other, theirs)}
-    return row
+    found = row(own, ours, theirs, images=len(ours))
+    return found if other is None else {**found, "dense": row(other, theirs)}
 
 
 def _feature_images(question: Question, model: str, has_dense: bool) -> tuple[Any, Any]:

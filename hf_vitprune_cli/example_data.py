@@ -47,11 +47,7 @@ class DataArguments:
         return Source.parse(self.dataset).is_built_in
 
     def load(self, seed: int) -> LabelledImages:
-        """All images of the data, or of the classes that are asked for.
-
-        Raises:
-            InvalidDataError: as ``load_images``, ``of_classes``.
-        """
+        """All images of the data, or of the classes that are asked for; errors as ``load_images``, ``of_classes``."""
         images = load_images(
             self.dataset,
             train_split=self.train_split,
@@ -69,11 +65,7 @@ class DataArguments:
         return images.at_most(self.max_train_samples, self.max_eval_samples, seed)
 
     def check_output(self, args: TrainingArguments, model: str | None) -> None:
-        """Refuse to write over anything; a run that goes on finds its own checkpoints there.
-
-        Raises:
-            FileExistsError: as ``empty_output``.
-        """
+        """Refuse (FileExistsError) to write over anything; a run that goes on finds its own checkpoints there."""
         if PartialState().is_main_process:  # the others may come late, and find what this one wrote
             force = self.force or bool(args.resume_from_checkpoint)
             empty_output(Path(args.output_dir or "."), force, model, self.name)

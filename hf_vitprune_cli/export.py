@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -26,21 +25,11 @@ SETTINGS = (
 )
 
 
-class Format(StrEnum):
-    """What is written."""
-
-    native = "native"
-    portable = "portable"
-    onnx = "onnx"
-    openvino = "openvino"
-    executorch = "executorch"
-
-
 def export(
     model: ModelArgument,
     out: OutArgument,
     to: Annotated[
-        Format,
+        Literal["native", "portable", "onnx", "openvino", "executorch"],
         typer.Option(
             help="native, portable: a folder that transformers loads without hf_vitprune (as a stock class; with code "
             "of its own). Others: a graph for that runtime."
@@ -71,13 +60,15 @@ def export(
 
     check_format(to, int8)
 
+    from transformers.utils import cached_file
+
     from hf_vitprune.modeling.native import to_native
     from hf_vitprune.publish.exporters import export as write
 
-    from .saved import load_with_adapters, on_meta
+    from .saved import load_skeleton, load_with_adapters
 
-    if to == Format.native and part is None and (empty := on_meta(model)) is not None:
-        to_native(empty)  # refuse before weights are fetched
+    if to == "native" and part is None and not (Path(model) / "adapter_config.json").is_file():
+        to_native(load_skeleton(model))  # refuse before weights are fetched
     sizes = image_size or []
     seen = None
     if images is not None or data is not None:
@@ -86,7 +77,10 @@ def export(
     record = write(
         loaded, out, to, images=seen, int8=int8, part=part, image_sizes=sizes, max_batch=max_batch, force=True
     )
-    _copy_settings(model, out)
+    for name in SETTINGS:
+        found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            shutil.copy(found, out / name)
     say(f"{record.model} saved in {out}")
     say(record.one_line)
 
@@ -94,8 +88,7 @@ def export(
 def read_images(model: str, images: Path | None, data: str | None, side: int | None) -> Any:
     """Images through the model's processor, evenly drawn: a tensor, or a data set with labels.
 
-    Args:
-        side: in pixels, in place of the size that the processor makes.
+    ``side`` in pixels is in place of the size that the processor makes.
     """
     from hf_vitprune.utils.data import load_images, read_folder
 
@@ -111,13 +104,3 @@ def read_images(model: str, images: Path | None, data: str | None, side: int | N
         return read_folder(images, processor, NUM_IMAGES)
     labelled = aligned(load_images(data or "", training=False), model)
     return labelled.at_most(None, NUM_IMAGES).processed(processor)[1]
-
-
-def _copy_settings(model: str, out: Path) -> None:
-    """The processor's and tokenizer's settings, as they are."""
-    from transformers.utils import cached_file
-
-    for name in SETTINGS:
-        found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
-        if found is not None:
-            shutil.copy(found, out / name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,35 +12,35 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import get_max_memory
-from rich.console import Console
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
 
 from hf_vitprune.compensate import Compensation
 from hf_vitprune.errors import InvalidConfigError
-from hf_vitprune.latency.measure import device_name, measure_speed
 from hf_vitprune.methods import OneShotScores, OneShotSettings
 from hf_vitprune.methods.oneshot import check_target
 from hf_vitprune.modeling.streamed import load_streamed
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import prune
-from hf_vitprune.publish.report import comparison_table
 from hf_vitprune.spec.architecture import Architecture
 from hf_vitprune.spec.towers import tower_module
 from hf_vitprune.training.recovery import Recovery, hold_out, recover
 from hf_vitprune.utils.data import read_folder
 
-from .app import say
+from .app import SETTINGS, UNFINISHED, say
 from .progress import NamedProgress
 from .saved import (
     holds_towers,
     load_any_config,
     load_config,
+    load_model,
     load_processor,
     load_skeleton,
     model_class_of,
-    take_tokenizer,
 )
-from .unfinished import Unfinished
-from .workflow import PrunedResult, model_row, save_result
+from .workflow import PrunedResult, finish
 
 #: images that are drawn from the folder to train on; of those that are not held out, so many are calibrated with
 NUM_TRAINED, NUM_CALIBRATED = 1024, 512
@@ -63,20 +65,14 @@ def prune_from_images(
 
     The layers of a whole model that is larger than the memory stay on the disk, where nothing is trained; no latency
     is measured then. With ``recovery``, a run that is cut off leaves in ``out`` what the same run, started again, goes
-    on with.
-
-    Started by torchrun or ``accelerate launch``, every process sees a part of the images; the first one writes.
+    on with. Started by torchrun or ``accelerate launch``, every process sees a part of the images; the first one
+    writes.
 
     Args:
-        model: folder or Hub id.
-        out: folder for the pruned model.
         images: folder of images; None reads ``scores_file`` instead.
         scores_file: where the scores are kept; None for nowhere.
         goal: ``target``, ``target_metric``, ``latency_table``.
-        round_to: kept sizes are multiples of it.
-        batch_size: images a forward pass.
         recovery: train the small model on the features of the dense one; None: no training.
-        part: which tower of a bigger model; its only one by default.
         copies: folder for what has to be rewritten of layers that stay on the disk.
 
     Raises:
@@ -95,7 +91,7 @@ def prune_from_images(
         say(f"{model} and a copy are larger than the free memory: layers are read from the disk, one at a time")
         dense = load_streamed(model_class_of(load_config(model)), model, copies=copies, device=device)
     else:
-        dense = model_class_of(load_any_config(model)).from_pretrained(model).eval().to(device)
+        dense = load_model(model).to(device)
     processor = load_processor(model, images is not None)
     check_target(Architecture.of(dense, part), OneShotSettings(), round_to=round_to, **goal)
     asked: dict[str, Any] = {"model": model, "part": part, "round_to": round_to, "batch_size": batch_size, **goal}
@@ -132,9 +128,11 @@ def prune_from_images(
                 folder=kept.folder,
             )
     if first:
-        _finish(model, out, dense, small, plan, processor, measured=not streamed)
+        if cached_file(model, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+            AutoTokenizer.from_pretrained(model).save_pretrained(out)  # what reads texts goes on doing so
+        finish(model, out, dense, "pruned", PrunedResult(small, plan, {}), processor, None, not streamed)
         if kept is not None:
-            kept.remove()
+            shutil.rmtree(kept.folder)
         how = "without training" if recovered is None else "and trained on the dense model's features"
         say(f"saved to {out}: pruned {how}, from {seen}")
         if recovered is not None:
@@ -145,10 +143,9 @@ def prune_from_images(
 
 
 def _fits_twice(model: str, processes: int) -> bool:
-    """Whether the memory has room for a model, or a bigger one around a tower, and the copy that pruning makes of it.
+    """Whether the memory has room for what so many processes hold: a model, and the copy that pruning makes of it.
 
-    Args:
-        processes: that hold it on this machine.
+    Of a bigger model around a tower no copy is made.
     """
     config = load_any_config(model)
     dtype: Any = config.dtype or torch.float32
@@ -180,14 +177,46 @@ def _one_shot(
     return plan, prune(dense, plan, calibration=pixels, compensate=compensation)
 
 
-def _finish(model: str, out: Path, dense: Any, small: Any, plan: PruningPlan, processor: Any, measured: bool) -> None:
-    """Measure, save, and print a table."""
-    towers = {key: tower_module(one, plan.part) for key, one in (("dense", dense), ("pruned", small))}
-    timings = measure_speed(towers, batch_size=8) if measured else {}
-    rows = [model_row(key, one, None, timings.get(key)) for key, one in towers.items()]
-    macs, params = (rows[1][key] / rows[0][key] for key in ("macs", "params"))
-    pair = {"before": timings["dense"], "after": timings["pruned"]} if measured else None
-    take_tokenizer(model, out)
-    save_result(out, PrunedResult(small, plan, {}, macs, params), processor, pair, dataset=None, base_model=model)
-    where = f", measured on {device_name()}, batch 8" if measured else ""
-    Console().print(comparison_table(rows, title=f"{model}{where}"))
+class Unfinished:
+    """What a training that is cut off leaves in ``out``: the small model that it starts with, its plan, checkpoints.
+
+    Raises:
+        InvalidConfigError: what is there is of a run with other ``settings``.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+        self.folder = out / UNFINISHED
+        self.settings = json.loads(json.dumps(settings, default=str))
+        self._start, self._plan, self._file = (
+            self.folder / name for name in ("start.safetensors", "plan.json", SETTINGS)
+        )
+        if self._file.exists():
+            before = json.loads(self._file.read_text())
+            changed = [key for key, value in self.settings.items() if before.get(key) != value]
+            if changed:
+                raise InvalidConfigError(
+                    f"{out} holds a training that was cut off and had other settings ({changed[0]}: "
+                    f"{before.get(changed[0])!r}, not {self.settings[changed[0]]!r}): give those, or --force to start "
+                    "anew"
+                )
+
+    @property
+    def has_start(self) -> bool:
+        """Whether the model was pruned and compensated already."""
+        return self._file.exists()
+
+    def load(self, dense: Any) -> tuple[PruningPlan, Any]:
+        """The plan, and the small model that the training starts with."""
+        plan = PruningPlan.load(self._plan)
+        small = prune(dense, plan)
+        load_weights(small, str(self._start))
+        return plan, small
+
+    def save(self, plan: PruningPlan, small: Any) -> None:
+        """What the training starts with, unless it is there."""
+        if self.has_start:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_model(small, str(self._start))
+        plan.save(self._plan)
+        self._file.write_text(json.dumps(self.settings, indent=1))  # last: with it, the start is whole

@@ -44,7 +44,7 @@ def inspect(
     dense = count(dense_of(config, architecture.task), image_size)
     accuracy = None
     if classes is not None:
-        from .zero_shot import accuracy_of_saved
+        from .evaluated import accuracy_of_saved
 
         accuracy = accuracy_of_saved(model, classes)
     if as_json:

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from .app import ForceOption, ImageSizeOption, empty_output, need_plots, say
-
-
-class Dtype(StrEnum):
-    """What is timed in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Grid(StrEnum):
-    """How many shapes are timed."""
-
-    coarse = "coarse"
-    fine = "fine"
 
 
 def latency(
@@ -33,9 +17,9 @@ def latency(
     out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("latency_table.json"),
     batch_size: Annotated[int, typer.Option(help="Images a forward pass.", min=1)] = 8,
     image_size: ImageSizeOption = None,
-    dtype: Annotated[Dtype, typer.Option(help="What is timed in.")] = Dtype.float32,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="What is timed in.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "cpu",
-    grid: Annotated[Grid, typer.Option(help="Minutes on two cores, or an hour.")] = Grid.coarse,
+    grid: Annotated[Literal["coarse", "fine"], typer.Option(help="Minutes on two cores, or an hour.")] = "coarse",
     rounds: Annotated[int, typer.Option(help="How often every shape is timed.", min=1)] = 5,
     monotone: Annotated[bool, typer.Option(help="Read times from a fit that never falls when a size grows.")] = True,
     show: Annotated[Path | None, typer.Option("--show", help="Plot the table into this file (png, svg, pdf).")] = None,
@@ -58,18 +42,18 @@ def latency(
     from hf_vitprune.latency.report import described, latency_tables, plot_latency
     from hf_vitprune.latency.table import LatencyTable
 
-    from .saved import load_architecture
+    from .saved import load_tower
 
     if is_table:
         table = LatencyTable.load(model)
     else:
         table = LatencyTable.measure(
-            load_architecture(model),
+            load_tower(model)[0],
             batch_size=batch_size,
             image_size=image_size,
-            dtype=getattr(torch, dtype.value),
+            dtype=getattr(torch, dtype),
             device=device,
-            grid=grid.value,
+            grid=grid,
             rounds=rounds,
             monotone=monotone,
             partial=out.with_name(out.name + ".partial"),

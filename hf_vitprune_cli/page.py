@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.latency.measure import measure_speed
@@ -13,10 +12,10 @@ from hf_vitprune.publish.page import Pictures, budgets_of, compare_answers, writ
 from hf_vitprune.publish.page.shapes import places_of, plan_beside
 from hf_vitprune.spec.configs import lineage_of
 from hf_vitprune.spec.towers import tower_module
-from hf_vitprune.utils.data import LabelledImages, load_images
+from hf_vitprune.utils.data import load_images
 
 from .classifier import aligned
-from .saved import load_any_config, load_processor, load_tower, model_class_of
+from .saved import load_any_config, load_model, load_processor, load_tower, model_class_of
 
 #: images that are drawn; more change percentages by less than a point
 NUM_IMAGES = 512
@@ -55,10 +54,7 @@ def report_page(
     rounds: int,
     metrics: Mapping[str, Mapping[str, float]],
 ) -> Path:
-    """Load the models (dense first), compare them, and write the page.
-
-    Args:
-        metrics: model -> more columns of the page's table.
+    """Load the models (dense first), compare them, and write the page; ``metrics``: more columns of its table.
 
     Raises:
         InvalidConfigError: a model is given twice, or there are more than colours can tell apart.
@@ -68,63 +64,46 @@ def report_page(
     if len(models) > MOST + 1:
         raise InvalidConfigError(f"a page shows up to {MOST} pruned models, not {len(models) - 1}: give fewer")
     names = short_names(models)
-    shapes = {names[model]: load_tower(model, part) for model in models}
-    dense, *pruned = shapes
-    places = {
-        names[model]: places_of(shapes[dense][0], *_remembered(shapes[names[model]]), plan_beside(model))
-        for model in models[1:]
-    }
+    dense, *pruned = names.values()
+    architectures, places = {}, {}
+    for model, name in names.items():
+        architectures[name], config = load_tower(model, part)
+        if name != dense:
+            known = lineage_of(config), plan_beside(model)
+            places[name] = places_of(architectures[dense], architectures[name], *known)
     if images is not None or data is not None:
-        shapes[dense][0].check_looks("a page of images")
-    labelled = None if data is None else _labelled(data, models[0])
+        architectures[dense].check_looks("a page of images")
+    labelled = None
+    if data is not None:
+        labelled = load_images(data, training=False)
+        if "ForImageClassification" in model_class_of(load_any_config(models[0])).__name__:
+            labelled = aligned(labelled, models[0])
     pictures = None if labelled is None else Pictures.from_labelled(labelled, NUM_IMAGES)
     if images is not None:
         pictures = Pictures.from_folder(images, NUM_IMAGES)
     kept = None if scores is None else OneShotScores.load(scores)
-    loaded: dict[str, Any] = {
-        names[model]: model_class_of(load_any_config(model)).from_pretrained(model).eval() for model in models
-    }
+    loaded = {name: load_model(model) for model, name in names.items()}
     if labelled is not None and labelled.match is not None and not labelled.match.named:
-        for model in loaded.values():
-            model.config.id2label = dict(enumerate(labelled.label_names))
-    budgets = []
+        for one in loaded.values():
+            one.config.id2label = dict(enumerate(labelled.label_names))
     if kept is not None:
         kept.check(loaded[dense])
-        budgets = budgets_of(kept)
-    answers = None
+    answers = timings = None
     if pictures is not None:
         answers = compare_answers(loaded, load_processor(models[0]), pictures, part=part, batch_size=batch_size)
-    towers = {name: tower_module(model, part) for name, model in loaded.items()}
-    timings = None
-    if shapes[dense][0].family.reads == "images":
+    if architectures[dense].family.reads == "images":
+        towers = {name: tower_module(model, part) for name, model in loaded.items()}
         timings = measure_speed(towers, batch_size=batch_size, image_size=image_size, rounds=rounds)
     return write_page(
         out,
-        {name: architecture for name, (architecture, _) in shapes.items()},
+        architectures,
         {name: where for name, (where, _) in places.items()},
         image_size=image_size,
         timings=timings,
-        budgets=budgets,
+        budgets=[] if kept is None else budgets_of(kept),
         scored_images=0 if kept is None else kept.images,
         answers=answers,
         pictures=pictures,
         metrics={names[model]: row for model, row in metrics.items()},
         guessed=[name for name, (_, known) in places.items() if not known],
     )
-
-
-def _remembered(shape: tuple[Any, Any]) -> tuple[Any, dict[str, Any]]:
-    architecture, config = shape
-    return architecture, lineage_of(config)
-
-
-def _labelled(data: str, model: str) -> LabelledImages:
-    """The images, with a classifier's class numbers.
-
-    Raises:
-        InvalidDataError: there are classes that the classifier does not have.
-    """
-    images, config = load_images(data, training=False), load_any_config(model)
-    if "ForImageClassification" not in model_class_of(config).__name__:
-        return images
-    return aligned(images, model)

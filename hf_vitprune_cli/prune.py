@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,18 +31,13 @@ _training = partial(grouped, "Training")
 ONE_SHOT = "oneshot"
 
 
-class Train(StrEnum):
-    """What the small model learns from."""
-
-    none = "none"
-    features = "features"
-    labels = "labels"
+TRAIN = ("none", "features", "labels")
 
 
 class Training(NamedTuple):
     """What ``--train`` says, as in ``features,learning_rate=1e-4,batch_size=16``."""
 
-    on: Train | None = None
+    on: str | None = None
     learning_rate: float | None = None
     batch_size: int = 32
 
@@ -56,10 +50,10 @@ class Training(NamedTuple):
             values = {name: kinds[name](value) for name, value in pairs}
             if len(values) < len(pairs) or any(not value > 0 for value in values.values()):
                 raise ValueError("twice, or not above 0")
-            return cls(Train(on), **values)
+            return cls(TRAIN[TRAIN.index(on)], **values)
         except (KeyError, ValueError) as error:
             raise typer.BadParameter(
-                f"{text!r} is not one of {', '.join(Train)}, then learning_rate=..., batch_size=... (numbers above 0)"
+                f"{text!r} is not one of {', '.join(TRAIN)}, then learning_rate=..., batch_size=... (numbers above 0)"
             ) from error
 
 
@@ -110,99 +104,66 @@ def prune(
     of an earlier run: to another target, in seconds. Layers of a model that is larger than the memory are read from
     the disk one at a time.
     """
-    method = _method(method, data, images, scores)
-    on, rate, batch_size = train or Training()
-    on = _train(on, data, images, steps or rate)
-    going_on = on == Train.features and is_unfinished(out)
-    empty_output(out, force or going_on, model, data, images, scores)
+    given, rate, batch_size = train or Training()
+    method = method or (ONE_SHOT if data is None else "vtp")
+    on = given or ("none" if data is None else "labels")
+    neither = data is None and images is None and scores is None
+    refusals: list[tuple[Any, str]] = [
+        (neither, "give --data (labelled images: prunes while it trains), --images (a folder without labels) or "
+         "--scores (a file of an earlier run)"),
+        (data and (images or scores), "--data is for training on labels; --images and --scores are for pruning "
+         "without them"),
+        (method == ONE_SHOT and data, f"--method {ONE_SHOT} takes no labels: give a folder by --images"),
+        (method != ONE_SHOT and not data, f"--method {method} trains on labels: give them by --data"),
+        (on == "labels" and not data, "--train labels takes labelled images: give them by --data"),
+        (on != "labels" and data, f"--train {on} looks at no labels: give the folder of images by --images"),
+        (on == "features" and not images, "--train features takes images, which a file of scores has none of: give "
+         "--images"),
+        (on == "none" and (steps or rate), "--steps and learning_rate are for a training: add --train features"),
+        (part and data, "--part is for a tower of a bigger model, which is pruned with --images or --scores"),
+    ]  # fmt: skip
+    for wrong, message in refusals:
+        if wrong:
+            raise typer.BadParameter(message)
+    goes_on = on == "features" and is_unfinished(out)
+    empty_output(out, force or goes_on, model, data, images, scores)
     if images is not None and scores is not None:
-        empty_output(scores, force or going_on, model, images, file=True)
+        empty_output(scores, force or goes_on, model, images, file=True)
     if force:
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-    if part is not None and data is not None:
-        raise typer.BadParameter("--part is for a tower of a bigger model, which is pruned with --images or --scores")
     need_plots()
-    table = None if target_metric in ("macs", "params") else Path(target_metric)
-    goal: dict[str, Any] = {
-        "target": target,
-        "target_metric": target_metric if table is None else "latency",
-        "latency_table": table,
-    }
-    goal |= {"uniform": True} if uniform else {}
-    if data is None:
-        from hf_vitprune.training.recovery import Recovery
+    goal: dict[str, Any] = {"target": target, "target_metric": target_metric, "latency_table": None}
+    if target_metric not in ("macs", "params"):
+        goal |= {"target_metric": "latency", "latency_table": Path(target_metric)}
+    if uniform:
+        goal["uniform"] = True
+    if data is not None:
+        from .from_labels import prune_from_labels
+        from .workflow import Schedule
 
-        from .from_images import prune_from_images
-
-        given: dict[str, Any] = {"steps": steps, "learning_rate": rate}
-        recovery = Recovery(
-            batch_size=batch_size, **{name: value for name, value in given.items() if value is not None}
+        learned = None if steps is None else max(1, round(steps * 3 / 13))  # as many of all as epochs by default
+        tuned = None if steps is None or learned is None else steps - learned
+        learn, tune = (
+            Schedule(epochs, rate or 1e-4, batch_size, steps=some) for epochs, some in ((3, learned), (10, tuned))
         )
-        with TemporaryDirectory() as copies:
-            prune_from_images(
-                model,
-                out,
-                images,
-                scores,
-                goal,
-                round_to=round_to,
-                batch_size=batch_size,
-                part=part,
-                copies=copies,
-                recovery=recovery if on == Train.features else None,
-            )
+        prune_from_labels(model, out, data, method, goal, learn, tune, round_to=round_to, new_head=new_head)
         return
-    from .from_labels import prune_from_labels
-    from .workflow import Schedule
+    from hf_vitprune.training.recovery import Recovery
 
-    learn, tune = (Schedule(number, rate or 1e-4, batch_size, steps=share) for number, share in _shares(steps))
-    prune_from_labels(model, out, data, method, goal, learn, tune, round_to=round_to, new_head=new_head)
+    from .from_images import prune_from_images
 
-
-def _shares(steps: int | None) -> list[tuple[float, int | None]]:
-    """(epochs, steps) that learn what to prune, and of fine-tuning: three parts, and ten."""
-    if steps is None:
-        return [(3.0, None), (10.0, None)]
-    learn = max(1, round(steps * 3 / 13))
-    return [(3.0, learn), (10.0, steps - learn)]
-
-
-def _train(train: Train | None, data: str | None, images: Path | None, trains: float | None) -> Train:
-    """What it is trained on, which goes with what it is given.
-
-    Raises:
-        UsageError: it is not given what that takes.
-    """
-    chosen = train or (Train.none if data is None else Train.labels)
-    if chosen == Train.labels and data is None:
-        raise typer.BadParameter("--train labels takes labelled images: give them by --data")
-    if chosen != Train.labels and data is not None:
-        raise typer.BadParameter(f"--train {chosen} looks at no labels: give the folder of images by --images")
-    if chosen == Train.features and images is None:
-        raise typer.BadParameter("--train features takes images, which a file of scores has none of: give --images")
-    if chosen == Train.none and trains is not None:
-        raise typer.BadParameter("--steps and learning_rate are for a training: add --train features")
-    return chosen
-
-
-def _method(method: str | None, data: str | None, images: Path | None, scores: Path | None) -> str:
-    """The method that goes with what it is given to learn from.
-
-    Raises:
-        UsageError: it is given nothing, two things, or not what the method takes.
-    """
-    if data is None and images is None and scores is None:
-        raise typer.BadParameter(
-            "give --data (labelled images: prunes while it trains), --images (a folder without labels) or "
-            "--scores (a file of an earlier run)"
+    settings: dict[str, Any] = {"steps": steps, "learning_rate": rate, "batch_size": batch_size}
+    recovery = Recovery(**{name: value for name, value in settings.items() if value is not None})
+    with TemporaryDirectory() as copies:
+        prune_from_images(
+            model,
+            out,
+            images,
+            scores,
+            goal,
+            round_to=round_to,
+            batch_size=batch_size,
+            part=part,
+            copies=copies,
+            recovery=recovery if on == "features" else None,
         )
-    if data is not None and (images is not None or scores is not None):
-        raise typer.BadParameter(
-            "--data is for training on labels; --images and --scores are for pruning without them"
-        )
-    chosen = method or (ONE_SHOT if data is None else "vtp")
-    if chosen == ONE_SHOT and data is not None:
-        raise typer.BadParameter(f"--method {ONE_SHOT} takes no labels: give a folder by --images")
-    if chosen != ONE_SHOT and data is None:
-        raise typer.BadParameter(f"--method {chosen} trains on labels: give them by --data")
-    return chosen

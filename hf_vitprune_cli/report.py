@@ -63,13 +63,13 @@ def report(
     from hf_vitprune.publish.block_report import plot_kept
     from hf_vitprune.publish.report import comparison_table, layer_rows, layer_table
 
-    from .saved import load_architecture, saved_metrics
+    from .saved import load_tower, saved_metrics
 
-    architectures = {name: load_architecture(name, part) for name in (dense, *pruned)}
+    architectures = {name: load_tower(name, part)[0] for name in (dense, *pruned)}
     whole = count(architectures[dense], image_size)
     metrics = {name: saved_metrics(name) for name in architectures}
     if classes is not None:
-        from .zero_shot import accuracy_of_saved
+        from .evaluated import accuracy_of_saved
 
         for name, found in metrics.items():
             found["zero-shot accuracy"] = accuracy_of_saved(name, classes)

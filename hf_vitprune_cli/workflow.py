@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from rich.console import Console
 from transformers import Trainer, TrainingArguments
 
 from hf_vitprune.cost import count
 from hf_vitprune.evaluation.metrics import accuracy_of
-from hf_vitprune.latency.measure import Timing, measure_speed
+from hf_vitprune.latency.measure import Timing, device_name, measure_speed
 from hf_vitprune.losses.distillation import DistillationConfig
 from hf_vitprune.methods import PruningConfig, method_for
 from hf_vitprune.plan.lineage import lineage_of, note, plain_name
@@ -22,6 +23,7 @@ from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.publish.block_report import plot_kept
 from hf_vitprune.publish.card import CARD, model_card
 from hf_vitprune.publish.kept import PLOT, beside, license_of
+from hf_vitprune.publish.report import comparison_table
 from hf_vitprune.spec.architecture import Architecture
 from hf_vitprune.spec.towers import tower_module
 from hf_vitprune.training.exporting import is_compensated
@@ -85,18 +87,15 @@ class PrunedResult:
         accuracy: ``dense`` before any pruning; ``pruned`` right after the decision, by plain slices; ``compensated``
             (where there was something to make up for) and ``tuned`` (where it was fine-tuned) from there. Empty
             without labels.
-        macs_ratio, params_ratio: cost of the small model as a fraction of the dense one's.
     """
 
     model: Any
     plan: PruningPlan
     accuracy: dict[str, float]
-    macs_ratio: float
-    params_ratio: float
 
     @property
-    def final_accuracy(self) -> float:
-        return next(self.accuracy[stage] for stage in ("tuned", "compensated", "pruned") if stage in self.accuracy)
+    def final_accuracy(self) -> float | None:
+        return next((self.accuracy[s] for s in ("tuned", "compensated", "pruned") if s in self.accuracy), None)
 
 
 def train(
@@ -111,9 +110,8 @@ def train(
 ) -> float:
     """Train a model or PruningModel in place and return its accuracy on ``eval_set`` afterwards.
 
-    Args:
-        what: name of the stage, shown at the progress bar.
-        teacher: learn from its logits too (and for a PruningModel, from a copy of itself, with ``distillation``).
+    It learns from the logits of a teacher too (a PruningModel, from a copy of itself), with ``distillation``; ``what``
+    is shown at the progress bar.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = PruningTrainer(
@@ -166,10 +164,9 @@ def prune_and_tune(
     """
     config.meter(Architecture.of(model))  # a latency table of something else is refused before any work
     accuracy = {"dense": evaluate(model, eval_set)}
-    note = None if fresh_head else chance_note(accuracy["dense"], eval_set.labels)
-    if note is not None and PartialState().is_main_process:
-        say(note)
-    dense = count(model, config.image_size)
+    at_chance = None if fresh_head else chance_note(accuracy["dense"], eval_set.labels)
+    if at_chance is not None and PartialState().is_main_process:
+        say(at_chance)
     before = copy.deepcopy(model) if method_for(config).traits.zeroes_weights else None
     wrapped = get_pruning_model(model, config)
     name = config.method_name
@@ -178,61 +175,59 @@ def prune_and_tune(
     accuracy["pruned"] = train(
         wrapped, learn, train_set, eval_set, what=f"{name}: learning what to prune", distillation=taught
     )
-    plan = wrapped.plan()
-    small = wrapped.export()
-    teacher = wrapped.unload()
-    teacher = teacher if before is None else before
+    plan, small = wrapped.plan(), wrapped.export()
+    unpruned = wrapped.unload()
     if is_compensated(small):
         accuracy["compensated"] = evaluate(small, eval_set)
     if tune is not None:
+        teacher = None if distillation is None else unpruned if before is None else before
+        what = f"{name}: fine-tuning"
         accuracy["tuned"] = train(
-            small,
-            tune,
-            train_set,
-            eval_set,
-            what=f"{name}: fine-tuning",
-            teacher=teacher if distillation is not None else None,
-            distillation=distillation,
+            small, tune, train_set, eval_set, what=what, teacher=teacher, distillation=distillation
         )
-    cost = count(small, config.image_size)
-    return PrunedResult(small.eval(), plan, accuracy, cost.macs / dense.macs, cost.params / dense.params)
+    return PrunedResult(small.eval(), plan, accuracy)
 
 
 def compare(
-    dense: Any, dense_accuracy: float, results: dict[str, PrunedResult], batch_size: int
+    dense: Any, results: dict[str, PrunedResult], batch_size: int, measured: bool = True
 ) -> tuple[list[dict[str, Any]], dict[str, Timing]]:
     """Rows for ``comparison_table``, and the timings behind them: all models measured in turns, in one run.
 
     Args:
-        dense: the unpruned model.
-        dense_accuracy: of it.
         results: name of the method -> what it gave.
-        batch_size: images a forward pass.
+        measured: time them; else there are no timings.
     """
-    models = {"dense": dense, **{name: result.model for name, result in results.items()}}
-    timings = measure_speed(models, batch_size=batch_size)
-    rows = [model_row("dense", dense, dense_accuracy, timings["dense"])]
+    first = next(iter(results.values()))
+    towers = {"dense": tower_module(dense, first.plan.part)}
+    towers |= {name: tower_module(result.model, result.plan.part) for name, result in results.items()}
+    timings = measure_speed(towers, batch_size=batch_size) if measured else {}
+
+    def row(name: str, key: str, accuracy: float | None) -> dict[str, Any]:
+        cost, time = count(towers[key]), timings.get(key)
+        shown = {} if time is None else {"latency_ms": time.seconds * 1e3, "speedup": time.speedup}
+        return {"name": name, "accuracy": accuracy, "params": cost.params, "macs": cost.macs, **shown}
+
+    rows = [row("dense", "dense", first.accuracy.get("dense"))]
     for name, result in results.items():
         tuned = "tuned" in result.accuracy
         for stage, what in (("pruned", "just pruned"), ("compensated", "compensated")):
             if tuned and stage in result.accuracy:
                 rows.append({"name": f"{name}, {what}", "accuracy": result.accuracy[stage]})
-        last = f"{name}, {'final' if tuned else 'without fine-tuning'}"
-        rows.append(model_row(last, result.model, result.final_accuracy, timings[name]))
+        how = "" if not result.accuracy else ", final" if tuned else ", without fine-tuning"
+        rows.append(row(f"{name}{how}", name, result.final_accuracy))
     return rows, timings
 
 
-def model_row(name: str, model: Any, accuracy: float | None, timing: Timing | None) -> dict[str, Any]:
-    """A row of ``comparison_table``."""
-    cost = count(model)
-    return {
-        "name": name,
-        "accuracy": accuracy,
-        "params": cost.params,
-        "macs": cost.macs,
-        "latency_ms": None if timing is None else timing.seconds * 1e3,
-        "speedup": None if timing is None else timing.speedup,
-    }
+def finish(
+    model: str, out: Path, dense: Any, name: str, result: PrunedResult, processor: Any, data: str | None, timed: bool
+) -> None:
+    """Measure, save and print what came of a saved model; ``name``: of the small one in the table."""
+    rows, timings = compare(dense, {name: result}, 8, timed)
+    pair = {"before": timings["dense"], "after": timings[name]} if timed else None
+    save_result(out, result, processor, pair, dataset=data, base_model=model)
+    on = [model, *([f"on {data}"] if data else [])]
+    title = ", ".join([" ".join(on), *([f"measured on {device_name()}", "batch 8"] if timed else [])])
+    Console().print(comparison_table(rows, title=title))
 
 
 def save_result(
@@ -252,8 +247,10 @@ def save_result(
         base_model: Hub id of the dense model.
     """
     before = {"accuracy": result.accuracy["dense"]} if result.accuracy else None
-    if before is not None:
-        _note_before(result, before, dataset)
+    config = tower_module(result.model, result.plan.part).config
+    history = lineage_of(config).get("history")
+    if before is not None and history:  # the accuracy of what was pruned goes with its size
+        note(config, history=[*history[:-1], {**history[-1], "metrics": before, "dataset": plain_name(dataset or "")}])
     folder.mkdir(parents=True, exist_ok=True)
     result.model.save_pretrained(folder)
     if processor is not None:
@@ -264,7 +261,7 @@ def save_result(
         result.model,
         base_model=base_model,
         before=before,
-        after={"accuracy": result.final_accuracy} if result.accuracy else None,
+        after={"accuracy": result.final_accuracy} if result.final_accuracy is not None else None,
         dataset=dataset,
         timings=timings,
         part=result.plan.part,
@@ -273,12 +270,3 @@ def save_result(
         license=license_of(base_model),
     )
     card.save(folder / CARD)
-
-
-def _note_before(result: PrunedResult, metrics: dict[str, float], dataset: str | None) -> None:
-    """The accuracy of the model that was pruned goes into the record, with its size: the two belong together."""
-    config = tower_module(result.model, result.plan.part).config
-    history = lineage_of(config).get("history")
-    if history:
-        last = {**history[-1], "metrics": metrics, "dataset": plain_name(dataset or "")}
-        note(config, history=[*history[:-1], last])

@@ -26,7 +26,7 @@ from command_line import call, misused, printed, refused
 from hf_vitprune import PruningPlan, count
 from hf_vitprune.errors import InvalidDataError
 from hf_vitprune.utils.data import read_folder
-from hf_vitprune_cli import from_images
+from hf_vitprune_cli import from_images, workflow
 from hf_vitprune_cli.progress import NamedProgress
 from processes import ROOT, run, run_on_two
 from tiny import make, reset_weights
@@ -62,8 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plot and one round of timing: both are tested elsewhere."""
     monkeypatch.setattr("hf_vitprune_cli.workflow.plot_kept", lambda *_: None)
-    once = partial(from_images.measure_speed, rounds=1)
-    monkeypatch.setattr(from_images, "measure_speed", once)
+    monkeypatch.setattr(workflow, "measure_speed", partial(workflow.measure_speed, rounds=1))
 
 
 def ratio(small: Path, dense: Path) -> float:

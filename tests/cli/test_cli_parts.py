@@ -18,7 +18,7 @@ from command_line import misused, printed, refused
 from hf_vitprune import PruningPlan, count, prune
 from hf_vitprune.errors import InvalidDataError, UnsupportedModelError
 from hf_vitprune.evaluation.zero_shot import zero_shot_accuracy
-from hf_vitprune_cli import zero_shot
+from hf_vitprune_cli import evaluated
 from processes import run_python
 from tiny_composites import dual, pixels, upernet
 
@@ -96,8 +96,8 @@ def test_zero_shot_accuracy_at_chance_is_told(
     clip: Path, colours: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for accuracy in (0.5, 1.0):
-        monkeypatch.setattr(zero_shot, "zero_shot_accuracy", lambda *_, accuracy=accuracy: accuracy)
-        assert zero_shot.accuracy_of_saved(str(clip), str(colours)) == accuracy
+        monkeypatch.setattr(evaluated, "zero_shot_accuracy", lambda *_, accuracy=accuracy: accuracy)
+        assert evaluated.accuracy_of_saved(str(clip), str(colours)) == accuracy
         told = capsys.readouterr().err
         assert ("right on 50.0% of 4 evaluation images, no better than chance" in told) == (accuracy == 0.5)
         assert ("captions like 'a photo of a blue'" in told) == (accuracy == 0.5)

@@ -61,7 +61,7 @@ def test_of_a_model_pruned_twice_every_size_has_its_own_accuracy(
         plan = PruningPlan.random(models[-1], 0.3, ["heads", "mlp"])
         small = prune(models[-1], plan, stock=False)
         found = {"dense": accuracies[i], "pruned": accuracies[i + 1]}
-        save_result(tmp_path / str(i), PrunedResult(small, plan, found, 1, 1), processor(), None, dataset="cifar10")
+        save_result(tmp_path / str(i), PrunedResult(small, plan, found), processor(), None, dataset="cifar10")
         models.append(type(small).from_pretrained(tmp_path / str(i)))
     sizes = [human(count(model).params) for model in models]
     expected = {"dense": ["90.0%", sizes[0]], "pruned once": ["80.0%", sizes[1]], "after": ["70.0%", sizes[2]]}
