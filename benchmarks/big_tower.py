@@ -11,15 +11,20 @@ Pages of the weights' files that are mapped while a layer is read count in it.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from .memory import resident, spent
+import torch
+from transformers import Dinov2Config, Dinov2Model
+from transformers.initialization import no_init_weights
+
+from hf_vitprune import Compensation, OneShotScores, PruningPlan, prune
+from hf_vitprune.methods import OneShotSettings
+from hf_vitprune.modeling.streamed import load_streamed
+
+from .common import in_process, resident, spent
 
 #: published shape of DINOv2-giant
 GIANT = {
@@ -35,12 +40,8 @@ GIANT = {
 TINY = {**GIANT, "hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": 28}
 
 
-def write(folder: Path, shape: dict[str, Any]) -> None:
+def write(folder: str, shape: dict[str, Any]) -> None:
     """Save a model of random bf16 weights, in files of a gigabyte."""
-    import torch
-    from transformers import Dinov2Config, Dinov2Model
-    from transformers.initialization import no_init_weights
-
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"), no_init_weights():
@@ -55,18 +56,8 @@ def write(folder: Path, shape: dict[str, Any]) -> None:
     model.save_pretrained(folder, max_shard_size="1GB")
 
 
-def prune_streamed(
-    folder: Path, out: Path, images: int, size: int, threads: int, target: float, choice: str
-) -> dict[str, Any]:
+def prune_streamed(folder: str, images: int, size: int, threads: int, target: float, choice: str) -> dict[str, Any]:
     """Read, score, choose, compensate, save: seconds and bytes of each."""
-    import torch
-    from transformers import Dinov2Model
-
-    from hf_vitprune import OneShotScores, PruningPlan, prune
-    from hf_vitprune.compensate import Compensation
-    from hf_vitprune.methods import OneShotSettings
-    from hf_vitprune.modeling.streamed import load_streamed
-
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     pixels = torch.randn(images, 3, size, size)
@@ -78,7 +69,7 @@ def prune_streamed(
         print(f"{name}: {found.seconds:.0f} s, {found.peak / 2**30:.2f} GiB", file=sys.stderr, flush=True)
         return found.result
 
-    with tempfile.TemporaryDirectory(dir=out) as copies:
+    with tempfile.TemporaryDirectory() as copies:
         model = part("read", lambda: load_streamed(Dinov2Model, folder, copies=copies))
         row["weights"] = sum(p.numel() * p.element_size() for p in model.parameters())
         if choice == "magnitude":
@@ -87,11 +78,10 @@ def prune_streamed(
             settings = OneShotSettings(images=None, statistics=False)
             scores = part("score", lambda: OneShotScores.measure(model, pixels, settings))
             plan = part("choose", lambda: scores.plan(target, image_size=size))
-        small = part(
-            "compensate", lambda: prune(model, plan, calibration=pixels, compensate=Compensation(images=None))
-        )
-    row["left"] = sum(p.numel() * p.element_size() for p in small.parameters())
-    part("save", lambda: small.save_pretrained(out / "small"))
+        fits = Compensation(images=None)
+        small = part("compensate", lambda: prune(model, plan, calibration=pixels, compensate=fits))
+        row["left"] = sum(p.numel() * p.element_size() for p in small.parameters())
+        part("save", lambda: small.save_pretrained(f"{copies}/small"))
     return row
 
 
@@ -104,34 +94,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--choice", choices=("one-shot", "magnitude"), default="one-shot", help="of what stays")
     parser.add_argument("--folder", type=Path, help="where the model is kept for another run; nowhere by default")
     parser.add_argument("--tiny", action="store_true", help="a shape that takes seconds")
-    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--prune", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.write:
-        write(given.write, TINY if given.tiny else GIANT)
-        return {}
     with tempfile.TemporaryDirectory() as scratch:
-        if given.prune:
-            work = prune_streamed(
-                given.prune,
-                Path(scratch),
-                given.images,
-                given.image_size,
-                given.threads,
-                given.target,
-                given.choice,
-            )
-            print(json.dumps(work))
-            return work
         folder = given.folder or Path(scratch) / "model"
-        own = [sys.executable, "-m", __spec__.name, *(arguments if arguments is not None else sys.argv[1:])]
         if not folder.is_dir():
-            subprocess.run([*own, "--write", str(folder)], check=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
-        done = subprocess.run(
-            [*own, "--prune", str(folder)], check=True, stdout=subprocess.PIPE, text=True, env=environment
-        )
-    row = json.loads(done.stdout.splitlines()[-1])
+            in_process(write, str(folder), TINY if given.tiny else GIANT)
+        settings = (given.images, given.image_size, given.threads, given.target, given.choice)
+        row = in_process(prune_streamed, str(folder), *settings, threads=given.threads)
     gib, peak = 2**30, max(row["peak"].values())
     print(f"weights {row['weights'] / gib:.2f} GiB, left {row['left'] / gib:.2f}, imports {row['imported'] / gib:.2f}")
     for name, seconds in row["seconds"].items():

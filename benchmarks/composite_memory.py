@@ -10,12 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +19,8 @@ from transformers.initialization import no_init_weights
 
 from hf_vitprune import PruningPlan, prune
 
+from .common import in_process, resident, spent
+
 MB = 2**20
 #: ViT-B/16, as CLIP has it
 TOWER = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -32,13 +28,13 @@ TOWER = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
 LANGUAGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
 
 
-def model_of(parameters: float, dtype: torch.dtype, tower: dict[str, int] | None = None) -> Any:
+def model_of(parameters: float, dtype: torch.dtype) -> Any:
     """A LLaVA whose language model has about so many parameters; weights are zeros, written once."""
     words, width, mlp = 32_000, LANGUAGE["hidden_size"], LANGUAGE["intermediate_size"]
     layer = 2 * width**2 + 2 * width * width // 8 + 3 * width * mlp
     layers = max(1, round((parameters - 2 * words * width) / layer))
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=224, patch_size=16, **(tower or TOWER)),
+        vision_config=CLIPVisionConfig(image_size=224, patch_size=16, **TOWER),
         text_config=LlamaConfig(num_hidden_layers=layers, vocab_size=words, **LANGUAGE),
         vision_feature_layer=-1,
     )
@@ -50,46 +46,16 @@ def model_of(parameters: float, dtype: torch.dtype, tower: dict[str, int] | None
     return model
 
 
-def resident() -> float:
-    """Megabytes that this process holds."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / MB
-
-
-class Peak:
-    """Largest resident memory while the block runs, sampled every 2 ms."""
-
-    def __enter__(self) -> Peak:
-        self.megabytes, self._done = resident(), False
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done:
-            self.megabytes = max(self.megabytes, resident())
-            time.sleep(0.002)
-
-    def __exit__(self, *_: object) -> None:
-        self._done = True
-        self._thread.join()
-
-
-def measured(
-    parameters: float, dtype: str, adapters: bool = False, tower: dict[str, int] | None = None
-) -> dict[str, float]:
+def measured(parameters: float, dtype: str, adapters: bool = False) -> dict[str, float]:
     """Megabytes; run it in a process of its own, whose memory nothing else has touched."""
-    model = model_of(parameters, getattr(torch, dtype), tower)
+    model = model_of(parameters, getattr(torch, dtype))
     language = sum(p.numel() for p in model.model.language_model.parameters())
     tower_bytes = sum(p.nbytes for p in model.model.vision_tower.parameters())
     if adapters:
         model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
     plan = PruningPlan.magnitude(model, 0.5, units=("heads", "mlp"))
     before = resident()
-    with Peak() as peak:
-        start = time.perf_counter()
-        small = prune(model, plan)
-        seconds = time.perf_counter() - start
+    small, seconds, _, peak = spent(lambda: prune(model, plan))
     whole, old = (m.get_base_model() if adapters else m for m in (small, model))
     words = whole.model.language_model.embed_tokens.weight
     assert words.data_ptr() == old.model.language_model.embed_tokens.weight.data_ptr()
@@ -98,8 +64,8 @@ def measured(
         "language model, MB": sum(p.nbytes for p in old.model.language_model.parameters()) / MB,
         "tower, MB": tower_bytes / MB,
         "small tower, MB": sum(p.nbytes for p in whole.model.vision_tower.parameters()) / MB,
-        "resident before, MB": before,
-        "peak while pruning, MB more": peak.megabytes - before,
+        "resident before, MB": before / MB,
+        "peak while pruning, MB more": (peak - before) / MB,
         "seconds": seconds,
     }
 
@@ -111,12 +77,11 @@ def main() -> None:
     parser.add_argument("--adapters", action="store_true", help="LoRA on the language model and the tower")
     parser.add_argument("--here", action="store_true", help="in this process; print JSON")
     args = parser.parse_args()
+    asked = (args.parameters, args.dtype, args.adapters)
     if args.here:
-        print(json.dumps(measured(args.parameters, args.dtype, args.adapters)))
+        print(json.dumps(measured(*asked)))
         return
-    command = [sys.executable, "-m", "benchmarks.composite_memory", "--here", *sys.argv[1:]]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    for name, value in json.loads(done.stdout.splitlines()[-1]).items():
+    for name, value in in_process(measured, *asked).items():
         print(f"{name:>28}: {value:,.2f}" if value < 10 else f"{name:>28}: {value:,.0f}")
 
 

@@ -89,12 +89,7 @@ def stock_shapes(family: Family) -> str:
 
 
 def works(family: Family, method: str) -> bool:
-    """Whether a method prunes a tiny model of the family; False where it refuses it before any work.
-
-    Raises:
-        AssertionError: what was exported computes something else than the gated model.
-        VitPruneError: the method gave up later than it should.
-    """
+    """Whether a method prunes a tiny model of the family; False where it refuses it before any work."""
     model = tiny_model(family)
     if task_of(model) == "Backbone" and method in ("SLS", "Truncation"):
         model.config.set_output_features_output_indices(out_features=["stage1"], out_indices=None)

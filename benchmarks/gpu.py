@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import Trainer, ViTForImageClassification
 
 from hf_vitprune import (
     Architecture,
@@ -45,6 +45,9 @@ from hf_vitprune import (
 )
 from hf_vitprune.contrib.sparsity import sparsify, use_sparse_kernels
 from hf_vitprune.latency.measure import device_name, measure_speed
+from hf_vitprune.publish.report import markdown_table
+
+from .common import StepClock, quiet_arguments, vit_config
 
 Row = dict[str, Any]
 #: width, layers, heads
@@ -69,12 +72,8 @@ class Bench:
         self.rounds = 2 if small else 10
 
     def model(self, size: str) -> Any:
-        width, layers, heads = self.sizes[size]
-        side, patch = (32, 8) if self.small else (224, 16)
-        config = ViTConfig(
-            hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
-            image_size=side, patch_size=patch, num_labels=10 if self.small else 1000,
-        )  # fmt: skip
+        sides = {"image_size": 32, "patch_size": 8, "num_labels": 10} if self.small else {"num_labels": 1000}
+        config = vit_config(*self.sizes[size], **sides)
         torch.manual_seed(0)
         return ViTForImageClassification(config).eval().to(self.device)
 
@@ -121,12 +120,11 @@ def training(bench: Bench) -> Iterator[Row]:
         pixels = bench.images(model, batch).cpu()
         rows = [{"pixel_values": x, "labels": i % 10} for i, x in enumerate(pixels)] * steps
         with tempfile.TemporaryDirectory() as folder:
-            args = TrainingArguments(
-                folder, max_steps=steps, per_device_train_batch_size=batch, report_to=[], save_strategy="no",
-                logging_steps=1, disable_tqdm=True, learning_rate=1e-5, use_cpu=bench.device.type == "cpu",
+            args = quiet_arguments(
+                folder, steps, batch, logging_strategy="steps", logging_steps=1, use_cpu=bench.device.type == "cpu",
                 dataloader_num_workers=0 if bench.small else 4, **{kind: True},
             )  # fmt: skip
-            clock = StepClock()
+            clock = StepClock(now)
             if settings is None:
                 run = Trainer(model, args, train_dataset=rows, callbacks=[clock])
             else:
@@ -135,26 +133,18 @@ def training(bench: Bench) -> Iterator[Row]:
         losses = [row["loss"] for row in run.state.log_history if "loss" in row]
         if not all(torch.tensor(losses).isfinite()):
             raise RuntimeError(f"{name} in {kind}: losses {losses}")
-        yield {"method": name, "precision": kind, "step_ms": clock.median() * 1e3, "loss": losses[-1]}
+        yield {
+            "method": name,
+            "precision": kind,
+            "step_ms": median(clock.seconds[min(3, steps - 1) :]) * 1e3,
+            "loss": losses[-1],
+        }
 
 
-class StepClock(TrainerCallback):
-    """Seconds of every step, data not counted."""
-
-    def __init__(self) -> None:
-        self.begun, self.seconds = 0.0, list[float]()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        synchronize()
-        self.begun = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        synchronize()
-        self.seconds.append(time.monotonic() - self.begun)
-
-    def median(self) -> float:
-        """Without the first steps, which choose kernels and take memory."""
-        return median(self.seconds[min(3, len(self.seconds) - 1) :])
+def now() -> float:
+    """Seconds, once the device has done what it was told."""
+    synchronize()
+    return time.monotonic()
 
 
 def synchronize() -> None:
@@ -278,25 +268,22 @@ def run(out: Path, small: bool, budget: float) -> int:
         Number of parts that failed.
     """
     bench, started, failed = Bench(small), time.monotonic(), 0
+    about = {"device": device_name(bench.device), "torch": torch.__version__, "small": small}
     results: dict[str, list[Row]] = {}
     for name, part in PARTS.items():
         rows = results.setdefault(name, [])
         if time.monotonic() - started > budget:
             rows.append({"skipped": "no time left"})
-            part = nothing
+            continue
         try:
             rows.extend(part(bench))
         except Exception as error:  # told in the result, and by the exit code
             failed += 1
             rows.append({"failed": f"{type(error).__name__}: {error}", "where": traceback.format_exc(limit=-3)})
-        record = {"device": device_name(bench.device), "torch": torch.__version__, "small": small, "parts": results}
-        write(out, record)  # a run that is cut off leaves what it has
+        write(out, {**about, "parts": results})  # a run that is cut off leaves what it has
         print(f"{name}: {time.monotonic() - started:.0f} s so far", file=sys.stderr)
+    write(out, {**about, "parts": results})
     return failed
-
-
-def nothing(bench: Bench) -> Iterator[Row]:
-    return iter(())
 
 
 def write(out: Path, record: dict[str, Any]) -> None:
@@ -310,11 +297,8 @@ def tables(record: dict[str, Any]) -> str:
     lines = [f"# {record['device']}, torch {record['torch']}{' (small)' if record['small'] else ''}", ""]
     for name, rows in record["parts"].items():
         names = list(dict.fromkeys(key for row in rows for key in row if key != "where"))
-        lines += [f"## {name}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        for row in rows:
-            cells = [f"{v:.3g}" if isinstance(v := row.get(key, ""), float) else str(v) for key in names]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+        cells = [[f"{v:.3g}" if isinstance(v := row.get(key, ""), float) else str(v) for key in names] for row in rows]
+        lines += [f"## {name}", "", markdown_table([names, *cells]), ""]
     return "\n".join(lines)
 
 

@@ -44,9 +44,6 @@ class ImageFolder(Dataset[tuple[torch.Tensor, int]]):
         folder: the one.
         processor: of the images.
         classes: names of the sub-folders to use, in the model's order; None: all, sorted.
-
-    Raises:
-        InvalidDataError: there are no classes or no images, or not those that are named.
     """
 
     def __init__(self, folder: Path, processor: Any, classes: Sequence[str] | None = None) -> None:
@@ -81,9 +78,6 @@ class EvaluationImages(Dataset[tuple[torch.Tensor, int]]):
     Args:
         source: its name.
         processor: of the images.
-
-    Raises:
-        InvalidDataError: it has no images, labels or evaluation split.
     """
 
     def __init__(self, source: str, processor: Any) -> None:
@@ -134,9 +128,6 @@ def accuracies(
 
     Returns:
         ``images``, and ``top1``, ``top5`` as shares of them.
-
-    Raises:
-        InvalidDataError: the model does not have these classes, or not as many as ``numbers``.
     """
     if numbers is None:
         match = match_classes(dataset.classes, model.config.id2label, every=False)

@@ -1,8 +1,8 @@
 """Does a latency table predict what models take?
 
-    python benchmarks/latency_table.py                                    # ViT-S/16, batch 8: minutes on two cores
-    python benchmarks/latency_table.py --model vit-base --batch-size 1 --device cuda --dtype bfloat16
-    python benchmarks/latency_table.py --table table.json                 # against a table that was made before
+    python -m benchmarks.latency_table                                    # ViT-S/16, batch 8: minutes on two cores
+    python -m benchmarks.latency_table --model vit-base --batch-size 1 --device cuda --dtype bfloat16
+    python -m benchmarks.latency_table --table table.json                 # against a table that was made before
 
 Random architectures, of the sizes that searches leave, are predicted, built and measured. They and the dense model
 take turns with the blocks of the table in one run, since the speed of a machine drifts; with ``--table`` the drift
@@ -14,33 +14,30 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import DeiTConfig, Dinov2Config, SwinConfig, ViTConfig
+from transformers import DeiTConfig, Dinov2Config, SwinConfig
 
 from hf_vitprune import Architecture, LatencyTable, build, count
-from hf_vitprune.latency.measure import device_name, measure_speed
+from hf_vitprune.latency.measure import measure_speed
 from hf_vitprune.publish.run_report import plot_predictions
 from hf_vitprune.spec.layer_shape import LayerShape
 from hf_vitprune.utils.extras import need
 
+from .common import show, vit_config
 
-def vit(config_class: Any, width: int, heads: int, **fields: Any) -> Any:
-    mlp = {} if config_class is Dinov2Config else {"intermediate_size": 4 * width}
-    return config_class(hidden_size=width, num_attention_heads=heads, num_labels=1000, **mlp, **fields)
-
-
-MODELS = {
-    "vit-tiny": lambda: vit(ViTConfig, 192, 3),
-    "vit-small": lambda: vit(ViTConfig, 384, 6),
-    "vit-base": lambda: vit(ViTConfig, 768, 12),
-    "deit-small": lambda: vit(DeiTConfig, 384, 6),
-    "dinov2-small": lambda: vit(Dinov2Config, 384, 6, image_size=224, patch_size=14),
+MODELS: dict[str, Callable[[], Any]] = {
+    "vit-tiny": lambda: vit_config(192, num_labels=1000),
+    "vit-small": lambda: vit_config(384, num_labels=1000),
+    "vit-base": lambda: vit_config(768, num_labels=1000),
+    "deit-small": lambda: DeiTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000),
+    "dinov2-small": lambda: Dinov2Config(
+        hidden_size=384, num_attention_heads=6, image_size=224, patch_size=14, num_labels=1000
+    ),
     "swin-tiny": lambda: SwinConfig(num_labels=1000),
 }
 
@@ -116,18 +113,6 @@ def measured(args: argparse.Namespace, config: Any, models: dict[str, Any]) -> t
     return table, table.provenance["beside_seconds"]
 
 
-def show(rows: list[dict[str, Any]], title: str) -> None:
-    view = Table(title=title)
-    for column in rows[0]:
-        view.add_column(column, justify="left" if column == "architecture" else "right")
-    for row in rows:
-        cells = [
-            f"{v:+.1%}" if k == "error" else f"{v:.2f}" if isinstance(v, float) else str(v) for k, v in row.items()
-        ]
-        view.add_row(*cells)
-    Console().print(view)
-
-
 def main() -> None:
     args = arguments()
     config = MODELS[args.model]()
@@ -149,7 +134,8 @@ def main() -> None:
         for name, shape in shapes.items()
     ]
     errors = sorted(abs(row["error"]) for row in rows[1:])
-    show(rows, f"{args.model} on {device_name(args.device)}, batch {args.batch_size}, {args.dtype}")
+    shown = [{**row, "error": f"{row['error']:+.1%}"} for row in rows]
+    show({f"{args.model}, batch {args.batch_size}, {args.dtype},": shown}, shown=".2f")
     minutes = table.provenance["minutes"]
     print(f"error: median {median(errors):.1%}, worst {errors[-1]:.1%} (the table took {minutes} minutes)")
     if args.plot:

@@ -11,21 +11,19 @@ the slope of a straight line through the logarithms.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import ViTForImageClassification
 
 from hf_vitprune import (
     NViTConfig,
@@ -40,7 +38,7 @@ from hf_vitprune import (
 from hf_vitprune.compensate import Compensation
 from hf_vitprune.methods import OneShotSettings
 
-from .memory import resident, spent
+from .common import StepClock, in_process, once, quiet_arguments, resident, spent, table_of, vit_config
 
 PATCH, BATCH = 16, 8
 #: what is varied: the others stay at the middle one. Tokens are given by the side of the images
@@ -60,10 +58,7 @@ def measure(width: int, depth: int, side: int, images: int) -> dict[str, dict[st
     """Seconds and bytes of every operation at one shape."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 32, intermediate_size=4 * width,
-        image_size=side, patch_size=PATCH, num_labels=10,
-    )  # fmt: skip
+    config = vit_config(width, depth, width // 32, image_size=side, patch_size=PATCH, num_labels=10)
     model = ViTForImageClassification(config).eval()
     pixels = torch.randn(images, 3, side, side)
     plan = PruningPlan.random(model, 0.5, units=("qk", "v", "mlp"), round_to=8)
@@ -89,27 +84,13 @@ def measure(width: int, depth: int, side: int, images: int) -> dict[str, dict[st
 def _steps(model: Any, config: Any, pixels: torch.Tensor, steps: int = 4) -> float:
     """Seconds of a training step on all images, the first one not counted; the gates go when it is done."""
     rows = [{"pixel_values": one, "labels": i % 10} for i, one in enumerate(pixels)] * steps
-    clock = _ProcessorClock()
+    clock = StepClock(time.process_time)
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=len(pixels), report_to=[], save_strategy="no",
-            logging_strategy="no", disable_tqdm=True, use_cpu=True, learning_rate=1e-5,
-        )  # fmt: skip
+        args = quiet_arguments(folder, steps, len(pixels))
         wrapped = get_pruning_model(model, config)
         PruningTrainer(wrapped, args, train_dataset=rows, compensate=False, callbacks=[clock]).train()
         wrapped.unload()
     return median(clock.seconds[1:])
-
-
-class _ProcessorClock(TrainerCallback):
-    def __init__(self) -> None:
-        self.begun, self.seconds = 0.0, list[float]()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begun = time.process_time()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.process_time() - self.begun)
 
 
 # ---------------------------------------------------------------------- exponents
@@ -126,12 +107,98 @@ def exponents(rows: list[dict[str, Any]], what: str) -> dict[str, dict[str, floa
     return found
 
 
-def _table(title: str, found: dict[str, dict[str, float]]) -> Table:
-    columns = list(next(iter(found.values())))
-    table = Table("", *columns, title=title)
-    for name, row in found.items():
-        table.add_row(name, *(f"{row[column] + 0.0:.2f}" for column in columns))
-    return table
+# ---------------------------------------------------------------------- by calculation
+# Operations are counted as in the code: forward passes, products of the statistics, double precision factorisations.
+# Seconds are operations over what a GPU is assumed to sustain; nothing is added for reading weights or for sending.
+#: ``PROBED``: images times layers that probes run, in each of ``PROBES`` sizes
+GPUS, IMAGES, PROBES, PROBED = 8, 128, 6, 48
+#: operations a second that a GPU is assumed to sustain: matrices in bf16, in single, and in double precision
+HALF, SINGLE, DOUBLE = 350e12, 40e12, 30e12
+GIB = 2**30
+
+
+class Tower(NamedTuple):
+    """A published shape, at one resolution; ``gated``: the MLP has two Linears into its hidden units."""
+
+    name: str
+    width: int
+    layers: int
+    mlp: int
+    tokens: int
+    gated: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Parameters of the layers."""
+        return self.layers * self.width * (4 * self.width + (3 if self.gated else 2) * self.mlp)
+
+    @property
+    def forward(self) -> float:
+        """Operations for one image."""
+        return 2.0 * self.tokens * self.weights + 4.0 * self.layers * self.tokens**2 * self.width
+
+
+TOWERS = (
+    Tower("ViT-g/14, 224 x 224", 1408, 40, 6144, 257),
+    Tower("DINOv2-giant, 518 x 518", 1536, 40, 4096, 1370, gated=True),
+    Tower("InternViT-6B, 448 x 448", 3200, 45, 12800, 1025),
+)
+
+
+def score_seconds(tower: Tower) -> float:
+    """One-shot scores from ``IMAGES`` images, split over the GPUs; every GPU solves every ``GPUS``-th layer."""
+    rows, probes = IMAGES * tower.tokens, PROBES * PROBED / 2  # each runs half of the layers
+    forward = (IMAGES + probes) * tower.forward
+    moments = tower.layers * rows * (tower.mlp**2 + tower.width**2)  # of q and k, head by head, next to nothing
+    solved = tower.layers * (2.0 * tower.mlp**3 + 3.0 * tower.width * tower.mlp**2 + 4.0 * tower.width**3)
+    return (forward / HALF + moments / SINGLE + solved / DOUBLE) / GPUS
+
+
+def compensation_seconds(tower: Tower, kept: float = 0.5) -> float:
+    """New weights from as many images; each layer is solved by all, since the next one waits for it.
+
+    Queries and keys are projected once more.
+    """
+    rows, mlp = IMAGES * tower.tokens, kept * tower.mlp
+    forward = (1 + kept) * IMAGES * tower.forward
+    moments = tower.layers * rows * (mlp**2 + 2.0 * tower.width * mlp + 7.0 * tower.width**2)
+    solved = tower.layers * (mlp**3 / 3 + 8.0 * tower.width * mlp**2 + 8.0 * tower.width**3)
+    return (forward / HALF + moments / SINGLE) / GPUS + solved / DOUBLE
+
+
+def step_seconds(tower: Tower, batch: int = 8) -> float:
+    """A VTP, NViT or SPViT step of ``batch`` images a GPU: forward twice (once to recompute) and backward."""
+    return 4 * batch * tower.forward / HALF
+
+
+def calibration_bytes(tower: Tower, kept: float = 0.5) -> float:
+    """Of one GPU: dense weights, what is left of them, both streams of its images, ten covariances of one layer."""
+    streams = 2 * IMAGES / GPUS * tower.tokens * tower.width * 2
+    return 2 * tower.weights * (1 + kept) + streams + 10 * 8 * max(tower.mlp, tower.width) ** 2
+
+
+def streamed_bytes(tower: Tower, kept: float = 0.5) -> float:
+    """The same with dense layers on the disk."""
+    return calibration_bytes(tower, kept) - 2 * tower.weights * (1 - 1 / tower.layers)
+
+
+def training_bytes(tower: Tower, batch: int = 8) -> float:
+    """Of one GPU, FSDP2: a share of bf16 weights and gradients and of AdamW's 12 bytes; the inputs of every layer."""
+    inputs = 2 * batch * tower.layers * tower.tokens * tower.width
+    return 16 * tower.weights / GPUS + inputs + 4 * tower.weights / tower.layers  # a layer's weights and gradients
+
+
+def projections() -> Table:
+    """One row a tower."""
+    headings = "scores, s", "compensation, s", "GPU memory, GiB", "streamed, GiB", "step, s", "in training, GiB"
+    cells = [["", "parameters", *headings]]
+    for tower in TOWERS:
+        seconds = score_seconds(tower), compensation_seconds(tower)
+        sizes = calibration_bytes(tower) / GIB, streamed_bytes(tower) / GIB
+        times = [f"{value:.1f}" for value in (*seconds, *sizes)]
+        training = [f"{step_seconds(tower):.2f}", f"{training_bytes(tower) / GIB:.1f}"]
+        cells.append([tower.name, f"{tower.weights / 1e9:.2f}B", *times, *training])
+    return table_of(cells, f"{GPUS} GPUs, {IMAGES} images, by calculation")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -139,28 +206,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"), help="folder; what is there is not repeated")
     parser.add_argument("--small", action="store_true", help="sizes that take seconds")
     parser.add_argument("--project", action="store_true", help="only what follows by calculation")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.one:
-        print(json.dumps(measure(**json.loads(given.one))))
-        return 0
     console = Console(width=160)
     if given.project:
-        from .projection import projections
-
         console.print(projections())
         return 0
-    given.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for axis, sizes in shapes(SMALL if given.small else AXES):
         file = given.out / ("-".join(f"{name}{size}" for name, size in sizes.items()) + ".json")
-        if not file.is_file():
-            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.scaling", "--one", json.dumps(sizes)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            file.write_text(done.stdout.splitlines()[-1])
-        rows.append({"axis": axis, **sizes, "found": json.loads(file.read_text())})
+        found = once(file, lambda sizes=sizes: in_process(measure, *sizes.values()))
+        rows.append({"axis": axis, **sizes, "found": found})
     for what, title in (("seconds", "processor seconds"), ("bytes", "peak memory")):
-        console.print(_table(f"Exponents of {title}", exponents(rows, what)))
+        found = exponents(rows, what)
+        cells = [[name, *(f"{value + 0.0:.2f}" for value in row.values())] for name, row in found.items()]
+        headings = ["", *next(iter(found.values()))]
+        console.print(table_of([headings, *cells], f"Exponents of {title}"))
     return 0
 
 

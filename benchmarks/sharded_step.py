@@ -15,22 +15,16 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import (
-    DistributedConfig,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import DistributedConfig, Trainer, TrainingArguments, ViTForImageClassification
 
 from hf_vitprune import NViTConfig, PruningTrainer, SPViTConfig, VTPConfig, get_pruning_model
+
+from .common import StepClock, quiet_arguments, vit_config
 
 METHODS: dict[str, Any] = {
     "VTP": VTPConfig(target=0.5),
@@ -39,9 +33,6 @@ METHODS: dict[str, Any] = {
     "SPViT": SPViTConfig(target=0.5, gate_learning_rate=0.3),
 }
 WARM_UP = 2
-SHAPE = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
-#: the same at a size for tests
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 
 class Noise(Dataset[dict[str, Any]]):
@@ -57,38 +48,18 @@ class Noise(Dataset[dict[str, Any]]):
         return {"pixel_values": self.pixels[i % 16], "labels": i % 2}
 
 
-class Clock(TrainerCallback):
-    """Seconds from the beginning of a step to that of the next one."""
-
-    def __init__(self) -> None:
-        self.begun: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begun.append(time.perf_counter())
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begun.append(time.perf_counter())
-
-    @property
-    def seconds(self) -> list[float]:
-        return [after - before for before, after in zip(self.begun, self.begun[1:], strict=False)][WARM_UP:-1]
-
-
 def settings(way: str, folder: str, steps: int) -> TrainingArguments:
     changes: dict[str, Any] = {}
     if way.startswith("zero"):
         sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
         zero = {"zero_optimization": {"stage": int(way[-1])}, **dict.fromkeys(sizes, "auto")}
         changes["deepspeed"] = zero | {"gradient_clipping": "auto"}
-    return TrainingArguments(
-        folder, max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-5, report_to=[], save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, use_cpu=True, **changes,
-    )  # fmt: skip
+    return quiet_arguments(folder, steps, 4, **changes)
 
 
 def turn(dense: Path, way: str, method: Any, steps: int) -> list[float]:
     """Seconds of every step of one training; ``method`` None: plain."""
-    clock = Clock()
+    clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
         args = settings(way, folder, steps)  # before the model: ZeRO-3 cuts it to pieces while it is loaded
         spread = {"distributed_config": DistributedConfig(fsdp_size=torch.distributed.get_world_size())}
@@ -100,7 +71,7 @@ def turn(dense: Path, way: str, method: Any, steps: int) -> list[float]:
             wrapped = get_pruning_model(model, method)
             PruningTrainer(wrapped, args, train_dataset=data, compensate=False, callbacks=[clock]).train()
     gc.collect()
-    return clock.seconds
+    return clock.seconds[WARM_UP:]
 
 
 def measure(dense: Path, way: str, rounds: int, steps: int) -> dict[str, Any]:
@@ -130,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         deepspeed.init_distributed("gloo")  # as TrainingArguments do on GPUs
     torch.manual_seed(0)
-    config = ViTConfig(**SMALL, image_size=32) if given.small else ViTConfig(**SHAPE)  # type: ignore[arg-type]
+    config = vit_config(64, 2, 4, image_size=32) if given.small else vit_config(384, 6)
     with tempfile.TemporaryDirectory() as own:
         folder = [own]
         torch.distributed.broadcast_object_list(folder)

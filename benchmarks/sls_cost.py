@@ -1,9 +1,9 @@
 """What the decision of SLS costs, against scoring every layer with scikit-learn's default t-SNE.
 
-    python benchmarks/sls_cost.py                     # synthetic features, 12 layers of 1000 x 768
-    python benchmarks/sls_cost.py --model FOLDER      # a trained image classifier's features of the digits
-    python benchmarks/sls_cost.py --alpha 0.3 --rounds 3 --json cost.json
-    python benchmarks/sls_cost.py --errors --profiles gradual early --seeds 1 2    # how far off cheap scores are
+    python -m benchmarks.sls_cost                     # synthetic features, 12 layers of 1000 x 768
+    python -m benchmarks.sls_cost --model FOLDER      # a trained image classifier's features of the digits
+    python -m benchmarks.sls_cost --alpha 0.3 --rounds 3 --json cost.json
+    python -m benchmarks.sls_cost --errors --profiles gradual early --seeds 1 2    # how far off cheap scores are
 
 Three ways take turns in every round: every layer by plain scikit-learn, ``select_layers`` (scikit-learn's t-SNE from
 the top down to the layer that fails), and ``select_layers`` with ``fast=True`` (a cheap t-SNE where that decides). The
@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
@@ -30,6 +27,8 @@ from hf_vitprune import SLSConfig, select_layers
 from hf_vitprune.latency.measure import device_name
 from hf_vitprune.methods import LayerSelection
 from hf_vitprune.methods.sls.scoring import estimated_score, layer_score
+
+from .common import interleaved, ratio, show
 
 IMAGES, CHANNELS, LAYERS, CLASSES = 1000, 768, 12, 10
 Features = list[np.ndarray]
@@ -92,13 +91,9 @@ def measure(features: Features, labels: np.ndarray, alpha: float, rounds: int) -
         "select_layers": lambda: select_layers(features, labels, SLSConfig(alpha=alpha)),
         "select_layers, fast": lambda: select_layers(features, labels, SLSConfig(alpha=alpha, fast=True)),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
     made: dict[str, LayerSelection] = {}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            made[name] = way()
-            seconds[name].append(time.perf_counter() - start)
+    calls = {name: lambda name=name, way=way: made.update({name: way()}) for name, way in ways.items()}
+    seconds = interleaved(calls, rounds, warm_up=False)
     reference = next(iter(ways))
     rows = []
     for name, times in seconds.items():
@@ -109,7 +104,7 @@ def measure(features: Features, labels: np.ndarray, alpha: float, rounds: int) -
                 "way": name,
                 "kept": made[name].kept_layers,
                 "seconds": median(times),
-                "ratio": median(t / r for t, r in zip(times, seconds[reference], strict=True)),
+                "ratio": ratio(times, seconds[reference]),
                 "t-SNEs": len(exact),
                 "estimates": len(made[name].estimated),
                 "scores off by": max(off[n] for n in exact),
@@ -150,14 +145,8 @@ def main() -> None:
             results[name] = compare_scores(name, features, labels)
             continue
         results[name] = measure(features, labels, args.alpha, args.rounds)
-        shape = f"{len(features)} layers of {features[0].shape[0]} x {features[0].shape[1]}"
-        table = Table(title=f"{name}: {shape}, alpha {args.alpha}, on {device_name()}")
-        columns = [column for column in results[name][0] if column != "scores"]
-        for column in columns:
-            table.add_column(column)
-        for row in results[name]:
-            table.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
-        Console(width=119).print(table)
+        title = f"{name}: {len(features)} layers of {' x '.join(map(str, features[0].shape))}, alpha {args.alpha},"
+        show({title: [{k: v for k, v in row.items() if k != "scores"} for row in results[name]]}, shown=".3g")
         profile = results[name][0]["scores"]
         print("scores from the top:", ", ".join(f"{score:.2f}" for score in profile.values()))
         if len({row["kept"] for row in results[name]}) > 1:

@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTForImageClassification
 
 from hf_vitprune import OneShotScores, PruningPlan, prune
 from hf_vitprune.methods import OneShotSettings
+
+from .common import table_of, vit_config
 
 PARTS = ("scores", "compensation")
 
@@ -33,10 +35,7 @@ def measure(width: int, layers: int, images: list[int], parts: list[str]) -> dic
     """Part -> number of images -> seconds, on every process. Without scores, magnitudes say what goes."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, intermediate_size=4 * width
-    )
-    model = ViTForImageClassification(config).eval()
+    model = ViTForImageClassification(vit_config(width, layers)).eval()
     pixels = torch.randn(max(images), 3, 224, 224)
     found: dict[str, dict[str, float]] = {part: {} for part in parts}
     plan = None if "scores" in parts else PruningPlan.magnitude(model, 0.5, units=["heads", "qk", "v", "mlp"])
@@ -66,17 +65,17 @@ def table(shape: str, found: dict[int, dict[str, dict[str, float]]]) -> Table:
     first = next(iter(found.values()))
     counts = list(next(iter(first.values())))
     columns = [f"{count} images, s (times)" for count in counts]
-    made = Table("", "processes", *columns, "without images, s", title=f"ViT {shape}, one thread a process")
+    cells = [["", "processes", *columns, "without images, s"]]
     for part in [*first, *(["both"] if len(first) > 1 else [])]:
         alone = None
         for processes, parts in found.items():
             seconds = [sum(parts[name][c] for name in ([part] if part in parts else parts)) for c in counts]
             alone = alone or seconds
-            cells = [f"{s:.1f} ({a / s:.2f})" for s, a in zip(seconds, alone, strict=True)]
+            row = [f"{s:.1f} ({a / s:.2f})" for s, a in zip(seconds, alone, strict=True)]
             (x, y), (low, high) = (int(counts[0]), int(counts[-1])), (seconds[0], seconds[-1])
             constant = low - (high - low) / (y - x) * x if y > x else float("nan")
-            made.add_row(part, str(processes), *cells, f"{constant:.1f}")
-    return made
+            cells.append([part, str(processes), *row, f"{constant:.1f}"])
+    return table_of(cells, f"ViT {shape}, one thread a process")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,20 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     results = {}
     for processes in map(int, given.processes.split(",")):
-        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-        command += [
-            "--nproc_per_node",
-            str(processes),
-            "-m",
-            __spec__.name,
-            "--here",
-            "--shape",
-            given.shape,
-            "--images",
-            given.images,
-            "--parts",
-            given.parts,
-        ]
+        start = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        own = ["-m", __spec__.name, "--here", "--shape", given.shape, "--images", given.images, "--parts", given.parts]
+        command = [sys.executable, *start, *own]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         results[processes] = json.loads(done.stdout.splitlines()[-1])

@@ -19,7 +19,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from hf_vitprune.publish.report import markdown_table
 from hf_vitprune_cli.app import make_app
@@ -51,8 +50,9 @@ def run(
     output: Output = OUTPUT,
 ) -> None:
     """Do the runs that are not done yet."""
+    from ..common import write_record
     from .methods import METHODS
-    from .runs import do_run, path_of, runs_of, write_record
+    from .runs import do_run, path_of, runs_of
 
     chosen = methods.split(",") if methods else list(METHODS)
     fractions, numbers = [float(b) for b in budgets.split(",")], [int(s) for s in seeds.split(",")]
@@ -85,10 +85,7 @@ def report(
     if markdown:
         print(markdown_table(cells))
         return
-    table = Table(*cells[0])
-    for row in cells[1:]:
-        table.add_row(*row)
-    console.print(table)
+    console.print(table_of(cells))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageClassification, SwinConfig, ViTConfig
 
 from hf_vitprune.errors import InvalidConfigError
 
+from ..common import vit_config
 from .tasks import Task
 from .training import fit
 
@@ -20,45 +21,28 @@ STEPS, LEARNING_RATE = 1000, 2e-3
 INITIAL = 0.08
 
 
+def shaped(task: Task, patches: int) -> dict[str, Any]:
+    """What a config says of a task's images, cut into so many patches a side, and of its classes."""
+    patch = task.image_size // patches
+    images = {"image_size": task.image_size, "patch_size": patch, "num_channels": 1}
+    return {**images, "num_labels": task.classes, "initializer_range": INITIAL}
+
+
 def vit(task: Task) -> ViTConfig:
     """Six layers of width 64 on 4 x 4 patches."""
-    return ViTConfig(  # type: ignore[call-arg]  # labels are keyword arguments of every config
-        hidden_size=64,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        intermediate_size=256,
-        image_size=task.image_size,
-        patch_size=task.image_size // 4,
-        num_channels=1,
-        num_labels=task.classes,
-        initializer_range=INITIAL,
-    )
+    return vit_config(64, 6, 4, **shaped(task, 4))
 
 
 def swin(task: Task) -> SwinConfig:
     """Two stages of two and four layers, widths 32 and 64, windows of 4 x 4 on 8 x 8 patches."""
-    return SwinConfig(  # type: ignore[call-arg]
-        embed_dim=32,
-        depths=[2, 4],
-        num_heads=[2, 4],
-        window_size=4,
-        image_size=task.image_size,
-        patch_size=task.image_size // 8,
-        num_channels=1,
-        num_labels=task.classes,
-        initializer_range=INITIAL,
-    )
+    return SwinConfig(embed_dim=32, depths=[2, 4], num_heads=[2, 4], window_size=4, **shaped(task, 8))
 
 
 FAMILIES: dict[str, Callable[[Task], Any]] = {"vit": vit, "swin": swin}
 
 
 def dense_model(family: str, task: Task, seed: int, folder: Path) -> Any:
-    """The trained dense model; it is trained when ``folder`` does not have it.
-
-    Raises:
-        InvalidConfigError: an unknown family.
-    """
+    """The trained dense model; it is trained when ``folder`` does not have it."""
     if family not in FAMILIES:
         raise InvalidConfigError(f"families are {', '.join(FAMILIES)}; not {family!r}")
     path = folder / f"{family}-{task.name}-{seed}"

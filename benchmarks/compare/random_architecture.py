@@ -30,9 +30,6 @@ def random_plan(model: Any, target: float, *, seed: int, round_to: int = 8) -> P
         target: fraction of its multiply-adds that may remain.
         seed: of the draw.
         round_to: neurons of an MLP are a multiple of this.
-
-    Raises:
-        UnreachableTargetError: a thousand draws gave no architecture of this cost.
     """
     source = Architecture.of(model)
     meter = ClosedFormMeter("macs", source)

@@ -19,9 +19,6 @@ def table_of(records: Iterable[dict[str, Any]], measure: str = "accuracy") -> li
 
     Args:
         measure: ``accuracy`` (of the test images) or ``validation``.
-
-    Raises:
-        InvalidDataError: there is nothing to show.
     """
     cells: dict[tuple[str, int, str], dict[tuple[str, float], list[float]]] = {}
     dense: dict[tuple[str, str], list[float]] = {}
@@ -48,11 +45,7 @@ def table_of(records: Iterable[dict[str, Any]], measure: str = "accuracy") -> li
 
 
 def costs_of(records: Iterable[dict[str, Any]], measure: str = "accuracy") -> list[list[str]]:
-    """Headings, and a row a model, task, budget, number of steps and method: what it reaches, keeps and took to find.
-
-    Raises:
-        InvalidDataError: there is nothing to show.
-    """
+    """Headings, and a row a model, task, budget, number of steps and method: what it reaches, keeps and took."""
     rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
         key = tuple(record[name] for name in ("family", "task", "budget", "steps", "method"))
@@ -86,21 +79,11 @@ def scratch_table(records: Iterable[dict[str, Any]]) -> list[list[str]]:
     rows: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for record in records:
         rows.setdefault((record["task"], record["steps"], record["shape"]), []).append(record)
-    headings = ["task", "steps", "shape", "weights", "MACs", "accuracy"]
-    return [
-        headings,
-        *(
-            [
-                task,
-                str(steps),
-                shape,
-                f"{same[0]['weight_params'] / 1e6:.2f}M",
-                f"{same[0]['macs'] / 1e6:.1f}M",
-                _cell([record["accuracy"] for record in same]),
-            ]
-            for (task, steps, shape), same in rows.items()
-        ),
-    ]
+    table = [["task", "steps", "shape", "weights", "MACs", "accuracy"]]
+    for (task, steps, shape), same in rows.items():
+        sizes = [f"{same[0]['weight_params'] / 1e6:.2f}M", f"{same[0]['macs'] / 1e6:.1f}M"]
+        table.append([task, str(steps), shape, *sizes, _cell([record["accuracy"] for record in same])])
+    return table
 
 
 def _cell(values: list[float]) -> str:

@@ -17,7 +17,6 @@ from transformers import set_seed
 from hf_vitprune import Architecture, count
 from hf_vitprune.errors import InvalidDataError
 
-from ..vtab.files import write_atomically
 from .methods import method_named
 from .models import dense_model
 from .tasks import load_task
@@ -59,11 +58,7 @@ def runs_of(
     steps: int,
     seeds: Sequence[int],
 ) -> list[Run]:
-    """All cells, and the dense model's, seed by seed.
-
-    Raises:
-        InvalidConfigError: an unknown method.
-    """
+    """All cells, and the dense model's, seed by seed."""
     for method in methods:
         method_named(method)
     runs = []
@@ -74,11 +69,7 @@ def runs_of(
 
 
 def do_run(run: Run, folder: Path) -> dict[str, Any]:
-    """Prune, fine-tune and test.
-
-    Raises:
-        InvalidDataError: the method missed the budget.
-    """
+    """Prune, fine-tune and test."""
     task = load_task(run.task)
     dense = dense_model(run.family, task, run.seed, folder / "dense")
     started = time.perf_counter()
@@ -111,17 +102,8 @@ def path_of(run: Run, folder: Path) -> Path:
     return folder / "runs" / f"{run.name}.json"
 
 
-def write_record(record: dict[str, Any], path: Path) -> None:
-    """Keep what a run gave."""
-    write_atomically(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
-
-
 def records(folder: Path) -> Iterator[dict[str, Any]]:
-    """What the runs gave, in the order of their names.
-
-    Raises:
-        InvalidDataError: a file is damaged.
-    """
+    """What the runs gave, in the order of their names."""
     for path in sorted((folder / "runs").glob("*.json")):
         try:
             yield json.loads(path.read_text())

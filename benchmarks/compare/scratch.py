@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ViTConfig
 
 from hf_vitprune import Architecture, build, count, revit
 from hf_vitprune.errors import InvalidConfigError
 
-from .models import INITIAL
-from .runs import write_record
+from ..common import once, vit_config
+from .models import shaped
 from .tasks import Task, load_task
 from .training import accuracy, fit
 
 LEARNING_RATE = 1e-3
 #: residual widths of the published sizes, with heads of 64 channels
 WIDTHS = {"deit-t": 192, "revit-t": 192, "deit-s": 384, "revit-s": 384}
-
-
-def config_of(width: int, layers: int, task: Task) -> ViTConfig:
-    """DeiT's config of a width, on 4 x 4 patches of the task's images."""
-    return ViTConfig(  # type: ignore[call-arg]  # labels are keyword arguments of every config
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        intermediate_size=4 * width,
-        image_size=task.image_size,
-        patch_size=task.image_size // 4,
-        num_channels=1,
-        num_labels=task.classes,
-        initializer_range=INITIAL,
-    )
 
 
 @dataclass(frozen=True)
@@ -63,7 +46,7 @@ class Training:
     def architecture(self, task: Task) -> Architecture:
         """DeiT's of the width, or ReViT's."""
         width = WIDTHS[self.shape]
-        config = config_of(width, self.layers, task)
+        config = vit_config(width, self.layers, **shaped(task, 4))
         return revit(config, width) if self.shape.startswith("revit") else Architecture.dense(config)
 
     def path(self, folder: Path) -> Path:
@@ -71,9 +54,9 @@ class Training:
 
     def run(self, folder: Path) -> dict[str, Any]:
         """Train and test; what was done before is read."""
-        path = self.path(folder)
-        if path.is_file():
-            return json.loads(path.read_text())
+        return once(self.path(folder), self._trained)
+
+    def _trained(self) -> dict[str, Any]:
         task = load_task(self.task)
         architecture = self.architecture(task)
         torch.manual_seed(self.seed)
@@ -81,12 +64,10 @@ class Training:
         started = time.perf_counter()
         what = f"{self.shape} from scratch, {self.task}"
         fit(model, task, self.steps, LEARNING_RATE, self.seed, what=what, batch_size=self.batch_size)
-        record = {
+        return {
             **asdict(self),
             **count(model)._asdict(),
             "accuracy": accuracy(model, task.test),
             "seconds": round(time.perf_counter() - started, 1),
             "torch": torch.__version__,
         }
-        write_record(record, path)
-        return record

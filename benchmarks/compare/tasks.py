@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from hf_vitprune.errors import InvalidConfigError
 
-from ..vtab.digits import read_digits
+from ..vtab.data import read_digits
 from ..vtab.dsprites import LABELS, SIDE, labelled, render, unused_by_vtab, vtab_order
 from ..vtab.images import Images
 from ..vtab.tasks import TEST, TRAIN, VALIDATION
@@ -100,11 +100,7 @@ TASKS |= {name: (lambda name=name: _sprites(name)) for name in LABELS}
 
 @lru_cache(maxsize=2)
 def load_task(name: str) -> Task:
-    """The task of this name.
-
-    Raises:
-        InvalidConfigError: there is none.
-    """
+    """The task of this name."""
     if name not in TASKS:
         raise InvalidConfigError(f"tasks are {', '.join(TASKS)}; not {name!r}")
     return TASKS[name]()

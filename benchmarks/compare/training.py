@@ -43,9 +43,6 @@ def fit(
         schedule: of the learning rate, after a warm-up over a tenth of the steps: ``cosine`` or ``constant``.
         teacher, distillation: as :class:`PruningTrainer` has them.
         plan: what a model with fewer residual channels than its teacher was pruned by; for features.
-
-    Raises:
-        InvalidDataError: the loss is not finite at the end.
     """
     if isinstance(task.train, Unlabelled):
         distillation = DistillationConfig(kind="features", plan=plan)

@@ -16,10 +16,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from hf_vitprune.publish.report import markdown_table
 from hf_vitprune_cli.app import make_app
+
+from ..common import table_of
 
 OUTPUT = Path("runs/compensation")
 console = Console(width=200)
@@ -75,11 +76,8 @@ def report(output: Output = OUTPUT, markdown: Annotated[bool, typer.Option(help=
     for title, cells in {**tables(found), "25 % of MACs against images": by_images(found)}.items():
         if markdown:
             print(f"\n{title}\n\n{markdown_table(cells)}")
-            continue
-        table = Table(*cells[0], title=title)
-        for row in cells[1:]:
-            table.add_row(*row)
-        console.print(table)
+        else:
+            console.print(table_of(cells, title))
     for line in verdicts(found):
         console.print(line, highlight=False)
 
@@ -95,8 +93,8 @@ def cost(
     from .cost import measured
 
     times = "score, s", "choose, s", "compensate, s", "all, s", "score and compensate / dense pass"
-    table = Table("shape", "params", *times, "loaded", "peak of scoring / loaded", "of all", "added / model")
+    cells = [["shape", "params", *times, "loaded", "peak of scoring / loaded", "of all", "added / model"]]
     for shape in shapes.split(","):
         width, layers = map(int, shape.split("x"))
-        table.add_row(shape, *measured(width, layers, images, threads, statistics))
-    console.print(table)
+        cells.append([shape, *measured(width, layers, images, threads, statistics)])
+    console.print(table_of(cells))

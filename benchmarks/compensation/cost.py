@@ -8,21 +8,24 @@ model and the images and run 32 of the images (``loaded``), and at the end, with
 
 from __future__ import annotations
 
-import json
 import resource
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from transformers import ViTForImageClassification
+
+from hf_vitprune import OneShotScores, prune
+from hf_vitprune.methods import OneShotSettings
 from hf_vitprune.publish.report import human
+
+from ..common import in_process, vit_config
 
 
 def measured(width: int, layers: int, images: int, threads: int, statistics: bool) -> list[str]:
     """Cells of a row of the table."""
-    command = [sys.executable, "-m", __spec__.name, *map(str, (width, layers, images, threads, int(statistics)))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    row = json.loads(done.stdout.splitlines()[-1])
+    row = in_process(here, width, layers, images, threads, statistics)
     seconds = [row[name] for name in ("score", "choose", "compensate")]
     passes = (row["score"] + row["compensate"]) / row["dense"]
     peaks = [f"{row[name] / row['loaded']:.2f}" for name in ("scored", "peak")]
@@ -31,55 +34,33 @@ def measured(width: int, layers: int, images: int, threads: int, statistics: boo
     return [human(row["params"]), *times, f"{row['loaded'] / 2**20:.0f} MiB", *peaks, added]
 
 
-def _peak() -> float:
-    """Bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _here(width: int, layers: int, images: int, threads: int, statistics: bool) -> dict[str, Any]:
-    import torch
-    from transformers import ViTConfig, ViTForImageClassification
-
-    from hf_vitprune import OneShotScores, prune
-    from hf_vitprune.methods import OneShotSettings
-
+def here(width: int, layers: int, images: int, threads: int, statistics: bool) -> dict[str, Any]:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    config = ViTConfig(  # type: ignore[call-arg]
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        intermediate_size=4 * width,
-        num_labels=1000,
-    )
-    model = ViTForImageClassification(config).eval()
+    model = ViTForImageClassification(vit_config(width, layers, num_labels=1000)).eval()
     pixels = torch.randn(images, 3, 224, 224)
+    row: dict[str, Any] = {}
+
+    def timed(name: str, call: Callable[[], Any], peak: str = "") -> Any:
+        start = time.process_time()
+        result = call()
+        row[name] = row.get(name, 0.0) + time.process_time() - start
+        if peak:
+            row[peak] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return result
 
     @torch.no_grad()
-    def dense() -> float:
-        start = time.process_time()
+    def dense() -> None:
         for batch in pixels.split(OneShotSettings.batch_size):
             model(pixel_values=batch)
-        return time.process_time() - start
 
-    with torch.no_grad():
-        model(pixel_values=pixels[:32])  # the model with its images, and one batch: what any use of it takes
-    passes = [dense()]
-    row: dict[str, Any] = {"loaded": _peak(), "model": sum(4 * p.numel() for p in model.parameters())}
-    row["params"] = row["model"] // 4
-    start = time.process_time()
-    scores = OneShotScores.measure(model, pixels, OneShotSettings(images=None, statistics=statistics))
-    row["score"], row["scored"] = time.process_time() - start, _peak()
-    start = time.process_time()
-    plan = scores.plan(0.5)
-    row["choose"] = time.process_time() - start
-    start = time.process_time()
-    prune(model, plan, calibration=pixels)
-    row["compensate"], row["peak"] = time.process_time() - start, _peak()
-    passes.append(dense())
-    return {**row, "dense": sum(passes) / 2}
-
-
-if __name__ == "__main__":
-    numbers = [int(argument) for argument in sys.argv[1:]]
-    print(json.dumps(_here(*numbers[:4], statistics=bool(numbers[4]))))
+    with torch.no_grad():  # the model with its images, and one batch: what any use of it takes
+        timed("first", lambda: model(pixel_values=pixels[:32]))
+    timed("dense", dense, "loaded")
+    params = sum(p.numel() for p in model.parameters())
+    settings = OneShotSettings(images=None, statistics=statistics)
+    scores = timed("score", lambda: OneShotScores.measure(model, pixels, settings), "scored")
+    plan = timed("choose", lambda: scores.plan(0.5))
+    timed("compensate", lambda: prune(model, plan, calibration=pixels), "peak")
+    timed("dense", dense)
+    return {**row, "dense": row["dense"] / 2, "params": params, "model": 4 * params}

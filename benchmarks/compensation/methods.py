@@ -17,7 +17,7 @@ from torch import nn
 from hf_vitprune import Architecture, Compensation, OneShotScores, PruningPlan, count, prune
 from hf_vitprune.methods import OneShotSettings
 
-from ..compare.methods.depgraph import plan_of_budget
+from ..compare.methods import plan_of_budget
 from ..trained import Split, fit
 from ..vtab.depgraph import depgraph_plan
 

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from hf_vitprune import OneShotScores
 from hf_vitprune.methods import OneShotSettings
 
-from ..compare.runs import write_record
+from ..common import once
 from ..trained import SUBJECTS, accuracy_of, logits_of, read, trained
 from .methods import METHODS, Given, Goal, cost_ratio
 
@@ -78,13 +79,9 @@ def do_run(run: Run, models: Path) -> dict[str, Any]:
 def do_all(runs: Sequence[Run], folder: Path, models: Path) -> Iterator[tuple[Run, dict[str, Any] | None]]:
     """Every run with what it gave; None where it had been done before."""
     for run in runs:
-        path = run.path(folder)
-        if path.is_file():
-            yield run, None
-            continue
-        record = do_run(run, models)
-        write_record(record, path)
-        yield run, record
+        done = run.path(folder).is_file()
+        record = once(run.path(folder), partial(do_run, run, models))
+        yield run, None if done else record
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -17,11 +17,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from hf_vitprune import Compensation
 from hf_vitprune.publish.report import markdown_table
 from hf_vitprune_cli.app import make_app
+
+from ..common import table_of
 
 OUTPUT, CACHE = Path("runs/pretrained"), Path.home() / ".cache" / "hf_vitprune" / "pretrained"
 NAMES = "one-shot;magnitude, compensated;magnitude;depth, compensated"
@@ -215,25 +216,12 @@ def peers(
 def report(output: Output = OUTPUT, markdown: Annotated[bool, typer.Option(help="For a README.")] = False) -> None:
     """All rows: cosine of CLS and patches, accuracy in percent, saliency and latency against the dense tower's."""
     found = [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]
-    found.sort(
-        key=lambda row: (
-            row["part"],
-            -row["target"],
-            row["method"],
-            row["images"],
-            row["ridge"],
-            row["draw"],
-            *_more(row),
-        )
-    )
+    found.sort(key=lambda r: (r["part"], -r["target"], r["method"], r["images"], r["ridge"], r["draw"], *_more(r)))
     cells = [HEADER, *map(_cells, found)]
     if markdown:
         print(markdown_table(cells))
         return
-    table = Table(*cells[0])
-    for line in cells[1:]:
-        table.add_row(*line)
-    console.print(table)
+    console.print(table_of(cells))
 
 
 HEADER = [
@@ -247,17 +235,7 @@ def _more(row: dict[str, Any]) -> tuple[int, int, str]:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    head = [
-        row["part"],
-        f"{row['macs']:.2f}",
-        row["method"],
-        str(row["images"]),
-        f"{row['ridge']:g}",
-        str(row["draw"]),
-        *map(str, _more(row)),
-    ]
+    head = [row["part"], f"{row['macs']:.2f}", row["method"], row["images"], f"{row['ridge']:g}", row["draw"]]
     formats = {"cls": ".3f", "patches": ".3f", "knn": ".1f", "probe": ".1f", "iou": ".3f", "correlation": ".3f"}
-    return [
-        *head,
-        *(format(row[name], kind) for name, kind in (formats | {"latency": ".2f", "seconds": ".0f"}).items()),
-    ]
+    formats |= {"latency": ".2f", "seconds": ".0f"}
+    return [*map(str, (*head, *_more(row))), *(format(row[name], kind) for name, kind in formats.items())]

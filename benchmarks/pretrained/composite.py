@@ -17,13 +17,13 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
-    TrainingArguments,
 )
 from transformers.modeling_outputs import DepthEstimatorOutput
 
 from hf_vitprune import Compensation, OneShotScores, prune
 from hf_vitprune.methods import OneShotSettings
 
+from ..common import quiet_arguments
 from .drawings import Split
 from .measures import overlap
 from .tower import Decoder
@@ -106,24 +106,17 @@ def maps(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     return torch.cat([model.eval()(pixel_values=some).predicted_depth.flatten(1) for some in pixels.split(32)])
 
 
-def _loss(small: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference over the variance."""
-    return (small - dense).square().mean() / dense.var().clamp(min=1e-12)
-
-
 def _train(small: Any, dense: Any, pixels: torch.Tensor, goal: Goal) -> None:
     class OnMaps(Trainer):
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
             with torch.no_grad():
                 expected = dense(**inputs).predicted_depth
-            return _loss(model(**inputs).predicted_depth, expected)
+            found = model(**inputs).predicted_depth
+            return (found - expected).square().mean() / expected.var().clamp(min=1e-12)
 
     with TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, max_steps=goal.steps, learning_rate=goal.rate, per_device_train_batch_size=goal.batch,
-            lr_scheduler_type="cosine", warmup_steps=max(1, goal.steps // 5), weight_decay=0.0, save_strategy="no",
-            logging_strategy="no", report_to=[], disable_tqdm=True, use_cpu=pixels.device.type == "cpu",
-        )  # fmt: skip
+        more = {"lr_scheduler_type": "cosine", "warmup_steps": max(1, goal.steps // 5), "weight_decay": 0.0}
+        arguments = quiet_arguments(folder, goal.steps, goal.batch, learning_rate=goal.rate, **more)
         trainer = OnMaps(small, arguments, train_dataset=[{"pixel_values": one} for one in pixels])
         trainer.remove_callback(PrinterCallback)
         trainer.train()

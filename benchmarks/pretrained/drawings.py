@@ -40,11 +40,7 @@ class Split(NamedTuple):
 
 
 def fetch(cache: Path, package: str = PACKAGE, inside: str = FOLDER) -> Path:
-    """Folder of the drawings (or of another package's images), fetched by apt where it is not there yet.
-
-    Raises:
-        FileNotFoundError: apt cannot get the package.
-    """
+    """Folder of the drawings (or of another package's images), fetched by apt where it is not there yet."""
     installed, folder = Path("/") / inside, cache / inside
     if installed.is_dir():
         return installed
@@ -74,9 +70,6 @@ def split(
     Args:
         part: whose images the queries are, ``validation`` or ``test``.
         as_bytes: images are (n, 3, size, size) of bytes, as :func:`normalised` takes them.
-
-    Raises:
-        ValueError: there are too few drawings.
     """
     generator = random.Random(0)
     found: dict[str, list[Path]] = {}

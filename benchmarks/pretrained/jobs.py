@@ -13,9 +13,10 @@ from transformers import AutoModel
 
 from hf_vitprune.training.recovery import Recovery
 
-from .draws import SHARES, curve, draw, three
+from .draws import draws, images
 from .recovering import Bench
 
+SHARES = (0.75, 0.6, 0.5, 0.35, 0.25)
 #: about what two CPU cores do in half an hour, at 140 x 140 in float32
 SHORT_STEPS = 400
 #: of a layer, what half an hour leaves to the fits from all drawings
@@ -139,7 +140,6 @@ JOBS: dict[str, tuple[int, Callable[[Bench, int], None]]] = {
     "third": (224, third),
     "plain": (224, plain),
     "stock": (224, stock),
-    **{f"draw{number}": (140, lambda bench, steps, number=number: draw(bench, number)) for number in range(3)},
-    "draws": (140, lambda bench, steps: three(bench)),
-    "images": (140, lambda bench, steps: draw(bench, 0, curve)),
+    "draws": (140, draws),
+    "images": (140, images),
 }

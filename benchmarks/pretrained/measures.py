@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..common import interleaved, ratio
 from .drawings import Split
 from .tower import Decoder
 
@@ -71,15 +71,9 @@ def overlap(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
 @torch.no_grad()
 def latency(dense: Any, small: Any, pixels: torch.Tensor, rounds: int = 9) -> float:
     """Time of a batch in the small tower, relative to the dense one's: median over rounds in which they take turns."""
-    ratios = []
-    for turn in range(rounds + 1):
-        seconds = []
-        for model in (dense, small):
-            start = time.perf_counter()
-            model(pixel_values=pixels)
-            seconds.append(time.perf_counter() - start)
-        ratios += [seconds[1] / seconds[0]] if turn else []  # the first round warms up
-    return statistics.median(ratios)
+    calls = {name: partial(model, pixel_values=pixels) for name, model in (("dense", dense), ("small", small))}
+    samples = interleaved(calls, rounds)
+    return ratio(samples["small"], samples["dense"])
 
 
 def judged(small: Any, decoder: Decoder, split: Split, dense: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:

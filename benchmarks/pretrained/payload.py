@@ -51,11 +51,7 @@ def pack(folder: Path, model: nn.Module, decoder: nn.Module, split: Split, quali
 
 
 def unpack(folder: Path) -> tuple[Any, Decoder, Split]:
-    """What was packed: the tower, its decoder, and the images as bytes.
-
-    Raises:
-        FileNotFoundError: the folder has not got it.
-    """
+    """What was packed: the tower, its decoder, and the images as bytes."""
     model, decoder = (
         of(_weights(dict(np.load(folder / f"{name}.npz"))))
         for name, of in (("tower", tower_of), ("decoder", decoder_of))

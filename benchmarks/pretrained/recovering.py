@@ -18,13 +18,13 @@ import torch
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model, TrainerCallback
 
-from hf_vitprune import Compensation, OneShotScores, PruningPlan, count, criteria, prune
+from hf_vitprune import Compensation, OneShotScores, count, prune
 from hf_vitprune.latency.measure import device_name, measure_speed
 from hf_vitprune.training.recovery import Recovery, recover
 
 from .drawings import Drawings, Split, normalised
 from .measures import cosines, features, judged
-from .methods import scored
+from .methods import magnitude, scored
 from .tower import Decoder
 
 #: images that starts are scored and compensated with; all of them are trained on but those held out
@@ -84,11 +84,7 @@ class Bench:
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def magnitude(self, target: float) -> Any:
         """The smallest weights of every set go; the rest is sliced."""
-        plan = PruningPlan.from_scores(
-            self.model, criteria.magnitude(self.model), target, scope="local", units=("qk", "v", "mlp"),
-            round_to=self.round_to, image_size=self.size,
-        )  # fmt: skip
-        return prune(self.model, plan)
+        return magnitude(None, self.round_to)(self.model, self.calibrated, target, self.size)
 
     def stock(self, target: float, first: bool = False) -> Any:
         """A stock model of the tower's width with fewer layers: random, or the tower's own, evenly spaced.

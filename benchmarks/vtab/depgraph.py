@@ -32,11 +32,7 @@ ROUND_TO = 2
 
 
 def torch_pruning() -> Any:
-    """The package.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """The package."""
     need("DepGraph baselines", "torch_pruning")
     import torch_pruning
 
@@ -64,11 +60,6 @@ def depgraph_plan(
         round_to: kept channels of a head, and kept neurons, are a multiple of this.
         embedding: prune residual channels as well (a plain model of one width).
         importance: of its groups, ``taylor`` or ``l2`` (the norm of their weights).
-
-    Raises:
-        MissingExtraError: Torch-Pruning is not installed.
-        UnsupportedModelError: it finds nothing to prune in some layer.
-        InvalidPlanError: the ratio is impossible.
     """
     tp = torch_pruning()
     check_ratio(ratio)

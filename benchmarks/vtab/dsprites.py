@@ -17,7 +17,7 @@ from huggingface_hub import cached_assets_path
 
 from hf_vitprune.errors import InvalidDataError
 
-from .files import write_atomically
+from ..common import write_atomically
 from .images import Images
 from .tasks import TEST, TRAIN, VALIDATION
 
@@ -146,11 +146,7 @@ def labelled(indices: np.ndarray, task: str) -> Images:
 
 
 def unused_by_vtab(count: int) -> np.ndarray:
-    """``count`` images that are in no split of VTAB-1k: for pretraining.
-
-    Raises:
-        InvalidDataError: there are not as many.
-    """
+    """``count`` images that are in no split of VTAB-1k: for pretraining."""
     start, end = _RANGES[TRAIN][1], _RANGES[VALIDATION][0]
     if count > end - start:
         raise InvalidDataError(f"{count} images are asked for, {end - start} are outside the splits of VTAB-1k")

@@ -21,11 +21,10 @@ from hf_vitprune.families.base import pair
 from hf_vitprune.latency.measure import environment
 
 from .adapters import FULL, adapt, load_pretrained, load_trained, set_trainable, trained_tensors
-from .choices import LEARNED, Choice
 from .costs import sizes_of, speed_of
 from .data import TaskData
-from .preprocess import Checkpoint, Examples, Literature, Preprocessing
-from .pruning import Pruned, Situation, apply
+from .images import Checkpoint, Examples, Literature, Preprocessing
+from .pruning import LEARNED, Choice, Pruned, Situation, apply
 from .settings import BEST, LAST, RESULTS, Machine, Recipe, Run, Settings
 from .store import Store
 from .tasks import TEST, TRAIN, VALIDATION
@@ -58,11 +57,7 @@ class Experiment:
 
     # ------------------------------------------------------------------ the run
     def record(self, run: Run) -> dict[str, Any]:
-        """All there is to say of a run, JSON-ready.
-
-        Raises:
-            VitPruneError: it cannot be done; of the kind that says why.
-        """
+        """All there is to say of a run, JSON-ready."""
         start = time.perf_counter()
         choice = Choice.parse(run.pruning)
         wanted = (LAST, BEST) if self.settings.selection else (LAST,)
@@ -210,11 +205,7 @@ class Experiment:
         return speed_of(adapted, small, self.settings, progress=self.store.main)
 
     def speed(self, run: Run) -> dict[str, dict[str, Any]]:
-        """Speed of a finished run's model, measured again: result -> numbers. Its shape is made anew, not its weights.
-
-        Raises:
-            InvalidConfigError: the pruning learns in a training, so that its shape cannot be had without one.
-        """
+        """Speed of a finished run's model, measured again: result -> numbers. Its shape is made anew, no weights."""
         choice = Choice.parse(run.pruning)
         if choice.name in LEARNED:
             raise InvalidConfigError(f"{run.name}: the shape comes out of a training, which is not repeated")
@@ -246,11 +237,7 @@ class Outcome:
 
 
 def preprocessing_of(settings: Settings) -> Preprocessing:
-    """What makes tensors of images.
-
-    Raises:
-        InvalidConfigError: the model's images are not square, and no size is asked for.
-    """
+    """What makes tensors of images."""
     if settings.preprocessing == "checkpoint":
         return Checkpoint(AutoImageProcessor.from_pretrained(settings.model))
     if settings.image_size is not None:

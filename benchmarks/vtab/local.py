@@ -11,9 +11,9 @@ from rich.console import Console
 
 from hf_vitprune.errors import MissingExtraError, VitPruneError
 
-from .choices import Choice
-from .files import write_atomically
+from ..common import write_atomically
 from .pretrain import SOURCE, Backbone, pretrain
+from .pruning import Choice
 from .settings import Machine, Recipe, Run, Settings
 from .sweep import run_sweep, runs_of
 
@@ -55,11 +55,7 @@ class Local:
 
 
 def source_model(local: Local, folder: Path, machine: Machine, console: Console) -> Path:
-    """The pretrained model's folder; it is made when it is not there.
-
-    Raises:
-        VitPruneError: there is one of other sizes.
-    """
+    """The pretrained model's folder; it is made when it is not there."""
     wanted = {"source": SOURCE, "images": local.source_images, "epochs": local.source_recipe.epochs}
     wanted |= asdict(local.backbone)
     note = folder / "pretraining.json"  # written last

@@ -12,8 +12,7 @@ from accelerate import PartialState
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from .dsprites import SIDE, TITLE, SpriteReader, factors_of, unused_by_vtab
-from .images import Images
-from .preprocess import IMAGENET_MEAN, IMAGENET_STD, Examples, Literature
+from .images import IMAGENET_MEAN, IMAGENET_STD, Examples, Images, Literature
 from .settings import Machine, Recipe
 from .training import Trained, accuracy, train
 

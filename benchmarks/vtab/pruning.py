@@ -1,4 +1,4 @@
-"""From a choice and an adapted model to a smaller one."""
+"""The ways to prune, as a sweep names them (``sls``, ``truncate:k=6``, ...), and the smaller model that each gives."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from hf_vitprune.methods.depth import fewest_layers
 from hf_vitprune_cli.progress import use_quiet_progress
 
 from .adapters import FULL, set_trainable
-from .choices import RANDOM, SLS, Choice
-from .depgraph import depgraph_plan
+from .depgraph import depgraph_plan, torch_pruning
 from .settings import Machine, Recipe, Run
 
+#: what follows SLS's decision for the same adapted model, and what follows from the run's name
+SLS, RANDOM = "sls", "random"
+#: methods of this library that learn what to prune
+LEARNED = ("vtp", "nvit", "spvit")
 #: settings of methods that learn, other than their target, for a number of steps; SPViT's gates may turn over and back
 _LEARNED_SETTINGS: dict[str, Callable[[int], dict[str, Any]]] = {
     "vtp": lambda _: {"gate_learning_rate": 1e-2},
@@ -30,6 +33,75 @@ _LEARNED_SETTINGS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 #: methods that make new layers of whole weights: adapters are merged for them, and every weight is trained
 _OF_WHOLE_WEIGHTS = ("spvit",)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError
+    return value
+
+
+def _share_or_sls(text: str) -> float | str:
+    return SLS if text == SLS else _share(text)
+
+
+def _depth(text: str) -> Any:
+    if text in (SLS, RANDOM):
+        return text
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_SHARE: dict[str, Any] = {"read": _share_or_sls, "what": f"a number between 0 and 1, or {SLS}", "default": SLS}
+_DEPTH: dict[str, Any] = {"read": _depth, "what": f"a number of layers, {RANDOM} or {SLS}", "default": SLS}
+#: choice -> option -> how it is read, what it may be, and its default (None: left out; of SLS the sweep's)
+_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "none": {},
+    "sls": {"alpha": {"read": _share, "what": "a number between 0 and 1", "default": None}},
+    "truncate": {"k": _DEPTH},
+    "depgraph": {"ratio": _SHARE},
+    **{name: {"target": _SHARE} for name in LEARNED},
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to prune, and its options, defaults filled in."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Choice:
+        """From ``name`` or ``name:option=value``."""
+        name, _, rest = text.partition(":")
+        if name not in _OPTIONS:
+            raise InvalidConfigError(f"there is no pruning {name!r}; there are {', '.join(_OPTIONS)}")
+        known = _OPTIONS[name]
+        options = {key: option["default"] for key, option in known.items() if option["default"] is not None}
+        for part in rest.split(",") if rest else []:
+            key, _, value = part.partition("=")
+            if key not in known:
+                raise InvalidConfigError(f"{name} has no option {key!r}; it has {', '.join(known) or 'none'}")
+            try:
+                options[key] = known[key]["read"](value)
+            except ValueError:
+                raise InvalidConfigError(f"{key} of {name} is {known[key]['what']}, not {value!r}") from None
+        return cls(name, options)
+
+    @property
+    def label(self) -> str:
+        """The text that :meth:`parse` reads, in one spelling."""
+        options = ",".join(f"{key}={value}" for key, value in sorted(self.options.items()))
+        return f"{self.name}:{options}" if options else self.name
+
+    def check_available(self) -> None:
+        """Say at once (MissingExtraError) what this installation cannot do: DepGraph without Torch-Pruning."""
+        if self.name == "depgraph":
+            torch_pruning()
 
 
 @dataclass(frozen=True)
@@ -80,11 +152,7 @@ class Pruned:
 
 
 def apply(choice: Choice, situation: Situation) -> Pruned:
-    """Prune an adapted model.
-
-    Raises:
-        VitPruneError: the choice cannot be met for this model; of the kind that says why.
-    """
+    """Prune an adapted model."""
     if choice.name == "none":
         return Pruned(None, situation.layers)
     if choice.name == "sls":
@@ -110,16 +178,12 @@ def _truncated_at(depth: Any, situation: Situation) -> Pruned:
         pruned = _truncated(situation, situation.kept_by_sls(), {"k": SLS})
         return replace(pruned, fresh=pruned.model is not None)
     if depth == RANDOM:
-        depth = random.Random(_number_of(situation.run)).randint(lowest, layers - 1)
+        digest = hashlib.sha256(situation.run.name.encode()).digest()  # the run alone decides
+        depth = random.Random(int.from_bytes(digest[:8], "big")).randint(lowest, layers - 1)
         return _truncated(situation, depth, {"k": RANDOM, "lowest": lowest})
     if not lowest <= depth < layers:
         raise InvalidPlanError(f"k = {depth} is not among the depths of this model, {lowest} to {layers - 1}")
     return _truncated(situation, depth, {"k": depth})
-
-
-def _number_of(run: Run) -> int:
-    """A number that the run alone decides."""
-    return int.from_bytes(hashlib.sha256(run.name.encode()).digest()[:8], "big")
 
 
 def _depgraph(ratio: Any, situation: Situation) -> Pruned:
@@ -157,11 +221,7 @@ def _learned(name: str, target: Any, situation: Situation) -> Pruned:
 
 
 def check_possible(choice: Choice, settings: Any) -> None:
-    """Refuse what can be seen to make no sense.
-
-    Raises:
-        InvalidConfigError: naming it.
-    """
+    """Refuse what can be seen to make no sense."""
     choice.check_available()
     if choice.name == "truncate" and choice.options["k"] == SLS and settings.retraining_epochs == 0:
         raise InvalidConfigError("truncate:k=sls starts from the pretrained model, so it needs retraining epochs")

@@ -59,11 +59,7 @@ class Row:
 
 
 def rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """One row an adaptation and pruning, in the order of their names, unpruned first.
-
-    Raises:
-        InvalidDataError: there are no records.
-    """
+    """One row an adaptation and pruning, in the order of their names, unpruned first."""
     table: dict[tuple[str, str], dict[str, list[Mapping[str, Any]]]] = {}
     for record in records:
         key = record["peft"], record["pruning"]

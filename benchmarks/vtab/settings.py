@@ -35,9 +35,6 @@ class Recipe:
         clipping: largest norm of the gradient; 0: none.
         drop_last: leave out the last, incomplete batch of an epoch.
         lowest_rate: learning rate at the end of the cosine.
-
-    Raises:
-        InvalidConfigError: a number is impossible.
     """
 
     epochs: int = 100
@@ -59,6 +56,10 @@ class Recipe:
             raise InvalidConfigError("lowest_rate is under learning_rate, and neither it nor clipping is negative")
         if self.learning_rate <= 0 or self.weight_decay < 0:
             raise InvalidConfigError("learning_rate is positive, and weight_decay not negative")
+
+    def published(self) -> Recipe:
+        """With the training's settings of the runs that SLS's authors published (arXiv 2407.14330)."""
+        return replace(self, drop_path=0.1, clipping=0.0, drop_last=True, lowest_rate=1e-5)
 
     def of_length(self, epochs: int) -> Recipe:
         """The same with other epochs, the warm-up in proportion."""
@@ -88,9 +89,6 @@ class Settings:
         source: where tasks are read from; see ``data.py``.
         any_size: accept splits that are not VTAB-1k's.
         speed_batch, speed_rounds: images a forward pass, and rounds, of the throughput measurement.
-
-    Raises:
-        InvalidConfigError: a choice is unknown or a number impossible.
     """
 
     model: str = MODEL
@@ -172,11 +170,7 @@ class Machine:
     cpu: bool = False
 
     def arguments(self, recipe: Recipe, seed: int, output_dir: str, processes: int, **more: Any) -> TrainingArguments:
-        """For a Trainer; ``processes`` share the batch.
-
-        Raises:
-            InvalidConfigError: the batch cannot be shared, or one process would use several accelerators.
-        """
+        """For a Trainer; ``processes`` share the batch."""
         if recipe.batch_size % processes:
             raise InvalidConfigError(f"a batch of {recipe.batch_size} cannot be shared by {processes} processes")
         arguments = TrainingArguments(

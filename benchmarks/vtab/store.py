@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 
 from hf_vitprune.errors import InvalidConfigError, InvalidDataError
 
-from .files import write_atomically
+from ..common import write_atomically
 from .settings import Run, Settings
 
 FORMAT = 1
@@ -38,11 +38,7 @@ class Store:
         return None if record is None else Settings.from_dict({k: v for k, v in record.items() if k != "format"})
 
     def claim(self, settings: Settings) -> None:
-        """Note the settings that all results here have, or compare with those noted.
-
-        Raises:
-            InvalidConfigError: the folder holds results of other settings.
-        """
+        """Note the settings that all results here have, or compare with those noted."""
         ours = json.loads(json.dumps(settings.to_dict()))
         theirs = self.once(self.folder / "settings.json", lambda: ours)
         del theirs["format"]
@@ -70,11 +66,7 @@ class Store:
         self._write_for_all(self.folder / "layers" / f"{run.adapted_name}.json", record)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The records of all runs, in the order of their names.
-
-        Raises:
-            InvalidDataError: a file is damaged; the message names it.
-        """
+        """The records of all runs, in the order of their names."""
         for path in sorted((self.folder / "runs").glob("*.json")):
             record = _record(path)
             if record is None:
@@ -100,11 +92,7 @@ class Store:
         self._write_for_all(folder / "record.json", record)
 
     def once(self, path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The record in a file; where there is none, the first process makes it, and all read it.
-
-        Raises:
-            InvalidDataError: there is none although it was just made.
-        """
+        """The record in a file; where there is none, the first process makes it, and all read it."""
         processes = PartialState()
         there = path.is_file() and _record(path) is not None
         processes.wait_for_everyone()  # all have looked before one writes

@@ -12,22 +12,16 @@ from rich.markup import escape
 from hf_vitprune.errors import InvalidDataError, VitPruneError
 
 from .adapters import check_peft
-from .choices import Choice
 from .data import TaskData, load_task
 from .experiment import Experiment
-from .pruning import check_possible
+from .pruning import Choice, check_possible
 from .settings import LAST, Machine, Run, Settings
 from .store import Store
 from .tasks import find_task, find_tasks
 
 
 def runs_of(tasks: Iterable[str], pefts: Sequence[str], prunings: Sequence[str], seeds: Sequence[int]) -> list[Run]:
-    """All cells, ordered so that runs on the same adapted model follow each other.
-
-    Raises:
-        InvalidDataError: an unknown task.
-        InvalidConfigError: an unknown adaptation or pruning.
-    """
+    """All cells, ordered so that runs on the same adapted model follow each other."""
     labels = [Choice.parse(text).label for text in prunings]
     return [
         Run(task.name, check_peft(peft), pruning, seed)
@@ -53,11 +47,6 @@ def run_sweep(
 
     Returns:
         The runs that could not be done, and why; the others are done.
-
-    Raises:
-        InvalidConfigError: the results folder is of other settings, or a run makes no sense.
-        InvalidDataError: a task is not here.
-        MissingExtraError: DepGraph without Torch-Pruning.
     """
     PartialState(cpu=machine.cpu)  # before anything else makes it
     store = Store(output)
@@ -102,9 +91,6 @@ def measure_again(output: Path, root: Path, machine: Machine, console: Console) 
 
     Returns:
         The runs whose speed stays as it was, and why.
-
-    Raises:
-        InvalidDataError: there are no results, or a task is not here.
     """
     PartialState(cpu=machine.cpu)
     store = Store(output)

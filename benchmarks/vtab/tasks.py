@@ -69,11 +69,7 @@ TASKS = {task.name: task for task in (*VTAB, DIGITS)}
 
 
 def find_task(name: str) -> Task:
-    """A task by its name or another one that it goes by.
-
-    Raises:
-        InvalidDataError: there is no such task; the message lists those there are.
-    """
+    """A task by its name or another one that it goes by."""
     by_name = {alias: task for task in TASKS.values() for alias in task.names}
     if name not in by_name:
         near = difflib.get_close_matches(name, by_name, n=1)
@@ -83,11 +79,7 @@ def find_task(name: str) -> Task:
 
 
 def find_tasks(names: Iterable[str]) -> list[Task]:
-    """Tasks by name, group, or ``all`` (the nineteen of VTAB-1k), each once, in the order asked for.
-
-    Raises:
-        InvalidDataError: there is no such task.
-    """
+    """Tasks by name, group, or ``all`` (the nineteen of VTAB-1k), each once, in the order asked for."""
     found: dict[str, Task] = {}
     for name in names:
         if name == "all" or name in GROUPS:

@@ -56,9 +56,6 @@ def train(
         what: shown at the progress bar.
         keep_zero_ranks: leave AdaLoRA's pruned ranks pruned (they were chosen in an earlier training).
         schedule: of a retraining: ``CLR``, ``FT`` or ``TFS``; None for a first training.
-
-    Raises:
-        InvalidDataError: the loss is not finite at the end.
     """
     start = time.perf_counter()
     best = KeepBest()

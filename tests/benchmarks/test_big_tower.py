@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import big_tower, scaling
-from benchmarks.projection import TOWERS, calibration_bytes, projections, streamed_bytes, training_bytes
+from benchmarks.scaling import TOWERS, calibration_bytes, projections, streamed_bytes, training_bytes
 
 
 @pytest.mark.slow

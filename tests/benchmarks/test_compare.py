@@ -11,10 +11,9 @@ import pytest
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
-from benchmarks.compare import layers, models, runs, scratch
+from benchmarks.compare import layers, methods, models, runs, scratch
 from benchmarks.compare.cli import app
-from benchmarks.compare.methods import METHODS, baselines, method_named
-from benchmarks.compare.methods.depgraph import plan_of_budget
+from benchmarks.compare.methods import METHODS, method_named, plan_of_budget
 from benchmarks.compare.report import costs_of, table_of
 from benchmarks.compare.tasks import Examples, Task, Unlabelled
 from hf_vitprune import PruningPlan, count, prune, register_method
@@ -34,7 +33,7 @@ def tiny_task(name: str = "tiny") -> Task:
 @pytest.mark.parametrize("budget", [0.5, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_rounded_plans_land_on_the_budget(family: str, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForImageClassification.from_config(models.FAMILIES[family](tiny_task()))
-    monkeypatch.setattr(baselines, "tune", lambda small, *rest: small)
+    monkeypatch.setattr(methods, "tune", lambda small, *rest: small)
     names = ("random", "magnitude", "taylor", "taylor-global")
     smalls = [METHODS[name](model, tiny_task(), budget, 0, 0) for name in names]
     smalls.append(prune(model, plan_of_budget(model, budget, lambda ratio: PruningPlan.magnitude(model, ratio))))

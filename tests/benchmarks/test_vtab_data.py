@@ -15,11 +15,10 @@ from matplotlib.path import Path as Polygon
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from benchmarks.vtab import dsprites, hub
-from benchmarks.vtab.data import availability, load_task
-from benchmarks.vtab.folder import read_list
-from benchmarks.vtab.images import Images, joined
-from benchmarks.vtab.preprocess import Checkpoint, Examples, Literature
+from benchmarks.vtab import data as reading
+from benchmarks.vtab import dsprites
+from benchmarks.vtab.data import availability, load_task, read_list
+from benchmarks.vtab.images import Checkpoint, Examples, Images, Literature, joined
 from benchmarks.vtab.tasks import DIGITS, VTAB, find_task, find_tasks
 from hf_vitprune.errors import InvalidDataError
 from vtab_data import SIZES, sample, write_task
@@ -30,7 +29,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     """One cache for this file, and no sets that this machine may have from the Hub."""
     folder = tmp_path_factory.getbasetemp() / "vtab-cache"
     monkeypatch.setattr(dsprites, "cached_assets_path", lambda *_, **__: folder)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(reading.constants, "HF_HUB_CACHE", str(folder / "hub"))
 
 
 # ---------------------------------------------------------------------- tasks
@@ -238,7 +237,7 @@ def test_mirrors_with_their_own_columns_and_splits(tmp_path: Path, asked: dict[s
 
 
 def test_a_cached_mirror_comes_first(tmp_path: Path, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(reading.constants, "HF_HUB_CACHE", str(tmp_path))
     (tmp_path / "datasets--bramtoula--vtab_eurosat" / "snapshots").mkdir(parents=True)
     assert availability(find_task("eurosat"), tmp_path) == ("hub", "bramtoula/vtab_eurosat, in the cache")
     with pytest.raises(InvalidDataError):

@@ -11,8 +11,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from benchmarks.vtab import training
-from benchmarks.vtab.adapters import adapt
-from benchmarks.vtab.published import FOLDER, published_recipe
+from benchmarks.vtab.adapters import FOLDER, adapt
 from benchmarks.vtab.settings import Machine, Recipe, Settings
 from benchmarks.vtab.tasks import VTAB
 from examples.recipe import Recipe as PublishedRun
@@ -73,7 +72,7 @@ def test_the_convolution_starts_as_published() -> None:
 
 def test_the_training_of_the_published_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """20 images in batches of 8 are 2 steps an epoch; validation sees all of its images; rates end at the floor."""
-    recipe = published_recipe(Recipe(epochs=2, warmup_epochs=1, learning_rate=1e-2, batch_size=8))
+    recipe = Recipe(epochs=2, warmup_epochs=1, learning_rate=1e-2, batch_size=8).published()
     assert recipe == replace(recipe, clipping=0.0, drop_path=0.1, drop_last=True, lowest_rate=1e-5)
     assert recipe.steps(1000) == 2 * 125 and recipe.steps(20) == 4
     seen: dict[str, Any] = {}
@@ -99,7 +98,7 @@ def test_the_training_of_the_published_runs(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_settings_travel() -> None:
-    settings = Settings(published=True, recipe=published_recipe(Recipe()))
+    settings = Settings(published=True, recipe=Recipe().published())
     assert Settings.from_dict(settings.to_dict()) == settings
     with pytest.raises(InvalidConfigError, match="lowest_rate is under learning_rate"):
         Recipe(lowest_rate=1.0)

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.vtab.adapters import load_pretrained
-from benchmarks.vtab.choices import Choice
+from benchmarks.vtab.pruning import Choice
 from benchmarks.vtab.settings import Recipe, Settings
 from benchmarks.vtab.store import Store
 from benchmarks.vtab.sweep import run_sweep, runs_of

@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification
 from typer.testing import CliRunner
 
-from benchmarks.vtab import experiment, files, training
+from benchmarks import common
+from benchmarks.vtab import experiment, training
 from benchmarks.vtab.adapters import PEFT_METHODS, adapt, load_pretrained
-from benchmarks.vtab.choices import Choice
 from benchmarks.vtab.cli import app
 from benchmarks.vtab.data import load_task
 from benchmarks.vtab.dsprites import read_dsprites
 from benchmarks.vtab.experiment import Experiment
 from benchmarks.vtab.local import Local, run_local
 from benchmarks.vtab.pretrain import Backbone, pretrain, source_images
-from benchmarks.vtab.pruning import Pruned
+from benchmarks.vtab.pruning import Choice, Pruned
 from benchmarks.vtab.settings import Recipe, Run, Settings
 from benchmarks.vtab.store import Store
 from benchmarks.vtab.sweep import runs_of
@@ -52,7 +52,7 @@ def test_a_killed_sweep_goes_on_where_it_was(
                 os._exit(9)
             move(old, new)
 
-        files.os.replace = die
+        common.os.replace = die
         sweep(settings, runs, root, tmp_path / "killed")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

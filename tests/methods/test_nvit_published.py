@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from transformers import ViTConfig
 
-from benchmarks.nvit import config_of, published, sizes
+from benchmarks.common import vit_config
+from benchmarks.nvit import published, sizes
 from hf_vitprune import Architecture, count
 
 
@@ -14,14 +14,14 @@ from hf_vitprune import Architecture, count
     [(768, 12, 86.29e6, 17.564e9), (384, 6, 21.91e6, 4.599e9), (192, 3, 5.648e6, 1.2537e9)],
 )
 def test_dense_shapes_cost_what_is_published(width: int, heads: int, weights: float, macs: float) -> None:
-    config = config_of(width, heads)
+    config = vit_config(width, heads=heads, num_labels=1000)
     cost = count(Architecture.dense(config))
     assert cost.weight_params == pytest.approx(weights, rel=0.003)
     assert cost.macs == pytest.approx(macs, rel=0.003)
 
 
 def test_the_published_shape_costs_what_is_published() -> None:
-    config: ViTConfig = config_of(768, 12)
+    config = vit_config(768, num_labels=1000)
     cost, dense = count(published(config)), count(Architecture.dense(config))
     assert cost.weight_params == pytest.approx(34.14e6, rel=0.003)
     assert cost.macs == pytest.approx(6.997e9, rel=0.003)
@@ -31,7 +31,7 @@ def test_the_published_shape_costs_what_is_published() -> None:
 
 def test_five_times_fewer_parameters_with_2_to_4_sparsity() -> None:
     """The abstract's 5.1x: half of the weights of the .54 shape are stored; 86.29 / (34.14 / 2) = 5.06."""
-    config: ViTConfig = config_of(768, 12)
+    config = vit_config(768, num_labels=1000)
     dense, small = count(Architecture.dense(config)), count(published(config))
     assert dense.weight_params / (small.weight_params / 2) == pytest.approx(5.06, abs=0.01)
 
