@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 import tempfile
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -24,11 +24,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
-from benchmarks.trained import SUBJECTS as MODELS
-from benchmarks.trained import Split, accuracy_of, batches, logits_of, read, trained
 from hf_vitprune import (
     NViTConfig,
     PruningPlan,
@@ -42,6 +39,10 @@ from hf_vitprune import (
 )
 from hf_vitprune.spec.configs import lineage_of
 from hf_vitprune.utils.batches import ImageBatches
+
+from .common import once, quiet_arguments, table_of
+from .trained import SUBJECTS as MODELS
+from .trained import Split, accuracy_of, batches, logits_of, read, trained
 
 SUBJECTS = ("ViT, digits", "ViT, dSprites")
 #: share of the multiply-adds that stays
@@ -60,36 +61,26 @@ def accuracy(model: Any, split: Split) -> float:
 def starts(method: str, kept: float, dense: Any, train: Split, seed: int) -> dict[str, Any]:
     """Both small models."""
     examples = [{"pixel_values": x, "labels": int(y)} for x, y in zip(train.pixels, train.labels, strict=True)]
+    images = ImageBatches(examples, limit=128)
     if method == "magnitude":
         plan = PruningPlan.magnitude(dense, 1 - kept, ["qk", "v", "mlp"])
-        images = ImageBatches(examples, limit=128)
         return {"plain": prune(dense, plan), "compensated": prune(dense, plan, calibration=images)}
-    model = copy.deepcopy(dense)
-    if method == "truncation":
-        wrapped = get_pruning_model(model, TruncationConfig(layers=math.ceil(kept * len(dense.vit.layers))))
+    settings: dict[str, Any] = {
+        "truncation": lambda: TruncationConfig(layers=math.ceil(kept * len(dense.vit.layers))),
+        "NViT at once": lambda: NViTConfig(target=kept, group_sizes=GROUPS, criterion="magnitude"),
+        "VTP": lambda: VTPConfig(target=kept, sparsity_weight=1e-4, sparsity_warmup=0.2, gate_learning_rate=2e-2),
+        # the whole training is the search
+        "SPViT": lambda: SPViTConfig(target=kept, round_to=1, gate_learning_rate=12 / LEARN, patience=0),
+        "NViT": lambda: NViTConfig(target=kept, group_sizes=GROUPS),
+    }
+    wrapped = get_pruning_model(copy.deepcopy(dense), settings[method]())
+    if method in ("truncation", "NViT at once"):
         wrapped.decide()
-        images = ImageBatches(examples, limit=128)
         return {"plain": wrapped.export(), "compensated": wrapped.export(calibration=images)}
-    if method == "NViT at once":
-        wrapped = get_pruning_model(model, NViTConfig(target=kept, group_sizes=GROUPS, criterion="magnitude"))
-        wrapped.decide()
-        images = ImageBatches(examples, limit=128)
-        return {"plain": wrapped.export(), "compensated": wrapped.export(calibration=images)}
-    if method == "VTP":
-        config: Any = VTPConfig(target=kept, sparsity_weight=1e-4, sparsity_warmup=0.2, gate_learning_rate=2e-2)
-    elif method == "SPViT":  # the whole training is the search
-        config = SPViTConfig(target=kept, round_to=1, gate_learning_rate=12 / LEARN, patience=0)
-    else:
-        config = NViTConfig(target=kept, group_sizes=GROUPS)
-    wrapped = get_pruning_model(model, config)
     set_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder, max_steps=LEARN, learning_rate=3e-4, per_device_train_batch_size=64, lr_scheduler_type="cosine",
-            warmup_steps=0.1, report_to=[], save_strategy="no", logging_strategy="no", seed=seed, use_cpu=True,
-            disable_tqdm=True,
-        )  # fmt: skip
-        PruningTrainer(wrapped, args, train_dataset=examples).train()
+        more = {"learning_rate": 3e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "seed": seed}
+        PruningTrainer(wrapped, quiet_arguments(folder, LEARN, 64, **more), train_dataset=examples).train()
     return {"plain": wrapped.export(compensate=False), "compensated": wrapped.export()}
 
 
@@ -138,30 +129,23 @@ def measure(subject: str, kept: float, method: str, seed: int) -> dict[str, Any]
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    made = Table(title=f"within 0.5 points of dense; {MOST} steps at the most; mean over seeds")
-    for name in ("model", "method", "MACs", "dense", "just pruned", "compensated", "steps, plain", "steps, comp."):
-        made.add_column(name)
-    cells = defaultdict(list)
+def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Means over seeds."""
+    cells = [["model", "method", "MACs", "dense", "just pruned", "compensated", "steps, plain", "steps, comp."]]
+    groups = defaultdict(list)
     for row in rows:
-        cells[row["subject"], row["kept"], row["method"]].append(row)
-    for (subject, _, method), group in cells.items():
-
-        def percent(start: str, group: list[dict[str, Any]] = group) -> str:
-            return f"{mean(row[start]['accuracy'] for row in group):.1f}"
-
-        def steps(start: str, group: list[dict[str, Any]] = group) -> str:
+        groups[row["subject"], row["kept"], row["method"]].append(row)
+    for (subject, _, method), group in groups.items():
+        accuracies, steps = {}, {}
+        for start in ("plain", "compensated"):
+            accuracies[start] = f"{mean(row[start]['accuracy'] for row in group):.1f}"
             found = [row[start]["steps"] for row in group]
-            return ", ".join(f"> {MOST}" if n is None else str(n) for n in found)
-
-        macs = mean(row["plain"]["macs"] for row in group)
-        dense = mean(row["dense"] for row in group)
-        skipped = any(row["compensated"]["note"] for row in group)
-        made.add_row(
-            subject, method, f"{macs:.2f}", f"{dense:.1f}", percent("plain"),
-            "nothing to do" if skipped else percent("compensated"), steps("plain"), steps("compensated"),
-        )  # fmt: skip
-    return made
+            steps[start] = ", ".join(f"> {MOST}" if n is None else str(n) for n in found)
+        if any(row["compensated"]["note"] for row in group):
+            accuracies["compensated"] = "nothing to do"
+        macs, dense = mean(row["plain"]["macs"] for row in group), mean(row["dense"] for row in group)
+        cells.append([subject, method, f"{macs:.2f}", f"{dense:.1f}", *accuracies.values(), *steps.values()])
+    return cells
 
 
 def main(
@@ -171,15 +155,13 @@ def main(
     methods: Annotated[list[str], typer.Option(help="Methods.")] = list(METHODS),  # noqa: B006
     kept: Annotated[list[float], typer.Option(help="Shares of the multiply-adds that stay.")] = list(KEPT),  # noqa: B006
 ) -> None:
-    results.mkdir(parents=True, exist_ok=True)
     rows = []
     for subject, share, method, seed in itertools.product(subjects, kept, methods, range(seeds)):
-        file = results / f"{subject}-{share}-{method}-{seed}.json".replace(", ", "-").replace(" ", "_")
-        if not file.exists():
-            file.write_text(json.dumps(measure(subject, share, method, seed), indent=1))
-            print(file.name, flush=True)
-        rows.append(json.loads(file.read_text()))
-    Console(width=120).print(table(rows))
+        name = f"{subject}-{share}-{method}-{seed}.json".replace(", ", "-").replace(" ", "_")
+        rows.append(once(results / name, partial(measure, subject, share, method, seed)))
+        print(name, flush=True)
+    title = f"within 0.5 points of dense; {MOST} steps at the most; mean over seeds"
+    Console(width=120).print(table_of(table(rows), title))
 
 
 if __name__ == "__main__":

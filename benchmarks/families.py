@@ -62,8 +62,6 @@ METHODS: dict[str, Callable[[], Any]] = {
     "Truncation": lambda: TruncationConfig(layers=1),
 }
 ONE_SHOT = "one-shot"
-
-
 #: what half of is removed, the same in all layers -> its units
 CUTS = {
     "MLP": ("mlp",),
@@ -100,8 +98,7 @@ def works(family: Family, method: str) -> bool:
         wrapped = get_pruning_model(model, METHODS[method]())
     except VitPruneError:
         return False
-    optimizer = torch.optim.SGD(wrapped.parameter_groups(), lr=1e-3)
-    wrapped.train()
+    optimizer = torch.optim.SGD(wrapped.train().parameter_groups(), lr=1e-3)
     for step in range(STEPS):
         outputs = wrapped(**batch)
         torch.stack([t.square().mean() for _, t in tensors_of(outputs) if t.requires_grad]).sum().backward()

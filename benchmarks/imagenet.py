@@ -40,10 +40,7 @@ TOP = (1, 5)
 class ImageFolder(Dataset[tuple[torch.Tensor, int]]):
     """Images of a folder with a sub-folder a class, in the order of their paths.
 
-    Args:
-        folder: the one.
-        processor: of the images.
-        classes: names of the sub-folders to use, in the model's order; None: all, sorted.
+    ``classes``: names of the sub-folders to use, in the model's order; None: all, sorted.
     """
 
     def __init__(self, folder: Path, processor: Any, classes: Sequence[str] | None = None) -> None:
@@ -73,12 +70,7 @@ class ImageFolder(Dataset[tuple[torch.Tensor, int]]):
 
 
 class EvaluationImages(Dataset[tuple[torch.Tensor, int]]):
-    """The images that a data set of the Hub (or the built-in digits) is evaluated on.
-
-    Args:
-        source: its name.
-        processor: of the images.
-    """
+    """The images that a data set of the Hub (or the built-in digits) is evaluated on."""
 
     def __init__(self, source: str, processor: Any) -> None:
         images = load_images(source, training=False)
@@ -116,18 +108,12 @@ def accuracies(
     order: Sequence[int] | None = None,
     numbers: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Correct answers among the first one and five, counted image by image.
+    """``images``, and ``top1``, ``top5``: shares of them with the right class among the first one and five.
 
     Args:
-        model: of as many classes as there are sub-folders; it is put in eval mode.
-        dataset: the images.
-        batch_size: images a forward pass.
         workers: processes that read.
         order: in which images are looked at.
         numbers: class of the data -> the model's; by default found by name.
-
-    Returns:
-        ``images``, and ``top1``, ``top5`` as shares of them.
     """
     if numbers is None:
         match = match_classes(dataset.classes, model.config.id2label, every=False)

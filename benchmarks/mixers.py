@@ -20,7 +20,7 @@ import torch
 
 from hf_vitprune import Architecture, build, count
 from hf_vitprune.contrib.fuse import fuse_bn
-from hf_vitprune.cost.blocks import block_macs
+from hf_vitprune.cost.closed_form import block_macs
 from hf_vitprune.latency.measure import measure_speed
 
 from .common import interleaved, ratio, show, vit_config

@@ -45,6 +45,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ema import EmaCallback
+from example_data import DataArguments
 from hf_vitprune import (
     DistillationConfig,
     PruningModel,
@@ -71,7 +72,6 @@ from hf_vitprune.utils.data import LabelledImages
 from hf_vitprune.utils.extras import need
 from hf_vitprune_cli.classifier import load_classifier
 from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
-from hf_vitprune_cli.example_data import DataArguments
 from hf_vitprune_cli.workflow import evaluate
 from recipe import Run
 

@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from example_data import DataArguments
 from hf_vitprune import PruningCallback, SLSConfig, count, get_pruning_model
 from hf_vitprune.contrib.drop_path import attach_drop_path
 from hf_vitprune.contrib.retraining import fresh_adapters, retrain
@@ -44,7 +45,6 @@ from hf_vitprune.spec.architecture import unwrap
 from hf_vitprune.utils.data import LabelledImages
 from hf_vitprune_cli.classifier import load_classifier
 from hf_vitprune_cli.digits import IMAGE_SIZE, tiny_vit
-from hf_vitprune_cli.example_data import DataArguments
 from hf_vitprune_cli.workflow import Schedule, evaluate
 from recipe import Run
 

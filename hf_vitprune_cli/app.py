@@ -59,13 +59,21 @@ def _explained() -> tuple[type[Exception], ...]:
 
 def make_app(name: str, about: str | None) -> typer.Typer:
     """An application without commands yet: what its errors begin with, and its help."""
-    return typer.Typer(
+    app = typer.Typer(
         cls=type("NamedCommands", (Commands,), {"program": name}),
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
         help=about,
     )
+
+    @app.callback()
+    def options(
+        debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    ) -> None:
+        """Options that every command has."""
+
+    return app
 
 
 def one_line(error: BaseException) -> str:

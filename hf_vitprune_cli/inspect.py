@@ -33,7 +33,7 @@ def inspect(
     from hf_vitprune.cost import count
     from hf_vitprune.publish.block_report import plot_architecture
     from hf_vitprune.publish.report import human, layer_rows, layer_table
-    from hf_vitprune.spec.origin import dense_of
+    from hf_vitprune.spec.architecture import dense_of
 
     from .saved import load_tower
 

@@ -32,11 +32,6 @@ app = make_app("benchmarks.compare", __doc__)
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of models and results.")]
 
 
-@app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
-    """Pruning methods against each other: one dense model, one cost, one number of optimizer steps."""
-
-
 @app.command()
 def run(
     families: Annotated[str, typer.Option(help="Models, with commas: vit, swin.")] = "vit",

@@ -20,16 +20,10 @@ from hf_vitprune.spec.units import set_name
 
 
 def random_plan(model: Any, target: float, *, seed: int, round_to: int = 8) -> PruningPlan:
-    """One random architecture of the search space, whose cost is just under the target.
+    """One random architecture of the search space, whose multiply-adds are just under a fraction of the model's.
 
     Every layer's mixer is drawn evenly from the four kinds, and draws repeat until neurons can make up the rest; the
     neurons that go are drawn evenly from all layers. Convolutions mix the heads alike, as before a search.
-
-    Args:
-        model: the model to prune, stock or pruned.
-        target: fraction of its multiply-adds that may remain.
-        seed: of the draw.
-        round_to: neurons of an MLP are a multiple of this.
     """
     source = Architecture.of(model)
     meter = ClosedFormMeter("macs", source)

@@ -29,14 +29,7 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of a table.
-
-    Attributes:
-        family: of the model.
-        method: ``dense`` for the unpruned model.
-        budget: fraction of the dense model's MACs.
-        steps: optimizer steps, of pruning and fine-tuning together.
-    """
+    """One cell of a table; ``budget``: fraction of the dense MACs, ``steps``: of pruning and fine-tuning together."""
 
     family: str
     task: str

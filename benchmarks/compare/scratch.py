@@ -24,13 +24,7 @@ WIDTHS = {"deit-t": 192, "revit-t": 192, "deit-s": 384, "revit-s": 384}
 
 @dataclass(frozen=True)
 class Training:
-    """One cell of the table.
-
-    Attributes:
-        shape: one of ``WIDTHS``.
-        layers: the published models have twelve.
-        steps: optimizer steps, of ``batch_size`` images each.
-    """
+    """One cell of the table; the published models have twelve layers, a step ``batch_size`` images."""
 
     shape: str
     task: str

@@ -22,12 +22,7 @@ SPRITES = {TRAIN: 8000, VALIDATION: 1000, TEST: 2000}
 
 
 class Examples(Dataset[dict[str, torch.Tensor]]):
-    """Images and labels as a Trainer takes them.
-
-    Args:
-        pixels: (images, 1, side, side) in [-1, 1].
-        labels: (images,) class numbers.
-    """
+    """Images (n, 1, side, side) in [-1, 1] and class numbers (n,), as a Trainer takes them."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
         self.pixels = torch.from_numpy(pixels.astype(np.float32))

@@ -29,11 +29,6 @@ app = make_app("benchmarks.compensation", __doc__)
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of results.")]
 
 
-@app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
-    """Compensation and one-shot pruning without training."""
-
-
 @app.command()
 def run(
     subjects: Annotated[str, typer.Option(help="With semicolons; all by default.")] = "",

@@ -32,11 +32,6 @@ app = make_app("benchmarks.pretrained", __doc__)
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of results.")]
 
 
-@app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
-    """A pretrained tower, pruned without labels."""
-
-
 @app.command()
 def run(
     images: Annotated[int, typer.Option(help="Unlabelled calibration images.")] = 512,

@@ -23,12 +23,7 @@ def one_a_class(queries: Drawings, classes: int) -> torch.Tensor:
 
 
 def draw(path: Path, towers: dict[str, Any], decoder: Decoder, pixels: torch.Tensor) -> None:
-    """A row of drawings, and a row of maps a tower.
-
-    Args:
-        towers: title -> tower.
-        pixels: (images, 3, size, size) as the towers take them.
-    """
+    """A row of drawings (images, 3, size, size), and a row of maps a tower; ``towers``: title -> tower."""
     need("figures", "matplotlib")
     import matplotlib
 

@@ -26,15 +26,7 @@ SETS = ("calibration", "gallery", "queries")
 
 
 def pack(folder: Path, model: nn.Module, decoder: nn.Module, split: Split, quality: int = 85) -> int:
-    """Write it.
-
-    Args:
-        split: images as bytes, (n, 3, size, size).
-        quality: of the WebP files.
-
-    Returns:
-        Its size in bytes.
-    """
+    """Write it; ``split`` has images as bytes, ``quality`` is of the WebP files. Returns its size in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, module in (("tower", model), ("decoder", decoder)):
         arrays: dict[str, np.ndarray] = {}

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Dinov2Config, Dinov2Model, TrainerCallback
+from transformers import Dinov2Config, Dinov2Model
 
 from hf_vitprune import Compensation, OneShotScores, count, prune
 from hf_vitprune.latency.measure import device_name, measure_speed
 from hf_vitprune.training.recovery import Recovery, recover
 
+from ..common import StepClock
 from .drawings import Drawings, Split, normalised
 from .measures import cosines, features, judged
 from .methods import magnitude, scored
@@ -32,16 +33,10 @@ CALIBRATED, HELD_OUT = 512, 256
 
 
 class Bench:
-    """The dense tower, its images at one size, and the starts.
+    """The dense tower, its images (as bytes) at one size, and the starts.
 
-    Args:
-        model, decoder: the dense tower and what reads its patches.
-        split: images as bytes.
-        size: side of the images.
-        device: where all of it goes.
-        output: file of the rows, a line of JSON each; it grows.
-        deadline: second of ``time.monotonic`` by which the last training is over.
-        round_to: kept channels are a multiple of it.
+    ``output``: file of the rows, a line of JSON each; it grows. ``deadline``: second of ``time.monotonic`` by which
+    the last training is over.
     """
 
     def __init__(
@@ -130,14 +125,7 @@ class Bench:
             self.write(f"latency, batch {batch}", {"batch": batch, "dtype": str(dtype), "models": row})
 
     def train(self, name: str, start: Callable[[], Any], settings: Recovery, seconds_a_step: float) -> Any:
-        """Recover a start and write what it came to, unless time is too short for it.
-
-        Args:
-            name: of the row.
-            start: gives the tower, which is copied.
-            settings: of the recovery.
-            seconds_a_step: what a step is known to take.
-        """
+        """Recover a start, which is copied, and write what it came to, unless time is too short for the steps."""
         if settings.steps * seconds_a_step > self.left:
             print(f"{name}: skipped, {self.left:.0f} s are left for {settings.steps} steps", flush=True)
             return None
@@ -146,21 +134,9 @@ class Bench:
         clock, processors = time.monotonic(), time.process_time()
         done = recover(small, self.model, self.training, settings, held_out=self.held_out, callbacks=[curve])
         seconds, processors = time.monotonic() - clock, time.process_time() - processors
-        self.write(
-            name,
-            {
-                "start": begun,
-                "end": self.judge(small),
-                "settings": asdict(settings),
-                "images": len(self.training),
-                "losses": done.losses,
-                "best": done.best,
-                "curve": curve.found,
-                "seconds": seconds,
-                "cpu_seconds": processors,
-                "seconds_a_step": curve.seconds / settings.steps,
-            },
-        )
+        row = {"start": begun, "end": self.judge(small), "settings": asdict(settings), "images": len(self.training)}
+        row |= {"losses": done.losses, "best": done.best, "curve": curve.found, "seconds": seconds}
+        self.write(name, {**row, "cpu_seconds": processors, "seconds_a_step": sum(curve.seconds) / settings.steps})
         return done
 
     def step_time(self, start: Callable[[], Any], settings: Recovery, steps: int = 30) -> float:
@@ -169,22 +145,16 @@ class Bench:
         for _ in range(2):  # the first warms up
             clock = _Curve(held_out, features(self.model, held_out))
             recover(copy.deepcopy(start()), self.model, self.training, few, held_out=held_out, callbacks=[clock])
-        return clock.seconds / few.steps
+        return sum(clock.seconds) / few.steps
 
 
-class _Curve(TrainerCallback):
+class _Curve(StepClock):
     """Cosines of the asked images' features at every evaluation; nothing is chosen by them. And what steps take."""
 
     def __init__(self, pixels: torch.Tensor, dense: torch.Tensor) -> None:
+        super().__init__(time.monotonic)
         self.pixels, self.dense = pixels, dense
         self.found: dict[int, tuple[float, float]] = {}
-        self.seconds = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds -= time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds += time.monotonic()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         mode = model.training

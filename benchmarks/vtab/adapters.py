@@ -12,7 +12,7 @@ from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, VeraConfig, g
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.utils import logging
 
-from hf_vitprune.contrib import recipe as recipes
+from examples import recipe as recipes
 from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.families import family_of
 from hf_vitprune.peft import ConvpassConfig, RepAdapterConfig

@@ -29,30 +29,9 @@ Data = Annotated[Path, typer.Option("--data", help="Folder with a folder a task.
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
 
 
-def _list_and_leave(value: bool) -> None:
-    if value:
-        show_tasks(DATA)
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    listing: Annotated[
-        bool, typer.Option("--list", help="As the command list.", callback=_list_and_leave, is_eager=True)
-    ] = False,
-) -> None:
-    """Options that every command has."""
-
-
 @app.command("list")
 def list_tasks(data: Data = DATA) -> None:
     """The tasks, and which of them are here."""
-    show_tasks(data)
-
-
-def show_tasks(root: Path) -> None:
-    """Print the table of tasks."""
     from .data import availability
 
     table = Table(title="VTAB-1k, and digits beside it")
@@ -62,7 +41,7 @@ def show_tasks(root: Path) -> None:
         )
     missing = []
     for task in (*VTAB, DIGITS):
-        source, remark = availability(task, root)
+        source, remark = availability(task, data)
         missing += [] if source else [task]
         here = f"[green]{source}[/]" if source else "no"
         shown = remark if source else ""
@@ -72,7 +51,7 @@ def show_tasks(root: Path) -> None:
     paper.print(table)
     if missing:
         console.print(f"{len(missing)} tasks are not here. For {missing[0].name}, as an example:")
-        console.print(availability(missing[0], root)[1], soft_wrap=True)
+        console.print(availability(missing[0], data)[1], soft_wrap=True)
 
 
 @app.command()
@@ -114,6 +93,8 @@ def run(
     Every run is one JSON file under OUTPUT/runs; those that are there are not repeated. With several processes, start
     it with accelerate launch or torchrun.
     """
+    from hf_vitprune.errors import InvalidConfigError
+
     from .settings import Machine, Recipe, Settings
     from .sweep import run_sweep, runs_of
 
@@ -135,7 +116,11 @@ def run(
         speed_batch=speed_batch,
         speed_rounds=speed_rounds,
     )
-    runs = runs_of(tasks.split(","), peft.split(","), pruning.split("+"), _numbers(seeds))
+    try:
+        numbers = [int(part) for part in seeds.split(",")]
+    except ValueError:
+        raise InvalidConfigError(f"seeds are whole numbers with commas, not {seeds!r}") from None
+    runs = runs_of(tasks.split(","), peft.split(","), pruning.split("+"), numbers)
     _leave_if(run_sweep(settings, runs, data, output, Machine(workers, cpu), console))
 
 
@@ -143,18 +128,6 @@ def _leave_if(failed: Sequence[object]) -> None:
     if failed:
         print(f"benchmarks.vtab: {len(failed)} runs could not be done (see above)", file=sys.stderr)
         raise typer.Exit(1)
-
-
-def _numbers(text: str) -> list[int]:
-    """Raises:
-    InvalidConfigError: there is something else than numbers with commas.
-    """
-    from hf_vitprune.errors import InvalidConfigError
-
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InvalidConfigError(f"seeds are whole numbers with commas, not {text!r}") from None
 
 
 @app.command()
@@ -209,26 +182,6 @@ def layers(
     from .settings import Machine
 
     draw_layers(task, peft, seed, data, output, Machine(cpu=cpu), probe_images, console)
-
-
-@app.command()
-def pretrain(
-    folder: Annotated[Path, typer.Argument(help="Folder for the model.")],
-    images: Annotated[int | None, typer.Option(help="Training images; as local by default.", min=1)] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over them; as local by default.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Leave an accelerator alone.")] = False,
-) -> None:
-    """A small ViT pretrained on dSprites images outside the splits of VTAB-1k, as a stock model folder."""
-    from . import pretrain as source
-    from .local import Local
-    from .settings import Machine
-
-    sizes = Local()
-    recipe = sizes.source_recipe if epochs is None else sizes.source_recipe.of_length(epochs)
-    count = sizes.source_images if images is None else images
-    reached, trained = source.pretrain(folder, images=count, recipe=recipe, seed=seed, machine=Machine(cpu=cpu))
-    console.print(f"{folder}: {reached:.1%} on other images of the source task, {trained.seconds:.0f} s")
 
 
 @app.command()

@@ -39,14 +39,10 @@ _SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class TaskData:
-    """The images of one task.
+    """The images of one task, split by split, and where they were read from.
 
-    Attributes:
-        task: which one.
-        splits: train800, val200, train800val200 and test.
-        source: where they were read from.
-        title: what numbers on them are reported as: the task's name, or what stands in for it.
-        deviations: splits that have not the published number of images, as text; empty where all have.
+    ``title``: what numbers on them are reported as: the task's name, or what stands in for it. ``deviations``: splits
+    that have not the published number of images, as text.
     """
 
     task: Task

@@ -48,16 +48,14 @@ def depgraph_plan(
     embedding: bool = False,
     importance: str = "taylor",
 ) -> PruningPlan:
-    """What Torch-Pruning keeps of the heads' channels and of the MLP neurons.
+    """What Torch-Pruning keeps of the heads' channels and of the MLP neurons; refused where it finds nothing to prune.
 
     By default the embedding keeps its width: adapters and head share it. Gradients come from the adapted model; what
     is scored and traced is the backbone, so that adapters are ignored, as in the comparison of the SLS paper.
 
     Args:
-        model: a transformers classifier, or a PeftModel over one.
-        examples: training examples; 10 batches of 32 of them, evenly spaced, give the gradients.
+        examples: 10 batches of 32 of them, evenly spaced, give the gradients.
         ratio: share of the channels that goes, in (0, 1).
-        round_to: kept channels of a head, and kept neurons, are a multiple of this.
         embedding: prune residual channels as well (a plain model of one width).
         importance: of its groups, ``taylor`` or ``l2`` (the norm of their weights).
     """

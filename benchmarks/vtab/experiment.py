@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict
+from importlib.metadata import distributions
 from typing import Any
 
 import torch
@@ -25,21 +24,14 @@ from .costs import sizes_of, speed_of
 from .data import TaskData
 from .images import Checkpoint, Examples, Literature, Preprocessing
 from .pruning import LEARNED, Choice, Pruned, Situation, apply
-from .settings import BEST, LAST, RESULTS, Machine, Recipe, Run, Settings
+from .settings import LAST, RESULTS, Machine, Recipe, Run, Settings
 from .store import Store
 from .tasks import TEST, TRAIN, VALIDATION
 from .training import Trained, accuracy, train
 
 
 class Experiment:
-    """Runs on one task.
-
-    Args:
-        settings: of the sweep.
-        data: the task's images.
-        store: adapted models and decisions are kept there, and taken from there when they exist.
-        machine: where it runs.
-    """
+    """Runs on one task; adapted models and decisions are kept in the store, and taken from there when they exist."""
 
     def __init__(self, settings: Settings, data: TaskData, store: Store, machine: Machine) -> None:
         self.settings, self.data, self.store, self.machine = settings, data, store, machine
@@ -59,13 +51,7 @@ class Experiment:
     def record(self, run: Run) -> dict[str, Any]:
         """All there is to say of a run, JSON-ready."""
         start = time.perf_counter()
-        choice = Choice.parse(run.pruning)
-        wanted = (LAST, BEST) if self.settings.selection else (LAST,)
-        results = {}
-        for name in wanted:
-            outcome = self._outcome(run, choice, RESULTS[name])
-            results[name] = {**outcome.result, "cost": self._cost(outcome)}
-        test = self.data.splits[TEST]
+        results = {name: self._result(run, split) for name, split in self._wanted.items()}
         return {
             **asdict(run),
             "group": self.data.task.group,
@@ -75,35 +61,41 @@ class Experiment:
                 "source": self.data.source,
                 "deviations": list(self.data.deviations),
                 "test_images": len(self.examples(TEST)),
-                "of_test_images": len(test),
+                "of_test_images": len(self.data.splits[TEST]),
             },
             "results": results,
             "seconds": time.perf_counter() - start,
-            "environment": {**environment(next(outcome.adapted.parameters()).device), **_versions()},
+            "environment": {**environment(self.device), **_versions()},
         }
 
-    def _outcome(self, run: Run, choice: Choice, split: str) -> Outcome:
-        """One whole pipeline on one set of training images."""
+    @property
+    def _wanted(self) -> dict[str, str]:
+        """Results that are reported -> the images that they are trained on."""
+        return {name: split for name, split in RESULTS.items() if name == LAST or self.settings.selection}
+
+    def _result(self, run: Run, split: str) -> dict[str, Any]:
+        """Of one whole pipeline on one set of training images: accuracies, the decision, and what the model costs."""
         model, before = self.adapted(run, split)
-        layers = len(Architecture.of(model).layers)
-        result: dict[str, Any] = {"accuracy_before": before["accuracy"], "layers": layers}
+        result: dict[str, Any] = {"accuracy_before": before["accuracy"], "layers": len(Architecture.of(model).layers)}
         start = time.perf_counter()
-        pruned = apply(choice, self._situation(run, split, model))
+        pruned = apply(Choice.parse(run.pruning), self._situation(run, split, model))
         result |= {"kept_layers": pruned.kept_layers, "decision": pruned.info}
         result["seconds_to_prune"] = time.perf_counter() - start
-        if pruned.model is None:
+        small = None if pruned.model is None else set_trainable(pruned.model, run.peft)
+        if small is None:
             result |= {name: before[name] for name in ("accuracy", "epoch", "validation")}
-            return Outcome(run, model, model, pruned, result)
-        small = set_trainable(pruned.model, run.peft)
-        if not pruned.fresh:
-            result["accuracy_truncated"] = self._test(small)
-        small, trained = self._retrained(run, small, pruned, split)
-        if trained is None:
-            result |= {"accuracy": result["accuracy_truncated"], "epoch": 0, "validation": []}
         else:
-            result |= {"accuracy": self._test(small), "epoch": trained.epoch, "validation": trained.validation}
-            result["seconds_to_retrain"] = trained.seconds
-        return Outcome(run, model, small, pruned, result)
+            if not pruned.fresh:
+                result["accuracy_truncated"] = self._test(small)
+            small, trained = self._retrained(run, small, pruned, split)
+            if trained is None:
+                result |= {"accuracy": result["accuracy_truncated"], "epoch": 0, "validation": []}
+            else:
+                result |= {"accuracy": self._test(small), "epoch": trained.epoch, "validation": trained.validation}
+                result["seconds_to_retrain"] = trained.seconds
+        shared = pruned.shared_backbone and run.peft != FULL
+        sizes = sizes_of(model, model if small is None else small, shared, self.settings.image_size)
+        return {**result, "cost": {**sizes, **self._speed(model, small)}}
 
     # ------------------------------------------------------------------ the parts
     def _situation(self, run: Run, split: str, model: Any) -> Situation:
@@ -125,14 +117,8 @@ class Experiment:
         if known is not None:
             tensors, record = known
             return load_trained(model, tensors).to(self.device), record
-        validation = self.examples(VALIDATION) if split == TRAIN else None
-        trained = self._train(model, recipe, split, run.seed, f"{self.data.title}: {run.peft}", validation)
-        record = {
-            "accuracy": self._test(model),
-            "epoch": trained.epoch,
-            "validation": trained.validation,
-            "seconds": trained.seconds,
-        }
+        trained = self._train(model, recipe, split, run, "")
+        record = {"accuracy": self._test(model), **asdict(trained)}
         self.store.save_adapted(name, trained_tensors(model), record)
         return model, record
 
@@ -167,18 +153,13 @@ class Experiment:
             base = truncate(self.pretrained(run), pruned.kept_layers)
             steps = recipe.steps(len(self.examples(split)))
             small = self._adapters(run, base, steps)
-        what = f"{self.data.title}: {run.peft}, {run.pruning}, retraining"
-        validation = self.examples(VALIDATION) if split == TRAIN else None
         more = {"keep_zero_ranks": not fresh, "schedule": "TFS" if fresh else settings.retraining.upper()}
-        return small, self._train(small, recipe, split, run.seed, what, validation, **more)
+        return small, self._train(small, recipe, split, run, f", {run.pruning}, retraining", **more)
 
-    def _train(
-        self, model: Any, recipe: Recipe, split: str, seed: int, what: str, validation: Any, **more: Any
-    ) -> Trained:
-        examples = self.examples(split)
-        return train(
-            model, examples, recipe, seed=seed, machine=self.machine, what=what, validation=validation, **more
-        )
+    def _train(self, model: Any, recipe: Recipe, split: str, run: Run, what: str, **more: Any) -> Trained:
+        validation = self.examples(VALIDATION) if split == TRAIN else None
+        told = {"seed": run.seed, "machine": self.machine, "what": f"{self.data.title}: {run.peft}{what}"}
+        return train(model, self.examples(split), recipe, validation=validation, **told, **more)
 
     def _test(self, model: Any) -> float:
         batch_size = self.settings.recipe.batch_size
@@ -192,15 +173,6 @@ class Experiment:
     def device(self) -> torch.device:
         return torch.device("cpu") if self.machine.cpu else PartialState().device
 
-    def _cost(self, outcome: Outcome) -> dict[str, Any]:
-        """Parameters, multiply-adds and speed of the small model, beside those of the adapted one."""
-        shared = outcome.pruned.shared_backbone and outcome.run.peft != FULL
-        small = None if outcome.pruned.model is None else outcome.model
-        return {
-            **sizes_of(outcome.adapted, outcome.model, shared, self.settings.image_size),
-            **self._speed(outcome.adapted, small),
-        }
-
     def _speed(self, adapted: Any, small: Any) -> dict[str, Any]:
         return speed_of(adapted, small, self.settings, progress=self.store.main)
 
@@ -210,30 +182,10 @@ class Experiment:
         if choice.name in LEARNED:
             raise InvalidConfigError(f"{run.name}: the shape comes out of a training, which is not repeated")
         measured = {}
-        for name in (LAST, BEST) if self.settings.selection else (LAST,):
-            model, _ = self.adapted(run, RESULTS[name])
-            pruned = apply(choice, self._situation(run, RESULTS[name], model))
-            measured[name] = self._speed(model, pruned.model)
+        for name, split in self._wanted.items():
+            model, _ = self.adapted(run, split)
+            measured[name] = self._speed(model, apply(choice, self._situation(run, split, model)).model)
         return measured
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a pipeline ends with.
-
-    Attributes:
-        run: of it.
-        adapted: the adapted model, unpruned.
-        model: the final one.
-        pruned: what the pruning gave.
-        result: accuracies and the decision; JSON only.
-    """
-
-    run: Run
-    adapted: Any
-    model: Any
-    pruned: Pruned
-    result: dict[str, Any]
 
 
 def preprocessing_of(settings: Settings) -> Preprocessing:
@@ -253,8 +205,5 @@ def preprocessing_of(settings: Settings) -> Preprocessing:
 
 def _versions() -> dict[str, str]:
     names = ("hf_vitprune", "peft", "accelerate", "scikit-learn", "torch-pruning")
-    installed = {}
-    for name in names:
-        with contextlib.suppress(PackageNotFoundError):
-            installed[name] = version(name)
-    return installed
+    known = {one.metadata["Name"].lower(): one.version for one in distributions()}
+    return {name: known[name] for name in names if name in known}

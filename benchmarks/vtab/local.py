@@ -6,12 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from hf_vitprune.errors import MissingExtraError, VitPruneError
 
-from ..common import write_atomically
+from ..common import once
 from .pretrain import SOURCE, Backbone, pretrain
 from .pruning import Choice
 from .settings import Machine, Recipe, Run, Settings
@@ -25,14 +26,8 @@ PRUNINGS = ("none", "sls", "truncate:k=random", "truncate:k=sls", "depgraph")
 class Local:
     """Sizes of the run; the defaults take about 25 minutes on one core.
 
-    Attributes:
-        source_images: that the model is pretrained on.
-        source_recipe: of the pretraining.
-        recipe: of adaptation and retraining.
-        test_limit: test images of a task.
-        rank: of LoRA.
-        backbone: sizes of the model.
-        seeds: of the adaptation.
+    ``source_images`` and ``source_recipe`` are of the pretraining, ``recipe`` of adaptation and retraining, ``rank``
+    of LoRA, ``seeds`` of the adaptation.
     """
 
     source_images: int = 20_000
@@ -58,8 +53,8 @@ def source_model(local: Local, folder: Path, machine: Machine, console: Console)
     """The pretrained model's folder; it is made when it is not there."""
     wanted = {"source": SOURCE, "images": local.source_images, "epochs": local.source_recipe.epochs}
     wanted |= asdict(local.backbone)
-    note = folder / "pretraining.json"  # written last
-    if not note.is_file():
+
+    def record() -> dict[str, Any]:
         reached, trained = pretrain(
             folder,
             images=local.source_images,
@@ -68,10 +63,10 @@ def source_model(local: Local, folder: Path, machine: Machine, console: Console)
             machine=machine,
             backbone=local.backbone,
         )
-        record = {**wanted, "accuracy": reached, "seconds": trained.seconds}
-        write_atomically(note, lambda file: file.write(json.dumps(record, indent=1).encode()))
         console.print(f"pretrained on {SOURCE}: {reached:.1%} on other images, {trained.seconds:.0f} s")
-    known = json.loads(note.read_text(encoding="utf-8"))
+        return {**wanted, "accuracy": reached, "seconds": trained.seconds}
+
+    known = once(folder / "pretraining.json", record)  # written last
     if any(known[name] != value for name, value in wanted.items()):
         raise VitPruneError(f"{folder} was pretrained with other sizes: use another --output")
     return folder
@@ -117,8 +112,5 @@ def run_local(
 
 def shortened(local: Local, epochs: int | None, source_images: int | None) -> Local:
     """With other lengths, the rest in proportion."""
-    if epochs is not None:
-        local = replace(local, recipe=local.recipe.of_length(epochs))
-    if source_images is not None:
-        local = replace(local, source_images=source_images)
-    return local
+    recipe = local.recipe if epochs is None else local.recipe.of_length(epochs)
+    return replace(local, recipe=recipe, source_images=source_images or local.source_images)

@@ -17,25 +17,18 @@ from .settings import LAST
 def points_of(rows: Sequence[Row]) -> tuple[list[str], list[tuple[str, float, float]]]:
     """(tasks that every row has, (name, throughput ratio, accuracy) of every row as means over them)."""
     common = [task for task in rows[0].records if all(task in row.records for row in rows)]
+    speed, accuracy = at("results", LAST, "cost", "speedup"), at("results", LAST, "accuracy")
     points = []
     for row in rows:
-        values = [
-            (row.mean(task, at("results", LAST, "cost", "speedup")), row.mean(task, at("results", LAST, "accuracy")))
-            for task in common
-        ]
-        pairs = [(speed, accuracy) for speed, accuracy in values if speed is not None and accuracy is not None]
+        values = [(row.mean(task, speed), row.mean(task, accuracy)) for task in common]
+        pairs = [(x, y) for x, y in values if x is not None and y is not None]
         if pairs:
-            name = f"{row.peft}, {row.pruning}"
-            points.append((name, fmean(speed for speed, _ in pairs), fmean(accuracy for _, accuracy in pairs)))
+            points.append((f"{row.peft}, {row.pruning}", *(fmean(column) for column in zip(*pairs, strict=True))))
     return common, points
 
 
 def plot_tradeoff(rows: Sequence[Row], path: Path) -> Path:
-    """Accuracy (last epoch) against throughput, a point an adaptation and pruning.
-
-    Returns:
-        The path.
-    """
+    """Accuracy (last epoch) against throughput, a point an adaptation and pruning."""
     common, points = points_of(rows)
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
@@ -61,13 +54,7 @@ def plot_layers(
     correlation: float | None,
     path: Path,
 ) -> Path:
-    """Probe accuracy and silhouette coefficient against depth.
-
-    Args:
-        accuracies, scores: layer number from 1 -> value.
-        threshold: of SLS, drawn where there is one.
-        correlation: Spearman's, written into the title; None where it is not defined.
-    """
+    """Probe accuracy and silhouette coefficient against depth, with SLS's threshold and Spearman's correlation."""
     figure = new_figure(6.5, 4)
     left = figure.subplots()
     right = left.twinx()
@@ -88,13 +75,7 @@ def plot_layers(
 def plot_maps(
     title: str, maps: Mapping[int, np.ndarray], labels: np.ndarray, scores: Mapping[int, float], path: Path
 ) -> Path:
-    """The t-SNE map of every layer, coloured by class.
-
-    Args:
-        maps: layer number from 1 -> (images, 2) coordinates in [0, 1].
-        labels: (images,) classes.
-        scores: layer number -> silhouette coefficient, written above the map.
-    """
+    """The t-SNE map of every layer (from 1): (images, 2) in [0, 1], coloured by class, and its score above."""
     columns = min(len(maps), 4)
     lines = -(-len(maps) // columns)
     figure = new_figure(2.6 * columns, 2.7 * lines)

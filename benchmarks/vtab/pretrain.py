@@ -81,16 +81,7 @@ def pretrain(
 ) -> tuple[float, Trained]:
     """Train a ViT on the source task and save it as a stock model folder, image processor included.
 
-    Args:
-        output: the folder.
-        images: training images; a tenth as many others test the result.
-        recipe: of the training.
-        seed: of weights and order.
-        machine: where it runs.
-        backbone: sizes.
-
-    Returns:
-        (accuracy on other images of the source task, how the training went).
+    A tenth as many other images test the result. Returns (accuracy on these, how the training went).
     """
     torch.manual_seed(seed)
     model: Any = (backbone or Backbone()).build()

@@ -108,13 +108,8 @@ class Choice:
 class Situation:
     """What a choice may look at.
 
-    Attributes:
-        run: the cell of the sweep.
-        model: adapted; it is not changed, except by methods that learn while it trains on.
-        examples: training examples, in a fixed order.
-        recipe: of trainings.
-        machine: where they run.
-        selection: alpha (None: the sweep's) -> SLS's decision for the model, as a dict.
+    ``model`` is adapted, and not changed, except by methods that learn while it trains on; ``examples`` have a fixed
+    order; ``selection``: alpha (None: the sweep's) -> SLS's decision for the model, as a dict.
     """
 
     run: Run
@@ -134,14 +129,10 @@ class Situation:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a choice gave.
+    """What a choice gave: a smaller model (None where nothing is removed), its layers, how it was decided (JSON only).
 
-    Attributes:
-        model: the smaller model; None where nothing is removed.
-        kept_layers: number of layers that it has.
-        info: how it was decided; JSON only.
-        shared_backbone: its backbone is the pretrained one cut off above: a task stores what it trains, and a number.
-        fresh: retraining starts from the pretrained model cut to as many layers, with a new head and new adapters.
+    ``shared_backbone``: it is the pretrained one cut off above, so that a task stores what it trains, and a number.
+    ``fresh``: retraining starts from the pretrained model cut to as many layers, with a new head and new adapters.
     """
 
     model: Any

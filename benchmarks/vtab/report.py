@@ -31,12 +31,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Row:
-    """All runs of one adaptation and one pruning.
-
-    Attributes:
-        peft, pruning: which.
-        records: task -> its runs, one a seed.
-    """
+    """All runs of one adaptation and one pruning; ``records``: task -> its runs, one a seed."""
 
     peft: str
     pruning: str
@@ -88,15 +83,13 @@ def means_of(accuracies: Mapping[str, float | None]) -> dict[str, float | None]:
     Args:
         accuracies: task -> accuracy; tasks outside VTAB-1k count nowhere.
     """
-    groups: dict[str, float | None] = {}
-    for group in GROUPS:
-        values = [accuracies.get(task.name) for task in VTAB if task.group == group]
-        groups[group] = None if None in values else fmean(v for v in values if v is not None)
-    three = [groups[group] for group in GROUPS]
-    nineteen = [accuracies.get(task.name) for task in VTAB]
-    groups["group mean"] = None if None in three else fmean(v for v in three if v is not None)
-    groups["mean of 19"] = None if None in nineteen else fmean(v for v in nineteen if v is not None)
-    return groups
+
+    def mean(values: list[float | None]) -> float | None:
+        return None if None in values else fmean(v for v in values if v is not None)
+
+    found = {group: mean([accuracies.get(t.name) for t in VTAB if t.group == group]) for group in GROUPS}
+    found["group mean"] = mean(list(found.values()))
+    return found | {"mean of 19": mean([accuracies.get(task.name) for task in VTAB])}
 
 
 # ---------------------------------------------------------------------- text
@@ -120,24 +113,19 @@ def paper_table(rows: Sequence[Row], result: str) -> str:
     means = list(means_of({}))
     cells = [["", *titles, *means, "stored a task", "stored in all", "throughput", "layers kept"]]
     for row in rows:
-        accuracies = {task: row.mean(task, at("results", result, "accuracy")) for task in tasks}
+        accuracy = at("results", result, "accuracy")
+        accuracies = {task: row.mean(task, accuracy) for task in tasks}
         if all(value is None for value in accuracies.values()):
             continue
-        spread = [_percent(row.values(task, at("results", result, "accuracy"))) for task in tasks]
         overall = [_percent([value] if value is not None else []) for value in means_of(accuracies).values()]
-        kept = row.mean_of_tasks(at("results", result, "kept_layers"))
-        layers = row.mean_of_tasks(at("results", result, "layers"))
-        cells.append(
-            [
-                f"{row.peft}, {row.pruning}",
-                *spread,
-                *overall,
-                human(row.mean_of_tasks(at("results", result, "cost", "stored", "params")) or 0),
-                human(stored_in_all(row, result)),
-                _ratio(row.mean_of_tasks(at("results", result, "cost", "speedup"))),
-                NOTHING if kept is None or layers is None else f"{kept:.3g} of {layers:.3g}",
-            ]
+        kept, layers, stored, speedup = (
+            row.mean_of_tasks(at("results", result, *path))
+            for path in (("kept_layers",), ("layers",), ("cost", "stored", "params"), ("cost", "speedup"))
         )
+        depth = NOTHING if kept is None or layers is None else f"{kept:.3g} of {layers:.3g}"
+        sizes = [human(stored or 0), human(stored_in_all(row, result)), _ratio(speedup), depth]
+        spread = [_percent(row.values(task, accuracy)) for task in tasks]
+        cells.append([f"{row.peft}, {row.pruning}", *spread, *overall, *sizes])
     return markdown_table(cells)
 
 
@@ -162,25 +150,16 @@ def step_table(rows: Sequence[Row]) -> str:
         for row in rows:
             if task not in row.records:
                 continue
-            result = [at("results", LAST, name) for name in ("accuracy_before", "accuracy_truncated", "accuracy")]
+            steps = [at("results", LAST, name) for name in ("accuracy_before", "accuracy_truncated", "accuracy")]
             kept = sorted({int(value) for value in row.values(task, at("results", LAST, "kept_layers"))})
-            macs, dense = (
-                row.mean(task, at("results", LAST, "cost", "macs")),
-                row.mean(task, at("results", LAST, "cost", "dense_macs")),
+            macs, dense, params, size, speedup = (
+                row.mean(task, at("results", LAST, "cost", *path))
+                for path in (("macs",), ("dense_macs",), ("stored", "params"), ("stored", "bytes"), ("speedup",))
             )
-            size = row.mean(task, at("results", LAST, "cost", "stored", "bytes"))
-            cells.append(
-                [
-                    f"{_title(rows, task)}, {row.peft}",
-                    row.pruning,
-                    *(_percent(row.values(task, read)) for read in result),
-                    ", ".join(map(str, kept)),
-                    NOTHING if not macs or not dense else f"{macs / dense:.2f}",
-                    human(row.mean(task, at("results", LAST, "cost", "stored", "params")) or 0),
-                    f"{human(size or 0)}B",
-                    _ratio(row.mean(task, at("results", LAST, "cost", "speedup"))),
-                ]
-            )
+            accuracies = [_percent(row.values(task, read)) for read in steps]
+            share = NOTHING if not macs or not dense else f"{macs / dense:.2f}"
+            sizes = [", ".join(map(str, kept)), share, human(params or 0), f"{human(size or 0)}B", _ratio(speedup)]
+            cells.append([f"{_title(rows, task)}, {row.peft}", row.pruning, *accuracies, *sizes])
     return markdown_table(cells)
 
 
@@ -214,10 +193,8 @@ def _remarks(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _published() -> str:
-    cells = [
-        ["", "group mean", "mean of 19"],
-        *([name, *(f"{v:.2f}" for v in row)] for name, row in PUBLISHED.items()),
-    ]
+    rows = [[name, *(f"{value:.2f}" for value in row)] for name, row in PUBLISHED.items()]
+    cells = [["", "group mean", "mean of 19"], *rows]
     return markdown_table(cells) + "\n\nPapers took the best epoch on the test images."
 
 

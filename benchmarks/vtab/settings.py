@@ -26,10 +26,7 @@ class Recipe:
     """How a model is trained; the defaults are those of the PEFT literature on VTAB-1k.
 
     Attributes:
-        epochs: passes over the training images.
-        warmup_epochs: of them, those in which the learning rate rises.
-        learning_rate: peak, of AdamW; it falls along a cosine to ``lowest_rate``.
-        weight_decay: of AdamW.
+        warmup_epochs: of the epochs, those in which the learning rate of AdamW rises; then it falls along a cosine.
         batch_size: images an update, over all processes.
         drop_path: chance of the last layer's branches to be dropped while training.
         clipping: largest norm of the gradient; 0: none.
@@ -76,18 +73,13 @@ class Settings:
 
     Attributes:
         model: Hub id or folder of the pretrained model.
-        preprocessing: ``literature`` or ``checkpoint``; see ``preprocess.py``.
-        image_size: side in pixels for ``literature``; the model's own by default.
-        recipe: of the adaptation, and of the retraining.
-        retraining: how pruned models are retrained.
-        retraining_epochs: of it; those of the recipe by default, 0 for no retraining.
-        rank: of adapters that have one.
-        published: scales and initialisations of adapters are those of the published runs, task by task.
+        preprocessing: ``literature`` or ``checkpoint``; see ``images.py``. ``image_size``: in pixels, of the former.
+        recipe: of the adaptation, and of the retraining, which may have other epochs (0: none).
+        rank: of adapters that have one; ``published``: their scales and initialisations as in the published runs.
         alpha: threshold of SLS, unless a run says another.
         selection: also train on train800 and keep the epoch that is best on val200.
         test_limit: test on this many images, the same in every run, instead of all.
-        source: where tasks are read from; see ``data.py``.
-        any_size: accept splits that are not VTAB-1k's.
+        source, any_size: where tasks are read from, and whether splits may be other than VTAB-1k's; see ``data.py``.
         speed_batch, speed_rounds: images a forward pass, and rounds, of the throughput measurement.
     """
 
@@ -132,14 +124,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of a sweep.
-
-    Attributes:
-        task: its name.
-        peft: adaptation method.
-        pruning: the pruning choice as text; see ``choices.py``.
-        seed: of head, adapters and order of the images.
-    """
+    """One cell of a sweep: names of a task, an adaptation and a pruning, and the seed of head, adapters and order."""
 
     task: str
     peft: str
@@ -161,9 +146,7 @@ class Run:
 class Machine:
     """What a run depends on without being part of it.
 
-    Attributes:
-        workers: processes that load images.
-        cpu: train on the processor even where there is an accelerator.
+    ``workers`` load images; ``cpu``: train on the processor even where there is an accelerator.
     """
 
     workers: int = 0

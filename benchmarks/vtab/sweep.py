@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 from accelerate import PartialState
@@ -12,7 +13,7 @@ from rich.markup import escape
 from hf_vitprune.errors import InvalidDataError, VitPruneError
 
 from .adapters import check_peft
-from .data import TaskData, load_task
+from .data import load_task
 from .experiment import Experiment
 from .pruning import Choice, check_possible
 from .settings import LAST, Machine, Run, Settings
@@ -37,36 +38,27 @@ def run_sweep(
 ) -> list[tuple[Run, VitPruneError]]:
     """Do the runs that are not done yet. What can be refused is refused before the first of them.
 
-    Args:
-        settings: of all of them.
-        runs: what to do.
-        root: folder with the tasks' folders.
-        output: results folder.
-        machine: where it runs.
-        console: gets a line a run, from the first process.
-
-    Returns:
-        The runs that could not be done, and why; the others are done.
+    ``root`` has a folder a task, the console gets a line a run from the first process. Returns the runs that could not
+    be done, and why; the others are done.
     """
     PartialState(cpu=machine.cpu)  # before anything else makes it
     store = Store(output)
     for pruning in dict.fromkeys(run.pruning for run in runs):
         check_possible(Choice.parse(pruning), settings)
-    tasks: dict[str, TaskData] = {}
-    for task in find_tasks(dict.fromkeys(run.task for run in runs)):
-        tasks[task.name] = load_task(task, root, settings.source, any_size=settings.any_size)
+    tasks = {
+        task.name: load_task(task, root, settings.source, any_size=settings.any_size)
+        for task in find_tasks(dict.fromkeys(run.task for run in runs))
+    }
     store.claim(settings)
     waiting = [run for run in runs if not store.finished(run)]
     say = console.print if store.main else lambda *_: None
     if len(waiting) < len(runs):
         say(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already")
     failed = []
-    experiment: Experiment | None = None
+    experiment = cache(lambda name: Experiment(settings, tasks[name], store, machine))
     for number, run in enumerate(waiting, start=1):
-        if experiment is None or experiment.data is not tasks[run.task]:
-            experiment = Experiment(settings, tasks[run.task], store, machine)
         try:
-            record = experiment.record(run)
+            record = experiment(run.task).record(run)
         except VitPruneError as error:
             failed.append((run, error))
             say(f"[red]{number}/{len(waiting)}  {run.name}: {escape(str(error))}[/]")
@@ -80,38 +72,30 @@ def run_sweep(
     return failed
 
 
-def measure_again(output: Path, root: Path, machine: Machine, console: Console) -> list[tuple[Run, VitPruneError]]:
+def measure_again(output: Path, root: Path, machine: Machine, console: Console) -> None:
     """Measure the speed of all finished runs again (on a quiet machine, say) and put it into their records.
 
-    Args:
-        output: results folder.
-        root: folder with the tasks' folders.
-        machine: where it runs.
-        console: gets a line a run.
-
-    Returns:
-        The runs whose speed stays as it was, and why.
+    That of runs which cannot be measured again stays as it was, and the console is told why.
     """
     PartialState(cpu=machine.cpu)
     store = Store(output)
-    settings = store.settings()
-    records = list(store.records())
+    settings, records = store.settings(), list(store.records())
     if settings is None or not records:
         raise InvalidDataError(f"there are no finished runs in {output}")
-    left, experiment = [], None
+
+    @cache
+    def experiment(name: str) -> Experiment:
+        data = load_task(find_task(name), root, settings.source, any_size=settings.any_size)
+        return Experiment(settings, data, store, machine)
+
     for record in records:
         run = Run(*(record[name] for name in ("task", "peft", "pruning", "seed")))
-        if experiment is None or experiment.data.task.name != run.task:
-            data = load_task(find_task(run.task), root, settings.source, any_size=settings.any_size)
-            experiment = Experiment(settings, data, store, machine)
         try:
-            measured = experiment.speed(run)
+            measured = experiment(run.task).speed(run)
         except VitPruneError as error:
-            left.append((run, error))
             console.print(f"[yellow]{escape(str(error))}[/]")
             continue
         for name, speed in measured.items():
             record["results"][name]["cost"] |= speed
         store.write(run, record)
         console.print(f"{run.name}: {measured[LAST]['speedup']:.2f}x")
-    return left

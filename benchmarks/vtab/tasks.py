@@ -17,15 +17,7 @@ SPLITS = (TRAIN, VALIDATION, TRAIN_ALL, TEST)
 
 @dataclass(frozen=True)
 class Task:
-    """One classification task.
-
-    Attributes:
-        name: of its folder, in the layout that the field distributes.
-        group: one of ``GROUPS``, or ``extra``.
-        classes: number of classes.
-        test_images: images of the test split.
-        aliases: other names that it goes by in folders and on the Hub.
-    """
+    """One classification task, by the name of its folder in the layout that the field distributes, and other names."""
 
     name: str
     group: str

@@ -23,12 +23,8 @@ from .settings import Machine, Recipe
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training went.
-
-    Attributes:
-        epoch: the epoch whose weights the model has: the last, or with validation the best (the first of equals).
-        validation: accuracy after every epoch; empty without validation.
-        seconds: wall-clock time.
+    """How a training went: the epoch whose weights the model has (the last, or with validation the best, the first of
+    equals), the accuracy after every epoch (empty without validation), and seconds on the clock.
     """
 
     epoch: int
@@ -51,9 +47,7 @@ def train(
     """Train a model in place.
 
     Args:
-        examples: to train on.
         validation: examples; where given, the weights of the epoch that is best on them are put back at the end.
-        what: shown at the progress bar.
         keep_zero_ranks: leave AdaLoRA's pruned ranks pruned (they were chosen in an earlier training).
         schedule: of a retraining: ``CLR``, ``FT`` or ``TFS``; None for a first training.
     """
@@ -169,7 +163,7 @@ class KeepRanks(TrainerCallback):
         parts = [p for name, p in model.named_parameters() if "lora_E" in name]
         self._kept = [(p, (p.detach() != 0).to(p.dtype)) for p in parts]
 
+    @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        with torch.no_grad():
-            for parameter, mask in self._kept:
-                parameter.mul_(mask)
+        for parameter, mask in self._kept:
+            parameter.mul_(mask)

@@ -17,8 +17,8 @@ from ..errors import InvalidConfigError
 from ..families.base import pair
 from ..modeling.peft_twin import is_peft
 from ..plan.lineage import lineage_of, plain_name
-from ..spec.architecture import Architecture, unwrap
-from ..spec.origin import dense_of, pruned_tower
+from ..spec.architecture import Architecture, dense_of, unwrap
+from ..spec.towers import pruned_tower
 from .report import comparison_markdown, human, layer_markdown
 from .snippet import Beside, how_to_use, pipeline_tag
 

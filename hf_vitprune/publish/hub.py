@@ -17,7 +17,7 @@ from ..errors import HubUploadError, UnsupportedModelError
 from ..modeling.whole_config import check_portable
 from ..peft.folder import name_base
 from ..spec.architecture import unwrap
-from ..spec.origin import is_pruned
+from ..spec.configs import is_pruned
 from ..spec.towers import towers
 from ..utils.finite import check_finite
 from ..utils.upload import register
@@ -111,7 +111,7 @@ def push_to_hub(
             "only the answer was lost) and nothing half-finished can be loaded. Push again; large files that arrived "
             "are not sent twice",
         ):
-            return api.create_commit(
+            return api.create_commit(  # upload_folder makes several where hf_xet is installed
                 repo_id,
                 [
                     *(CommitOperationAdd(path, str(file)) for path, file in sorted(files.items())),
@@ -221,12 +221,8 @@ def trainer_card(
 ) -> bool:
     """Write ``README.md`` and its figure into the Trainer's output folder; an author's own card there gets tags alone.
 
-    Args:
-        trainer: a PruningTrainer; of a PruningModel that has decided, the card is that of its small model.
-        license, tags, model_name, finetuned_from, dataset: as ``Trainer.create_model_card`` takes them.
-
-    Returns:
-        False, and nothing is written, where the model is not pruned.
+    The arguments are those of ``Trainer.create_model_card``; of a PruningModel that has decided, the card is that of
+    its small model. False, and nothing is written, where the model is not pruned.
     """
     model: Any = trainer.model
     if hasattr(model, "pruning_config") and hasattr(model, "export"):

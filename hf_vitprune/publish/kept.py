@@ -31,13 +31,8 @@ _FIGURE = re.compile(r"!\[[^\]]*\]\(([\w.-]+)\)")
 
 @dataclass
 class Kept:
-    """What goes from a folder into its new card.
-
-    Attributes:
-        settings: keywords of ``model_card``: ``before``, ``after``, ``dataset``, ``dataset_split``, ``license``,
-            ``base_model``; those that are known.
-        eval_results: of the card that is there.
-        source: which file the metrics are from.
+    """What goes from a folder into its new card: known keywords of ``model_card``, more of the ``model-index``, and
+    which file the metrics are from.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -48,9 +43,7 @@ class Kept:
 def kept_of(folder: str | Path, dataset: str | None = None) -> Kept:
     """What a folder says: results of an evaluation of these very weights, else its card, else a Trainer's results.
 
-    Args:
-        folder: of a saved model.
-        dataset: name of the data that ``all_results.json`` is of, which it does not say.
+    ``dataset``: the data that ``all_results.json`` is of, which it does not say.
 
     Raises:
         InvalidDataError: ``results.json`` has no results.
@@ -121,10 +114,7 @@ def beside(folder: str | Path) -> Beside:
 def draw(model: Any, folder: Path, part: str | None = None) -> str | None:
     """Draw what a model keeps into a folder, for its card; None, and nothing drawn, where matplotlib is missing.
 
-    Args:
-        model: whose pruned tower is drawn.
-        folder: that the card is in.
-        part: which tower of a bigger model; by default its only one, or the only pruned one.
+    ``part``: which tower of a bigger model; by default its only one, or the only pruned one.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..methods.nvit.trajectory import Moment
+from ..methods.nvit.groups import Moment
 from ..utils.figures import PALETTE, new_figure, save_figure
 from .block_report import COLOURS, panels, style
 

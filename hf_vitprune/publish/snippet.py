@@ -38,14 +38,7 @@ _CALLS = {
 
 @dataclass(frozen=True)
 class Beside:
-    """What a folder has beside the weights, and so what code may ask for.
-
-    Attributes:
-        processor: an image processor.
-        tokenizer: a tokenizer.
-        adapter: adapters, and not the model alone.
-        portable: the file of code with which the model loads without this library.
-    """
+    """What a folder has beside the weights, and so what code may ask for; ``portable``: code that needs no library."""
 
     processor: bool = False
     tokenizer: bool = False
@@ -56,11 +49,7 @@ class Beside:
 def how_to_use(model: Any, config: PreTrainedConfig, repo_id: str | None, beside: Beside) -> tuple[str, list[str]]:
     """(what is needed, pieces of code): a pipeline, if there is one and all that it needs; loading the model alone.
 
-    Args:
-        model: the model, or a PeftModel over one.
-        config: of its pruned tower.
-        repo_id: where it is; ``path/to/model`` by default.
-        beside: what is saved with it.
+    ``config``: of its pruned tower; ``beside``: what is saved with it.
     """
     place, base = repo_id or "path/to/model", unwrap(model)
     ours = config.model_type.startswith(PRUNED_PREFIX)

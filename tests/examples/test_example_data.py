@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
+from example_data import DataArguments
 from hf_vitprune.errors import InvalidDataError
 from hf_vitprune_cli.digits import tiny_vit
-from hf_vitprune_cli.example_data import DataArguments
 from image_folders import image_folder
 from processes import ROOT
 

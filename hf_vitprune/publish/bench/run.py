@@ -38,15 +38,12 @@ class Measured(NamedTuple):
     """One model in one form.
 
     Attributes:
-        name, form, batch_size: which.
-        seconds: of a forward pass, the median over the rounds.
+        seconds: of a forward pass, the median over the rounds, which are ``samples``.
         speedup: over the first model in the same form; ``against_dense``: over the first model in float32 in the same
             runtime. Medians of the rounds' ratios.
         macs_ratio: MACs of the first model over this one's.
-        megabytes: peak memory of its process, with its runtime.
-        file_megabytes: what it takes on the disk.
+        megabytes: peak memory of its process, with its runtime; ``file_megabytes``: what it takes on the disk.
         kept: what the exported file keeps of the model, on the images; None for forms in torch.
-        samples: seconds, round by round.
     """
 
     name: str
@@ -63,12 +60,7 @@ class Measured(NamedTuple):
 
 
 def check_forms(forms: Sequence[str]) -> None:
-    """Refuse a form that is not known, or whose runtime is not installed.
-
-    Raises:
-        InvalidConfigError: there is no such form.
-        MissingExtraError: a package is missing; names the extra.
-    """
+    """Refuse a form that is not known (InvalidConfigError), or whose runtime is not installed (MissingExtraError)."""
     unknown = [form for form in forms if form not in FORMS]
     if unknown or not forms:
         raise InvalidConfigError(f"there is no form {', '.join(unknown) or 'at all'}; choose of {', '.join(FORMS)}")
@@ -237,11 +229,7 @@ def bench_table(rows: Sequence[Measured], setting: dict[str, Any]) -> Table:
 
 
 def plot_bench(rows: Sequence[Measured], setting: dict[str, Any], path: str | Path) -> Path:
-    """Bars of milliseconds an image, one panel a batch size, and of peak memory, into a file (png, svg, pdf).
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Bars of milliseconds an image, one panel a batch size, and of peak memory, into a file (png, svg, pdf)."""
     batches = sorted({row.batch_size for row in rows})
     names, forms = (list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("name", "form"))
     figure = new_figure(5 * (len(batches) + 1), 4)

@@ -34,9 +34,7 @@ class Agreement:
     """How much of the model an exported file keeps, on the user's images.
 
     Attributes:
-        images: how many.
-        output: which output was compared.
-        cosine: between the two outputs for an image, the mean; ``least_cosine``: of the worst image.
+        cosine: between the two ``output`` for an image, the mean; ``least_cosine``: of the worst image.
         top1: share of images with the same most likely class; None without classes.
         accuracy, exported_accuracy: share of right labels, of the model and of the file; None without labels.
     """
@@ -104,13 +102,9 @@ def answer(output: Any) -> tuple[str, torch.Tensor]:
 
 @torch.no_grad()
 def agreement(model: Any, exported: Any, batches: ImageBatches, inputs: dict[str, Any]) -> Agreement:
-    """Compare the answers of the model and of the exported one.
+    """Compare the answers of the model, in evaluation mode, and of the exported one on images, and labels if any.
 
-    Args:
-        model: the model, in evaluation mode.
-        exported: what :func:`load_graph` gives.
-        batches: the images, with labels where there are any.
-        inputs: what else the model takes.
+    ``inputs``: what else the model takes.
 
     Raises:
         ExportError: an answer that is not finite.
@@ -142,16 +136,12 @@ class ExportRecord:
     """What an export was checked on, and what came of it.
 
     Attributes:
-        to: format.
-        int8: whether Linears are in int8.
-        model: class that it was made from.
+        to: format. ``model``: class that it was made from.
         inputs: name -> shape; words for what may vary.
-        batches: batch sizes that were compared.
-        sizes: (height, width) of the images that were compared.
+        batches: batch sizes that were compared; ``sizes``: (height, width) of the images.
         error: largest difference of an output from the model's, as a share of its largest value.
-        tolerance: what was allowed; None for int8, which is compared on images.
+        int8: whether Linears are in int8; it is compared on images, without a ``tolerance``.
         agreement: on the user's images; None without any.
-        versions: of the packages.
     """
 
     to: str

@@ -31,12 +31,7 @@ _PACKAGES = {
 
 
 def check_format(to: str, int8: bool = False) -> None:
-    """Refuse a format that is not known, or whose packages are missing.
-
-    Raises:
-        InvalidConfigError: there is no such format, or no int8 of it.
-        MissingExtraError: a package is missing; names the extra.
-    """
+    """Refuse (InvalidConfigError) what there is not, and (MissingExtraError) what lacks a package."""
     if to not in FORMATS:
         raise InvalidConfigError(f"there is no format {to!r}; choose one of {', '.join(FORMATS)}")
     if to in FOLDERS:
@@ -54,11 +49,9 @@ def check_format(to: str, int8: bool = False) -> None:
 def make_graph(
     to: str, model: Any, inputs: Mapping[str, Any], shapes: Mapping[str, Any], quantizer: Any = None
 ) -> Any:
-    """The model as a ``transformers.exporters.ExportedModel``.
+    """A float32 model on the CPU, in evaluation mode, as a ``transformers.exporters.ExportedModel``.
 
     Args:
-        to: one of ``GRAPHS``.
-        model: a float32 model on the CPU, in evaluation mode.
         inputs: an example.
         shapes: which axes of it may vary, as ``torch.export`` takes them.
         quantizer: of :func:`int8_quantizer`.
@@ -75,12 +68,7 @@ def make_graph(
 
 
 def int8_quantizer(to: str, calibration: Iterable[Mapping[str, Any]]) -> Any:
-    """Weights of Linears in int8, and their inputs: by ranges seen while it runs, or (OpenVINO) in the calibration.
-
-    Args:
-        to: one of ``GRAPHS``.
-        calibration: examples of inputs.
-    """
+    """Weights of Linears in int8, and their inputs: by ranges seen as it runs, or (OpenVINO) in the calibration."""
     from transformers import exporters
 
     samples = [dict(sample) for sample in calibration]

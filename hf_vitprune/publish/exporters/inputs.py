@@ -22,9 +22,7 @@ def example_inputs(model: Any, batch: int, size: Size | None = None, seed: int =
 
     Args:
         model: a model of a family, or a bigger one.
-        batch: images.
         size: (height, width) in pixels; None: what the config says.
-        seed: of the values.
 
     Raises:
         UnsupportedModelError: the model generates text.
@@ -39,13 +37,9 @@ def example_inputs(model: Any, batch: int, size: Size | None = None, seed: int =
 
 
 def varying_axes(inputs: Mapping[str, Any], sizes: int, to: str, most: int) -> dict[str, Any]:
-    """Which axes may vary: that of the batch, and height and width where several sizes are asked for.
+    """Which axes may vary: that of the batch, and height and width where several ``sizes`` are asked for.
 
-    Args:
-        inputs: the example.
-        sizes: how many image sizes the graph is for.
-        to: the format; ExecuTorch plans its memory for the largest batch.
-        most: that batch.
+    ExecuTorch plans its memory for the largest batch, ``most``.
     """
     axes: dict[str, Any] = dict.fromkeys(inputs)
     for name, value in _tensors(inputs):

@@ -37,8 +37,7 @@ class Answers:
     Attributes:
         kind: ``"classes"`` or ``"neighbours"``.
         chosen: model -> (images, 1) class numbers, or (images, k) numbers of the nearest other images.
-        sure: model -> (images) probability of the chosen class; of neighbours: empty.
-        class_names: of the dense model; of neighbours: empty.
+        sure: model -> (images) probability of the chosen class; of neighbours, as ``class_names``: empty.
         errors: model -> relative squared error of its output to the dense one's, by what one-shot scores go by, where
             both have outputs of one shape.
         accuracy: model -> share of right classes, where images have labels; of neighbours, by a vote of the nearest.

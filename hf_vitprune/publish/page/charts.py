@@ -68,13 +68,8 @@ def bar_chart(
 ) -> Chart:
     """Bars of every layer: the dense size as a wide one behind, those of the models side by side before it.
 
-    Where they would be too narrow, lines across the wide bar say how high they are.
-
-    Args:
-        title: what is counted.
-        dense: one size a layer.
-        models: name and sizes, one a layer of the dense model; None: that layer is gone.
-        stages: stage of every layer.
+    Where they would be too narrow, lines across the wide bar say how high they are. ``models``: name and sizes, one a
+    layer of the dense model; None: that layer is gone. ``stages``: of every layer.
     """
     chart = Chart(title, "layer, bottom to top", f"{title} of every layer, dense and pruned")
     count = len(dense)
@@ -116,11 +111,8 @@ def line_chart(
     points: Sequence[tuple[str, float, float]],
     summary: str,
 ) -> Chart:
-    """A falling curve of positive errors over shares of a cost, on a logarithmic axis, and a point a model.
-
-    Args:
-        curve: (share in (0, 1], error), from left to right.
-        points: (name, share, error); errors of 0 are drawn at the foot.
+    """A falling curve of (share in (0, 1], positive error), on a logarithmic axis, and a point (name, share, error) a
+    model; errors of 0 are drawn at the foot.
     """
     chart = Chart(title, x_label, summary)
     errors = [error for _, error in curve if error > 0] + [error for _, _, error in points if error > 0]

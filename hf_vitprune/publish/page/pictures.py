@@ -22,7 +22,6 @@ class Pictures:
     """Images by number, read when they are asked for.
 
     Attributes:
-        names: one an image.
         read: number -> PIL image in RGB.
         source: where they are from, in words.
         labels: class numbers of the model; None where there are none.

@@ -29,12 +29,8 @@ def places_of(
 ) -> tuple[list[int], bool]:
     """For every layer of a pruned model, which layer of the dense one it was; and whether that is known.
 
-    A plan for the dense model says so, and so does the config of a model that lost layers and nothing else; else the
-    first layers of every stage are taken to have stayed.
-
-    Args:
-        remembered: ``lineage_of`` the pruned model's config.
-        plan: what it was made by.
+    The plan that it was made by says so, and so does the config (``remembered``) of a model that lost layers and
+    nothing else; else the first layers of every stage are taken to have stayed.
 
     Raises:
         ModelMismatchError: it is of another family, or has more layers.
@@ -96,12 +92,7 @@ def _size(row: Mapping[str, Any], key: str) -> float:
 
 # ---------------------------------------------------------------------- budgets
 class Budget(NamedTuple):
-    """The best plan of a budget.
-
-    Attributes:
-        share: of the dense multiply-adds that its model needs.
-        error: relative squared error of the dense model's output that the scores predict, with compensation.
-    """
+    """The best plan of a share of the dense multiply-adds, and the error of the output that its scores predict."""
 
     share: float
     error: float

@@ -10,8 +10,7 @@ from transformers import TrainingArguments
 
 from hf_vitprune.utils.data import DIGITS, LabelledImages, load_images
 from hf_vitprune.utils.sources import Source
-
-from .app import empty_output
+from hf_vitprune_cli.app import empty_output
 
 
 @dataclass
