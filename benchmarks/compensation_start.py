@@ -41,7 +41,6 @@ from hf_vitprune.spec.configs import lineage_of
 from hf_vitprune.utils.batches import ImageBatches
 
 from .common import once, quiet_arguments, table_of
-from .trained import SUBJECTS as MODELS
 from .trained import Split, accuracy_of, batches, logits_of, read, trained
 
 SUBJECTS = ("ViT, digits", "ViT, dSprites")
@@ -107,7 +106,7 @@ def fine_tune(model: Any, train: Split, test: Split, goal: float, rate: float, s
 
 def measure(subject: str, kept: float, method: str, seed: int) -> dict[str, Any]:
     dense = trained(subject, seed)
-    data = read(MODELS[subject].data)
+    data = read(subject)
     train, test = data["train"], data["test"].part(slice(1000))
     top = accuracy(dense, test)
     row: dict[str, Any] = {"subject": subject, "kept": kept, "seed": seed, "method": method, "dense": top}

@@ -1,14 +1,11 @@
 """The dense models of ``benchmarks.compare`` for other benchmarks: trained once, in the same folder, as plain tensors.
 
-    python -m benchmarks.trained [SEED ...]     # makes those that are not there yet: a minute each on one core
-
 A ViT and a Swin on scikit-learn's digits (800 images to train on, 797 to test), and a ViT on dSprites (re-rendered; 16
 positions across, 8000 and 2000 images).
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,30 +28,24 @@ class Split(NamedTuple):
         return Split(self.pixels[indices], self.labels[indices])
 
 
-class Subject(NamedTuple):
-    """A model and the data it is trained on, by their names in ``benchmarks.compare``."""
-
-    family: str
-    data: str
-
-
+#: name -> family and data of ``benchmarks.compare``
 SUBJECTS = {
-    "ViT, digits": Subject("vit", "digits"),
-    "Swin, digits": Subject("swin", "digits"),
-    "ViT, dSprites": Subject("vit", "dsprites_loc"),
+    "ViT, digits": ("vit", "digits"),
+    "Swin, digits": ("swin", "digits"),
+    "ViT, dSprites": ("vit", "dsprites_loc"),
 }
 
 
-def read(data: str) -> dict[str, Split]:
+def read(name: str) -> dict[str, Split]:
     """``train`` and ``test`` of a subject's data."""
-    task = load_task(data)
+    task = load_task(SUBJECTS[name][1])
     return {name: Split(part.pixels, part.labels) for name, part in (("train", task.train), ("test", task.test))}
 
 
 def trained(name: str, seed: int, folder: Path = OUTPUT) -> Any:
     """The model of a subject for a seed, in eval mode; it is trained where ``folder`` does not have it."""
-    subject = SUBJECTS[name]
-    return dense_model(subject.family, load_task(subject.data), seed, folder / "dense")
+    family, data = SUBJECTS[name]
+    return dense_model(family, load_task(data), seed, folder / "dense")
 
 
 def batches(split: Split, size: int, seed: int) -> Iterator[Split]:
@@ -89,15 +80,3 @@ def logits_of(model: Any, pixels: torch.Tensor) -> torch.Tensor:
 def accuracy_of(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """In percent."""
     return 100 * float((logits.argmax(1) == labels).float().mean())
-
-
-def main(seeds: list[int]) -> None:
-    for seed in seeds:
-        for name, subject in SUBJECTS.items():
-            test = read(subject.data)["test"]
-            accuracy = accuracy_of(logits_of(trained(name, seed), test.pixels), test.labels)
-            print(f"{name}, seed {seed}: {accuracy:.2f} % of {len(test.labels)} test images", flush=True)
-
-
-if __name__ == "__main__":
-    main([int(seed) for seed in sys.argv[1:]] or [0, 1, 2])

@@ -17,7 +17,7 @@ from hf_vitprune import OneShotScores
 from hf_vitprune.methods import OneShotSettings
 
 from ..common import once
-from ..trained import SUBJECTS, accuracy_of, logits_of, read, trained
+from ..trained import accuracy_of, logits_of, read, trained
 from .methods import METHODS, Given, Goal, cost_ratio
 
 GOALS = [Goal("macs", 0.5), Goal("macs", 0.25), Goal("units", 0.3), Goal("units", 0.5), Goal("units", 0.75)]
@@ -54,7 +54,7 @@ def draw_of(pixels: torch.Tensor, images: int, draw: int) -> torch.Tensor:
 
 def do_run(run: Run, models: Path) -> dict[str, Any]:
     """Prune to every goal, and compare with the dense model on the test images."""
-    dense, data = trained(run.subject, run.seed, models), read(SUBJECTS[run.subject].data)
+    dense, data = trained(run.subject, run.seed, models), read(run.subject)
     test = data["test"]
     expected = logits_of(dense, test.pixels)
     images = draw_of(data["train"].pixels, run.images, run.draw)

@@ -15,9 +15,9 @@ from transformers import Trainer, TrainerCallback
 from hf_vitprune.contrib.drop_path import attach_drop_path
 from hf_vitprune.contrib.retraining import retraining_arguments
 from hf_vitprune.errors import InvalidDataError
+from hf_vitprune.training.keep_best import KeepBest
 from hf_vitprune_cli.progress import use_quiet_progress
 
-from .adapters import trained_tensors
 from .settings import Machine, Recipe
 
 
@@ -52,7 +52,7 @@ def train(
         schedule: of a retraining: ``CLR``, ``FT`` or ``TFS``; None for a first training.
     """
     start = time.perf_counter()
-    best = KeepBest()
+    best = KeepBest("eval_negative_accuracy")  # the smallest is the best
     strategy = {"eval_strategy": "no" if validation is None else "epoch"}
     with tempfile.TemporaryDirectory() as folder:
         arguments = machine.arguments(recipe, seed, folder, PartialState().num_processes, **strategy)
@@ -75,9 +75,8 @@ def train(
             handle.remove()
     if not np.isfinite(loss):
         raise InvalidDataError(f"{what}: the loss is {loss}; the training diverged, lower the learning rate")
-    if validation is not None:
-        best.restore(model)
-    return Trained(best.epoch or recipe.epochs, best.accuracies, time.perf_counter() - start)
+    epoch = recipe.epochs if validation is None else 1 + [*best.losses].index(best.best)
+    return Trained(epoch, [-loss for loss in best.losses.values()], time.perf_counter() - start)
 
 
 class _Trainer(Trainer):
@@ -116,30 +115,8 @@ def choices_of(logits: Any, labels: Any) -> torch.Tensor:
 
 
 def accuracy_of_choices(prediction: Any) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
-
-
-class KeepBest(TrainerCallback):
-    """Remembers the trained tensors of the epoch with the best validation accuracy."""
-
-    def __init__(self) -> None:
-        self.accuracies: list[float] = []
-        self.epoch = 0
-        self._tensors: dict[str, torch.Tensor] = {}
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **_: Any
-    ) -> None:
-        self.accuracies.append(metrics["eval_accuracy"])
-        if self.accuracies[-1] > max(self.accuracies[:-1], default=-1.0):
-            self.epoch = len(self.accuracies)
-            self._tensors = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
-
-    def restore(self, model: Any) -> None:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in self._tensors:
-                    parameter.copy_(self._tensors[name])
+    accuracy = float((prediction.predictions == prediction.label_ids).mean())
+    return {"accuracy": accuracy, "negative_accuracy": -accuracy}
 
 
 # ---------------------------------------------------------------------- AdaLoRA

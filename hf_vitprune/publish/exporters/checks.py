@@ -177,4 +177,4 @@ class ExportRecord:
             pages = Environment(loader=PackageLoader("hf_vitprune.publish"), trim_blocks=True)
             said = None if self.agreement is None else self.agreement.one_line
             page = pages.get_template("export.md").render(vars(self), file=RECORD, one_line=said)
-            (folder / PAGE).write_text(page + "\n")
+            (folder / PAGE).write_text(page)
