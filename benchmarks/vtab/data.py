@@ -18,8 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from hf_vitprune.errors import InvalidDataError
 from hf_vitprune.utils import data
-from hf_vitprune.utils.columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
-from hf_vitprune.utils.sources import built_in_digits
+from hf_vitprune.utils.sources import IMAGE_COLUMNS, LABEL_COLUMNS, built_in_digits, find_column
 
 from .dsprites import LABELS, read_dsprites
 from .images import Images, joined
