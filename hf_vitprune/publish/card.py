@@ -18,6 +18,7 @@ from ..families.base import pair
 from ..modeling.peft_twin import is_peft
 from ..plan.lineage import lineage_of, plain_name
 from ..spec.architecture import Architecture, dense_of, unwrap
+from ..spec.configs import is_pruned
 from ..spec.towers import pruned_tower
 from .report import comparison_markdown, human, layer_markdown
 from .snippet import Beside, how_to_use, pipeline_tag
@@ -90,7 +91,7 @@ def model_card(
     tower = pruned_tower(model, part)
     architecture = Architecture.of(model, tower.part if tower.path else None)
     config = model.get_submodule(tower.path).config
-    remembered = lineage_of(config)
+    remembered, pruned = lineage_of(config), is_pruned(config)
     source = base_model or remembered.get("base_model") or remembered.get("base_folder")
     trained, task = remembered.get("training") or [], pipeline_tag(model)
     name = repo_id.split("/")[-1] if repo_id else type(model).__name__
@@ -104,7 +105,7 @@ def model_card(
         license=license,
         model_name=name,
         pipeline_tag=task,
-        tags=["hf_vitprune", "pruning", architecture.model_type, *tags],
+        tags=["hf_vitprune", *(["pruning"] if pruned else []), architecture.model_type, *tags],
         eval_results=_eval_results(after or {}, task, dataset, dataset_split, eval_results) or None,
     )
     if dense is None:
@@ -118,6 +119,7 @@ def model_card(
         data,
         template_path=str(TEMPLATE),
         title=name,
+        pruned=pruned,
         part=architecture.part,
         kind=architecture.model_type,
         remains=_remains(architecture, known),

@@ -130,6 +130,13 @@ def test_the_license_is_that_of_the_base_models_card(tmp_path: Path) -> None:
     assert license_of(str(tmp_path)) == "cc-by-4.0"
 
 
+def test_a_model_that_is_not_pruned_is_not_called_so() -> None:
+    for model, words in ((make(VIT), "A version that is not pruned (`vit`)"), (halved(make(VIT)), "A pruned version")):
+        card = model_card(model)
+        data: Any = card.data
+        assert words in card.text and ("pruning" in data.tags) == words.startswith("A pruned")
+
+
 # ---------------------------------------------------------------------- what a folder has
 def test_a_new_card_keeps_the_metrics(tmp_path: Path) -> None:
     small = halved(make(VIT))
