@@ -21,12 +21,9 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 
 def can_absorb(kind: AdapterKind, layer: Any, weight: torch.Tensor | None) -> bool:
-    """Whether weights can be found under the layer's active adapters that make up a given effective weight.
+    """Whether weights can be found under the dense layer's active adapters that make up an effective weight.
 
-    Args:
-        kind: of the adapters.
-        layer: as it is in the dense model.
-        weight: the effective weight; None where only the bias is new.
+    ``weight``: None where only the bias is new.
 
     Raises:
         AdapterError: the layer has adapters that are not active; new weights hold for those that are.
@@ -64,14 +61,7 @@ def why_merged(model: Any) -> str | None:
 
 @torch.no_grad()
 def absorb(kind: AdapterKind, name: str, layer: Any, adapters: list[str], effective: nn.Linear) -> None:
-    """Change the weights under adapters of a small model's layer so that it computes what a Linear does.
-
-    Args:
-        kind: of the adapters, which are in place.
-        name: of the layer.
-        layer: is changed.
-        adapters: names of those that act.
-        effective: the Linear.
+    """Change the weights of a small model's layer under the adapters that act, so that it computes what a Linear does.
 
     Raises:
         AdapterError: it does not, by more than rounding explains.

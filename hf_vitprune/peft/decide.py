@@ -61,11 +61,7 @@ class Decision:
 def decide(model: Any, stock: Any, plan: PruningPlan, cuts: dict[str, Cut], part: str = "") -> Decision:
     """Slice what can be sliced, else make LoRA of all of it, else name what has to be merged.
 
-    Args:
-        model: the PeftModel.
-        stock: its plain twin.
-        plan: what stays of its tower at ``part``; its new weights have names in the whole model.
-        cuts: of every tensor of the small model.
+    ``stock`` is the PeftModel's plain twin, ``plan`` is for its tower at ``part``, with names of the whole model.
 
     Raises:
         AdapterError: something has to be merged, and there are adapters that this would mix up.

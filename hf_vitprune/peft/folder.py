@@ -62,11 +62,9 @@ def stands_in(config: Any) -> bool:
 
 
 def write_base(config: Any, folder: Path) -> str | None:
-    """Put the base of an adapter beside it, if no checkpoint stands in for it.
+    """Put the base of an adapter that is being saved beside it, if no checkpoint stands in for it.
 
-    Args:
-        config: of an adapter that is being saved.
-        folder: of the adapter; one not called ``default`` is in a folder of its name, beside its base.
+    An adapter not called ``default`` is in a folder of its name, beside its base.
 
     Returns:
         What the config is to name as its base; None to leave what it names.

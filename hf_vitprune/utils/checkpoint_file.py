@@ -15,8 +15,7 @@ from ..errors import CheckpointMismatchError, UnsafeCheckpointError
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a ``.pth`` file, whether bare or under ``model`` or ``state_dict``.
 
-    Nothing but tensors and plain data is read; settings in an ``argparse.Namespace``, which DeiT's training code adds,
-    are data too.
+    Only tensors and plain data are read, such as the ``argparse.Namespace`` that DeiT's training code adds.
 
     Raises:
         UnsafeCheckpointError: the file could only be read by running code that it brings.

@@ -20,11 +20,7 @@ _EXTRAS = {
 
 
 def need(what: str, *packages: str) -> None:
-    """Refuse to begin what lacks a package.
-
-    Args:
-        what: begins the error: "plots", say.
-        packages: by the names that they are imported by.
+    """Refuse to begin what lacks a package; ``what`` begins the error: "plots", say.
 
     Raises:
         MissingExtraError: naming the first that is not there, and the extra that it comes with.

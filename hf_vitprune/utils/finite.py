@@ -28,12 +28,9 @@ def _broken(named: Iterable[tuple[str, Any]]) -> list[str]:
 
 
 def check_finite(model: nn.Module, what: str, state: Mapping[str, Any] | None = None) -> None:
-    """Refuse a model with weights that are no numbers.
+    """Refuse a model with weights (or a ``state``) that are no numbers, so that it is not ``what`` ("saved", say).
 
-    Args:
-        model: one that is spread over processes is not looked at.
-        what: is not done with it: "saved", say.
-        state: what is looked at in the place of its parameters.
+    One that is spread over processes is not looked at.
 
     Raises:
         NotFiniteError: naming the first tensor.

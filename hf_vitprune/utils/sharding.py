@@ -104,13 +104,6 @@ def shaped(model: nn.Module) -> Iterator[None]:
             parameter.data = data
 
 
-def spread_like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """This process's part of a whole tensor, which every process has, where ``pattern`` is spread."""
-    if not isinstance(pattern, DTensor) or isinstance(tensor, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)
-
-
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict in whole tensors on the CPU; empty on all but the first process. All have to call this."""
     state = {}
@@ -124,8 +117,10 @@ def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def spread_state(model: nn.Module, state: dict[str, Any], prefix: str) -> None:
     """Every process takes its part of whole tensors that are about to be loaded, in place."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if is_sharded([tensor]) and prefix + name in state:
-            state[prefix + name] = spread_like(state[prefix + name], tensor)
+        full = state.get(prefix + name)
+        if isinstance(tensor, DTensor) and full is not None and not isinstance(full, DTensor):
+            full = full.to(tensor.device)
+            state[prefix + name] = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def reshard(model: nn.Module) -> None:

@@ -97,10 +97,7 @@ def choose_splits(
 ) -> tuple[str, str | None]:
     """(split to train on, split to evaluate on) that are asked for, by another name for the same too.
 
-    Args:
-        train, evaluation: names; None: by default.
-        parts, source: split -> data, and what errors call it.
-        training: False: for lack of a training split, any other says what the classes are.
+    Where nothing is trained, any split says what the classes are for lack of one to train on.
 
     Raises:
         InvalidDataError: there is no such split, or none to train on.
@@ -216,10 +213,7 @@ def find_column(
 ) -> str:
     """The column that is asked for; else the first of the known names that there is, or the only one of its type.
 
-    Args:
-        dataset, source: ``datasets.Dataset``, and what errors call it.
-        kind: ``"image"`` or ``"label"``.
-        by_type: look for the only column of images, or of numbered classes, too.
+    ``kind`` is "image" or "label"; ``by_type``: look for the only column of images, or of numbered classes, too.
 
     Raises:
         InvalidDataError: it has no such column, or one of another type.

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from hf_vitprune.errors import AdapterError, InvalidPlanError, UnsupportedModelError
 from hf_vitprune.modeling.peft_twin import tuner_layers
-from hf_vitprune.peft.kinds.lora import LoraKind
+from hf_vitprune.peft.kinds.stock import LoraKind
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import mask, prune, truncate
 from hf_vitprune.spec.architecture import Architecture
