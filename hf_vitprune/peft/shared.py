@@ -90,22 +90,18 @@ class _Switch:
         """(layers, labels) of the active adapter; (None: all, the base model's own) without one.
 
         Raises:
-            AdapterError: several are active and do not agree.
+            AdapterError: several are active, or in one batch, and do not agree.
         """
-        active = {
-            name: None
-            for module in model.modules()
-            if isinstance(module, BaseTunerLayer) and not module.disable_adapters
-            for name in module.active_adapters
-        }
-        configs = getattr(model, "peft_config", {})
+        layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
+        active = {name: None for layer in layers for name in _names_of_batch(layer) or layer.active_adapters}
+        configs = {**getattr(model, "peft_config", {}), "__base__": None}  # as PEFT calls a row without an adapter
         tasks = {name: self.task_of(configs[name]) for name in active if name in configs}
         values = list(tasks.values()) or [(None, self.labels)]
         if any(task != values[0] for task in values):
             depths = {name: "all" if depth is None else depth for name, (depth, _) in tasks.items()}
             raise AdapterError(
-                f"adapters of different depth or labels are active together (layers: {depths}); activate one of them "
-                "with set_adapter"
+                f"adapters of different depth or labels are active together, or in one batch (layers: {depths}); "
+                "activate one of them with set_adapter, and pass the images of every task apart"
             )
         return values[0]
 
@@ -113,3 +109,9 @@ class _Switch:
         record = getattr(config, "pruning", None)
         depth = None if record is None else len(record["kept_layers"])
         return depth, recorded_labels(config) or self.labels
+
+
+def _names_of_batch(layer: Any) -> list[str] | None:
+    """The ``adapter_names`` of a forward call, one an image: PEFT hands them to its layers by hooks."""
+    given = (getattr(hook, "keywords", {}).get("adapter_names") for hook in layer._forward_pre_hooks.values())
+    return next((names for names in given if names is not None), None)

@@ -120,6 +120,21 @@ def test_any_depths_in_any_order(depths: list[int], order: list[int], how: str, 
             assert_same(run(model, output_hidden_states=True), alone[names[i]])
 
 
+def test_the_tasks_of_one_batch_agree(tmp_path: Path) -> None:
+    make(VIT, num_labels=5).save_pretrained(tmp_path / "dense")
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
+    alone = {name: task(tmp_path, name, depth, config) for name, depth in (("flat", 1), ("deep", 2))}
+    model = loaded(tmp_path, ["flat", "deep"], "peft")
+    pixels = images()
+    with torch.no_grad():
+        for name in ("flat", "deep"):  # whichever is active
+            out = model(pixel_values=pixels, adapter_names=[name] * len(pixels))
+            assert torch.allclose(out.logits, alone[name]["logits"], atol=1e-6)
+        for other in ("deep", "__base__"):
+            with pytest.raises(AdapterError, match="in one batch"):
+                model(pixel_values=pixels, adapter_names=["flat"] + [other] * (len(pixels) - 1))
+
+
 def test_the_backbone_is_there_once_and_unharmed(tmp_path: Path) -> None:
     make(VIT).save_pretrained(tmp_path / "dense")
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
