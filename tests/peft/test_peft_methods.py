@@ -169,6 +169,8 @@ def test_more_than_one_adapter(kind: str) -> None:
         assert_same(run(model), run(make(VIT)))
     model.base_model.set_adapter("default")
     assert torch.equal(run(model)["logits"], one)
+    with pytest.raises(AdapterError, match="choose one with set_adapter, not by image"):  # which PEFT would drop
+        model(pixel_values=images(), adapter_names=["default"] + ["second"] * (len(images()) - 1))
     model.delete_adapter("second")
     assert torch.equal(run(model)["logits"], one)
     assert_same(run(model.unload()), run(make(VIT)))

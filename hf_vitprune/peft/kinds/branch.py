@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -159,6 +160,14 @@ class BranchTuner(BaseTuner):
         Raises:
             AdapterError: with the reason.
         """
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise AdapterError(
+                "these adapters act on all images of a batch: choose one with set_adapter, not by image"
+            )
+        yield
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         self.architecture = Architecture.of(self.model)
