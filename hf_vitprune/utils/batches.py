@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset, SubsetRandomSampler
 
 from ..errors import CheckpointMismatchError, InvalidDataError
 from .examples import Rows, collate, examples_of
@@ -68,6 +68,9 @@ class ImageBatches:
         if isinstance(data, (ImageBatches, DataLoader)):
             own: Any = data
             data, collate_fn = own.dataset, collate_fn or own.collate_fn
+            sampler = getattr(getattr(own, "batch_sampler", None), "sampler", getattr(own, "sampler", None))
+            if isinstance(sampler, SubsetRandomSampler):  # what it leaves out may be held out
+                data = Subset(data, sorted(sampler.indices))
             form = form or getattr(own, "form", None)
             as_trained = as_trained or getattr(own, "as_trained", False)
         self.form, self.as_trained = form, as_trained

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler
 
 from hf_vitprune.errors import InvalidDataError
 from hf_vitprune.utils.batches import ImageBatches, run_images
@@ -72,6 +72,16 @@ class _Stream(IterableDataset):
 def test_what_cannot_be_read_is_refused(data: Any, words: str) -> None:
     with pytest.raises(InvalidDataError, match=words):
         list(ImageBatches(data))
+
+
+def test_a_sampler_of_some_images_leaves_the_others_out() -> None:
+    sampler = SubsetRandomSampler([7, 2, 5])
+    for loader in (
+        DataLoader(EXAMPLES, batch_size=2, sampler=sampler),  # type: ignore[arg-type]
+        DataLoader(EXAMPLES, batch_sampler=BatchSampler(sampler, 2, False)),  # type: ignore[arg-type]
+    ):
+        pixels = together(ImageBatches(ImageBatches(loader), batch_size=2))
+        assert torch.equal(pixels, PIXELS[[2, 5, 7]])
 
 
 def test_other_columns_stay_in_their_batches() -> None:

@@ -164,9 +164,7 @@ class BranchTuner(BaseTuner):
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
-            raise AdapterError(
-                "these adapters act on all images of a batch: choose one with set_adapter, not by image"
-            )
+            raise AdapterError("these adapters act on whole batches: choose one with set_adapter, not by image")
         yield
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
