@@ -177,10 +177,11 @@ class Family:
 
     def refused_attention(self, config: Any, shape: Any) -> str | None:
         """Why no attention can have the sizes of a ``LayerShape``; None where it can."""
+        if not self.qk_pairs:
+            return None
         dense = self.dense_layers(config)[0].head_dim
-        if self.qk_pairs and (shape.qk_dim % 2 or shape.qk_dim > dense):
-            return f"q/k channels are turned in pairs, and a head has {dense}; got {shape.qk_dim}"
-        return None
+        pairs = shape.qk_dim % 2 == 0 and shape.qk_dim <= dense
+        return None if pairs else f"q/k channels are turned in pairs, and a head has {dense}; got {shape.qk_dim}"
 
     # ------------------------------------------------------------------ configs of other shapes
     def resize_config(self, config: Any, width: int, num_layers: int, depths: Depths) -> None:

@@ -22,8 +22,9 @@ class InternVLFamily(Family):
         return not config.use_qk_norm
 
     def refused_attention(self, config: Any, shape: Any) -> str | None:
-        dense, normed = self.dense_layers(config)[0], self.refused_units(config).get("qk")
-        if not normed or (shape.heads, shape.qk_dim) == (dense.heads, dense.head_dim):
+        normed = self.refused_units(config).get("qk")
+        dense = self.dense_layers(config)[0] if normed else None
+        if dense is None or (shape.heads, shape.qk_dim) == (dense.heads, dense.head_dim):
             return None
         return (
             f"{normed}, whose {dense.heads} heads of {dense.head_dim} channels all stay; got {shape.heads} of "
