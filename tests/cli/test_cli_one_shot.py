@@ -86,7 +86,7 @@ def test_the_commands_of_the_documentation(
         names = {"MODEL": model, "FOLDER": folder}
         force = ["--force"] if "small" in command and (tmp_path / "small").exists() else []
         if "--images" not in command:
-            monkeypatch.setattr("hf_vitprune.utils.images._read", None)  # no image is read
+            monkeypatch.setattr("hf_vitprune.utils.images.open_image", None)  # no image is read
         text = printed(*(names.get(word, word) for word in command), *force)
         assert "speed-up" in text and "from 40 unlabelled images" in text
         written.append({path.name for path in tmp_path.iterdir()} - before)
