@@ -70,21 +70,16 @@ def layer_parts(
         grid: patches down and across, ``family.grid(config, image_size)``.
         small: small tensors of layers of this kind, where they are known.
     """
-    family = architecture.family
+    family, config = architecture.family, architecture.config
     small = small or layer_tensors(architecture)[kind]
-    tokens, projected, squares = family.attention_tokens(architecture.config, grid, kind)
+    tokens, projected, squares = family.attention_tokens(config, grid, kind)
     mixer = f"{name} attention"
     if shape.mixer == "attention":
         mixing = _attention(small, shape, width, mixer, projected, squares)
-        mixing = mixing._replace(
-            macs=mixing.macs + family.other_attention_macs(architecture.config, shape.heads, kind)
-        )
+        mixing = mixing._replace(macs=mixing.macs + family.other_attention_macs(config, shape.heads, kind))
     else:
         mixing = _other_mixer(small, shape, width, mixer, family.grid_tokens(grid, kind))
-    return [
-        mixing,
-        _mlp(small, shape, width, f"{name} mlp", tokens, len(family.fc1_names(architecture.config))),
-    ]
+    return [mixing, _mlp(small, shape, width, f"{name} mlp", tokens, len(family.fc1_names(config)))]
 
 
 def outer_part(architecture: Architecture, hidden_size: int, image_size: int | tuple[int, int] | None) -> Part:
@@ -122,13 +117,8 @@ def _mlp(small: LayerTensors, shape: LayerShape, width: int, name: str, tokens: 
 
 
 def block_macs(model: Any, image_size: int | tuple[int, int] | None = None) -> list[tuple[int, int]]:
-    """(multiply-adds of the mixer, of the MLP) of every layer, for one image.
-
-    Args:
-        model: a model or an Architecture.
-        image_size: side, or (height, width), in pixels; the config's by default.
-    """
-    architecture = model if isinstance(model, Architecture) else Architecture.of(model)
+    """(multiply-adds of the mixer, of the MLP) of every layer of a model or an Architecture, for one image."""
+    architecture = Architecture.given(model)
     macs = {part.name: part.macs for part in cost_parts(architecture, image_size)}
     return [(macs[f"layer {i} attention"], macs[f"layer {i} mlp"]) for i in range(len(architecture.layers))]
 
@@ -140,10 +130,10 @@ def removed_macs(model: Any, image_size: int | tuple[int, int] | None = None) ->
         ``attention`` and ``mlp``: the fraction of theirs that is gone; ``attention_share``: attention's part of all
         that is gone (0 where nothing is).
     """
-    architecture = model if isinstance(model, Architecture) else Architecture.of(model)
-    dense = Architecture.dense(architecture.config, architecture.task)
+    architecture = Architecture.given(model)
     now, before = (
-        [sum(column) for column in zip(*block_macs(which, image_size), strict=True)] for which in (architecture, dense)
+        [sum(column) for column in zip(*block_macs(which, image_size), strict=True)]
+        for which in (architecture, architecture.unpruned)
     )
     gone = [full - left for full, left in zip(before, now, strict=True)]
     shares = {name: part / full for name, part, full in zip(("attention", "mlp"), gone, before, strict=True)}

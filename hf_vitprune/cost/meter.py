@@ -36,13 +36,7 @@ class CostMeter(ABC):
     def layer(self, shape: LayerShape, width: int, kind: int = 0) -> float:
         """Cost of one layer, in the metric's unit (multiply-adds an image, parameters, seconds a batch).
 
-        Args:
-            shape: sizes of the layer.
-            width: residual width at it (``architecture.width(i)``).
-            kind: ``architecture.kinds[i]``; 0 where all layers are alike.
-
-        Raises:
-            LatencyTableError: a latency table does not cover the sizes.
+        ``width``: ``architecture.width(i)``. ``kind``: ``architecture.kinds[i]``; 0 where all layers are alike.
         """
         key = (shape, width, kind)
         if key not in self._layers:

@@ -64,20 +64,14 @@ class LayerTensors(NamedTuple):
 def layer_tensors(architecture: Architecture) -> list[LayerTensors]:
     """The small tensors of the dense layers of every kind; those of one stage have the same."""
     key = ("layers", _digest(architecture.config), architecture.task)
-    found = _remember(key, lambda: _read_layers(Architecture.dense(architecture.config, architecture.task)))
+    found = _remember(key, lambda: _read_layers(architecture.unpruned))
     return found if architecture.depths is not None else found * (1 + max(architecture.kinds))
 
 
 def outside(architecture: Architecture, hidden_size: int, size: tuple[int, int] | None) -> Part:
-    """Everything outside the layers, at a residual width.
-
-    Args:
-        architecture: of a model of that kind and task.
-        hidden_size: residual width (of the first stage).
-        size: (height, width) of an image, in pixels; None: the config's.
-    """
-    key = (_digest(architecture.config), architecture.task, hidden_size, size)
-    return _remember(("outside", *key), lambda: _count_outside(architecture, hidden_size, size))
+    """Everything outside the layers, at a residual width (of the first stage), for an image of ``size`` pixels."""
+    key = ("outside", _digest(architecture.config), architecture.task, hidden_size, size)
+    return _remember(key, lambda: _count_outside(architecture.unpruned, hidden_size, size))
 
 
 # ---------------------------------------------------------------------- memory
@@ -100,8 +94,8 @@ def _digest(config: PreTrainedConfig) -> str:
 def _skeleton(dense: Architecture, hidden_size: int, empty: bool) -> tuple[Any, list[LayerPaths]]:
     """A model of the dense one's class with the first layer of every stage, or an empty one in its place."""
     neck = dense.family.has_neck(dense.config, dense.task)  # which reads all layers
-    first = [dense.layers[dense.stages.index(stage)] for stage in sorted(set(dense.stages))]
-    first = list(dense.layers) if neck else first
+    stages = sorted(set(dense.stages))
+    first = list(dense.layers) if neck else [dense.layers[dense.stages.index(stage)] for stage in stages]
     if empty:
         first = [LayerShape("none", shifted=shape.shifted) for shape in first]
     depths = None
@@ -137,8 +131,7 @@ def _read_layer(model: nn.Module, paths: LayerPaths, dense: Architecture) -> Lay
     return LayerTensors(q, k, v, o, sum(fc1), fc2, mixer, mlp, head, sum(s.numel() for s in shapes.values()))
 
 
-def _count_outside(architecture: Architecture, hidden_size: int, size: tuple[int, int] | None) -> Part:
-    dense = Architecture.dense(architecture.config, architecture.task)
+def _count_outside(dense: Architecture, hidden_size: int, size: tuple[int, int] | None) -> Part:
     model, _ = _skeleton(dense, hidden_size, empty=True)
     weights = sum(p.numel() for module in model.modules() for p in _matrices(module))
     others = sum(p.numel() for p in model.parameters()) - weights
@@ -149,10 +142,7 @@ def _count_outside(architecture: Architecture, hidden_size: int, size: tuple[int
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:
     """Weight matrices of a module itself: no bias, norm, token or position."""
-    if isinstance(module, nn.MultiheadAttention):
-        names: tuple[str, ...] = ("in_proj_weight",)
-    else:
-        names = (
-            ("weight",) if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)) else ()
-        )
-    return [p for name in names if (p := module._parameters.get(name)) is not None]
+    known = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+    name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+    matrix = module._parameters.get(name) if isinstance(module, (*known, nn.MultiheadAttention)) else None
+    return [] if matrix is None else [matrix]

@@ -29,11 +29,7 @@ _DROPOUTS = ("attention_dropout", "dropout_prob", "dropout")
 
 
 def _check_known(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Our attention stands in the place of a stock one, and does nothing with what only that one knows.
-
-    Raises:
-        UnsupportedModelError: naming the keyword.
-    """
+    """Our attention stands in the place of a stock one, and does nothing with what only that one knows."""
     unknown = [name for name, value in kwargs.items() if name not in _KNOWN and value is not None]
     if unknown:
         raise UnsupportedModelError(

@@ -154,11 +154,7 @@ def native_config(architecture: Architecture, config: PreTrainedConfig | None = 
 
 
 def _uniform_shape(architecture: Architecture) -> LayerShape:
-    """The one shape of all layers.
-
-    Raises:
-        NativeExportError: a layer differs from the first, lacks a part, or reads only some channels.
-    """
+    """The one shape of all layers."""
     first = architecture.layers[0]
     for i, shape in enumerate(architecture.layers):
         for part, gone in (("attention", shape.mixer == "none"), ("MLP", shape.mlp == 0)):
@@ -187,11 +183,7 @@ def _uniform_shape(architecture: Architecture) -> LayerShape:
 
 
 def _check_stages(architecture: Architecture) -> None:
-    """Refuse windowed models with anything removed but whole layers.
-
-    Raises:
-        NativeExportError: naming the layer and the size, or the shift that is out of turn.
-    """
+    """Refuse windowed models with anything removed but whole layers."""
     dense = Architecture.dense(architecture.config, architecture.task)
     starts = {stage: dense.stages.index(stage) for stage in dense.stages}
     place: dict[int, int] = {}
@@ -213,11 +205,7 @@ def _check_stages(architecture: Architecture) -> None:
 
 
 def _check_same_tensors(model: nn.Module, stock: nn.Module, architecture: Architecture) -> None:
-    """Refuse when the encoder has other tensors than a stock one: heads of the user's are the user's own matter.
-
-    Raises:
-        NativeExportError: naming the first difference.
-    """
+    """Refuse when the encoder has other tensors than a stock one: heads of the user's are the user's own matter."""
     encoder = architecture.family.encoder_path(model)
     pooler = f"{encoder}pooler."  # a base model may be made without
     ours, theirs = (

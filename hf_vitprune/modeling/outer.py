@@ -102,11 +102,7 @@ _INPUTS = {nn.Linear: (1,), nn.Conv2d: (1,), nn.ConvTranspose2d: (0,)}
 
 
 def _add_reader(found: Outer, model: nn.Module, name: str, axes: tuple[int, ...]) -> None:
-    """A tensor of a bigger model that follows the width of its tower: of what reads the stream, or of a norm on it.
-
-    Raises:
-        UnsupportedUnitError: it makes channels of that width itself, which are not the tower's.
-    """
+    """A tensor of a bigger model that follows the width of its tower: of what reads the stream, or of a norm on it."""
     path, _, leaf = name.rpartition(".")
     module = get(model, path)
     if norm_kind(module) is not None:

@@ -239,11 +239,7 @@ def _auto_classes(stock_class: type, config_class: type) -> Iterator[str]:
 
 # ---------------------------------------------------------------------- what cannot be written
 def _check_parts(model: Any, stock_class: type) -> None:
-    """Refuse what only the user's code makes.
-
-    Raises:
-        PortableError: naming the class or the module.
-    """
+    """Refuse what only the user's code makes."""
     known = ("transformers.", f"{__name__.partition('.')[0]}.")
     written = [made for made in type(model).__mro__ if not made.__module__.startswith(known)]
     written = [made for made in written if issubclass(made, stock_class)]
@@ -273,11 +269,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _check_same(model: nn.Module, ours: nn.Module) -> None:
-    """Refuse a model that was changed after it was made: loading makes another.
-
-    Raises:
-        PortableError: naming the first tensor or module.
-    """
+    """Refuse a model that was changed after it was made: loading makes another."""
     live, made = _shapes(model), _shapes(ours)
     names = sorted(name for name in live.keys() | made.keys() if live.get(name) != made.get(name))
     if not names:

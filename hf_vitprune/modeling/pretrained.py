@@ -71,11 +71,7 @@ class PrunedModelMixin(StrictMixin):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Called by ``load_state_dict``: PEFT and Trainer pass over tensors that have no place, and load the rest.
-
-        Raises:
-            CheckpointMismatchError: there are tensors of layers that this model has not got, or parts of an adapter.
-        """
+        """Called by ``load_state_dict``: PEFT and Trainer pass over tensors that have no place, and load the rest."""
         _check_same_depth(self, (key[len(prefix) :] for key in state_dict if key.startswith(prefix)))
         check_adapters_whole(self, prefix, state_dict.keys())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]

@@ -117,11 +117,7 @@ class PrunedConfigMixin(FirstUseMixin):
 
 
 def _with_width(fields: dict[str, Any], model_type: str) -> dict[str, Any]:
-    """The fields of a config.json with a number for the residual width.
-
-    Raises:
-        InvalidArchitectureError: the record, which has it, is damaged.
-    """
+    """The fields of a config.json with a number for the residual width."""
     family = next(f for f in all_families() if f.model_type == base_model_type(model_type))
     sizes = fields.get(family.sub_config) if family.sub_config else fields
     if not isinstance(sizes, dict) or not str(sizes.get(family.width_field)).startswith(NOT_STOCK[:23]):

@@ -165,11 +165,7 @@ _UNDERSTOOD = {"self", "hidden_states", "attention_mask", "kwargs"}
 
 
 def _check_stock(attention: nn.Module, path: str, family: Family) -> None:
-    """Our forward would replace one that somebody wrote.
-
-    Raises:
-        UnsupportedModelError: naming the module.
-    """
+    """Our forward would replace one that somebody wrote."""
     stock: Any = stock_type(attention)
     written_in = stock.__module__
     known = written_in.startswith("transformers.") or written_in == CONFIG_MAPPING[family.model_type].__module__

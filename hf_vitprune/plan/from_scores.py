@@ -13,7 +13,7 @@ from ..errors import InvalidPlanError, ScoresError
 from ..spec.architecture import Architecture
 from ..spec.units import UnitSet, channels_per_unit, check_units, has_embedding_set, unit_sets
 from .layer_plan import Indices
-from .select import Ranking, best, check_ratio, keep_count, rounded
+from .select import Ranking, best, keep_count, rounded
 from .uniform import StockSizes
 
 SCOPES = ("global", "local", "isomorphic", "uniform")
@@ -28,20 +28,7 @@ class MakesMeters(Protocol):
 
 
 class Selection:
-    """Scores of the units that may go, in one order.
-
-    Args:
-        source: architecture of the model.
-        scores: of it.
-        units: what may go; None: all five sizes, as far as the family has them.
-        round_to: kept channels and neurons are a multiple of this.
-        scope: see :meth:`PruningPlan.from_scores`.
-
-    Raises:
-        InvalidPlanError: an impossible setting.
-        UnsupportedUnitError: the family has not got one of the units.
-        ScoresError: the scores are of another architecture, or lack a set.
-    """
+    """Scores of the units that may go, in one order; arguments and errors as of :meth:`PruningPlan.from_scores`."""
 
     def __init__(
         self,
@@ -112,12 +99,7 @@ class Selection:
 
     # ------------------------------------------------------------------ what stays
     def at_ratio(self, ratio: float) -> dict[str, Indices]:
-        """Without this share of the units.
-
-        Raises:
-            InvalidPlanError: a ratio outside (0, 1), or that empties a set where every set loses the same.
-        """
-        ratio = check_ratio(ratio)
+        """Without this share of the units; InvalidPlanError where that empties a set of which each loses the same."""
         if self.stock is not None:
             return self._uniform(self.stock, ratio)
         if self.scope != "local":
@@ -178,12 +160,7 @@ def _shares(scores: torch.Tensor) -> torch.Tensor:
 def meter_of(
     source: Architecture, metric: str, image_size: Any, latency_table: MakesMeters | None, allow_other_device: bool
 ) -> CostMeter:
-    """What a target counts.
-
-    Raises:
-        InvalidPlanError: an unknown metric, or a latency table where none belongs, or none where one does.
-        LatencyTableError: the table is of another model, input or device.
-    """
+    """What a target counts; InvalidPlanError for an unknown metric, or a table too many or too few."""
     if metric not in ("macs", "params", "latency"):
         raise InvalidPlanError(f"target_metric is macs, params or latency, not {metric!r}")
     if (metric == "latency") != (latency_table is not None):

@@ -58,10 +58,7 @@ class LayerPlan:
     def with_mixer(self, mixer: str, conv_channels: int | None = None, batch_norm: bool | None = None) -> LayerPlan:
         """Mix tokens otherwise: by ``identity`` or ``none``, or by a convolution with new weights.
 
-        Args:
-            mixer: what replaces the layer's own.
-            conv_channels: of a convolution.
-            batch_norm: of a convolution; there by default.
+        ``conv_channels`` and ``batch_norm`` (there by default) are of a convolution.
         """
         if mixer in KERNELS and batch_norm is None:
             batch_norm = True
@@ -75,11 +72,7 @@ class LayerPlan:
         return self.mixer != "none" and mine != (source.mixer, source.conv_channels, source.batch_norm)
 
     def keep_heads(self, heads: Iterable[int]) -> LayerPlan:
-        """Keep only these heads (positions in the source layer).
-
-        Raises:
-            InvalidPlanError: none, or one that the layer does not have.
-        """
+        """Keep only these heads (positions in the source layer)."""
         chosen = tuple(sorted(heads))
         if not chosen:
             raise InvalidPlanError(
@@ -110,16 +103,17 @@ class LayerPlan:
             qk_dim=len(self.qk[0]) if attention and self.qk else 0,
             v_dim=len(self.v[0]) if attention and self.v else 0,
             mlp=len(self.mlp),
-            attention_in=_inputs(self.attention_in, source.attention_in) if attention else None,
-            mlp_in=_inputs(self.mlp_in, source.mlp_in) if self.mlp else None,
+            attention_in=self._inputs("attention_in", source) if attention else None,
+            mlp_in=self._inputs("mlp_in", source) if self.mlp else None,
             shifted=source.shifted,
             conv_channels=self.conv_channels,
             batch_norm=self.batch_norm,
         )
 
-
-def _inputs(kept: Indices | None, source: int | None) -> int | None:
-    return len(kept) if kept is not None else source
+    def _inputs(self, name: str, source: LayerShape, width: int | None = None) -> int | None:
+        """How many channels a branch reads; ``width``: where it reads all."""
+        kept: Indices | None = getattr(self, name)
+        return len(kept) if kept is not None else getattr(source, name) or width
 
 
 def optional_whole_numbers(values: Any) -> Indices | None:
@@ -166,16 +160,7 @@ def check_indices(what: str, kept: Indices, size: int, may_be_empty: bool = Fals
 
 
 def check_layer(entry: LayerPlan, source: LayerShape, width: int, whole_stream: bool) -> None:
-    """Refuse a layer that cannot be made.
-
-    Args:
-        source: the layer that it is made of.
-        width: of the residual stream there.
-        whole_stream: no residual channels are removed.
-
-    Raises:
-        InvalidPlanError: naming the layer and the set.
-    """
+    """Refuse a layer that cannot be made of ``source``, in a stream of ``width`` (``whole_stream``: uncut)."""
     where = f"layer {entry.index}"
     if entry.replaces_mixer(source) and (entry.mixer == "attention" or source.mixer == "none"):
         raise InvalidPlanError(f"{where}: mixer {entry.mixer!r} cannot be made from {source.mixer!r}")
@@ -205,12 +190,8 @@ def check_layer(entry: LayerPlan, source: LayerShape, width: int, whole_stream: 
             f"{where}: residual channels and the inputs of attention or MLP cannot be pruned together; "
             "prune one, then the other"
         )
-    lengths = {
-        "attention_in": len(entry.attention_in) if entry.attention_in is not None else source.attention_in or width,
-        "mlp_in": len(entry.mlp_in) if entry.mlp_in is not None else source.mlp_in or width,
-        "v": sum(map(len, entry.v)),
-        "mlp": len(entry.mlp),
-    }
+    lengths = {name: entry._inputs(name, source, width) for name in ("attention_in", "mlp_in")}
+    lengths |= {"v": sum(map(len, entry.v)), "mlp": len(entry.mlp)}
     for name, scale in entry.scales.items():
         if any(not isinstance(factor, (int, float)) or not math.isfinite(factor) for factor in scale):
             raise InvalidPlanError(f"{where}: scales of {name!r} are finite numbers")
@@ -219,11 +200,7 @@ def check_layer(entry: LayerPlan, source: LayerShape, width: int, whole_stream: 
 
 
 def check_pairs(entry: LayerPlan, source: LayerShape) -> None:
-    """Refuse q/k channels that rotary positions turn together with one that goes, or stand apart from it.
-
-    Raises:
-        InvalidPlanError: naming the layer and the channel.
-    """
+    """Refuse q/k channels that rotary positions turn together with one that goes, or stand apart from it."""
     for row in entry.qk:
         half, apart = len(row) // 2, source.qk_dim // 2
         for first, second in zip(row[:half], row[half:], strict=False):

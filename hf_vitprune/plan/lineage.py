@@ -21,11 +21,7 @@ ALTERED_WEIGHTS = "altered_weights"
 
 
 def lineage(config: PreTrainedConfig, plan: PruningPlan) -> dict[str, Any]:
-    """What goes into the info of the record of ``plan``'s result.
-
-    Args:
-        config: of the model that is pruned.
-        plan: for that model.
+    """What goes into the info of the record of what ``plan`` makes of a model with this config.
 
     Returns:
         ``plan``, a digest of every decision since the dense model; and, where whole layers were all that was ever
@@ -48,11 +44,7 @@ def lineage(config: PreTrainedConfig, plan: PruningPlan) -> dict[str, Any]:
 
 
 def note(config: PreTrainedConfig, **facts: Any) -> None:
-    """Put facts into the record of a pruned model's config, which is saved with it.
-
-    Raises:
-        InvalidConfigError: the config is of no pruned model, and has no record.
-    """
+    """Put facts into the record of a pruned model's config, which is saved with it; InvalidConfigError without one."""
     info = {**lineage_of(config), **facts}
     record: Any = getattr(config, "pruning_config", None)
     if isinstance(record, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -56,10 +57,9 @@ class PruningPlan:
     # ------------------------------------------------------------------ making one
     @classmethod
     def dense(cls, model: Any, part: str | None = None) -> PruningPlan:
-        """The plan that keeps everything: the start of every other one. ``model``: a model or an Architecture.
+        """The plan that keeps all of a model (or Architecture): the start of every other one.
 
-        ``part``, here and below: which tower of a bigger model (see :func:`hf_vitprune.towers`); its only one by
-        default.
+        ``part``, here and below: which tower of a bigger model (:func:`hf_vitprune.towers`); its only one by default.
         """
         source = Architecture.given(model, part)
         return cls(source, tuple(LayerPlan.dense(i, shape) for i, shape in enumerate(source.layers)))
@@ -155,13 +155,13 @@ class PruningPlan:
     ) -> PruningPlan:
         """Remove ``ratio`` of the units of every set, at random: the baseline of every method.
 
-        See :meth:`from_scores`, with ``scope="local"`` (``"uniform"`` where ``uniform``) and scores of
-        :func:`hf_vitprune.criteria.random`.
+        :meth:`from_scores` of :func:`hf_vitprune.criteria.random`, ``scope="local"`` (``"uniform"`` if ``uniform``).
         """
         check_ratio(ratio)
         source = Architecture.given(model, part)
         scores = criteria.random(source, seed, check_units(source, units))
-        return cls.from_scores(source, scores, ratio=ratio, scope=_scope(uniform), units=units, round_to=round_to)
+        scope = "uniform" if uniform else "local"
+        return cls.from_scores(source, scores, ratio=ratio, scope=scope, units=units, round_to=round_to)
 
     @classmethod
     def magnitude(
@@ -175,12 +175,11 @@ class PruningPlan:
     ) -> PruningPlan:
         """Remove the ``ratio`` of units with the smallest weights (L2 norm) from every set.
 
-        See :meth:`from_scores`, with ``scope="local"`` (``"uniform"`` where ``uniform``) and scores of
-        :func:`hf_vitprune.criteria.magnitude`.
+        :meth:`from_scores` of :func:`hf_vitprune.criteria.magnitude`, ``scope`` as in :meth:`random`.
         """
         check_ratio(ratio)
         scores = criteria.magnitude(model, part=part)
-        scope = _scope(uniform)
+        scope = "uniform" if uniform else "local"
         return cls.from_scores(model, scores, ratio=ratio, scope=scope, units=units, round_to=round_to, part=part)
 
     # ------------------------------------------------------------------ what follows from it
@@ -195,18 +194,11 @@ class PruningPlan:
 
     @property
     def architecture(self) -> Architecture:
-        """The shape of the pruned model.
-
-        Raises:
-            InvalidArchitectureError: the plan leaves an impossible shape.
-        """
+        """The shape of the pruned model; InvalidArchitectureError where it is impossible."""
         source = self.source
         shapes = tuple(entry.shape(source.layers[entry.index]) for entry in self.layers)
-        depths = None
-        if source.depths is not None:
-            stages = source.stages
-            kept = [stages[entry.index] for entry in self.layers]
-            depths = tuple(kept.count(s) for s in range(len(source.depths)))
+        kept = [source.stages[entry.index] for entry in self.layers]
+        depths = None if source.depths is None else tuple(map(kept.count, range(len(source.depths))))
         width = source.hidden_size if self.embedding is None else len(self.embedding)
         return replace(source, layers=shapes, hidden_size=width, depths=depths).validated()
 
@@ -215,11 +207,7 @@ class PruningPlan:
         return self.architecture == self.source
 
     def validated(self) -> PruningPlan:
-        """Itself, when every index exists, no set is empty, and the shape is possible.
-
-        Raises:
-            InvalidPlanError: naming the layer and the set.
-        """
+        """Itself, when every index exists, no set is empty, and the shape is possible; else InvalidPlanError."""
         if not self.layers:
             raise InvalidPlanError("the plan keeps no layer")
         order = [entry.index for entry in self.layers]
@@ -255,27 +243,19 @@ class PruningPlan:
 
     def summary(self) -> dict[str, float]:
         """Share of units that stays, by unit, over all layers of the source."""
-        totals: dict[str, list[int]] = {}
-
-        def add(unit: str, kept: int, full: int) -> None:
-            row = totals.setdefault(unit, [0, 0])
-            row[0] += kept
-            row[1] += full
-
-        plans = {entry.index: entry for entry in self.layers}
+        entries = {entry.index: entry for entry in self.layers}
+        gone = LayerPlan(-1, "none", (), (), (), ())
+        kept: Counter[str] = Counter()
+        full: Counter[str] = Counter()
         for i, shape in enumerate(self.source.layers):
-            entry = plans.get(i)
-            add("layers", int(entry is not None), 1)
-            add("heads", len(entry.heads) if entry else 0, shape.heads)
-            add("qk", sum(map(len, entry.qk)) if entry else 0, shape.heads * shape.qk_dim)
-            add("v", sum(map(len, entry.v)) if entry else 0, shape.heads * shape.v_dim)
-            add("mlp", len(entry.mlp) if entry else 0, shape.mlp)
-        add(
-            "embedding",
-            self.source.hidden_size if self.embedding is None else len(self.embedding),
-            self.source.hidden_size,
-        )
-        return {unit: kept / full for unit, (kept, full) in totals.items() if full}
+            entry = entries.get(i, gone)
+            qk, v = sum(map(len, entry.qk)), sum(map(len, entry.v))
+            kept.update(layers=int(i in entries), heads=len(entry.heads), qk=qk, v=v, mlp=len(entry.mlp))
+            qk, v = shape.heads * shape.qk_dim, shape.heads * shape.v_dim
+            full.update(layers=1, heads=shape.heads, qk=qk, v=v, mlp=shape.mlp)
+        full["embedding"] = self.source.hidden_size
+        kept["embedding"] = full["embedding"] if self.embedding is None else len(self.embedding)
+        return {unit: kept[unit] / size for unit, size in full.items() if size}
 
     # ------------------------------------------------------------------ JSON
     def to_dict(self) -> dict[str, Any]:
@@ -296,21 +276,12 @@ class PruningPlan:
                 row[name] = list(rows[0]) if len(set(rows)) == 1 else [list(r) for r in rows]
             layers.append(row)
         embedding = list(self.embedding) if self.embedding is not None else None
-        return {
-            "version": PLAN_VERSION,
-            "source": self.source.to_dict(),
-            "layers": layers,
-            "embedding": embedding,
-            "info": self.info,
-        }
+        record = {"version": PLAN_VERSION, "source": self.source.to_dict(), "layers": layers}
+        return {**record, "embedding": embedding, "info": self.info}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> PruningPlan:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            InvalidPlanError: something is missing, unknown or impossible.
-        """
+        """Inverse of :meth:`to_dict`; InvalidPlanError where something is missing, unknown or impossible."""
         if not isinstance(record, dict) or record.get("version") != PLAN_VERSION:
             version = record.get("version") if isinstance(record, dict) else record
             raise InvalidPlanError(f"not a plan of format version {PLAN_VERSION}: {version!r}")
@@ -325,14 +296,9 @@ class PruningPlan:
                 name: torch.tensor(t["data"], dtype=getattr(torch, t["dtype"])).reshape(t["shape"])
                 for name, t in record.get("weights", {}).items()
             }
-            embedding = record.get("embedding")
-            plan = cls(
-                Architecture.from_dict(record["source"]),
-                tuple(layers),
-                optional_whole_numbers(embedding),
-                weights,
-                dict(record.get("info", {})),
-            )
+            embedding = optional_whole_numbers(record.get("embedding"))
+            source, info = Architecture.from_dict(record["source"]), dict(record.get("info", {}))
+            plan = cls(source, tuple(layers), embedding, weights, info)
         except VitPruneError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
@@ -350,11 +316,7 @@ class PruningPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            InvalidPlanError: the file is not a plan.
-        """
+        """Read what :meth:`save` wrote; InvalidPlanError where the file is no plan."""
         path = Path(path)
         try:
             record = json.loads(path.read_text())
@@ -364,10 +326,6 @@ class PruningPlan:
         if "weights_file" in record:
             plan = replace(plan, weights=load_file(path.with_name(record["weights_file"])))
         return plan
-
-
-def _scope(uniform: bool) -> str:
-    return "uniform" if uniform else "local"
 
 
 def check_plan(plan: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which units are asked for, how many of a set stay, and the plan that keeps them."""
+"""Which units stay: of a set, of all sets in one order, down to a target; and the plan that keeps them."""
 
 from __future__ import annotations
 
@@ -17,34 +17,19 @@ from .layer_plan import Indices, LayerPlan
 
 
 def check_ratio(ratio: Any) -> float:
-    """A share of units to remove, in (0, 1).
-
-    Raises:
-        InvalidPlanError: it is not.
-    """
     return check_share("the ratio of units to remove", ratio)
 
 
 def check_share(what: str, share: Any) -> float:
-    """A number in (0, 1).
-
-    Raises:
-        InvalidPlanError: it is not.
-    """
+    """A number in (0, 1); InvalidPlanError where it is not."""
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
         raise InvalidPlanError(f"{what} must lie strictly between 0 and 1, got {share!r}")
     return float(share)
 
 
 def keep_count(size: int, ratio: float, round_to: int, what: str) -> int:
-    """Units that stay of ``size``, rounded to the nearest multiple of ``round_to`` that is not over ``size``.
-
-    Raises:
-        InvalidPlanError: nothing would stay.
-    """
-    kept = round(size * (1 - ratio) / round_to) * round_to
-    if kept > size:
-        kept = size // round_to * round_to
+    """Units that stay of ``size``, rounded to the nearest multiple of ``round_to`` that is not over ``size``."""
+    kept = min(round(size * (1 - ratio) / round_to), size // round_to) * round_to
     if kept < 1:
         raise InvalidPlanError(
             f"{what}: removing {ratio:.0%} of {size} (rounded to {round_to}) empties the set; "
@@ -60,23 +45,15 @@ def best(scores: torch.Tensor, count: int) -> tuple[int, ...]:
 
 
 def rounded(count: int, size: int, step: int, least: int = 1, up: bool = False) -> int:
-    """``count`` as a multiple of ``step``: at least ``least`` multiples, at most ``size`` (which needs not be one).
-
-    Args:
-        up: to the next one above, not to the nearest.
-    """
+    """The multiple of ``step`` next to ``count`` (``up``: above it): at least ``least`` of them, at most ``size``."""
     multiple = -(-count // step) if up else round(count / step)
     return min(max(multiple, least) * step, size)
 
 
 def plan_keeping(source: Architecture, kept: Mapping[str, Indices]) -> tuple[tuple[LayerPlan, ...], Indices | None]:
-    """What a plan for ``source`` is made of that keeps these units; sets that are left out stay whole.
+    """Kept layers, and kept residual channels (None: all), of a plan that keeps these units.
 
-    Args:
-        kept: set (see ``spec.units``) -> units that stay, in ascending order.
-
-    Returns:
-        Kept layers, and kept residual channels (None: all).
+    ``kept``: set (see ``spec.units``) -> units that stay, in ascending order; sets that are left out stay whole.
     """
     layers = []
     for i in kept.get("layers", range(len(source.layers))):
@@ -93,38 +70,26 @@ def plan_keeping(source: Architecture, kept: Mapping[str, Indices]) -> tuple[tup
     return tuple(layers), kept.get("embedding")
 
 
-#: set -> (units,) booleans
-_Kept = dict[str, torch.Tensor]
-
-
 class Ranking:
-    """Units of several sets in one order: those with the lowest keys go first.
-
-    Args:
-        keys: set -> (units,); scores, or anything that can be compared over all sets.
-    """
+    """Units of several sets in one order: those with the lowest keys (set -> (units,)) go first."""
 
     def __init__(self, keys: Mapping[str, torch.Tensor]) -> None:
         self.keys = dict(keys)
         self._ranked = torch.cat(list(self.keys.values())).sort().values
 
     def __len__(self) -> int:
-        """Number of units."""
         return len(self._ranked)
 
-    def kept(self, dropped: int) -> _Kept:
-        """Set -> (units,) booleans: what stays when this many units go, over all sets."""
+    def kept(self, dropped: int) -> dict[str, torch.Tensor]:
+        """Set -> (units,) booleans: what stays when this many units go, over all sets.
+
+        Units that sit exactly on the threshold go evenly over the sets and in them: otherwise equal keys (all of
+        them, before a training) would stay or go together.
+        """
         if dropped >= len(self):
             return {name: torch.zeros_like(keys, dtype=torch.bool) for name, keys in self.keys.items()}
         threshold = self._ranked[dropped]
         above = {name: keys >= threshold for name, keys in self.keys.items()}
-        return self._without_ties(above, threshold, dropped)
-
-    def _without_ties(self, above: _Kept, threshold: torch.Tensor, dropped: int) -> _Kept:
-        """Drop just enough of the units that sit exactly on the threshold, spread evenly over the sets and in them.
-
-        Without it, equal keys (all of them, before a training) would stay or go together.
-        """
         excess = sum(int(kept.sum()) for kept in above.values()) - (len(self) - dropped)
         tied = {name: (self.keys[name] == threshold).nonzero().squeeze(1) for name in above}
         total = sum(map(len, tied.values()))
@@ -139,30 +104,19 @@ class Ranking:
         return out
 
 
-logger = logging.get_logger(__name__)
-
-
 class _Plan(Protocol):
     @property
     def architecture(self) -> Architecture: ...
 
 
 P = TypeVar("P", bound=_Plan)
-
-
+logger = logging.get_logger(__name__)
 #: a cost so far under its target, as a share of it, is not what was asked for
 FAR_UNDER = 0.1
 
 
 def say_if_far_under(ratio: float, target: float, metric: str, cure: str) -> None:
-    """Warn of a plan that takes much more away than its target asks for.
-
-    Args:
-        ratio: its cost, as a fraction of the source's.
-        target: that fraction, as it was asked for.
-        metric: what cost is.
-        cure: how to come closer.
-    """
+    """Warn of a plan that takes much more away than asked for: ``ratio`` of the source's cost left, not ``target``."""
     if ratio < (1 - FAR_UNDER) * target:
         logger.warning(
             f"the plan leaves {ratio:.3f} of the {metric}, far under the target of {target:.3f}: it takes more away "

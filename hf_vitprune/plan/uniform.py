@@ -47,8 +47,7 @@ class StockSizes:
             round_to: kept channels and neurons are multiples of this, or all there are.
 
         Raises:
-            InvalidPlanError: the layers of the model are not alike, or no stock class can hold fewer of any unit; says
-                why.
+            InvalidPlanError: the layers are not alike, or no stock class can hold fewer of any unit; says why.
         """
         self.source, first = source, source.layers[0]
         self._check_alike()
@@ -64,9 +63,9 @@ class StockSizes:
         self.mlp: dict[int, list[int]] = {}
         for width in widths:
             known = self._natural_mlp(width)
-            pairs = [(h, d) for h in heads for d in channels if self._holds(Sizes(h, d, known, width))]
+            pairs = [(h, d) for h in heads for d in channels if not self._refused(Sizes(h, d, known, width))]
             if pairs:
-                fitting = [m for m in neurons if self._holds(Sizes(*pairs[-1], m, width))]
+                fitting = [m for m in neurons if not self._refused(Sizes(*pairs[-1], m, width))]
                 if fitting:
                     self.attention[width], self.mlp[width] = pairs, fitting
         if self.smallest() == self.whole:
@@ -87,21 +86,17 @@ class StockSizes:
 
     def _natural_mlp(self, width: int) -> int:
         """The neurons that a config of this width has, if nothing else is said."""
-        config = copy.deepcopy(self.source.config)
-        family = self.source.family
-        sizes = family.sizes_config(config)
+        sizes = copy.copy(self.source.family.sizes_config(self.source.config))
         sizes.__dict__["hidden_size"] = width
-        return family.mlp_size(sizes)
+        return self.source.family.mlp_size(sizes)
 
-    def _holds(self, sizes: Sizes) -> bool:
+    def _refused(self, sizes: Sizes) -> str | None:
+        """Why no stock config holds these sizes; None where one does."""
         try:
-            self._fields(sizes)
-        except ValueError:
-            return False
-        return True
-
-    def _fields(self, sizes: Sizes) -> None:
-        self.source.family.uniform_config(self.source.config, *sizes)
+            self.source.family.uniform_config(self.source.config, *sizes)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def smallest(self) -> Sizes:
         """The least that every layer may have, of the narrowest residual stream."""
@@ -113,12 +108,8 @@ class StockSizes:
 
     def _reason(self) -> str:
         whole = self.whole
-        for fewer in (whole._replace(mlp=max(1, whole.mlp // 2)), whole._replace(heads=max(1, whole.heads // 2))):
-            try:
-                self._fields(fewer)
-            except ValueError as error:
-                return str(error)
-        return "all of what may go is needed"
+        fewer = whole._replace(mlp=max(1, whole.mlp // 2)), whole._replace(heads=max(1, whole.heads // 2))
+        return next(filter(None, map(self._refused, fewer)), "all of what may go is needed")
 
     def best(self, worth: Callable[[Sizes], float], fits: Callable[[Sizes], bool]) -> Sizes | None:
         """With each number of heads and channels the most neurons that fit; of these, those that are worth most.
@@ -149,16 +140,11 @@ class StockSizes:
             whole: int = getattr(self.whole, name)
             return abs(size - wanted[name]) / whole
 
-        best: tuple[float, Sizes] | None = None
+        found = []
         for width, pairs in self.attention.items():
             pair = min(pairs, key=lambda p: off("heads", p[0]) + off("channels", p[1]))
-            neurons = min(self.mlp[width], key=lambda m: off("mlp", m))
-            sizes = Sizes(*pair, neurons, width)
-            distance = sum(off(name, size) for name, size in sizes._asdict().items())
-            if best is None or distance < best[0]:
-                best = distance, sizes
-        assert best is not None
-        return best[1]
+            found.append(Sizes(*pair, min(self.mlp[width], key=lambda m: off("mlp", m)), width))
+        return min(found, key=lambda sizes: sum(off(name, size) for name, size in sizes._asdict().items()))
 
 
 def _multiples(size: int, step: int, free: bool) -> list[int]:
@@ -167,11 +153,7 @@ def _multiples(size: int, step: int, free: bool) -> list[int]:
 
 
 def check_stock(architecture: Architecture) -> None:
-    """Make a model of this shape a stock one, without weights.
-
-    Raises:
-        InvalidPlanError: that cannot be; says why.
-    """
+    """Make a model of this shape a stock one, without weights; InvalidPlanError says why that cannot be."""
     with torch.device("meta"), no_init_weights():
         pruned = class_for_task(architecture.family, architecture.task)(config_for(architecture))
         try:

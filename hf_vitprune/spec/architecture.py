@@ -24,11 +24,9 @@ from .layer_shape import (
     LayerShape,
     check_shape,
     check_size,
-    dense_shape,
     shape_from_row,
     shape_from_words,
     shape_to_words,
-    window_shifts,
 )
 from .live import check_live, unwrap
 from .towers import find_tower
@@ -112,8 +110,11 @@ class Architecture:
         if not sizes:
             raise InvalidArchitectureError(f"no {config.model_type} model has this config: it has no layers")
         depths = family.depths(config)
-        shifts = window_shifts(depths, len(sizes))
-        layers = tuple(dense_shape(s, shifted) for s, shifted in zip(sizes, shifts, strict=True))
+        shifts = [None] * len(sizes) if depths is None else [bool(b % 2) for depth in depths for b in range(depth)]
+        layers = tuple(
+            LayerShape("attention", size.heads, size.head_dim, size.head_dim, size.mlp, shifted=shifted)
+            for size, shifted in zip(sizes, shifts, strict=True)
+        )
         return cls(config, layers, sizes[0].embedding, depths, task)
 
     @classmethod

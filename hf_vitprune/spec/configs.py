@@ -42,7 +42,7 @@ def lineage_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def is_pruned(config: PreTrainedConfig) -> bool:
-    """Whether a config is that of a Pruned class, or of a stock model that pruning made."""
+    """Whether a config is of a Pruned class, or of a stock model that pruning made."""
     return getattr(config, "pruning_config", None) is not None or bool(lineage_of(config))
 
 
@@ -56,12 +56,7 @@ def fingerprint(record: dict[str, Any]) -> str:
 
 
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The stock config of the dense model behind a stock or pruned config (a copy for pruned ones).
-
-    Raises:
-        UnsupportedModelError: it is no config.
-        InvalidArchitectureError: the pruned config's record of the dense sizes is damaged.
-    """
+    """The stock config of the dense model behind a stock or pruned config (a copy for pruned ones)."""
     if not isinstance(config, PreTrainedConfig):
         inner = isinstance(getattr(config, "config", None), PreTrainedConfig)
         cure = ": pass its .config" if inner else ""
@@ -141,11 +136,7 @@ def _checked_dense_sizes(dense: Any, family: Family, config: PreTrainedConfig) -
 
 
 def make_config(model_type: Any, fields: dict[str, Any]) -> PreTrainedConfig:
-    """A stock config from JSON.
-
-    Raises:
-        InvalidArchitectureError: transformers refuses the fields.
-    """
+    """A stock config from JSON; InvalidArchitectureError where transformers refuses the fields."""
     if not isinstance(model_type, str):
         raise InvalidArchitectureError(f"the config's model_type is {model_type!r}")
     try:
@@ -159,11 +150,7 @@ MOST_LAYERS = 10_000
 
 
 def check_depth(layers: Any) -> None:
-    """Refuse a number of layers (or one a stage) that would fill the memory before anything else is noticed.
-
-    Raises:
-        InvalidArchitectureError: there are over ``MOST_LAYERS``.
-    """
+    """Refuse a number of layers (or one a stage) that would fill the memory before anything else is noticed."""
     numbers = layers if isinstance(layers, (list, tuple)) else [layers]
     if any(isinstance(number, (int, float)) and number > MOST_LAYERS for number in numbers):
         raise InvalidArchitectureError(f"the config says {layers} layers, which no model has; fetch config.json again")

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import InvalidArchitectureError
-from ..families import LayerSizes
 
 #: what may mix the tokens of a layer; ``identity`` gives back its normalised input
 MIXERS = ("attention", "conv3x3", "conv1x1", "identity", "none")
@@ -50,20 +49,12 @@ class LayerShape:
         return KERNELS.get(self.mixer)
 
 
-def dense_shape(sizes: LayerSizes, shifted: bool | None) -> LayerShape:
-    return LayerShape("attention", sizes.heads, sizes.head_dim, sizes.head_dim, sizes.mlp, shifted=shifted)
-
-
 def check_shape(shape: LayerShape, largest: dict[str, int], width: int, where: str) -> None:
-    """Refuse impossible sizes.
+    """Refuse impossible sizes: InvalidArchitectureError, with ``where`` and the size.
 
     Args:
         largest: dense sizes, by field, that the growth limit counts from.
         width: of the residual stream.
-        where: names the layer in the error.
-
-    Raises:
-        InvalidArchitectureError: naming the layer and the size.
     """
     if shape.mixer not in MIXERS:
         raise InvalidArchitectureError(f"{where}: unknown mixer {shape.mixer!r}; one of {', '.join(MIXERS)}")
@@ -119,19 +110,17 @@ def shape_from_row(row: Any, dense: LayerShape, where: str) -> LayerShape:
     return replace(dense, **{**defaults, **row})
 
 
-def _words() -> dict[str, str]:
-    """Word in ``per_layer_config`` -> field."""
-    return {one.metadata["word"]: one.name for one in fields(LayerShape)}
+#: word in ``per_layer_config`` -> field
+_WORDS = {one.metadata["word"]: one.name for one in fields(LayerShape)}
 
 
 def shape_from_words(row: Any, where: str) -> LayerShape:
-    words = _words()
-    if not isinstance(row, dict) or set(row) - {*words, "skip", "head_dim"}:
+    if not isinstance(row, dict) or set(row) - {*_WORDS, "skip", "head_dim"}:
         raise InvalidArchitectureError(f"{where}: unknown words in {row!r}")
     skip = row.get("skip", [])
     if not isinstance(skip, list) or set(map(str, skip)) - {"attention", "mlp"}:
         raise InvalidArchitectureError(f"{where}: skip is a list of attention and mlp, got {skip!r}")
-    shape = {short: row[word] for word, short in words.items() if word in row}
+    shape = {short: row[word] for word, short in _WORDS.items() if word in row}
     if "head_dim" in row:
         shape["qk_dim"] = shape["v_dim"] = row["head_dim"]
     if "attention" in skip:
@@ -152,7 +141,7 @@ def shape_to_words(shape: LayerShape) -> dict[str, Any]:
     """The row of ``per_layer_config``: inverse of :func:`shape_from_words`."""
     skip = [name for name, gone in (("attention", shape.mixer == "none"), ("mlp", shape.mlp == 0)) if gone]
     row: dict[str, Any] = {"skip": skip} if skip else {}
-    sizes = {word: getattr(shape, name) for word, name in _words().items()}
+    sizes = {word: getattr(shape, name) for word, name in _WORDS.items()}
     row |= {word: size for word, size in sizes.items() if size is not None and (size != 0 or size is False)}
     if shape.mixer in ("attention", "none"):
         del row["mixer"]
@@ -160,10 +149,3 @@ def shape_to_words(shape: LayerShape) -> dict[str, Any]:
         row["head_dim"] = row.pop("qk_head_dim")
         del row["v_head_dim"]
     return row
-
-
-def window_shifts(depths: tuple[int, ...] | None, layers: int) -> list[bool | None]:
-    """Whether the windows of every layer are shifted, every second one of a stage; None without stages."""
-    if depths is None:
-        return [None] * layers
-    return [bool(b % 2) for depth in depths for b in range(depth)]

@@ -16,11 +16,7 @@ from .layer_shape import LayerShape
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside a PruningModel, a PeftModel, or itself.
-
-    Raises:
-        UnsupportedModelError: it is no model, or wrapped in something that stands between its tensors and its users.
-    """
+    """The transformers model inside a PruningModel or a PeftModel, or itself; all else is refused."""
     while True:
         if not isinstance(model, nn.Module):
             raise UnsupportedModelError(f"a model is asked for, not {_what_is_passed(model)}")
@@ -63,14 +59,9 @@ _QUANTIZERS = (
 
 
 def check_live(model: nn.Module, architecture: Any) -> None:
-    """Compare the live tensors of every layer, and the stem, with an architecture.
+    """Compare the tensors of every layer, and the stem, with the ``Architecture`` that a model's config describes.
 
-    Args:
-        model: a transformers model; its Linears may be wrapped by PEFT.
-        architecture: the ``Architecture`` that its config describes.
-
-    Raises:
-        ModelMismatchError: naming the first module that differs, and the cure.
+    Its Linears may be wrapped by PEFT. ModelMismatchError names the first module that differs, and the cure.
     """
     family, config = architecture.family, architecture.config
     if getattr(model, "is_quantized", False):
@@ -81,18 +72,9 @@ def check_live(model: nn.Module, architecture: Any) -> None:
                 f"{path} is compiled: put back its _orig_mod, and compile the small model instead"
             )
     prefix = family.encoder_path(model)
-    _check_depth(model, architecture, prefix)
-    for i, name in enumerate(architecture.layer_names()):
-        paths = family.layer_paths(prefix, name, config)
-        _check_layer(model, paths, architecture.layers[i], architecture.width(i))
-    _check_stem(model, architecture, prefix + family.patch)
-
-
-def _check_depth(model: nn.Module, architecture: Any, prefix: str) -> None:
     for name, count in architecture.layer_lists().items():
         path = prefix + name
-        layers: Any = _find(model, path)
-        there = len(layers)
+        there = len(_find(model, path))
         if there != count:
             field = "depths" if architecture.depths is not None else "num_hidden_layers"
             raise ModelMismatchError(
@@ -100,6 +82,10 @@ def _check_depth(model: nn.Module, architecture: Any, prefix: str) -> None:
                 f"Set config.{field} to what the model is (or keep all layers, and remove them with "
                 "hf_vitprune.truncate)"
             )
+    for i, name in enumerate(architecture.layer_names()):
+        paths = family.layer_paths(prefix, name, config)
+        _check_layer(model, paths, architecture.layers[i], architecture.width(i))
+    _check_stem(model, architecture, prefix + family.patch)
 
 
 def _check_layer(model: nn.Module, paths: LayerPaths, shape: LayerShape, width: int) -> None:
@@ -107,12 +93,12 @@ def _check_layer(model: nn.Module, paths: LayerPaths, shape: LayerShape, width: 
         inputs = width if shape.attention_in is None else shape.attention_in
         qk, v = shape.heads * shape.qk_dim, shape.heads * shape.v_dim
         for path, outputs in ((paths.q, qk), (paths.k, qk), (paths.v, v)):
-            check_linear(model, path, outputs, inputs)
-        check_linear(model, paths.o, width, v)
+            _check_linear(model, path, outputs, inputs)
+        _check_linear(model, paths.o, width, v)
     if shape.mlp:
         for path in paths.fc1:
-            check_linear(model, path, shape.mlp, width if shape.mlp_in is None else shape.mlp_in)
-        check_linear(model, paths.fc2, width, shape.mlp)
+            _check_linear(model, path, shape.mlp, width if shape.mlp_in is None else shape.mlp_in)
+        _check_linear(model, paths.fc2, width, shape.mlp)
 
 
 def _find(model: nn.Module, path: str) -> Any:
@@ -122,12 +108,7 @@ def _find(model: nn.Module, path: str) -> Any:
         raise ModelMismatchError(f"the model has no module {path}, which its family says it has") from error
 
 
-def check_linear(model: nn.Module, path: str, outputs: int, inputs: int) -> None:
-    """A plain Linear of these sizes, with a weight of its own.
-
-    Raises:
-        ModelMismatchError: it is something else.
-    """
+def _check_linear(model: nn.Module, path: str, outputs: int, inputs: int) -> None:
     module = unwrapped(_find(model, path))
     _check_own_weight(module, path)
     if not isinstance(module, nn.Linear):
@@ -141,7 +122,16 @@ def check_linear(model: nn.Module, path: str, outputs: int, inputs: int) -> None
 
 
 def _check_own_weight(module: nn.Module, path: str) -> None:
-    _check_precision(module, path)
+    """Whether what is multiplied is the module's own parameter, in full precision."""
+    weight = module._parameters.get("weight")
+    kinds = (type(module), type(weight), type(getattr(weight, "data", None)))
+    quantized = any(f"{kind.__module__}.".startswith(_QUANTIZERS) for kind in kinds)
+    if quantized or (weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize < 2)):
+        held = "" if weight is None else f" with a weight in {str(weight.dtype).removeprefix('torch.')}"
+        raise ModelMismatchError(
+            f"{path} is quantized (a {type(module).__module__}.{type(module).__name__}{held}): prune the model in "
+            "full precision, then quantize the small one"
+        )
     if parametrize.is_parametrized(module):
         raise ModelMismatchError(
             f"the weight of {path} is computed from other tensors (weight norm, ...): call "
@@ -154,18 +144,6 @@ def _check_own_weight(module: nn.Module, path: str) -> None:
         )
     if "weight_g" in module._parameters:
         raise ModelMismatchError(f"{path} has weight norm: call torch.nn.utils.remove_weight_norm(module) first")
-
-
-def _check_precision(module: nn.Module, path: str) -> None:
-    weight = module._parameters.get("weight")
-    kinds = (type(module), type(weight), type(getattr(weight, "data", None)))
-    quantized = any(f"{kind.__module__}.".startswith(_QUANTIZERS) for kind in kinds)
-    if quantized or (weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize < 2)):
-        held = "" if weight is None else f" with a weight in {str(weight.dtype).removeprefix('torch.')}"
-        raise ModelMismatchError(
-            f"{path} is quantized (a {type(module).__module__}.{type(module).__name__}{held}): prune the model in "
-            "full precision, then quantize the small one"
-        )
 
 
 def _check_stem(model: nn.Module, architecture: Any, path: str) -> None:

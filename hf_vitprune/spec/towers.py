@@ -41,10 +41,7 @@ class Tower:
 
 
 def towers(model: Any) -> dict[str, Tower]:
-    """Every prunable encoder of a model, by its part.
-
-    Args:
-        model: a transformers model, or a PeftModel or PruningModel over one.
+    """Every prunable encoder of a transformers model (or of one in a PeftModel or PruningModel), by its part.
 
     Raises:
         UnsupportedModelError: it is no model.
@@ -79,7 +76,7 @@ def find_tower(model: Any, part: str | None = None) -> Tower:
     found = towers(base)
     name = type(base).__name__
     if not found:
-        looked = sorted({_type_of(m) for m in base.modules() if isinstance(m, PreTrainedModel)} - {""})
+        looked = sorted({m.config.model_type for m in base.modules() if isinstance(m, PreTrainedModel)} - {""})
         if len(looked) < 2:
             family_of(base)  # says what is supported
         raise UnsupportedModelError(
@@ -97,22 +94,14 @@ def find_tower(model: Any, part: str | None = None) -> Tower:
 
 
 def pruned_tower(model: Any, part: str | None = None) -> Tower:
-    """The tower of a part; by default the only one, or the only pruned one.
-
-    Raises:
-        UnsupportedModelError: as :func:`find_tower`.
-    """
+    """The tower of a part; by default the only one, or the only pruned one; raises as :func:`find_tower`."""
     found = towers(model).values() if part is None else ()
     pruned = [tower for tower in found if is_pruned(unwrap(model).get_submodule(tower.path).config)]
     return pruned[0] if len(pruned) == 1 else find_tower(model, part)
 
 
 def tower_module(model: Any, part: str | None = None) -> Any:
-    """The module of a tower: a transformers model that stands for itself.
-
-    Raises:
-        UnsupportedModelError: as :func:`find_tower`.
-    """
+    """The module of a tower: a transformers model that stands for itself; raises as :func:`find_tower`."""
     base = unwrap(model)
     return base.get_submodule(find_tower(base, part).path)
 
@@ -138,10 +127,6 @@ def _layer_list(model: nn.Module, family: Family) -> Any:
 def _layers(model: nn.Module, family: Family) -> int:
     layers = _layer_list(model, family)
     return sum(len(getattr(stage, "blocks", [stage])) for stage in layers)  # Swin's stages have theirs
-
-
-def _type_of(model: Any) -> str:
-    return getattr(getattr(model, "config", None), "model_type", "")
 
 
 def _role(path: str) -> str | None:

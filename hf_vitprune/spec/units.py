@@ -42,6 +42,12 @@ def channels_of(shape: LayerShape, name: str, width: int) -> int:
     return (width if size is None else size) * (shape.heads if name in ("qk", "v") else 1)
 
 
+def units_in(shape: LayerShape) -> tuple[str, ...]:
+    """Units that a layer of this shape has, and what its branches read of the residual stream."""
+    attention = ("attention_in", "qk", "v", "heads") if shape.mixer == "attention" else ()
+    return (*attention, *(("mlp_in", "mlp") if shape.mlp else ()))
+
+
 @dataclass(frozen=True)
 class UnitSet:
     """A set of units.
@@ -126,13 +132,37 @@ def unit_sets(architecture: Architecture) -> dict[str, UnitSet]:
     """Every set of a model, by its name: the layers, then layer by layer what is in them, then the embedding."""
     sets = [UnitSet("layers", "layers", None, len(architecture.layers))]
     for i, shape in enumerate(architecture.layers):
-        for unit, field in LAYER_UNITS.items():
-            if (unit == "mlp" or shape.mixer == "attention") and getattr(shape, field):
-                channels = channels_per_unit(architecture, unit)
-                sets.append(UnitSet(set_name(unit, i), unit, i, getattr(shape, field) // channels, channels))
+        for unit in (unit for unit in units_in(shape) if unit in LAYER_UNITS):
+            channels = channels_per_unit(architecture, unit)
+            size = getattr(shape, LAYER_UNITS[unit]) // channels
+            sets.append(UnitSet(set_name(unit, i), unit, i, size, channels))
     if has_embedding_set(architecture):
         sets.append(UnitSet("embedding", "embedding", None, architecture.hidden_size))
     return {one.name: one for one in sets}
+
+
+def layer_axes(architecture: Architecture, i: int, path: LayerPaths) -> dict[str, list[Axis]]:
+    """Units of a layer, and what its branches read (``attention_in``, ``mlp_in``) -> every axis that carries them."""
+    shape, pairs = architecture.layers[i], channels_per_unit(architecture, "qk")
+
+    def rows(linears: Sequence[str], repeats: int = 1, run: int = 1) -> list[Axis]:
+        return [axis for linear in linears for axis in _rows(linear, repeats, run, i)]
+
+    def columns(linears: Sequence[str], repeats: int = 1, run: int = 1) -> list[Axis]:
+        return [Axis(f"{linear}.weight", 1, repeats, run, i) for linear in linears]
+
+    axes = {}
+    if shape.mixer == "attention":
+        queries_keys, v, o = (path.q, path.k), (path.v,), (path.o,)
+        axes["attention_in"] = columns((*queries_keys, *v))
+        axes["qk"] = rows(queries_keys, shape.heads * pairs)
+        axes["v"] = rows(v, shape.heads) + columns(o, shape.heads)
+        axes["heads"] = rows(queries_keys, 1, shape.qk_dim) + rows(v, 1, shape.v_dim) + columns(o, 1, shape.v_dim)
+        axes["heads"] += [Axis(name, axis, layer=i) for name, axis in path.per_head]
+    if shape.mlp:
+        axes["mlp_in"] = columns(path.fc1)
+        axes["mlp"] = rows(path.fc1) + columns((path.fc2,))
+    return axes
 
 
 def unit_table(
@@ -148,18 +178,11 @@ def unit_table(
         paths: of its layers (``modeling.structure.layer_paths``).
         names: of the model's parameters: axes of tensors that it does not have (biases) are left out. None: all.
     """
-    table: dict[str, list[Axis]] = {name: [] for name in unit_sets(architecture) if name != "layers"}
-    for i, (path, shape) in enumerate(zip(paths, architecture.layers, strict=True)):
-        if shape.mixer == "attention":
-            pairs = channels_per_unit(architecture, "qk")
-            _add_attention(table, i, path, shape.heads, shape.qk_dim, shape.v_dim, pairs)
-        if shape.mlp:
-            table[set_name("mlp", i)] = [
-                *(axis for linear in path.fc1 for axis in _rows(linear, layer=i)),
-                Axis(f"{path.fc2}.weight", 1, layer=i),
-            ]
-    if "embedding" in table:
-        table["embedding"] = _embedding(architecture, paths)
+    layers = [layer_axes(architecture, i, path) for i, path in enumerate(paths)]
+    table: dict[str, list[Axis]] = {}
+    for name, one in unit_sets(architecture).items():
+        if one.unit != "layers":
+            table[name] = _embedding(architecture, paths, layers) if one.layer is None else layers[one.layer][one.unit]
     if names is not None:
         table = {one: [axis for axis in axes if axis.tensor in names] for one, axes in table.items()}
     return table
@@ -170,39 +193,24 @@ def _rows(linear: str, repeats: int = 1, run: int = 1, layer: int | None = None)
     return [Axis(f"{linear}.{name}", 0, repeats, run, layer) for name in ("weight", "bias")]
 
 
-def _add_attention(
-    table: dict[str, list[Axis]], i: int, path: LayerPaths, heads: int, qk: int, v: int, pairs: int
-) -> None:
-    read = f"{path.o}.weight"
-    queries_keys = (path.q, path.k)
-    table[set_name("qk", i)] = [axis for linear in queries_keys for axis in _rows(linear, heads * pairs, 1, i)]
-    table[set_name("v", i)] = [*_rows(path.v, heads, 1, i), Axis(read, 1, heads, 1, i)]
-    table[set_name("heads", i)] = [
-        *(axis for linear in queries_keys for axis in _rows(linear, 1, qk, i)),
-        *_rows(path.v, 1, v, i),
-        Axis(read, 1, 1, v, i),
-    ]
-    table[set_name("heads", i)] += [Axis(name, axis, layer=i) for name, axis in path.per_head]
-
-
-def _embedding(architecture: Architecture, paths: Sequence[LayerPaths]) -> list[Axis]:
+def _embedding(
+    architecture: Architecture, paths: Sequence[LayerPaths], layers: Sequence[dict[str, list[Axis]]]
+) -> list[Axis]:
     family = architecture.family
     prefix = paths[0].layer.removesuffix(architecture.layer_names()[0])
     axes = [axis for name in family.norms for axis in _rows(prefix + name)]
     axes += [Axis(f"{prefix}{family.patch}.weight", family.stem_axis), Axis(f"{prefix}{family.patch}.bias", 0)]
-    for i, (path, shape) in enumerate(zip(paths, architecture.layers, strict=True)):
+    for i, (path, shape, own) in enumerate(zip(paths, architecture.layers, layers, strict=True)):
         if shape.mixer != "none":
             axes += _rows(path.norm1, layer=i)
             axes += [Axis(path.scale1, 0, layer=i)] if path.scale1 else []
-        if shape.mixer == "attention":
-            axes += [Axis(f"{linear}.weight", 1, layer=i) for linear in (path.q, path.k, path.v)]
+        axes += own.get("attention_in", [])
         if shape.kernel:
             axes.append(Axis(f"{path.attention}.conv.weight", 1, layer=i))
         if shape.mixer == "attention" or shape.kernel:
             axes += _rows(path.o, layer=i)
         if shape.mlp:
-            axes += _rows(path.norm2, layer=i)
-            axes += [Axis(f"{linear}.weight", 1, layer=i) for linear in path.fc1] + _rows(path.fc2, layer=i)
+            axes += _rows(path.norm2, layer=i) + own["mlp_in"] + _rows(path.fc2, layer=i)
             axes += [Axis(path.scale2, 0, layer=i)] if path.scale2 else []
     return axes
 

@@ -216,11 +216,7 @@ def _is_stock(model_class: type) -> bool:
 
 
 def _check_loads_again(whole: Any, tower: Tower) -> None:
-    """Make the model that loading makes, without weights, and compare.
-
-    Raises:
-        UnsupportedModelError: it is another one.
-    """
+    """Make the model that loading makes, without weights, and compare."""
     if not _is_stock(type(whole)) and host_class(type(whole)) is None:
         return  # written by a user, whose own code makes it again
     try:

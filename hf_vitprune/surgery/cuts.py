@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..errors import InvalidPlanError
-from ..families import LayerPaths
 from ..modeling.structure import layer_paths
 from ..plan.layer_plan import PAD, LayerPlan
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
-from ..spec.units import Axis, set_name, unit_table
+from ..spec.units import Axis, layer_axes, unit_table
 from ..utils.offload import input_device
 
 #: buffers of a small model that say which channels it reads or turns
@@ -25,7 +25,7 @@ INDICES = (".input_index", ".qk_index")
 class Cut:
     """Where one tensor of the small model comes from: ``source`` indexed by ``index[axis]``, times ``scale[axis]``.
 
-    An index of :data:`~hf_vitprune.plan.plan.PAD` stands for zeros.
+    An index of :data:`PAD` stands for zeros.
     """
 
     source: str
@@ -81,8 +81,7 @@ def small_state(
     """
     cuts = find_cuts(model, small, plan)
     state = {name: cut.take(big_state[cut.source]) for name, cut in cuts.items() if name not in plan.weights}
-    state.update(_input_indices(big_state, model, small, plan))
-    state.update(_qk_indices(big_state, model, small, plan))
+    state.update(_indices(big_state, model, small, plan))
     return state | new_weights(model, small, plan, cuts, given_away)
 
 
@@ -112,9 +111,12 @@ def new_weights(
                 f"the plan's new weight {name} is {tuple(tensor.shape)}, the small model has {shape}"
             )
         like = held[cuts[name].source] if name in cuts else expected[name]
-        device = input_device(model) if like.device.type == "meta" else like.device
-        found[name] = tensor.to(device, like.dtype, copy=name not in given_away)
+        found[name] = tensor.to(_device(model, like), like.dtype, copy=name not in given_away)
     return found
+
+
+def _device(model: PreTrainedModel, like: torch.Tensor | None) -> torch.device:
+    return input_device(model) if like is None or like.is_meta else like.device
 
 
 def find_cuts(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan) -> dict[str, Cut]:
@@ -141,9 +143,12 @@ def find_cuts(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan)
             cuts[name] = Cut(source)
             if layer is None and plan.embedding is not None:
                 _cut_embedding(cuts[name], shapes[source], tensor.shape, plan)
-    table = unit_table(plan.architecture, small_paths, cuts.keys())
     for j, paths in enumerate(small_paths):
-        _cut_layer(cuts, j, paths, table, plan)
+        _cut_layer(cuts, plan.layers[j], plan.source, layer_axes(plan.architecture, j, paths))
+    if plan.embedding is not None:
+        for axis in unit_table(plan.architecture, small_paths, cuts.keys())["embedding"]:
+            if axis.layer is not None:
+                cuts[axis.tensor].index[axis.axis] = torch.tensor(plan.embedding)
     return cuts
 
 
@@ -156,40 +161,20 @@ def _cut_embedding(cut: Cut, full: torch.Size, small: torch.Size, plan: PruningP
             cut.index[axis] = torch.cat([kept + width * i for i in range(before // width)])
 
 
-def _cut_layer(
-    cuts: dict[str, Cut], j: int, paths: LayerPaths, table: dict[str, list[Axis]], plan: PruningPlan
-) -> None:
-    """Cuts of the tensors of one layer: what stays of every set of units, along every axis that carries it.
-
-    Args:
-        j: number of the layer in the small model.
-        table: of the small model.
-    """
-    entry = plan.layers[j]
-    source = plan.source.layers[entry.index]
-    kept: dict[str, torch.Tensor] = {}
+def _cut_layer(cuts: dict[str, Cut], entry: LayerPlan, source: Architecture, axes: dict[str, list[Axis]]) -> None:
+    """What stays of every unit of one layer, along every axis that carries it, and factors of what reads them."""
+    # of a head, its channels are kept one by one; what is left of the unit are tensors with one value a head
+    kept: dict[str, Any] = {"heads": entry.heads, "mlp": entry.mlp}
     if entry.mixer == "attention":
-        # of a head, its channels are kept one by one; what is left of the set are tensors with one value a head
-        kept["heads"] = torch.tensor(entry.heads)
-        kept["qk"] = _qk_rows(entry, plan.source)
-        kept["v"] = _rows(entry.heads, entry.v, source.v_dim)
-    if entry.mlp:
-        kept["mlp"] = torch.tensor(entry.mlp)
+        kept |= {"qk": _qk_rows(entry, source), "v": _rows(entry.heads, entry.v, source.layers[entry.index].v_dim)}
+    kept |= {"attention_in": entry.attention_in, "mlp_in": entry.mlp_in}
     for unit, index in kept.items():
-        for axis in table[set_name(unit, j)]:
-            cuts[axis.tensor].index[axis.axis] = index
-    if plan.embedding is not None:
-        for axis in table["embedding"]:
-            if axis.layer == j:
-                cuts[axis.tensor].index[axis.axis] = torch.tensor(plan.embedding)
-    readers = {"attention_in": (paths.q, paths.k, paths.v), "v": (paths.o,), "mlp_in": paths.fc1, "mlp": (paths.fc2,)}
-    for name, linears in readers.items():
-        inputs, factors = getattr(entry, name) if name.endswith("_in") else None, entry.scales.get(name)
-        for cut in (cuts[f"{linear}.weight"] for linear in linears if f"{linear}.weight" in cuts):
-            if inputs is not None:
-                cut.index[1] = torch.tensor(inputs)
-            if factors is not None:
-                cut.scale[1] = torch.tensor(factors, dtype=torch.float64)
+        for axis in axes.get(unit, ()):
+            cut = cuts.get(axis.tensor)
+            if cut is not None and index is not None:
+                cut.index[axis.axis] = torch.as_tensor(index)
+            if cut is not None and unit in entry.scales and axis.axis == 1:
+                cut.scale[1] = torch.tensor(entry.scales[unit], dtype=torch.float64)
 
 
 def _qk_rows(entry: LayerPlan, source: Architecture) -> torch.Tensor:
@@ -207,49 +192,31 @@ def _rows(heads: tuple[int, ...], channels: tuple[tuple[int, ...], ...], size: i
     )
 
 
-def _input_indices(
+def _indices(
     big_state: Mapping[str, torch.Tensor], model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan
 ) -> dict[str, torch.Tensor]:
-    """Values of the small model's ``input_index`` buffers: the residual channels its parts read."""
+    """Values of the small model's index buffers: the residual channels that its parts read, those that it turns."""
     old_paths, new_paths = layer_paths(model, plan.source), layer_paths(small, plan.architecture)
-    expected = small.state_dict()
-    device = input_device(model)
-    values: dict[str, torch.Tensor] = {}
+    stream = plan.embedding or range(plan.source.hidden_size)
+    kept: dict[str, tuple[str, Any]] = {}  # name -> that in the big model, and what stays of it (None: all)
     for entry, new in zip(plan.layers, new_paths, strict=True):
-        old = old_paths[entry.index]
-        for new_part, old_part, kept in (
-            (new.attention, old.attention, entry.attention_in),
-            (new.mlp, old.mlp, entry.mlp_in),
-        ):
-            name = f"{new_part}.input_index"
-            if name in expected:
-                before = big_state.get(f"{old_part}.input_index")
-                if kept is None:
-                    values[name] = big_state[f"{old_part}.input_index"].clone()
-                else:
-                    index = torch.tensor(kept, device=device)
-                    values[name] = index if before is None else before[index]
-    for name in expected:
-        if name.endswith("input_index") and name not in values:  # a part that keeps its width over a narrowed stream
-            kept_channels = torch.tensor(plan.embedding or range(plan.source.hidden_size), device=device)
-            values[name] = big_state[name][kept_channels] if name in big_state else kept_channels
-    return values
-
-
-def _qk_indices(
-    big_state: Mapping[str, torch.Tensor], model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan
-) -> dict[str, torch.Tensor]:
-    """Values of the small model's ``qk_index`` buffers: the channels of the dense heads that its queries turn as."""
-    old_paths, new_paths = layer_paths(model, plan.source), layer_paths(small, plan.architecture)
-    expected = small.state_dict()
+        old, shape = old_paths[entry.index], plan.source.layers[entry.index]
+        kept[f"{new.mlp}.input_index"] = f"{old.mlp}.input_index", entry.mlp_in
+        kept[f"{new.attention}.input_index"] = f"{old.attention}.input_index", entry.attention_in
+        if entry.qk:
+            turned = f"{old.attention}.qk_index"
+            rows = _qk_rows(entry, plan.source).clamp(min=0)  # what pads is zero, however it is turned
+            kept[f"{new.attention}.qk_index"] = turned, rows if turned in big_state else rows % shape.qk_dim
     values: dict[str, torch.Tensor] = {}
-    for entry, new in zip(plan.layers, new_paths, strict=True):
-        if f"{new.attention}.qk_index" in expected:
-            source = plan.source.layers[entry.index]
-            before = big_state.get(f"{old_paths[entry.index].attention}.qk_index")
-            device = big_state[f"{old_paths[entry.index].q}.weight"].device
-            if before is None:
-                before = torch.arange(source.qk_dim, device=device).repeat(source.heads)
-            rows = _qk_rows(entry, plan.source).to(device)
-            values[f"{new.attention}.qk_index"] = before[rows.clamp(min=0)]  # what pads is zero, however it is turned
+    for name in small.state_dict():
+        if name.endswith(INDICES):
+            # a part outside the layers that keeps its width reads the whole stream
+            source, chosen = kept.get(name, (name, stream))
+            before = big_state.get(source)
+            if chosen is None:
+                values[name] = big_state[source].clone()
+            else:
+                like = next(model.get_submodule(source.rpartition(".")[0]).parameters(), None)
+                index = torch.as_tensor(chosen, device=_device(model, like))
+                values[name] = index if before is None else before[index]
     return values

@@ -65,11 +65,7 @@ class MaskedState(StateDict):
 
 
 class _MaskedTensors(Mapping[str, torch.Tensor]):
-    """The tensors of a model that a plan changes, at full size: zeros in the place of what goes.
-
-    Raises:
-        InvalidPlanError: the plan does not fit the model.
-    """
+    """The tensors of a model that a plan changes, at full size: zeros in the place of what goes."""
 
     def __init__(self, model: PreTrainedModel, plan: PruningPlan) -> None:
         check_plan(model, plan, allow_unchanged=True)

@@ -1,53 +1,32 @@
-"""Points of a model where the channels of units pass and can be multiplied, by gates or masks; one table of them."""
+"""Points of a model where the channels of units pass and can be multiplied, by gates or masks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..families import LayerPaths
+from ..families import Family, LayerPaths
 from ..modeling.norms import norm_over
 from ..modeling.structure import get_wrapped, layer_paths
 from ..spec.architecture import Architecture
-from ..spec.units import LAYER_UNITS, channels_of
+from ..spec.units import LAYER_UNITS, Axis, channels_of, layer_axes, units_in
 from ..utils.hooks import GateHook
 from ..utils.modules import unwrapped
 from .gates import DepthGate, FoldedGate, UnitMask
 from .masked import residual_norms
 
-
-class Point(NamedTuple):
-    """A point of a layer.
-
-    Attributes:
-        unit: what a plan calls the channels that pass here.
-        writer: path of the module that puts the channels out; None where ``reader`` is hooked.
-        reader: path of the module that takes them in.
-    """
-
-    unit: str
-    writer: Callable[[LayerPaths], str] | None
-    reader: Callable[[LayerPaths], str]
-
-    @property
-    def mixes(self) -> bool:
-        """Whether the point is in the attention of a layer, not in its MLP."""
-        return not self.unit.startswith("mlp")
-
-
-#: the table of units knows tensors; this is where activations pass, bottom to top. A q/k channel is off when its query
-#: is zero, a head or v channel when the output projection reads 0
+#: name of a point of a layer, in settings and checkpoints -> the units that pass there, bottom to top; a head is off
+#: when all of its v channels are
 POINTS = {
-    "attention_in": Point("attention_in", lambda p: p.norm1, lambda p: p.attention),
-    "queries": Point("qk", lambda p: p.q, lambda p: p.q),
-    "attention_out": Point("v", None, lambda p: p.o),
-    "mlp_in": Point("mlp_in", lambda p: p.norm2, lambda p: p.mlp),
-    "mlp_hidden": Point("mlp", None, lambda p: p.fc2),
+    "attention_in": "attention_in",
+    "queries": "qk",
+    "attention_out": "v",
+    "mlp_in": "mlp_in",
+    "mlp_hidden": "mlp",
 }
 #: name of the factors of the residual channels
 EMBEDDING = "embedding"
@@ -61,8 +40,7 @@ def point_name(layer: int, point: str) -> str:
 def point_sizes(architecture: Architecture, layer: int) -> dict[str, int]:
     """Channels at every point of a layer; points of removed branches are absent."""
     shape, width = architecture.layers[layer], architecture.width(layer)
-    there = {True: shape.mixer == "attention", False: bool(shape.mlp)}
-    return {name: channels_of(shape, point.unit, width) for name, point in POINTS.items() if there[point.mixes]}
+    return {name: channels_of(shape, unit, width) for name, unit in POINTS.items() if unit in units_in(shape)}
 
 
 def make_masks(architecture: Architecture, embedding: bool, device: torch.device) -> nn.ModuleDict:
@@ -72,7 +50,7 @@ def make_masks(architecture: Architecture, embedding: bool, device: torch.device
         masks[EMBEDDING] = UnitMask(architecture.hidden_size, device)
     for i in range(len(architecture.layers)):
         for name, size in point_sizes(architecture, i).items():
-            if POINTS[name].unit in LAYER_UNITS:
+            if POINTS[name] in LAYER_UNITS:
                 masks[point_name(i, name)] = UnitMask(size, device)
     return masks
 
@@ -88,21 +66,11 @@ def attach(model: PreTrainedModel, architecture: Architecture, factors: nn.Modul
     """
     handles: list[Any] = []
     for i, paths in enumerate(layer_paths(model, architecture)):
-        for name, point in POINTS.items():
-            if point_name(i, name) not in factors:
-                continue
-            factor, reader = factors[point_name(i, name)], get_wrapped(model, point.reader(paths))
-            inputs = point.unit not in LAYER_UNITS
-            before = point.writer is None or (inputs and architecture.family.post_norm)
-            module = reader if before or point.writer is None else get_wrapped(model, point.writer(paths))
-            channels = unwrapped(reader) if inputs else None
-            folded = FoldedGate.of(module, factor, nn.Linear if before else nn.LayerNorm)
-            if folded is not None and getattr(channels, "input_index", None) is None:
-                handles.append(folded.attach())
-            elif before:
-                handles.append(module.register_forward_pre_hook(Before(factor)))
-            else:
-                handles.append(module.register_forward_hook(After(factor, channels)))
+        axes = layer_axes(architecture, i, paths)
+        for name, unit in POINTS.items():
+            if point_name(i, name) in factors:
+                factor = factors[point_name(i, name)]
+                handles.append(_attach(model, architecture.family, paths, unit, axes[unit], factor))
     if EMBEDDING in factors:
         mask = factors[EMBEDDING]
         handles += [norm.register_forward_hook(_OverKept(mask)) for norm in residual_norms(model, architecture)]
@@ -110,6 +78,30 @@ def attach(model: PreTrainedModel, architecture: Architecture, factors: nn.Modul
         entries = [get_wrapped(model, path) for path in architecture.family.neck(model)]
         handles += [entry.register_forward_pre_hook(_Maps(mask)) for entry in entries]
     return handles
+
+
+def _attach(
+    model: PreTrainedModel, family: Family, paths: LayerPaths, unit: str, axes: list[Axis], factor: nn.Module
+) -> Any:
+    """A factor in front of the one module that reads a unit, or behind what writes it; its handle.
+
+    What several modules of a branch read is multiplied behind the norm, or in front of the branch where that has none.
+    """
+    readers = [axis.module for axis in axes if axis.axis == 1]
+    branch = None
+    if unit in LAYER_UNITS:
+        before, path = bool(readers), (readers or [axes[0].module])[0]
+    else:
+        norm, entry = (paths.norm1, paths.attention) if unit == "attention_in" else (paths.norm2, paths.mlp)
+        before, path = family.post_norm, entry if family.post_norm else norm
+        branch = unwrapped(get_wrapped(model, entry))
+    module = get_wrapped(model, path)
+    folded = FoldedGate.of(module, factor, nn.Linear if before else nn.LayerNorm)
+    if folded is not None and getattr(branch, "input_index", None) is None:
+        return folded.attach()
+    if before:
+        return module.register_forward_pre_hook(Before(factor))
+    return module.register_forward_hook(After(factor, branch))
 
 
 def attach_depth_gate(model: PreTrainedModel, architecture: Architecture, gate: DepthGate) -> list[RemovableHandle]:

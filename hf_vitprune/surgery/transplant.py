@@ -199,11 +199,7 @@ def _empty_modules_like(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _follow_states(model: PreTrainedModel, config: Any, plan: PruningPlan) -> None:
-    """Numbers by which a model reads hidden states follow the layers.
-
-    Raises:
-        InvalidPlanError: a layer whose output is read is removed.
-    """
+    """Numbers by which a model reads hidden states follow the layers."""
     source = plan.source
     states = source.family.read_states(model.config, source.task, len(source.layers))
     position = {entry.index: j for j, entry in enumerate(plan.layers)}

@@ -31,7 +31,7 @@ def set_masks(
     for i, shape in enumerate(architecture.layers):
         heads = kept.get((i, "heads"), torch.ones(shape.heads, dtype=torch.bool))
         for place, size in (("queries", shape.qk_dim), ("attention_out", shape.v_dim)):
-            channels = kept.get((i, POINTS[place].unit), torch.ones(size, dtype=torch.bool))
+            channels = kept.get((i, POINTS[place]), torch.ones(size, dtype=torch.bool))
             channels = channels.repeat(size // len(channels))  # rotary pairs go together
             units[point_name(i, place)] = (heads[:, None] & channels[None]).flatten()
     for name, mask in masks.items():

@@ -88,10 +88,10 @@ class VTP(PruningMethod):
         return plan.with_layers(self._all_scores(entry) for entry in plan.layers)
 
     def _all_scores(self, entry: LayerPlan) -> LayerPlan:
-        for place, point in POINTS.items():
+        for place, unit in POINTS.items():
             name = point_name(entry.index, place)
             if name in self.gates:
-                entry = self._with_scores(entry, point.unit, name, range(len(self._gates()[name].score)))
+                entry = self._with_scores(entry, unit, name, range(len(self._gates()[name].score)))
         return entry
 
     # ------------------------------------------------------------------ decision
@@ -184,7 +184,7 @@ class VTP(PruningMethod):
 
     def _layer(self, entry: LayerPlan, above: _Sets, scores: _Sets) -> LayerPlan:
         for point in ("attention_in", "mlp_in", "mlp_hidden"):
-            name, target = point_name(entry.index, point), POINTS[point].unit
+            name, target = point_name(entry.index, point), POINTS[point]
             if name in above:
                 count = rounded(int(above[name].sum()), len(above[name]), self.config.round_to)
                 kept = best(scores[name], count)
