@@ -38,8 +38,7 @@ def custom_parts(
     """How a small model differs from what loading it makes; empty where it does not.
 
     Args:
-        model_class: of the model that is pruned.
-        stock_class: of transformers, that it is or inherits from.
+        model_class: of the model that is pruned; it is or inherits from ``stock_class``, of transformers.
         small: the small model.
         skeleton: what the stock class makes from its config.
         encoder: path of the encoder in the model, with a dot; empty for a base model.
@@ -49,8 +48,10 @@ def custom_parts(
         module that the skeleton lacks or has another in the place of (None: that only the skeleton has).
     """
     ours, theirs = dict(small.named_modules()), dict(skeleton.named_modules())
-    changed = {
-        path: qualified(stock_type(module)) for path, module in ours.items() if path and _differs(module, theirs, path)
+    changed: dict[str, str | None] = {
+        path: qualified(stock_type(module))
+        for path, module in ours.items()
+        if path and (path not in theirs or _kind(module) != _kind(theirs[path]))
     }
     changed |= {path: None for path in theirs if path not in ours}
     written = own_class(model_class)
@@ -58,15 +59,10 @@ def custom_parts(
     return {"class": named, "encoder": encoder, "modules": changed} if named or changed else {}
 
 
-def _differs(module: nn.Module, others: dict[str, nn.Module], path: str) -> bool:
-    other = others.get(path)
-    return other is None or stock_type(module) is not stock_type(other) or _own(module) != _own(other)
-
-
-def _own(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a module holds itself."""
+def _kind(module: nn.Module) -> tuple[type, dict[str, tuple[int, ...]]]:
+    """A module's own class, and the shapes of the tensors that it holds itself."""
     tensors = {**module._parameters, **module._buffers}
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+    return stock_type(module), {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
 
 
 # ---------------------------------------------------------------------- when a folder is loaded
@@ -81,15 +77,7 @@ def loading() -> Iterator[None]:
 
 
 def check_class(model_class: Any, config: Any) -> None:
-    """Refuse to load a folder as a class that would leave out what its model computes.
-
-    Args:
-        model_class: that is loaded.
-        config: read from the folder.
-
-    Raises:
-        CheckpointMismatchError: naming what would be left out, and the cure.
-    """
+    """Refuse to load the folder of a config as a class that would leave out what its model computes."""
     custom = _custom_of(config)
     if not _loading.get() or not custom or _same_class(custom["class"], own_class(model_class)):
         return
@@ -112,12 +100,7 @@ def check_class(model_class: Any, config: Any) -> None:
 def check_modules(model: nn.Module, info: dict[str, Any]) -> None:
     """After loading as a user's class: the class makes all that was changed, and every tensor of it has a weight.
 
-    Args:
-        model: as it was loaded.
-        info: what transformers says of the tensors.
-
-    Raises:
-        CheckpointMismatchError: naming the first module that is another one.
+    ``info``: what transformers says of the tensors.
     """
     custom = _custom_of(model.config)
     if not custom or not _same_class(custom["class"], own_class(type(model))):

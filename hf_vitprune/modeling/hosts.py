@@ -20,8 +20,9 @@ from ..errors import CheckpointMismatchError
 from ..families import PRUNED_PREFIX, family_of
 from ..utils.modules import put
 from .folder import NOT_STOCK
-from .pretrained import PrunedModelMixin, overridden
+from .pretrained import PrunedModelMixin
 from .pruned_config import FirstUseMixin, make_models, seal, when_used
+from .rebuild import fields_set
 from .registry import copy_conversions, pruned_model_class
 from .strict import StrictMixin
 
@@ -83,7 +84,7 @@ class PrunedHostMixin(StrictMixin):
         with contextlib.ExitStack() as stack:
             for part in vars(config).values():  # stock constructors want a width that the heads divide
                 if isinstance(part, PreTrainedConfig) and str(part.model_type).startswith(PRUNED_PREFIX):
-                    stack.enter_context(overridden(part, family_of(part).skeleton_heads(part)))
+                    stack.enter_context(fields_set(part, family_of(part).skeleton_heads(part)))
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         model: Any = self
         for path, tower in stock_towers(model):

@@ -18,20 +18,9 @@ from ..utils.mixing import unmix
 from ..utils.modes import on_meta
 from .blocks import PrunedAttentionMixin, set_attention_sizes
 from .pretrained import PrunedModelMixin
-from .registry import stock_ancestor, stock_model_class
+from .registry import carried_fields, stock_ancestor, stock_model_class
 from .structure import layer_paths
 from .whole_config import become_stock_, set_tower_config_
-
-#: fields of a pruned config that a stock config makes itself, or must not have
-_OWN_FIELDS = (
-    "model_type",
-    "architectures",
-    "auto_map",
-    "transformers_version",
-    "pruning_config",
-    "pruning_info",
-    "stage_names",
-)
 
 
 def to_native(model: Any) -> PreTrainedModel:
@@ -73,11 +62,7 @@ def to_native(model: Any) -> PreTrainedModel:
 
 
 def make_stock_(model: Any) -> None:
-    """:func:`to_native` in place; nothing is changed where it raises.
-
-    Raises:
-        NativeExportError: a stock class cannot hold this shape; the message names the layer and the size.
-    """
+    """:func:`to_native` in place; nothing is changed where it raises."""
     architecture, old = Architecture.of(model), model.config
     config = native_config(architecture, old)
     stock = stock_model_class(type(model))
@@ -117,16 +102,14 @@ def native_config(architecture: Architecture, config: PreTrainedConfig | None = 
             f"transformers does not load a {architecture.model_type} {architecture.task} as it saved it; keep the "
             "pruned model as it is"
         )
-    dense_width = Architecture.dense(architecture.config, architecture.task).hidden_size
+    dense_width = architecture.unpruned.hidden_size
     if architecture.hidden_size != dense_width and family.has_neck(base, architecture.task):
         raise NativeExportError(
             f"what reads the features of this {architecture.task} keeps {dense_width} channels, and in a stock "
             f"{architecture.model_type} it has the width of the layers; keep the pruned model as it is"
         )
     stock_class = type(stock_config(base))
-    fields = {k: v for k, v in base.to_dict().items() if k not in _OWN_FIELDS}
-    if hasattr(base, "stage_names"):
-        fields.pop("out_indices", None)  # they follow from out_features
+    fields = carried_fields(base)
     if architecture.depths is not None:
         _check_stages(architecture)
         sizes: dict[str, Any] = {"depths": list(architecture.depths)}
@@ -184,7 +167,7 @@ def _uniform_shape(architecture: Architecture) -> LayerShape:
 
 def _check_stages(architecture: Architecture) -> None:
     """Refuse windowed models with anything removed but whole layers."""
-    dense = Architecture.dense(architecture.config, architecture.task)
+    dense = architecture.unpruned
     starts = {stage: dense.stages.index(stage) for stage in dense.stages}
     place: dict[int, int] = {}
     for i, (shape, stage) in enumerate(zip(architecture.layers, architecture.stages, strict=True)):

@@ -39,6 +39,9 @@ def norm_width(module: Any) -> int | None:
 def norm_over(norm: Any, input: torch.Tensor, kept: torch.Tensor, count: int) -> torch.Tensor:
     """What a norm gives whose statistics run over the kept channels only; the removed ones come out as zero.
 
+    Kept channels around their mean, and zeros elsewhere, have mean zero over all channels and ``count / channels`` of
+    the variance over the kept ones: the fused kernel then does the rest. Picking channels by index is far slower.
+
     Args:
         norm: LayerNorm or RMSNorm over all channels.
         input: (..., channels).
@@ -52,11 +55,18 @@ def norm_over(norm: Any, input: torch.Tensor, kept: torch.Tensor, count: int) ->
         UnsupportedUnitError: it is a norm of another kind.
     """
     kind = norm_kind(norm)
-    if kind == "layer":
-        return layer_norm_over(input, kept, count, norm.weight, norm.bias, norm.eps)
+    if kind is None:
+        raise _unknown(norm)
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    kept = kept.to(dtype)
+    share = count / len(kept)
+    scale = kept * share**0.5 if norm.weight is None else norm.weight.to(dtype) * kept * share**0.5
+    inputs = input.to(dtype) * kept
     if kind == "rms":
-        return rms_norm_over(input, kept, count, norm.weight, _epsilon(norm, input.dtype))
-    raise _unknown(norm)
+        return F.rms_norm(inputs, (len(kept),), scale, _epsilon(norm, input.dtype) * share)
+    centred = torch.addcmul(inputs, inputs.sum(-1, keepdim=True) / count, kept, value=-1)
+    shift = None if norm.bias is None else norm.bias.to(dtype) * kept
+    return F.layer_norm(centred, (len(kept),), scale, shift, norm.eps * share)
 
 
 def _unknown(norm: nn.Module) -> UnsupportedUnitError:
@@ -69,40 +79,6 @@ def _unknown(norm: nn.Module) -> UnsupportedUnitError:
 def _epsilon(norm: nn.Module, dtype: torch.dtype) -> float:
     values = [getattr(norm, name) for name in _EPSILONS if getattr(norm, name, None) is not None]
     return values[0] if values else torch.finfo(dtype).eps  # torch's default
-
-
-def layer_norm_over(
-    input: torch.Tensor,
-    kept: torch.Tensor,
-    count: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
-    """LayerNorm over the kept channels.
-
-    Kept channels around their mean, and zeros elsewhere, have mean zero over all channels and ``count / channels`` of
-    the variance over the kept ones: the fused kernel then does the rest. Picking channels by index is far slower.
-    """
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    kept = kept.to(dtype)
-    inputs = input.to(dtype) * kept
-    centred = torch.addcmul(inputs, inputs.sum(-1, keepdim=True) / count, kept, value=-1)
-    share = count / len(kept)
-    scale = kept * share**0.5 if weight is None else weight.to(dtype) * kept * share**0.5
-    shift = None if bias is None else bias.to(dtype) * kept
-    return F.layer_norm(centred, (len(kept),), scale, shift, eps * share)
-
-
-def rms_norm_over(
-    input: torch.Tensor, kept: torch.Tensor, count: int, weight: torch.Tensor | None, eps: float
-) -> torch.Tensor:
-    """RMSNorm over the kept channels: the mean square is ``channels / count`` of that over all."""
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    kept = kept.to(dtype)
-    share = count / len(kept)
-    scale = kept * share**0.5 if weight is None else weight.to(dtype) * kept * share**0.5
-    return F.rms_norm(input.to(dtype) * kept, (len(kept),), scale, eps * share)
 
 
 class MaskedNormMixin(InPlaceMixin):

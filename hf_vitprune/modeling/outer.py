@@ -22,14 +22,11 @@ Shape = tuple[int, ...]
 
 @dataclass
 class Outer:
-    """Tensors and norms outside the layers that carry the residual stream.
+    """Tensors and norms outside the layers that carry the residual stream."""
 
-    Attributes:
-        axes: name of a tensor -> the axes that carry the stream (some of them several times side by side).
-        norms: paths of norms of a custom head that run over the stream, with weights or without.
-    """
-
+    #: name of a tensor -> the axes that carry the stream (some of them several times side by side)
     axes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    #: paths of norms of a custom head that run over the stream, with weights or without
     norms: list[str] = field(default_factory=list)
 
 
@@ -49,17 +46,14 @@ def find_outer(
     """Which axes outside the layers follow the residual width.
 
     Args:
-        model: the live one, of residual width ``width``.
-        wide, narrow: skeletons of the stock class behind it, at that width and at another.
+        model: the live one.
+        wide, narrow: skeletons of the stock class behind it, of residual width ``width`` and ``narrowed``.
         layers: prefixes of the layers, which are not looked at.
-        width: of the residual stream.
-        narrowed: its width in ``narrow``.
         whole: all of the model belongs to the tower: what the stock class has not got may read the stream. False: a
             bigger model, where only what follows the width is looked at.
 
     Raises:
-        UnsupportedUnitError: a module that the stock class has not got reads the stream, and is no plain Linear or
-            norm on it; it is named.
+        UnsupportedUnitError: names a module that reads the stream, and is no plain Linear or norm on it.
     """
     before, after = shapes_of(wide), shapes_of(narrow)
     others = (name for name in before.keys() ^ after.keys() if not name.startswith(layers))
@@ -159,13 +153,7 @@ def _add_readers(found: Outer, model: nn.Module, root: str, width: int) -> None:
 
 
 def narrow_outer(model: nn.Module, outer: Outer, width: int, kept: int) -> None:
-    """Give the axes that follow the residual width their new length, in place; new tensors are empty.
-
-    Args:
-        outer: of the model.
-        width: of its residual stream.
-        kept: channels that stay.
-    """
+    """Give the axes that follow the residual width their new length, in place; new tensors are empty."""
     shapes = shapes_of(model)
     for name, axes in outer.axes.items():
         shape = list(shapes[name])

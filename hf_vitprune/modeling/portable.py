@@ -23,13 +23,14 @@ from ..errors import InvalidConfigError, PortableError
 from ..families import PRUNED_PREFIX, base_model_type, family_of
 from ..spec.configs import lineage_of
 from ..utils.mixing import stock_type
-from ..utils.modules import get, named_tensors
+from ..utils.modules import get
 from .custom import CUSTOM
 from .folder import PORTABLE, STUB_MODULE
+from .outer import shapes_of
 from .portable_record import differences, stock_class_of
 from .portable_source import MOST_LINES, assemble
 from .pruned_config import SEALED
-from .rebuild import fields_set, rebuild_
+from .rebuild import config_from, fields_set, rebuild_, set_field
 
 #: model type of a portable bigger model, whose stock class asks the Auto classes for its tower
 WHOLE_TYPE = f"{PRUNED_PREFIX}tower_model"
@@ -72,7 +73,8 @@ class Portable:
         fields = json.loads(model_config.to_json_string(use_diff=False))
         stock_type_ = _stock_model_type(model_config)
         swaps, building = dict(_swaps(model_config)), dict(_building(model_config))
-        plain = _stock_config(fields, stock_type_, swaps, building)
+        record = {"fields": swaps, "building": building}
+        plain = config_from(CONFIG_MAPPING[stock_type_].from_dict, {**fields, "model_type": stock_type_}, record)
         plain._attn_implementation = model_config._attn_implementation
         with torch.device("meta"), no_init_weights():
             ours = stock_type(model)(copy.deepcopy(model_config))
@@ -84,22 +86,16 @@ class Portable:
         with torch.device("meta"):
             rebuild_(stock, modules, self.parts)
         left = dict(differences(stock, ours, {}))
-        assert not left and _shapes(stock) == _shapes(ours), f"rebuilding leaves differences: {left}"
+        assert not left and shapes_of(stock) == shapes_of(ours), f"rebuilding leaves differences: {left}"
         own_type = model_config.model_type
         self.model_type = own_type if own_type.startswith(PRUNED_PREFIX) else WHOLE_TYPE
-        self.record: dict[str, Any] = {
-            "fields": swaps,
-            "building": building,
-            "modules": modules,
-            "stock_type": stock_type_,
-        }
+        self.record: dict[str, Any] = {**record, "modules": modules, "stock_type": stock_type_}
         self.stock_class, self.stock_config = stock_class, type(plain)
         self.base_prefix = type(model).base_model_prefix
         autos = tuple(_auto_classes(stock_class, type(plain)))
         # AutoBackbone takes no folders of this machine, and some classes have no Auto class
         self.auto_classes = (*autos, "AutoModel") if autos in ((), ("AutoBackbone",)) else autos
-        names = f"Pruned{self.stock_config.__name__}", f"Pruned{stock_class.__name__}"
-        self.config_name, self.model_name = names
+        self.config_name, self.model_name = f"Pruned{type(plain).__name__}", f"Pruned{stock_class.__name__}"
         self.source = self._source()
 
     def _source(self) -> str:
@@ -130,7 +126,7 @@ class Portable:
         path = folder / "config.json"
         fields = json.loads(path.read_text(encoding="utf-8"))
         for place, (_, said) in self.record["fields"].items():
-            with_field(fields, place, said)
+            set_field(fields, place, said)
         module = {"AutoConfig": self.config_name} | dict.fromkeys(self.auto_classes, self.model_name)
         fields["auto_map"] = {auto: f"{STUB_MODULE}.{name}" for auto, name in module.items()}
         fields |= {"model_type": self.model_type, "portable": self.record}
@@ -162,14 +158,6 @@ def save_portable(model: Any, save: Any, folder: Any, *args: Any, **kwargs: Any)
 
 
 # ---------------------------------------------------------------------- configs
-def with_field(fields: dict[str, Any], path: str, value: Any) -> None:
-    """Set a field of a config's JSON, by its dotted path; parts that are not there are made."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        fields = fields.setdefault(parent, {})
-    fields[name] = value
-
-
 def pruned_configs(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Configs of pruned towers, the model's own included, by path (with a dot behind)."""
     if getattr(config, "pruning_config", None) is not None:
@@ -210,23 +198,6 @@ def _stock_model_type(config: PreTrainedConfig) -> str:
     return str(stock.model_type)  # type: ignore[attr-defined]
 
 
-def _stock_config(
-    fields: dict[str, Any], model_type: str, swaps: dict[str, tuple[Any, Any]], building: dict[str, Any]
-) -> Any:
-    fields = {**copy.deepcopy(fields), "model_type": model_type}
-    for path, (value, _) in swaps.items():
-        with_field(fields, path, value)
-    with fields_set(fields, building):
-        made = CONFIG_MAPPING[model_type].from_dict(fields)
-    for path in building:
-        *parents, name = path.split(".")
-        source, target = fields, made
-        for parent in parents:
-            source, target = source[parent], getattr(target, parent)
-        target.__dict__[name] = source.get(name)
-    return made
-
-
 def _auto_classes(stock_class: type, config_class: type) -> Iterator[str]:
     """Names of the Auto classes that map a stock class."""
     for name in dir(modeling_auto):
@@ -264,20 +235,12 @@ def _check_parts(model: Any, stock_class: type) -> None:
         )
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
-
-
 def _check_same(model: nn.Module, ours: nn.Module) -> None:
     """Refuse a model that was changed after it was made: loading makes another."""
-    live, made = _shapes(model), _shapes(ours)
+    live, made = shapes_of(model), shapes_of(ours)
     names = sorted(name for name in live.keys() | made.keys() if live.get(name) != made.get(name))
-    if not names:
-        names = [
-            path
-            for path, module in ours.named_modules()
-            if stock_class_of(get(model, path)) is not stock_class_of(module)
-        ]
+    others = (p for p, m in ours.named_modules() if stock_class_of(get(model, p)) is not stock_class_of(m))
+    names = names or list(others)
     if names:
         raise PortableError(
             f"{names[0]} is not what the model's config makes: it was changed after pruning, or holds adapters. Merge "

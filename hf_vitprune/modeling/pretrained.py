@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..errors import CheckpointMismatchError, InvalidArchitectureError
 from ..spec.architecture import Architecture, write_record
 from .custom import check_class, check_modules, loading
 from .folder import STUB_MODULE
-from .rebuild import materialize
+from .rebuild import fields_set, materialize
 from .strict import StrictMixin
 from .structure import layer_paths, resize_
 
@@ -38,7 +37,7 @@ class PrunedModelMixin(StrictMixin):
         family = architecture.family
         ambient = torch.empty(0).device
         # nothing to initialise on the meta device, and going through the motions takes longer than the rest of it
-        dense_heads = overridden(family.sizes_config(config), family.skeleton_heads(config))
+        dense_heads = fields_set(family.sizes_config(config), family.skeleton_heads(config))
         try:
             with torch.device("meta"), no_init_weights(), dense_heads:
                 super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -57,11 +56,7 @@ class PrunedModelMixin(StrictMixin):
         self._built_as = architecture
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As :class:`StrictMixin`'s, with a loader stub.
-
-        Raises:
-            NotADirectoryError: ``save_directory`` is a file (transformers would only log it and save nothing).
-        """
+        """As :class:`StrictMixin`'s, with a loader stub; NotADirectoryError where transformers would only log it."""
         folder = Path(save_directory)
         if folder.is_file():
             raise NotADirectoryError(f"{folder} is a file; save_pretrained needs a folder")
@@ -77,11 +72,7 @@ class PrunedModelMixin(StrictMixin):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', but never the lower part of an adapter of a deeper model.
-
-        Raises:
-            CheckpointMismatchError: the adapter has tensors for layers that this model has not got.
-        """
+        """As transformers', but never the lower part of an adapter of a deeper model (CheckpointMismatchError)."""
         before = set(getattr(self, "peft_config", {}))
         info = super().load_adapter(*args, **kwargs)  # type: ignore[misc]
         try:
@@ -108,18 +99,6 @@ class PrunedModelMixin(StrictMixin):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Saving writes a stub that imports this package; the source files are not copied."""
-
-
-@contextlib.contextmanager
-def overridden(config: PreTrainedConfig, values: dict[str, Any]) -> Iterator[None]:
-    before = {name: getattr(config, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 def _check_same_depth(model: Any, keys: Iterable[str]) -> None:
@@ -185,15 +164,12 @@ _NOT_SAVED = (".ranknum.", ".vera_A", ".vera_B", ".vblora_vector_bank")
 
 
 def check_adapters_whole(model: Any, prefix: str, given: Collection[str]) -> None:
-    """Refuse a part of an adapter: what is missing would keep its fresh, random weights.
+    """Refuse a part of an adapter, of which PEFT would load what is there: the rest would keep its random weights.
 
     Args:
         model: the transformers model, with adapters in its layers.
         prefix: of its names among ``given``.
         given: names of the tensors that are being loaded.
-
-    Raises:
-        CheckpointMismatchError: naming the first tensor that is missing, or that has no place.
     """
     first: dict[int, str] = {}  # a tensor that is shared is saved under one of its names
     alike = {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}

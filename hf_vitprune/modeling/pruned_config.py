@@ -60,12 +60,7 @@ class PrunedConfigMixin(FirstUseMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers'; the record of a pruned model may not be missing.
-
-        Raises:
-            InvalidArchitectureError: a pruned model's config without its ``pruning_config``, with values that no
-                config of its kind can have, or with others than were saved.
-        """
+        """As transformers', but never without the ``pruning_config``, or with impossible or changed values."""
         stated: Any = cls
         config_dict = {name: value for name, value in config_dict.items() if name != "portable"}
         if config_dict.get("model_type") != stated.model_type:  # of a stock checkpoint
@@ -145,11 +140,7 @@ def seal(fields: dict[str, Any], config_class: type[PreTrainedConfig]) -> None:
 
 
 def unsealed(fields: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    """The fields of a config.json, without the note, if they are as it says; folders of old have none.
-
-    Raises:
-        InvalidArchitectureError: naming the field that is another one.
-    """
+    """The fields of a config.json, without the note, if they are as it says; folders of old have none."""
     if SEALED not in fields:
         return fields
     stated, found = fields[SEALED], _read_by_forward(fields, config_class)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,27 @@ def fields_set(config: Any, values: dict[str, Any]) -> Iterator[None]:
 
 
 def set_field(config: Any, path: str, value: Any) -> Any:
-    """Set a field of a config, or of its JSON, by its dotted path; what was there."""
+    """Set a field of a config, or of its JSON (where missing parts are made), by its dotted path; what was there."""
     *parents, name = path.split(".")
     for parent in parents:
-        config = config[parent] if isinstance(config, dict) else getattr(config, parent)
+        config = config.setdefault(parent, {}) if isinstance(config, dict) else getattr(config, parent)
     fields = config if isinstance(config, dict) else config.__dict__
     before = fields.get(name)
     fields[name] = value
     return before
+
+
+def config_from(read: Callable[..., Any], fields: dict[str, Any], record: dict[str, Any]) -> Any:
+    """What ``read`` (``from_dict`` of a stock config) makes of the JSON of a portable config, with its real sizes."""
+    fields = copy.deepcopy(fields)
+    for path, (value, _) in record["fields"].items():
+        set_field(fields, path, value)
+    real = {path: set_field(fields, path, value) for path, value in record["building"].items()}
+    made = read(fields)
+    config = made[0] if isinstance(made, tuple) else made
+    for path, value in real.items():
+        set_field(config, path, value)
+    return made
 
 
 class PortableConfigMixin:
@@ -117,16 +131,8 @@ class PortableConfigMixin:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers', with what the file says in the place of some fields set right."""
-        fields = copy.deepcopy(config_dict)
-        for path, (value, _) in fields["portable"]["fields"].items():
-            set_field(fields, path, value)
-        building = fields["portable"]["building"]
-        real = {path: set_field(fields, path, value) for path, value in building.items()}
-        made = super().from_dict(fields, **kwargs)  # type: ignore[misc]
-        config = made[0] if isinstance(made, tuple) else made
-        for path, value in real.items():
-            set_field(config, path, value)
-        return made
+        read = functools.partial(super().from_dict, **kwargs)  # type: ignore[misc]
+        return config_from(read, config_dict, config_dict["portable"])
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
         """As transformers', with what stock classes stumble over."""

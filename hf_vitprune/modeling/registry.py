@@ -47,11 +47,7 @@ _stock: set[type[PreTrainedModel]] = set()
 
 
 def register_family(family: Family) -> None:
-    """Take in a family untested; see ``family_check.register_family``.
-
-    Raises:
-        ValueError: the model type is taken.
-    """
+    """Take in a family untested; see ``family_check.register_family``."""
     add_family(family)
     _make_config_class(family)
 
@@ -78,11 +74,7 @@ def pruned_config_class(config_class: type[PreTrainedConfig]) -> type[PreTrained
 
 
 def pruned_model_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The pruned twin of a stock class; a pruned class is its own.
-
-    Raises:
-        UnsupportedModelError: no Auto class maps this stock class, so it has no twin.
-    """
+    """The pruned twin of a stock class; a pruned class is its own; UnsupportedModelError if no Auto class maps it."""
     if issubclass(model_class, PrunedModelMixin):
         return model_class
     stock = stock_ancestor(model_class)
@@ -97,11 +89,7 @@ def pruned_model_class(model_class: type[PreTrainedModel]) -> type[PreTrainedMod
 
 
 def stock_ancestor(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class of transformers that a class is or inherits from; for a pruned class, of the dense one.
-
-    Raises:
-        UnsupportedModelError: no Auto class maps any of them.
-    """
+    """The class of transformers that a class is or inherits from; for a pruned class, of the dense one."""
     for config_class in getattr(getattr(model_class, "config_class", None), "__mro__", ()):
         if config_class in _configs:
             make_models(_configs[config_class])
@@ -114,18 +102,11 @@ def stock_ancestor(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def stock_model_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Inverse of :func:`pruned_model_class`."""
-    for stock, pruned in _models.items():
-        if pruned is model_class:
-            return stock
-    return model_class
+    return next((stock for stock, pruned in _models.items() if pruned is model_class), model_class)
 
 
 def class_for_task(family: Family, task: str) -> type[PreTrainedModel]:
-    """The pruned class of a family for a task suffix such as ``"ForImageClassification"``.
-
-    Raises:
-        UnsupportedModelError: the family has no such class.
-    """
+    """The pruned class of a family for a task suffix such as ``"ForImageClassification"``."""
     for stock in stock_classes(family):
         if _models[stock].pruning_task == task:  # type: ignore[attr-defined]
             return _models[stock]
@@ -151,18 +132,15 @@ def _make_model_classes(family: Family, config_class: type[PreTrainedConfig]) ->
     for auto_name, stock in _stock_classes(family, config_class):
         _stock.add(stock)
         if stock not in _models:
-            task = strip_family(stock.__name__, config_class.__name__)
-            body = {"config_class": pruned_config, "config": pruned_config, "pruning_task": task, "auto_classes": ()}
-            body["dense_class"] = stock
+            body = {"config_class": pruned_config, "config": pruned_config, "auto_classes": (), "dense_class": stock}
+            body["pruning_task"] = strip_family(stock.__name__, config_class.__name__)
             body |= family.twin_attributes.get(stock.__name__, {})
             _models[stock] = _new_class(f"Pruned{stock.__name__}", (PrunedModelMixin, stock), body)
             copy_conversions(f"Pruned{stock.__name__}", stock.__name__)
         if auto_name:
             _models[stock].auto_classes += (auto_name,)  # type: ignore[attr-defined]
+            classes: Any = (*_mapped(auto_name, pruned_config), _models[stock])
             mapping = getattr(transformers, auto_name)._model_mapping
-            known = mapping.get(pruned_config, ())
-            known = known if isinstance(known, tuple) else (known,)
-            classes = (*known, _models[stock])
             mapping.register(pruned_config, classes if len(classes) > 1 else classes[0], exist_ok=True)
 
 
@@ -171,13 +149,14 @@ def _stock_classes(
 ) -> list[tuple[str | None, type[PreTrainedModel]]]:
     found: list[tuple[str | None, type[PreTrainedModel]]] = []
     for auto_name in AUTO_CLASSES:
-        classes = getattr(transformers, auto_name)._model_mapping.get(config_class, ())
-        for stock in classes if isinstance(classes, tuple) else (classes,):
-            if stock.__name__ not in family.refused_classes:
-                found.append((auto_name, stock))
-    for name in UNMAPPED.get(family.model_type, ()):
-        found.append((None, getattr(transformers, name)))
-    return found
+        classes = _mapped(auto_name, config_class)
+        found += [(auto_name, stock) for stock in classes if stock.__name__ not in family.refused_classes]
+    return found + [(None, getattr(transformers, name)) for name in UNMAPPED.get(family.model_type, ())]
+
+
+def _mapped(auto_name: str, config_class: type) -> tuple[type[PreTrainedModel], ...]:
+    classes = getattr(transformers, auto_name)._model_mapping.get(config_class, ())
+    return classes if isinstance(classes, tuple) else (classes,)
 
 
 def _new_class(name: str, bases: tuple[type, ...], body: dict[str, Any]) -> Any:
@@ -221,17 +200,22 @@ def config_for(
     """
     architecture.validated()
     base = architecture.config if config is None else config
-    fields = base.to_dict()
-    for name in ("model_type", "architectures", "auto_map", "transformers_version", "pruning_config", "pruning_info"):
-        fields.pop(name, None)
     family = architecture.family
-    if fields.pop("stage_names", None):
-        fields.pop("out_indices", None)  # they follow from out_features, and these from the depth
-    made = pruned_config_class(type(architecture.config))(**fields)
+    made = pruned_config_class(type(architecture.config))(**carried_fields(base))
     family.resize_config(made, architecture.hidden_size, len(architecture.layers), architecture.depths)
     made.pruning_config = write_record(architecture, info)
     made._attn_implementation = base._attn_implementation
     return made
+
+
+def carried_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Fields of a config, but for those that one of another kind makes itself, or must not have."""
+    fields = config.to_dict()
+    for name in ("model_type", "architectures", "auto_map", "transformers_version", "pruning_config", "pruning_info"):
+        fields.pop(name, None)
+    if fields.pop("stage_names", None):
+        fields.pop("out_indices", None)  # they follow from out_features, and these from the depth
+    return fields
 
 
 def build(base_config: PreTrainedConfig, architecture: Architecture) -> PreTrainedModel:

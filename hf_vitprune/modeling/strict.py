@@ -34,13 +34,8 @@ class StrictMixin:
 
         Stock classes write legacy names by default, which a Trainer then cannot restore.
 
-        Args:
-            save_directory: the folder.
-            args: as transformers'.
-            portable: with a file of code beside the weights, by which ``trust_remote_code=True`` loads the folder
-                where this library is not installed.
-            save_original_format: as transformers'.
-            kwargs: as transformers'.
+        ``portable``: with a file of code beside the weights, by which ``trust_remote_code=True`` loads the folder
+        where this library is not installed.
 
         Raises:
             NotFiniteError: there are weights that are infinite or no numbers.

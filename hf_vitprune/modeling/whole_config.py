@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -26,15 +27,11 @@ logger = logging.get_logger(__name__)
 
 
 def config_with(config: Any, old: PreTrainedConfig, new: PreTrainedConfig) -> Any:
-    """A copy of a model's config with another one in the place of a tower's.
-
-    Raises:
-        UnsupportedModelError: the config does not hold the tower's.
-    """
-    changed = _config_with(config, old, new, lambda value: value is old)
+    """A copy of a model's config with another one in the place of a tower's, which it has to hold."""
+    changed = _config_with(config, new, lambda value: value is old)
     if changed is None:  # some models build their tower from a copy of its config
         wanted = old.to_dict()
-        changed = _config_with(config, old, new, lambda value: type(value) is type(old) and value.to_dict() == wanted)
+        changed = _config_with(config, new, lambda value: type(value) is type(old) and value.to_dict() == wanted)
     if changed is None:
         raise UnsupportedModelError(
             f"the {type(config).__name__} does not hold the config of its {old.model_type} tower: set it to the "
@@ -43,11 +40,11 @@ def config_with(config: Any, old: PreTrainedConfig, new: PreTrainedConfig) -> An
     return changed
 
 
-def _config_with(config: Any, old: PreTrainedConfig, new: PreTrainedConfig, matches: Any) -> Any:
+def _config_with(config: Any, new: PreTrainedConfig, matches: Callable[[Any], bool]) -> Any:
     for name, value in vars(config).items():
         if not isinstance(value, PreTrainedConfig):
             continue
-        replacement = new if matches(value) else _config_with(value, old, new, matches)
+        replacement = new if matches(value) else _config_with(value, new, matches)
         if replacement is not None:
             made = copy.copy(config)
             made.__dict__[name] = replacement
@@ -66,12 +63,7 @@ class HoldsPrunedMixin(InPlaceMixin):
         super().__init_subclass__(**kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, portable: bool = False, **kwargs: Any) -> None:
-        """As transformers', and as a portable folder; see :class:`~hf_vitprune.modeling.strict.StrictMixin`.
-
-        Raises:
-            NotFiniteError: there are weights that are infinite or no numbers.
-            PortableError: ``portable``, and the model holds what that file cannot bring along.
-        """
+        """As transformers', and as a portable folder; see :class:`~hf_vitprune.modeling.strict.StrictMixin`."""
         save: Any = super().save_pretrained  # type: ignore[misc]
         check_finite(self, "saved", kwargs.get("state_dict"))  # type: ignore[arg-type]
         if portable:
@@ -93,11 +85,7 @@ class PortableWholeConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of the stock class.
-
-        Raises:
-            InvalidArchitectureError: config.json does not say which.
-        """
+        """The config of the stock class; InvalidArchitectureError where config.json does not say which."""
         portable = config_dict.get("portable")
         stock = portable.get("stock_type") if isinstance(portable, dict) else None
         if not isinstance(stock, str) or stock not in CONFIG_MAPPING:
@@ -121,11 +109,7 @@ def _hold_pruned_(whole: nn.Module) -> None:
 
 
 def check_portable(model: Any) -> None:
-    """Refuse what cannot be saved as a portable folder; bigger models whose tower was put in by hand learn to.
-
-    Raises:
-        PortableError: naming the cure.
-    """
+    """Refuse what cannot be saved as a portable folder; bigger models whose tower was put in by hand learn to."""
     if not isinstance(model, PreTrainedModel):
         raise PortableError(
             f"a {type(model).__name__} has no portable folder: merge adapters (merge_and_unload()), and take that"
@@ -138,9 +122,13 @@ def become_host_(whole: Any, small: Any) -> None:
     _hold_pruned_(whole)
     twin = host_class(type(whole))
     if isinstance(small, PrunedModelMixin) and twin is not None and type(whole) is not twin:
-        whole.config.__class__ = twin.config_class
-        whole.config.__dict__.pop("model_type", None)
-        whole.__class__ = twin
+        _become_(whole, twin)
+
+
+def _become_(whole: Any, made: Any) -> None:
+    whole.config.__class__ = made.config_class
+    whole.config.__dict__.pop("model_type", None)
+    whole.__class__ = made
 
 
 def become_stock_(whole: Any) -> None:
@@ -151,21 +139,15 @@ def become_stock_(whole: Any) -> None:
         unmix(module, HoldsPrunedMixin)
     stock = stock_host(type(whole))
     if stock is not None:
-        whole.config.__class__ = stock.config_class
-        whole.config.__dict__.pop("model_type", None)
-        whole.__class__ = stock
+        _become_(whole, stock)
 
 
 def set_tower_config_(whole: Any, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
-    """Put another config in the place of a tower's, in the config that a model and the modules in it hold.
-
-    Raises:
-        UnsupportedModelError: the config does not hold the tower's.
-    """
+    """Put another config in the place of a tower's, in the config that a model and the modules in it hold."""
     vars(whole.config).update(vars(config_with(whole.config, old, new)))
 
 
-def follow_tower(parent: nn.Module, name: str, new: nn.Module | None) -> None:
+def follow_tower(parent: Any, name: str, new: Any) -> None:
     """A tower takes the place of another (``model.vision_model = prune(model.vision_model, plan)``): set the config.
 
     torch calls this for every module that is set as an attribute. It does something where one of both is pruned, of
@@ -175,9 +157,9 @@ def follow_tower(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     if isinstance(parent, PreTrainedModel) and isinstance(new, nn.Module) and hasattr(parent, "config"):
         _hold_pruned_(parent)
     old = parent._modules.get(name)
-    if not (isinstance(new, PreTrainedModel) and isinstance(old, PreTrainedModel) and old is not new):
+    if old is new or not all(isinstance(module, PreTrainedModel) for module in (parent, old, new)):
         return
-    if not isinstance(parent, PreTrainedModel) or not (is_pruned(old.config) or is_pruned(new.config)):
+    if not (is_pruned(old.config) or is_pruned(new.config)):
         return
     if new.config is old.config or find_family(old) is None or find_family(old) is not find_family(new):
         return

@@ -31,7 +31,7 @@ from hf_vitprune.errors import InvalidConfigError, InvalidPlanError, MissingLabe
 from hf_vitprune.methods import NViT
 from hf_vitprune.methods.nvit import model_at
 from hf_vitprune.methods.nvit.snapshots import snapshot_path
-from hf_vitprune.modeling.norms import layer_norm_over
+from hf_vitprune.modeling.norms import norm_over
 from hf_vitprune.surgery.cuts import find_cuts
 from pruning_runs import SMALL_GROUPS, VIT, Images, NoLabels, nvit, scatter_scores, state_of, trainer
 from tiny import CLASSIFIERS, LABELS, SIZE, images, make, relative_error, run, total_loss
@@ -182,9 +182,11 @@ def test_layer_norm_over_kept_channels(affine: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(3, 5, 24, dtype=torch.float64, generator=generator) * 3 + 1
     kept = torch.rand(24, generator=generator) < 0.6
-    weight, bias = (torch.randn(24, dtype=torch.float64) if affine else None for _ in range(2))
-    out = layer_norm_over(inputs, kept.float(), int(kept.sum()), weight, bias, 1e-5)
-    narrow = [None if t is None else t[kept] for t in (weight, bias)]
+    norm = torch.nn.LayerNorm(24, elementwise_affine=affine, dtype=torch.float64)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    out = norm_over(norm, inputs, kept.float(), int(kept.sum()))
+    narrow = [None if t is None else t[kept] for t in (norm.weight, norm.bias)]
     expected = torch.nn.functional.layer_norm(inputs[..., kept], (int(kept.sum()),), *narrow, 1e-5)
     torch.testing.assert_close(out[..., kept], expected, rtol=1e-12, atol=1e-12)
     assert (out[..., ~kept] == 0).all()
