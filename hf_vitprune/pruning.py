@@ -18,9 +18,8 @@ from .plan.lineage import named_source
 from .plan.plan import PruningPlan, check_plan
 from .spec.architecture import Architecture, unwrap
 from .spec.towers import Tower, find_tower
-from .surgery.composite import with_masked_tower, with_tower
+from .surgery.composite import kept_feature_layers, layers_read, with_masked_tower, with_tower
 from .surgery.masked import mask_plain
-from .surgery.read_layers import kept_feature_layers, layers_read
 from .surgery.reload import load_pruned
 from .surgery.transplant import empty_like, prune_plain
 from .utils.examples import processed

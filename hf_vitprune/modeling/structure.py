@@ -19,23 +19,10 @@ from ..errors import UnsupportedModelError
 from ..families import Family, LayerPaths
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
-from ..utils.mixing import mix_into, stock_type, unmix
-from ..utils.modules import get, get_wrapped, owner, put, resize_tensor
+from ..utils.mixing import InPlaceMixin, mix_into, stock_type, unmix
+from ..utils.modules import get, owner, put, resize_tensor
 from .blocks import PrunedAttentionMixin, PrunedInputsMixin, RemovedAttention, RemovedMlp, set_attention_sizes
 from .conv_mixer import ConvMixer, IdentityMixer, follow_grid
-
-__all__ = [
-    "conv_mixer",
-    "finish_mixers",
-    "get",
-    "get_wrapped",
-    "layer_paths",
-    "put",
-    "put_mixer",
-    "replace_mixer",
-    "resize_",
-    "shape_attention",
-]
 
 
 def layer_paths(model: PreTrainedModel, architecture: Architecture) -> list[LayerPaths]:
@@ -52,7 +39,6 @@ def resize_(model: PreTrainedModel, architecture: Architecture, kept: Sequence[i
 
     Args:
         model: stock or pruned, of the architecture's family, with at least its layers.
-        architecture: the new shape.
         kept: positions of the layers that stay, ascending; the first ones of every stage by default.
 
     Raises:
@@ -63,19 +49,14 @@ def resize_(model: PreTrainedModel, architecture: Architecture, kept: Sequence[i
     own = any(shape.kernel for shape in architecture.layers)  # those tell every layer the grid of patches
     for i, (paths, shape) in enumerate(zip(layer_paths(model, architecture), architecture.layers, strict=True)):
         width = architecture.width(i)
-        family.configure_layer(get(model, paths.layer), architecture.config, shape.shifted)
-        if shape.mixer != "attention":
-            family.without_attention(get(model, paths.layer))
+        layer = get(model, paths.layer)
+        family.configure_layer(layer, architecture.config, shape.shifted)
         if shape.mixer == "attention":
             _resize_attention(model, architecture, i, paths, own)
-            _resize_around(model, paths.norm1, paths.scale1, width)
-        elif shape.mixer == "none":
-            if not isinstance(get(model, paths.attention), RemovedAttention):
-                put_mixer(model, paths, RemovedAttention())
-            _drop(model, paths.norm1, paths.scale1)
         else:
+            family.without_attention(layer)
             _resize_mixer(model, family, architecture.config, paths, shape, width)
-            _resize_around(model, paths.norm1, paths.scale1, width)
+        _resize_around(model, paths.norm1, paths.scale1, 0 if shape.mixer == "none" else width)
         _resize_mlp(model, paths, shape, width)
     finish_mixers(model, family)
 
@@ -103,11 +84,17 @@ def resize_linear(model: nn.Module, path: str, inputs: int, outputs: int) -> Non
 
 
 def _resize_around(model: nn.Module, norm: str, scale: str | None, width: int) -> None:
-    """Norm and LayerScale of a branch, over the residual stream."""
+    """Norm and LayerScale of a branch, over the residual stream; 0: the branch is gone, and they go with it."""
+    if not width:
+        put(model, norm, nn.Identity())
     for name in list(get(model, norm)._parameters):
         resize_tensor(model, f"{norm}.{name}", (width,))
-    if scale is not None:
+    if scale is not None and width:
         resize_tensor(model, scale, (width,))
+    elif scale is not None:
+        module, name = owner(model, scale)
+        delattr(module, name)
+        setattr(module, name, torch.tensor(1.0, device="cpu"))  # stock code initialises what is there
 
 
 def _resize_attention(
@@ -131,18 +118,14 @@ def _resize_attention(
         _check_stock(attention, paths.attention, family)
         mix_into(attention, PrunedAttentionMixin)
         shape_attention(attention, shape, scaling, family)
-        _register_inputs(attention, shape.attention_in, width)
+        if narrow:
+            _read(attention, PrunedAttentionMixin, shape.attention_in)
         if family.rotate is not None:
             attention.register_channels(architecture.head_dim(i))
     else:
         unmix(attention, PrunedAttentionMixin)  # the stock forward computes the right thing with new sizes
         attention._buffers.pop("qk_index", None)
-        if narrow:
-            mix_into(attention, PrunedInputsMixin)
-            _register_inputs(attention, shape.attention_in, width)
-        else:
-            unmix(attention, PrunedInputsMixin)
-            attention._buffers.pop("input_index", None)
+        _read(attention, PrunedInputsMixin, shape.attention_in)
         set_attention_sizes(attention, shape, scaling)
 
 
@@ -184,9 +167,10 @@ def _check_stock(attention: nn.Module, path: str, family: Family) -> None:
 def _resize_mixer(
     model: nn.Module, family: Family, config: PreTrainedConfig, paths: LayerPaths, shape: LayerShape, width: int
 ) -> None:
-    """A convolution or the identity in the place of attention; one that is there already gets the new width."""
+    """Something else in the place of attention; a convolution that is there already gets the new width."""
     there = get(model, paths.attention)
-    if isinstance(there, IdentityMixer) and shape.mixer == "identity":
+    known = {"none": RemovedAttention, "identity": IdentityMixer}.get(shape.mixer)
+    if known is not None and isinstance(there, known):
         return
     if isinstance(there, ConvMixer) and there.shape == (shape.kernel, shape.conv_channels, shape.batch_norm):
         convolution = f"{paths.attention}.conv.weight"
@@ -199,15 +183,9 @@ def _resize_mixer(
 def replace_mixer(
     model: nn.Module, family: Family, config: PreTrainedConfig, paths: LayerPaths, shape: LayerShape, width: int
 ) -> None:
-    """Put another mixer in the place of a layer's attention; :func:`finish_mixers` must follow.
+    """Put the mixer that ``shape`` says in the place of a layer's attention; :func:`finish_mixers` must follow.
 
-    Args:
-        model: stock or pruned.
-        family: of the model.
-        config: of the family's dense model.
-        paths: of the layer.
-        shape: says the mixer, which is not attention.
-        width: of the residual stream.
+    ``config``: of the dense model; ``width``: of the residual stream.
     """
     if shape.mixer == "none":
         put_mixer(model, paths, RemovedAttention())
@@ -246,31 +224,20 @@ def _resize_mlp(model: PreTrainedModel, paths: LayerPaths, shape: LayerShape, wi
             put(model, paths.mlp, RemovedMlp())
             if not paths.fc2.startswith(f"{paths.mlp}."):  # the halves of the MLP are modules side by side
                 put(model, paths.fc2, nn.Identity())
-        _drop(model, paths.norm2, paths.scale2)
+        _resize_around(model, paths.norm2, paths.scale2, 0)
         return
     for path in paths.fc1:
         resize_linear(model, path, width if shape.mlp_in is None else shape.mlp_in, shape.mlp)
     resize_linear(model, paths.fc2, shape.mlp, width)
     _resize_around(model, paths.norm2, paths.scale2, width)
-    mlp = get(model, paths.mlp)
-    if shape.mlp_in is not None:
-        mix_into(mlp, PrunedInputsMixin)
-        _register_inputs(mlp, shape.mlp_in, width)
+    _read(get(model, paths.mlp), PrunedInputsMixin, shape.mlp_in)
+
+
+def _read(part: nn.Module, mixin: type[InPlaceMixin], count: int | None) -> None:
+    """Let a part, with a mixin in front, read so many channels of the stream; None: all, without the mixin."""
+    if count is None:
+        unmix(part, mixin)
+        part._buffers.pop("input_index", None)
     else:
-        unmix(mlp, PrunedInputsMixin)
-        mlp._buffers.pop("input_index", None)
-
-
-def _register_inputs(module: nn.Module, count: int | None, width: int) -> None:
-    if count is not None:
-        device = next(module.parameters()).device
-        module.register_buffer("input_index", torch.arange(count, device=device))
-
-
-def _drop(model: nn.Module, norm: str, scale: str | None) -> None:
-    """The norm and LayerScale of a removed branch have nothing left to do."""
-    put(model, norm, nn.Identity())
-    if scale is not None:
-        module, name = owner(model, scale)
-        delattr(module, name)
-        setattr(module, name, torch.tensor(1.0, device="cpu"))  # stock code initialises what is there
+        mix_into(part, mixin)
+        part.register_buffer("input_index", torch.arange(count, device=next(part.parameters()).device))

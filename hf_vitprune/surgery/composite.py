@@ -12,14 +12,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError, UnsupportedUnitError
+from ..errors import InvalidPlanError, UnsupportedModelError, UnsupportedUnitError
 from ..families.base import pair
 from ..modeling.hosts import host_class
 from ..modeling.norms import mask_norm, norm_width
 from ..modeling.outer import Outer, find_outer, shapes_of
 from ..modeling.whole_config import become_host_, config_with
 from ..plan.plan import PruningPlan
-from ..spec.architecture import Architecture
 from ..spec.towers import Tower
 from ..utils.modes import on_meta
 from ..utils.modules import follow_sizes, get, owner, put, set_tensor
@@ -35,13 +34,11 @@ def with_tower(
     kept: Sequence[int] | None,
     feature_layers: dict[str, Any] | None = None,
 ) -> Any:
-    """A model with a smaller tower, and its config set to that.
+    """A model with the smaller tower ``small``, and its config set to that.
 
     Args:
         model: the whole, or a torch module of the user's; it is left as it is, and shares all tensors with the result
             but those of the tower and of what reads a narrowed tower.
-        tower: which one.
-        small: what is put in its place.
         width: of the tower's residual stream.
         kept: its channels that stay; None: all.
         feature_layers: fields of the model's config that say which layers' outputs it reads, as they are now.
@@ -87,13 +84,9 @@ def with_masked_tower(model: Any, tower: Tower, masked: Any, small_config: Any, 
 
 # ---------------------------------------------------------------------- copies that share
 def path_copy(model: nn.Module, paths: Iterable[str]) -> tuple[Any, list[nn.Module]]:
-    """A copy of a model that shares every module with it but those on the way to some paths.
+    """A copy of a model that shares every module with it but those on the way to some paths; and those modules.
 
-    Returns:
-        The copy, and its modules that are copies: their tensors are shared, too.
-
-    Raises:
-        UnsupportedModelError: a module on the way has a forward of its own (of accelerate's device map).
+    Tensors are shared. Refused where a module on the way has a forward of its own (of accelerate's device map).
     """
     made = _shallow(model, "")
     copied = {id(made): made}
@@ -122,6 +115,10 @@ def _shallow(module: nn.Module, path: str) -> Any:
 
 
 # ---------------------------------------------------------------------- readers of a narrowed tower
+#: what making or running a model of sizes that its code did not think of may raise
+_FAILS = (TypeError, ValueError, RuntimeError, AttributeError)
+
+
 def _readers(model: Any, tower: Tower, config: Any, width: int, kept: int) -> Outer:
     if config is None:
         raise UnsupportedUnitError(
@@ -133,7 +130,7 @@ def _readers(model: Any, tower: Tower, config: Any, width: int, kept: int) -> Ou
             wide, narrow = type(model)(model.config), _as_host(type(model), config)
             if _runs(wide, tower):
                 _run(narrow, tower)  # some models state the width of their tower a second time
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+    except _FAILS as error:
         raise UnsupportedUnitError(
             f"what reads the tower of a {type(model).__name__} cannot be found, as no other one can be made from its "
             f"config ({error}): leave the unit 'embedding' out (units=...)"
@@ -143,19 +140,18 @@ def _readers(model: Any, tower: Tower, config: Any, width: int, kept: int) -> Ou
 
 def _as_host(model_class: Any, config: Any) -> Any:
     """A model of the class from a config whose tower may be a pruned one."""
-    twin = host_class(model_class)
-    if twin is None or twin is model_class:
-        return model_class(config)
-    config = copy.copy(config)
-    config.__class__ = twin.config_class
-    return twin(config)
+    made = host_class(model_class) or model_class
+    if made is not model_class:
+        config = copy.copy(config)
+        config.__class__ = made.config_class
+    return made(config)
 
 
 def _runs(model: Any, tower: Tower) -> bool:
     """Whether a model on the meta device runs on an image, and two words where it takes any."""
     try:
         _run(model, tower)
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
+    except _FAILS:
         return False
     return True
 
@@ -184,40 +180,25 @@ def _cut_readers(whole: nn.Module, outer: Outer, width: int, kept: torch.Tensor)
 
 # ---------------------------------------------------------------------- loading again
 def check_host(model: Any, tower: Tower) -> None:
-    """Refuse a model that could not be loaded again with a pruned tower, before any work; nothing is made in memory.
-
-    Raises:
-        UnsupportedModelError: naming the model.
-    """
+    """Refuse a model that could not be loaded again with a pruned tower, before any work; no memory is used."""
     module = get(model, tower.path)
-    source = Architecture.of(module)
-    thinner = [
-        entry if not entry.mlp else replace(entry, mlp=entry.mlp[:1]) for entry in PruningPlan.dense(source).layers
-    ]
-    plan = PruningPlan.dense(source).with_layers(thinner)
-    with_tower(model, tower, resized_copy(module, plan), source.hidden_size, None)
+    dense = PruningPlan.dense(module)
+    plan = dense.with_layers(replace(entry, mlp=entry.mlp[:1]) for entry in dense.layers)
+    with_tower(model, tower, resized_copy(module, plan), dense.source.hidden_size, None)
 
 
 def check_readers(model: Any, tower: Tower) -> None:
-    """Refuse a model around a tower whose residual stream cannot be narrowed, before any work.
-
-    Raises:
-        UnsupportedUnitError: naming who reads it.
-    """
+    """Refuse a model around a tower whose residual stream cannot be narrowed, before any work."""
     module = get(model, tower.path)
-    dense = PruningPlan.dense(Architecture.of(module))
+    dense = PruningPlan.dense(module)
     width = dense.source.hidden_size
     small = resized_copy(module, replace(dense, embedding=tuple(range(width // 2))))
     _readers(model, tower, config_with(model.config, module.config, small.config), width, width // 2)
 
 
-def _is_stock(model_class: type) -> bool:
-    return model_class.__module__.startswith("transformers.")
-
-
 def _check_loads_again(whole: Any, tower: Tower) -> None:
     """Make the model that loading makes, without weights, and compare."""
-    if not _is_stock(type(whole)) and host_class(type(whole)) is None:
+    if not type(whole).__module__.startswith("transformers.") and host_class(type(whole)) is None:
         return  # written by a user, whose own code makes it again
     try:
         with on_meta():
@@ -226,7 +207,7 @@ def _check_loads_again(whole: Any, tower: Tower) -> None:
         differing = [n for n, shape in shapes_of(whole).items() if n in loaded and loaded[n] != shape]
         differing += sorted(n for n in loaded.keys() ^ shapes_of(whole).keys() if n.startswith(f"{tower.path}."))
         problem = f"of other tensors (first: {differing[0]})" if differing else ""
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except _FAILS as error:
         problem = f"not at all ({error})"
     if problem:
         raise UnsupportedModelError(
@@ -234,3 +215,55 @@ def _check_loads_again(whole: Any, tower: Tower) -> None:
             "stock class can hold (whole layers, or the same sizes in all layers and q/k as v), or prune the tower by "
             f"itself (model.get_submodule({tower.path!r}))"
         )
+
+
+# ---------------------------------------------------------------------- layers that are read by their number
+#: field of a model's config that names hidden states of its vision tower (0 is the embedding; negative ones count from
+#: the end)
+_FEATURES = "vision_feature_layer"
+
+
+def _states_read(model: Any, tower: Tower, layers: int) -> list[int]:
+    """Numbers of the hidden states that a model reads of a tower, counted from the embedding; none, where the last."""
+    value = getattr(getattr(model, "config", None), _FEATURES, None)
+    if value is None or "vision" not in tower.part:
+        return []
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [v if v >= 0 else layers + 1 + v for v in values]
+
+
+def layers_read(model: Any, tower: Tower, layers: int) -> int:
+    """How many of a tower's first layers are needed for what the model reads of it."""
+    return max(_states_read(model, tower, layers), default=layers)
+
+
+def layers_needed(model: Any, tower: Tower, layers: int) -> tuple[int, str]:
+    """How many of a tower's first layers have to stay for what the model reads of it, and who reads the last of them.
+
+    One layer, where the model reads no layer by its number.
+    """
+    states = _states_read(model, tower, layers)
+    return max([1, *states]), f"the model reads their outputs (config.{_FEATURES})" if states else "it has only one"
+
+
+def kept_feature_layers(model: Any, tower: Tower, plan: PruningPlan) -> dict[str, Any]:
+    """Config fields that name hidden states, with the numbers that these have after pruning.
+
+    Raises:
+        InvalidPlanError: the plan removes a layer whose output the model reads.
+    """
+    layers, kept = len(plan.source.layers), [entry.index for entry in plan.layers]
+    states = _states_read(model, tower, layers)
+    if len(kept) == layers or not states:
+        return {}
+    lost = [state - 1 for state in states if state and state - 1 not in kept]
+    if lost:
+        raise InvalidPlanError(
+            f"the plan removes layer {lost[0]} of the tower, whose output the model reads (config.{_FEATURES}): keep "
+            f"it, or set config.{_FEATURES} to another one first"
+        )
+    old = getattr(model.config, _FEATURES)
+    many = isinstance(old, (list, tuple))
+    new = [kept.index(state - 1) + 1 if state else 0 for state in states]
+    signed = [n - (len(kept) + 1) if o < 0 else n for n, o in zip(new, old if many else [old], strict=True)]
+    return {_FEATURES: signed if many else signed[0]}

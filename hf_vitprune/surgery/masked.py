@@ -37,12 +37,7 @@ def mask_plain(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
 class MaskedState(StateDict):
     """What :func:`mask_plain` gives, without a copy: tensors that the plan changes are made when they are asked for.
 
-    Attributes:
-        model: a shadow of the model, without gates; what is made is on the meta device in it.
-        device: of the model.
-
-    Raises:
-        InvalidPlanError: the plan does not fit the model.
+    ``model`` is a shadow of the model, without gates; what is made is on the meta device in it.
     """
 
     def __init__(self, model: PreTrainedModel, plan: PruningPlan) -> None:
@@ -81,7 +76,7 @@ class _MaskedTensors(Mapping[str, torch.Tensor]):
             dense = self._dense[cut.source]  # an index buffer of the small model has no place here
             if dense.is_floating_point() and (name in self._new or cut.changes(dense.shape)):
                 self._cuts[cut.source] = name, cut
-        self._cuts |= {name: None for name in self._dense if name.startswith(zero)}
+        self._cuts |= dict.fromkeys(name for name in self._dense if name.startswith(zero))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         dense, found = self._dense[name].detach(), self._cuts[name]
@@ -100,8 +95,7 @@ class _MaskedTensors(Mapping[str, torch.Tensor]):
     def finish(self, full: PreTrainedModel) -> tuple[str, ...]:
         """Put the mixers that the plan makes and norms over kept channels into a full-size model, in place.
 
-        Returns:
-            Prefixes of the tensors of mixers that are not the model's.
+        What is returned are prefixes of the tensors of mixers that are not the model's.
         """
         plan = self._plan
         replaced = self._replace_mixers(full)
@@ -138,10 +132,9 @@ class _MaskedTensors(Mapping[str, torch.Tensor]):
 
 def _removed_branches(model: PreTrainedModel, plan: PruningPlan) -> list[str]:
     """Prefixes of the parameters that write a removed branch into the residual stream."""
-    paths = layer_paths(model, plan.source)
     kept = {entry.index: entry for entry in plan.layers}
     prefixes, post = [], plan.source.family.post_norm
-    for i, (path, shape) in enumerate(zip(paths, plan.source.layers, strict=True)):
+    for i, (path, shape) in enumerate(zip(layer_paths(model, plan.source), plan.source.layers, strict=True)):
         entry = kept.get(i)
         written = shape.mixer == "attention" or (post and shape.mixer != "none")
         if written and (entry is None or entry.mixer == "none"):

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from ..families import Family, LayerPaths
 from ..modeling.norms import norm_over
-from ..modeling.structure import get_wrapped, layer_paths
+from ..modeling.structure import layer_paths
 from ..spec.architecture import Architecture
 from ..spec.units import LAYER_UNITS, Axis, channels_of, layer_axes, units_in
 from ..utils.hooks import GateHook
-from ..utils.modules import unwrapped
+from ..utils.modules import get_wrapped, unwrapped
 from .gates import DepthGate, FoldedGate, UnitMask
 from .masked import residual_norms
 
@@ -59,10 +59,7 @@ def attach(model: PreTrainedModel, architecture: Architecture, factors: nn.Modul
     """Hook gates or masks, by the names of their points, into a model (its Linears possibly wrapped by PEFT).
 
     A residual channel is off when no norm over the stream sees it; what else reads the stream (CLIP's classifier)
-    reads it behind the last layer.
-
-    Returns:
-        Handles; removing them all leaves the model as it was.
+    reads it behind the last layer. Removing all handles that are returned leaves the model as it was.
     """
     handles: list[Any] = []
     for i, paths in enumerate(layer_paths(model, architecture)):
@@ -105,88 +102,79 @@ def _attach(
 
 
 def attach_depth_gate(model: PreTrainedModel, architecture: Architecture, gate: DepthGate) -> list[RemovableHandle]:
-    """Make every layer that takes no part hand on its input.
-
-    Returns:
-        Handles; removing them all leaves the model as it was.
-    """
+    """Make every layer that takes no part hand on its input, until the handles are removed."""
     layers = [model.get_submodule(paths.layer) for paths in layer_paths(model, architecture)]
     return [layer.register_forward_hook(_Skipped(gate, i), with_kwargs=True) for i, layer in enumerate(layers)]
 
 
-class Before(GateHook):
+class _FactorHook(GateHook):
+    """A hook that multiplies by a gate or mask."""
+
+    def __init__(self, factor: nn.Module) -> None:
+        self.factor: Any = factor
+
+
+class Before(_FactorHook):
     """Multiplies what goes into a module."""
 
-    def __init__(self, gate: nn.Module) -> None:
-        self.gate = gate
-
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self.gate(args[0]), *args[1:])
+        return (self.factor(args[0]), *args[1:])
 
 
-class After(GateHook):
+class After(_FactorHook):
     """Multiplies what comes out of a module: of a model that was pruned before, the channels that ``reader`` reads."""
 
-    def __init__(self, gate: nn.Module, reader: nn.Module | None) -> None:
-        self.gate, self.reader = gate, reader
+    def __init__(self, factor: nn.Module, reader: nn.Module | None) -> None:
+        super().__init__(factor)
+        self.reader = reader
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         index = getattr(self.reader, "input_index", None)
         if index is None:
-            return self.gate(output)
-        return output.index_copy(-1, index, self.gate(output.index_select(-1, index)).to(output.dtype))
+            return self.factor(output)
+        return output.index_copy(-1, index, self.factor(output.index_select(-1, index)).to(output.dtype))
 
 
-class _Skipped(GateHook):
+class _Skipped(_FactorHook):
     """Replaces what comes out of a layer that takes no part by what went in; its parameters get gradients of zero."""
 
     def __init__(self, gate: DepthGate, layer: int) -> None:
-        self.gate, self.layer = gate, layer
+        super().__init__(gate)
+        self.layer = layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.gate.decided:
+        if not self.factor.decided:
             return output
         hidden = args[0] if args else kwargs["hidden_states"]
         # chosen on the device: reading the flag here would make the host wait for it in every layer
         if isinstance(output, tuple):
-            return (torch.where(self.gate.kept[self.layer], output[0], hidden), *output[1:])
-        return torch.where(self.gate.kept[self.layer], output, hidden)
+            return (torch.where(self.factor.kept[self.layer], output[0], hidden), *output[1:])
+        return torch.where(self.factor.kept[self.layer], output, hidden)
 
 
-class _Stream(GateHook):
+class _Stream(_FactorHook):
     """Masks the residual stream behind a layer."""
 
-    def __init__(self, mask: nn.Module) -> None:
-        self.mask = mask
-
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self.mask(output[0]), *output[1:])
-        return self.mask(output)
+        return (self.factor(output[0]), *output[1:]) if isinstance(output, tuple) else self.factor(output)
 
 
-class _Maps(GateHook):
+class _Maps(_FactorHook):
     """Masks the maps of features that enter a neck."""
 
-    def __init__(self, mask: nn.Module) -> None:
-        self.mask: Any = mask
-
     def __call__(self, entry: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not self.mask.active:
+        if not self.factor.active:
             return None
-        kept, maps = self.mask.mask[:, None, None], args[0]
+        kept, maps = self.factor.mask[:, None, None], args[0]
         if isinstance(maps, torch.Tensor):
             return (maps * kept.to(maps.dtype), *args[1:])
         return (tuple(one * kept.to(one.dtype) for one in maps), *args[1:])
 
 
-class _OverKept(GateHook):
+class _OverKept(_FactorHook):
     """Replaces what a norm puts out by that of one over the kept channels only."""
 
-    def __init__(self, mask: nn.Module) -> None:
-        self.mask: Any = mask
-
     def __call__(self, norm: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        if not self.mask.active:
+        if not self.factor.active:
             return None
-        return norm_over(norm, args[0], self.mask.mask, self.mask.kept).to(output.dtype)
+        return norm_over(norm, args[0], self.factor.mask, self.factor.kept).to(output.dtype)

@@ -54,10 +54,7 @@ def prune_plain(
 def resized_copy(model: PreTrainedModel, plan: PruningPlan, outer: Outer | None = None) -> Any:
     """A copy of the live model with the plan's sizes, its weights on the meta device.
 
-    Args:
-        model: what is copied.
-        plan: for it.
-        outer: what :func:`outer_of` finds, where it is known.
+    ``outer``: what :func:`outer_of` finds, where it is known.
 
     Raises:
         UnsupportedUnitError: the embedding is cut, and a module of the user's reads it in a way that is not known.
@@ -86,15 +83,10 @@ def resized(
     """A copy of the live model of another shape, its weights on the meta device, as its pruned twin.
 
     Args:
-        model: what is copied.
-        source: its architecture.
-        architecture: of the copy.
+        source, architecture: of the model, and of the copy.
         kept: positions of the layers that stay.
         config: of the copy; a pruned one.
         outer: what :func:`outer_of` finds, where it is known.
-
-    Raises:
-        UnsupportedUnitError, UnsupportedModelError: as :func:`resized_copy`.
     """
     family = source.family
     replaced = {id(model.config): config, id(family.sizes_config(model.config)): family.sizes_config(config)}
@@ -112,11 +104,7 @@ def resized(
 
 
 def outer_of(model: PreTrainedModel, source: Architecture, kept: int) -> Outer | None:
-    """What follows the residual width outside the layers when ``kept`` channels stay; None where all stay.
-
-    Raises:
-        UnsupportedUnitError: a module that may read the stream in a way that is not known.
-    """
+    """What follows the residual width outside the layers when ``kept`` channels stay; None where all stay."""
     if kept == source.hidden_size:
         return None
     reads = source.family.has_neck(model.config, source.task) or source.family.read_states(
@@ -134,21 +122,15 @@ def tie(small: nn.Module, model: nn.Module) -> None:
     for name, tensor in named_tensors(model):
         known = first.setdefault(id(tensor), name)
         if known != name:
-            try:
+            with contextlib.suppress(AttributeError):  # in a layer that is gone
                 module, leaf = owner(small, name)
                 other, other_leaf = owner(small, known)
-            except AttributeError:  # in a layer that is gone
-                continue
-            if leaf in module._parameters and other_leaf in other._parameters:
-                module._parameters[leaf] = other._parameters[other_leaf]
+                if leaf in module._parameters and other_leaf in other._parameters:
+                    module._parameters[leaf] = other._parameters[other_leaf]
 
 
 def check_plan(model: PreTrainedModel, plan: PruningPlan, allow_unchanged: bool) -> None:
-    """Refuse a plan made for another shape, or one that changes nothing.
-
-    Raises:
-        InvalidPlanError: with what differs.
-    """
+    """Refuse a plan made for another shape, or one that changes nothing: InvalidPlanError says what differs."""
     plan.validated()
     actual = Architecture.of(model)
     if not plan.source.fits(actual):
@@ -164,10 +146,8 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan, allow_unchanged: bool)
 
 def empty_like(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """The skeleton that loading makes from the small model's config: on the meta device, without weights."""
-    info = dict(plan.info)
-    base = getattr(model.config, "_name_or_path", "")
-    info = {**named_source(base), **info}
-    info.update(lineage(model.config, plan))
+    named = named_source(getattr(model.config, "_name_or_path", ""))
+    info = {**named, **plan.info, **lineage(model.config, plan)}
     config = config_for(plan.architecture, model.config, info)
     _follow_states(model, config, plan)
     return _skeleton(model, plan.architecture, config)

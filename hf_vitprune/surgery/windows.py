@@ -15,13 +15,9 @@ Windows = Callable[[Any, torch.Tensor, Grid], torch.Tensor]
 
 
 class LayerGrid:
-    """A hook in front of a layer, which keeps the grid that it gets; behind its norm, ``NormOutput`` keeps the tokens.
+    """A hook in front of a layer, which keeps the grid (rows, columns) that it gets; behind its norm, the tokens.
 
-    Args:
-        windows: the family's way to cut a grid.
-
-    Attributes:
-        grid: (rows, columns) of the call that runs.
+    ``windows``: the family's way to cut a grid.
     """
 
     def __init__(self, windows: Windows) -> None:

@@ -20,8 +20,7 @@ from ..peft.kinds import kind_of
 from ..peft.kinds.convpass import ConvpassLayer
 from ..spec.architecture import unwrap
 from ..spec.towers import Tower
-from ..surgery.composite import check_readers
-from ..surgery.read_layers import layers_needed, layers_read
+from ..surgery.composite import check_readers, layers_needed, layers_read
 from ..utils.modules import get
 from ..utils.processes import distributed, shard
 from ..utils.sharding import is_sharded, sharding_of

@@ -16,8 +16,8 @@ from benchmarks.vtab.depgraph import depgraph_plan
 from hf_vitprune import PruningPlan, prune
 from hf_vitprune.errors import InvalidPlanError, MissingExtraError
 from hf_vitprune.modeling.peft_twin import is_peft
-from hf_vitprune.modeling.structure import get_wrapped
 from hf_vitprune.peft import ConvpassConfig
+from hf_vitprune.utils.modules import get_wrapped
 from tiny import make
 
 ADAPTERS = {

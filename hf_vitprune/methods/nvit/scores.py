@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from ... import criteria
 from ...errors import MissingGradientsError
-from ...modeling.structure import get_wrapped, layer_paths
+from ...modeling.structure import layer_paths
 from ...spec.architecture import Architecture
 from ...spec.units import Axis, unit_table
 from ...utils.hooks import GateHook
+from ...utils.modules import get_wrapped
 from ...utils.pieces import is_spread, piece_of
 from ...utils.processes import mean_over_processes, sum_over_processes
 from .groups import GroupedSet

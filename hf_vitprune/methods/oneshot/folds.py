@@ -15,11 +15,12 @@ from ...compensate.moments import Statistics
 from ...errors import InvalidPlanError
 from ...families import LayerPaths
 from ...modeling.peft_twin import whole_shadow
-from ...modeling.structure import get, layer_paths
+from ...modeling.structure import layer_paths
 from ...plan.layer_plan import LayerPlan
 from ...plan.plan import PruningPlan
 from ...spec.layer_shape import LayerShape
 from ...surgery.transplant import check_plan
+from ...utils.modules import get
 from ...utils.offload import StateDict, Waiting
 from .settings import OneShotSettings
 

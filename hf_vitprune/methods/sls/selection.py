@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ...errors import InvalidDataError
 from ...spec.architecture import Architecture, unwrap
 from ...spec.towers import find_tower, tower_module
-from ...surgery.read_layers import layers_needed
+from ...surgery.composite import layers_needed
 from ...utils.batches import ImageBatches
 from ..depth import DepthMethod, fewest_layers
 from .config import SLSConfig

@@ -22,9 +22,10 @@ from ...modeling.conv_mixer import (
     mixer_state,
     mixing_probabilities,
 )
-from ...modeling.structure import conv_mixer, get
+from ...modeling.structure import conv_mixer
 from ...spec.architecture import Architecture
 from ...spec.layer_shape import KERNELS
+from ...utils.modules import get
 from ...utils.sharding import whole
 from .gates import mixer_shape
 

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from ...families import Family, LayerPaths
 from ...modeling.conv_mixer import GRID, give_grid
-from ...modeling.structure import get
 from ...spec.architecture import Architecture
 from ...surgery.windows import LayerGrid, NormOutput
 from ...utils.hooks import ForwardOverride, GateHook
+from ...utils.modules import get
 from .branches import Grid
 from .gates import NeuronGates
 from .mixing import Mixing
