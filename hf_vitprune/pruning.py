@@ -105,7 +105,8 @@ def _prune_part(
 ) -> Any:
     """A bigger model with its tower pruned by itself; all else is shared with ``model``."""
     whole = unwrap(model)
-    alone = replace(plan.of_part(None), info={**_base_model(whole), **plan.info})
+    named = named_source(getattr(getattr(whole, "config", None), "_name_or_path", ""))
+    alone = replace(plan.of_part(None), info={**named, **plan.info})
     feature_layers = kept_feature_layers(whole, tower, alone)
     if is_peft(model):
         if calibration is not None:
@@ -123,11 +124,6 @@ def _prune_part(
         stock=stock,
     )
     return with_tower(whole, tower, small, alone.source.hidden_size, alone.embedding, feature_layers)
-
-
-def _base_model(whole: Any) -> dict[str, str]:
-    """Hub id of a bigger model, or the name of its folder, for the record of its tower."""
-    return named_source(getattr(getattr(whole, "config", None), "_name_or_path", ""))
 
 
 def mask(model: Any, plan: PruningPlan) -> Any:

@@ -61,7 +61,7 @@ def eager_attention_forward(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
     scaling: float, dropout: float = 0.0, **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Attention in plain steps and its own precision, for families whose files have no such function (data2vec).
+    """Attention in plain steps, for families whose files have no such function (data2vec).
 
     Tensors are (batch, heads, tokens, channels); the context is (batch, tokens, heads, channels).
     """

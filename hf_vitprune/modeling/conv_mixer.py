@@ -52,15 +52,7 @@ class ConvMixer(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, patch_grid: tuple[int, int] | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
-        """Mix tokens.
-
-        Args:
-            hidden_states: (B, special tokens + rows * columns, C).
-            patch_grid: (rows, columns).
-
-        Raises:
-            TokenGridError: no grid is given, or the tokens do not form it.
-        """
+        """Mix (B, special tokens + rows * columns, C), ``patch_grid``: (rows, columns)."""
         special, patches = split_tokens(hidden_states, self.special_tokens, patch_grid)
         assert patch_grid is not None
         patches = patches.transpose(1, 2).contiguous()
@@ -72,11 +64,7 @@ class ConvMixer(nn.Module):
 def split_tokens(
     hidden_states: torch.Tensor, special: int, patch_grid: tuple[int, int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(special tokens, patches) of (B, special + rows * columns, C).
-
-    Raises:
-        TokenGridError: no grid is given, or the tokens do not form it.
-    """
+    """(special tokens, patches) of (B, special + rows * columns, C); TokenGridError where these are no grid."""
     if patch_grid is None:
         raise TokenGridError(
             "a convolution mixer was not told the grid of patches; call the model itself (not its forward, "
@@ -107,11 +95,7 @@ def follow_grid(encoder: nn.Module) -> None:
 
 
 def give_grid(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Hook in front of the encoder. As an argument, unlike as state, the grid stays with its batch in a backward pass.
-
-    Raises:
-        TokenGridError: an attention mask is given, and convolutions cannot leave tokens out.
-    """
+    """Hook in front of the encoder. An argument, unlike state, stays with its batch in a backward pass."""
     pixels = kwargs.get("pixel_values", args[0] if args else None)
     if pixels is None:
         return None  # the encoder says so itself
@@ -120,6 +104,9 @@ def give_grid(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return args, {**kwargs, GRID: patch_grid(encoder.config, tuple(pixels.shape[-2:]))}
 
 
+# ---------------------------------------------------------------------- convolutions made of heads
+# SPViT, arXiv 2111.11802, section 3: the heads share their weights with a 3 x 3 and a 1 x 1 bottleneck convolution. A
+# table says how much of every head goes into each kernel position; folding it in gives the real kernels.
 #: columns of the mixing table
 POSITIONS = 9
 #: column of the kernel's centre: positions run down the columns of the kernel, j = y + 3 x
@@ -141,14 +128,11 @@ class FoldedConvolution(NamedTuple):
 
 
 def mixing_probabilities(table: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Share of every head at every kernel position.
+    """(heads, 9), columns sum to one: the share of every head at every kernel position.
 
     Args:
         table: (heads, 9), learned.
         temperature: tau; small values pick one head a position, large ones mix all alike.
-
-    Returns:
-        (heads, 9), columns sum to one.
     """
     return (table / temperature).softmax(0)
 
@@ -191,14 +175,10 @@ def mixer_state(
     The convolution has no bias in front of its BatchNorm: the running mean takes it up.
 
     Args:
-        folded: what :func:`fold_heads` gave.
         norm: state dict of the branch's BatchNorm.
-        o_bias: (d,) of the attention's output projection.
-        output_name: name of the output projection in the family.
+        o_bias: (d,) of the attention's output projection, which is called ``output_name``.
     """
     state = {f"norm.{name}": tensor for name, tensor in norm.items()}
     state["norm.running_mean"] = norm["running_mean"] - folded.bias.to(norm["running_mean"])
-    output = {f"{output_name}.weight": folded.output_weight, f"{output_name}.bias": o_bias}
-    return {
-        name: t.detach().contiguous().clone() for name, t in {"conv.weight": folded.weight, **state, **output}.items()
-    }
+    state |= {f"{output_name}.weight": folded.output_weight, f"{output_name}.bias": o_bias}
+    return {name: t.detach().contiguous().clone() for name, t in {"conv.weight": folded.weight, **state}.items()}

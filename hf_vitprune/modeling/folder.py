@@ -1,4 +1,6 @@
-"""What folders of pruned models say to those who load them without this library."""
+"""What folders of pruned models say to those who load them without this library, and adapters that lie in them."""
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -27,16 +29,15 @@ __all__ = [{exports}]
 '''
 
 
+#: folder inside of one with an adapter that holds the pruned model it needs: each of both is checked when it is read
 BASE_FOLDER = "base"
 _HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
 def adapter_beside(path: Any, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What ``load_adapter`` needs to find the adapter of such a folder; None where it is no such folder.
+    """What ``load_adapter`` needs to find an adapter over ``base/``; None where there is none.
 
-    Args:
-        path: folder or repository, as ``from_pretrained`` takes it.
-        settings: of ``from_pretrained``.
+    ``path`` and ``settings``: as ``from_pretrained`` takes them.
     """
     where = {name: settings[name] for name in _HUB if settings.get(name) is not None}
     file = None if path is None else find_adapter_config_file(path, **where)

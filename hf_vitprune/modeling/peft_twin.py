@@ -35,11 +35,7 @@ def is_shared(model: nn.Module) -> bool:
 
 
 def is_peft(model: Any) -> bool:
-    """True for a PeftModel.
-
-    Raises:
-        AdapterError: adapters sit in the layers of a plain transformers model (``model.load_adapter``).
-    """
+    """True for a PeftModel; AdapterError for a plain model with adapters in its layers (``load_adapter``)."""
     wrapped = isinstance(model, nn.Module) and hasattr(model, "peft_config") and hasattr(model, "get_base_model")
     if not wrapped and getattr(model, "_hf_peft_config_loaded", False):
         raise AdapterError(
@@ -50,11 +46,7 @@ def is_peft(model: Any) -> bool:
 
 
 def check_peft_model(model: Any) -> None:
-    """Refuse what is no set of adapters in the layers, or is in a state that cannot be carried over.
-
-    Raises:
-        AdapterError: with the cure.
-    """
+    """Refuse what is no set of adapters in the layers, or is in a state that cannot be carried over (AdapterError)."""
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, BaseTuner):
         kind = getattr(getattr(model, "peft_type", None), "value", type(model).__name__)
         raise AdapterError(
@@ -89,10 +81,9 @@ def peft_model_in(model: Any) -> Any:
 
 
 def plain_twin(base: nn.Module, merged: Collection[str] = (), saved: bool = False, part: str = "") -> Any:
-    """The stock structure of a model with tuner layers, sharing its tensors; the model itself is not touched.
+    """The stock structure of ``peft_model.get_base_model()``, sharing its tensors; the model itself is not touched.
 
     Args:
-        base: ``peft_model.get_base_model()``.
         merged: names of tuner layers whose active adapters go into (a copy of) their weights.
         saved: True takes the trained copies of ``modules_to_save`` of the active adapter, False the originals.
         part: path of the tower in a bigger model.
@@ -120,11 +111,7 @@ def plain_twin(base: nn.Module, merged: Collection[str] = (), saved: bool = Fals
 
 
 def merged_twin(model: Any, part: str = "") -> Any:
-    """The stock model that computes what a PeftModel computes with its active adapters; unchanged tensors are shared.
-
-    Raises:
-        AdapterError: an adapter cannot be merged.
-    """
+    """The stock model that computes what a PeftModel does with its active adapters; unchanged tensors are shared."""
     model = peft_model_in(model)
     check_peft_model(model)
     base = model.get_base_model()
@@ -132,12 +119,7 @@ def merged_twin(model: Any, part: str = "") -> Any:
 
 
 def plain_part(model: Any, part: str | None = None) -> tuple[Any, Architecture]:
-    """A tower as a plain transformers model that stands for itself, active adapters merged; and its architecture.
-
-    Raises:
-        UnsupportedModelError: there is none, or there are several and no ``part``.
-        AdapterError: an adapter cannot be merged.
-    """
+    """A tower as a plain transformers model that stands for itself, active adapters merged; and its architecture."""
     tower = find_tower(model, part)
     whole = merged_twin(model, part=tower.path) if is_peft(model) else unwrap(model)
     return whole.get_submodule(tower.path), Architecture.of(whole, part)
@@ -154,11 +136,7 @@ def saved_modules(base: nn.Module) -> dict[str, ModulesToSaveWrapper]:
 
 
 def merged_base_layer(layer: Any, name: str) -> nn.Module:
-    """A copy of the layer under the adapters, with those that are active merged into its weights.
-
-    Raises:
-        AdapterError: PEFT cannot merge them.
-    """
+    """A copy of the layer under the adapters, with those that are active merged into its weights."""
     copied = copy.deepcopy(whole_shadow(layer))
     try:
         copied.merge(safe_merge=True, adapter_names=list(layer.active_adapters))

@@ -29,11 +29,7 @@ _IGNORED = ("training", "config", "generation_config", "name_or_path")
 
 
 def differences(stock: nn.Module, ours: nn.Module, parts: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What :func:`rebuild_` makes the first into the second by, parents first.
-
-    Args:
-        parts: filled with the classes and functions that are named.
-    """
+    """What :func:`rebuild_` makes the first into the second by, parents first; ``parts`` get what is named."""
     theirs = dict(stock.named_modules(remove_duplicate=False))
     replaced: tuple[str, ...] = ()
     for path, module in ours.named_modules(remove_duplicate=False):

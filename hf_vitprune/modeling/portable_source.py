@@ -39,8 +39,7 @@ def assemble(needed: dict[str, str], header: str, footer: str, imports: dict[str
     Args:
         needed: name -> module of this package.
         header: its docstring.
-        footer: what comes last.
-        imports: module -> names that ``footer`` needs from elsewhere.
+        footer: what comes last; it needs ``imports`` from elsewhere: module -> names.
     """
     body: dict[tuple[str, str], str] = {}
     outside: dict[str, set[str | None]] = {module: {*names} for module, names in imports.items()}
