@@ -19,6 +19,7 @@ from .modeling import registry
 from .modeling.structure import layer_paths
 from .plan.plan import PruningPlan
 from .pruning import mask, prune
+from .surgery.cuts import side_by_side
 
 #: of a tiny config, where the family gives no other: four heads of eight, 2 x 2 patches
 TINY = {
@@ -172,6 +173,6 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor, plan: PruningPlan) -> f
     """Largest difference, relative to the largest value; of the kept residual channels, where there are fewer."""
     if ours.shape != theirs.shape and plan.embedding is not None:
         axis = next(i for i, (a, b) in enumerate(zip(ours.shape, theirs.shape, strict=True)) if a != b)
-        starts = range(0, theirs.shape[axis], plan.source.hidden_size)
-        theirs = theirs.index_select(axis, torch.cat([torch.tensor(plan.embedding) + start for start in starts]))
+        kept = side_by_side(torch.tensor(plan.embedding), plan.source.hidden_size, theirs.shape[axis])
+        theirs = theirs.index_select(axis, kept)
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))

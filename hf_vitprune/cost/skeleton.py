@@ -37,17 +37,7 @@ class Part(NamedTuple):
 
 
 class LayerTensors(NamedTuple):
-    """The small tensors of a layer.
-
-    Attributes:
-        q, k, v, o: 1 where the Linear has a bias.
-        fc1: biases of the Linears that feed the hidden neurons.
-        fc2: 1 where it has a bias.
-        mixer: vectors of the residual width around the mixer (2 for a LayerNorm, 1 for LayerScale).
-        mlp: those around the MLP.
-        head: parameters that every head has besides (a position table).
-        rest: parameters of the mixer that follow no size of it.
-    """
+    """The small tensors of a layer: first, how many of its Linears have a bias (several may feed the neurons)."""
 
     q: int
     k: int
@@ -55,16 +45,23 @@ class LayerTensors(NamedTuple):
     o: int
     fc1: int
     fc2: int
+    #: vectors of the residual width around the mixer (2 for a LayerNorm, 1 for LayerScale), and around the MLP
     mixer: int
     mlp: int
+    #: parameters that every head has besides (a position table), and those of the mixer that follow no size of it
     head: int
     rest: int
 
 
 def layer_tensors(architecture: Architecture) -> list[LayerTensors]:
     """The small tensors of the dense layers of every kind; those of one stage have the same."""
-    key = ("layers", _digest(architecture.config), architecture.task)
-    found = _remember(key, lambda: _read_layers(architecture.unpruned))
+
+    def read() -> list[LayerTensors]:
+        dense = architecture.unpruned
+        model, layers = _skeleton(dense, dense.hidden_size, empty=False)
+        return [_read_layer(model, paths) for paths in layers[: max(dense.stages) + 1]]
+
+    found = _remember(("layers", _digest(architecture.config), architecture.task), read)
     return found if architecture.depths is not None else found * (1 + max(architecture.kinds))
 
 
@@ -109,12 +106,7 @@ def _skeleton(dense: Architecture, hidden_size: int, empty: bool) -> tuple[Any, 
     return model.eval(), layer_paths(model, small)
 
 
-def _read_layers(dense: Architecture) -> list[LayerTensors]:
-    model, layers = _skeleton(dense, dense.hidden_size, empty=False)
-    return [_read_layer(model, paths, dense) for paths in layers[: max(dense.stages) + 1]]
-
-
-def _read_layer(model: nn.Module, paths: LayerPaths, dense: Architecture) -> LayerTensors:
+def _read_layer(model: nn.Module, paths: LayerPaths) -> LayerTensors:
     shapes = {n: p.shape for n, p in model.named_parameters() if n.startswith(f"{paths.layer}.")}
     linears = (paths.q, paths.k, paths.v, paths.o, *paths.fc1, paths.fc2)
     for path in linears:
@@ -131,18 +123,19 @@ def _read_layer(model: nn.Module, paths: LayerPaths, dense: Architecture) -> Lay
     return LayerTensors(q, k, v, o, sum(fc1), fc2, mixer, mlp, head, sum(s.numel() for s in shapes.values()))
 
 
+#: modules with a weight matrix, which no bias, norm, token or position is
+_HAVE_MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.MultiheadAttention)
+
+
 def _count_outside(dense: Architecture, hidden_size: int, size: tuple[int, int] | None) -> Part:
     model, _ = _skeleton(dense, hidden_size, empty=True)
-    weights = sum(p.numel() for module in model.modules() for p in _matrices(module))
+    matrices = [
+        module._parameters.get("in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight")
+        for module in model.modules()
+        if isinstance(module, _HAVE_MATRICES)
+    ]
+    weights = sum(matrix.numel() for matrix in matrices if matrix is not None)
     others = sum(p.numel() for p in model.parameters()) - weights
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**dense.family.inputs(dense.config, size, "meta", dense.task))
     return Part("outside the layers", weights, others, counter.get_total_flops() // 2)
-
-
-def _matrices(module: nn.Module) -> list[nn.Parameter]:
-    """Weight matrices of a module itself: no bias, norm, token or position."""
-    known = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
-    name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
-    matrix = module._parameters.get(name) if isinstance(module, (*known, nn.MultiheadAttention)) else None
-    return [] if matrix is None else [matrix]

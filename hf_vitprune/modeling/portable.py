@@ -51,28 +51,29 @@ _RUNTIME = {"PortableConfigMixin": f"{__package__}.rebuild", "PortableModelMixin
 
 
 class Portable:
-    """What a portable folder of a model holds beside the weights.
+    """What a portable folder of a model holds beside the weights: ``source`` of the file, ``record`` for config.json.
 
-    Attributes:
-        source: text of the file.
-        config: of the model, for ``config.json``: its fields.
+    Args:
+        model: of a class of this package, or a stock one with pruned towers inside.
+
+    Raises:
+        PortableError: naming what the file would leave out.
     """
 
     def __init__(self, model: Any) -> None:
-        """Find the differences.
-
-        Args:
-            model: of a class of this package, or a stock one with pruned towers inside.
-
-        Raises:
-            PortableError: naming what the file would leave out.
-        """
         stock_class: Any = stock_class_of(model)
         _check_parts(model, stock_class)
         model_config = model.config
         fields = json.loads(model_config.to_json_string(use_diff=False))
-        stock_type_ = _stock_model_type(model_config)
-        swaps, building = dict(_swaps(model_config)), dict(_building(model_config))
+        stock_type_ = next(
+            c for c in type(model_config).__mro__ if c.__module__.startswith("transformers.models.")
+        ).model_type
+        building = {  # fields with which stock constructors accept any width
+            f"{_sizes_path(prefix, part)}{name}": value
+            for prefix, part in pruned_configs(model_config)
+            for name, value in family_of(part).skeleton_heads(part).items()
+        }
+        swaps = dict(_swaps(model_config))
         record = {"fields": swaps, "building": building}
         plain = config_from(CONFIG_MAPPING[stock_type_].from_dict, {**fields, "model_type": stock_type_}, record)
         plain._attn_implementation = model_config._attn_implementation
@@ -91,22 +92,22 @@ class Portable:
         self.model_type = own_type if own_type.startswith(PRUNED_PREFIX) else WHOLE_TYPE
         self.record: dict[str, Any] = {**record, "modules": modules, "stock_type": stock_type_}
         self.stock_class, self.stock_config = stock_class, type(plain)
-        self.base_prefix = type(model).base_model_prefix
         autos = tuple(_auto_classes(stock_class, type(plain)))
         # AutoBackbone takes no folders of this machine, and some classes have no Auto class
         self.auto_classes = (*autos, "AutoModel") if autos in ((), ("AutoBackbone",)) else autos
         self.config_name, self.model_name = f"Pruned{type(plain).__name__}", f"Pruned{stock_class.__name__}"
-        self.source = self._source()
+        own_prefix = type(model).base_model_prefix
+        prefix = f'\n    base_model_prefix = "{own_prefix}"' if own_prefix != stock_class.base_model_prefix else ""
+        self.source = self._source(prefix)
 
-    def _source(self) -> str:
-        prefix = self.base_prefix != self.stock_class.base_model_prefix
+    def _source(self, prefix: str) -> str:
         footer = _FOOTER.format(
             config=self.config_name,
             stock_config=self.stock_config.__name__,
             model_type=self.model_type,
             model=self.model_name,
             stock_model=self.stock_class.__name__,
-            prefix=f'\n    base_model_prefix = "{self.base_prefix}"' if prefix else "",
+            prefix=prefix,
         )
         stock: dict[str, set[str]] = {}
         for made in (self.stock_config, self.stock_class):
@@ -184,18 +185,6 @@ def _swaps(config: PreTrainedConfig) -> Iterator[tuple[str, tuple[Any, Any]]]:
         yield f"{_sizes_path(prefix, part)}{family.width_field}", (width, PORTABLE)
         if prefix:
             yield f"{prefix}model_type", (base_model_type(part.model_type), part.model_type)
-
-
-def _building(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
-    """Path of a field -> a value with which stock constructors accept any width."""
-    for prefix, part in pruned_configs(config):
-        for name, value in family_of(part).skeleton_heads(part).items():
-            yield f"{_sizes_path(prefix, part)}{name}", value
-
-
-def _stock_model_type(config: PreTrainedConfig) -> str:
-    stock = next(made for made in type(config).__mro__ if made.__module__.startswith("transformers.models."))
-    return str(stock.model_type)  # type: ignore[attr-defined]
 
 
 def _auto_classes(stock_class: type, config_class: type) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -19,20 +18,11 @@ _KEYWORDS = {*inspect.signature(PreTrainedModel.save_pretrained).parameters, "sa
 _KEYWORDS |= {"commit_message", "create_pr", "private", "repo_id", "revision", "tags"}
 
 
-class StrictMixin:
-    """Mixed in front of a stock model class."""
+class SavesPortableMixin:
+    """Mixed in front of a model class: saves finite weights only, and portable folders."""
 
-    def save_pretrained(
-        self,
-        save_directory: Any,
-        *args: Any,
-        portable: bool = False,
-        save_original_format: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """As transformers', but always under the model's own parameter names.
-
-        Stock classes write legacy names by default, which a Trainer then cannot restore.
+    def save_pretrained(self, save_directory: Any, *args: Any, portable: bool = False, **kwargs: Any) -> None:
+        """As transformers'.
 
         ``portable``: with a file of code beside the weights, by which ``trust_remote_code=True`` loads the folder
         where this library is not installed.
@@ -45,11 +35,23 @@ class StrictMixin:
         for name in kwargs.keys() - _KEYWORDS if not kwargs.get("push_to_hub") else ():
             raise TypeError(f"save_pretrained() got an unexpected keyword argument {name!r}")
         check_finite(self, "saved", kwargs.get("state_dict"))  # type: ignore[arg-type]
-        save = functools.partial(super().save_pretrained, save_original_format=save_original_format)  # type: ignore[misc]
+        save: Any = super().save_pretrained  # type: ignore[misc]
         if portable:
-            save_portable(self, save, save_directory, *args, **kwargs)
+            save_portable(self, save, save_directory, *args, **{"save_original_format": False, **kwargs})
         else:
             save(save_directory, *args, **kwargs)
+
+
+class StrictMixin(SavesPortableMixin):
+    """Mixed in front of a stock model class."""
+
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """As transformers', but always under the model's own parameter names.
+
+        Stock classes write legacy names by default, which a Trainer then cannot restore. See
+        :class:`SavesPortableMixin` for ``portable``.
+        """
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """As transformers', with a model card unless there is one already; see ``hf_vitprune.push_to_hub``.

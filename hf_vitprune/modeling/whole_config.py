@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +15,12 @@ from transformers.utils import logging
 from ..errors import InvalidArchitectureError, PortableError, UnsupportedModelError
 from ..families import find_family
 from ..spec.configs import is_pruned
-from ..utils.finite import check_finite
 from ..utils.mixing import InPlaceMixin, mix_into, unmix
 from ..utils.upload import upload
 from .hosts import host_class, stock_host
-from .portable import WHOLE_TYPE, pruned_configs, save_portable
+from .portable import WHOLE_TYPE, pruned_configs
 from .pretrained import PrunedModelMixin
+from .strict import SavesPortableMixin
 
 logger = logging.get_logger(__name__)
 
@@ -52,7 +51,7 @@ def _config_with(config: Any, new: PreTrainedConfig, matches: Callable[[Any], bo
     return None
 
 
-class HoldsPrunedMixin(InPlaceMixin):
+class HoldsPrunedMixin(SavesPortableMixin, InPlaceMixin):
     """In front of a stock class that asks the Auto classes for its tower, and got a pruned one."""
 
     @classmethod
@@ -61,15 +60,6 @@ class HoldsPrunedMixin(InPlaceMixin):
         for name in ("__name__", "__qualname__", "__module__"):
             setattr(cls, name, getattr(cls.stock_class, name))
         super().__init_subclass__(**kwargs)
-
-    def save_pretrained(self, save_directory: Any, *args: Any, portable: bool = False, **kwargs: Any) -> None:
-        """As transformers', and as a portable folder; see :class:`~hf_vitprune.modeling.strict.StrictMixin`."""
-        save: Any = super().save_pretrained  # type: ignore[misc]
-        check_finite(self, "saved", kwargs.get("state_dict"))  # type: ignore[arg-type]
-        if portable:
-            save_portable(self, functools.partial(save, save_original_format=False), save_directory, *args, **kwargs)
-        else:
-            save(save_directory, *args, **kwargs)
 
     def push_to_hub(self, repo_id: str, *args: Any, portable: bool = False, **kwargs: Any) -> Any:
         """As transformers', and as ``hf_vitprune.push_to_hub`` where ``portable``."""

@@ -128,24 +128,14 @@ def whole_numbers(values: Any) -> Indices:
 
 def layer_from_dict(row: dict[str, Any]) -> LayerPlan:
     heads = whole_numbers(row["heads"])
-    lists = {}
+    fields = {**row, "heads": heads, "mlp": whole_numbers(row["mlp"])}
     for name in ("qk", "v"):
-        value = row[name]
-        rows = value if value and isinstance(value[0], (list, tuple)) else [value] * len(heads)
-        lists[name] = tuple(whole_numbers(r) for r in rows)
-    return LayerPlan(
-        index=row["index"],
-        mixer=row["mixer"],
-        heads=heads,
-        qk=lists["qk"],
-        v=lists["v"],
-        mlp=whole_numbers(row["mlp"]),
-        attention_in=optional_whole_numbers(row.get("attention_in")),
-        mlp_in=optional_whole_numbers(row.get("mlp_in")),
-        scales={k: tuple(v) for k, v in row.get("scales", {}).items()},
-        conv_channels=row.get("conv_channels"),
-        batch_norm=row.get("batch_norm"),
-    )
+        rows = row[name] if row[name] and isinstance(row[name][0], (list, tuple)) else [row[name]] * len(heads)
+        fields[name] = tuple(map(whole_numbers, rows))
+    for name in ("attention_in", "mlp_in"):
+        fields[name] = optional_whole_numbers(row.get(name))
+    fields["scales"] = {name: tuple(factors) for name, factors in row.get("scales", {}).items()}
+    return LayerPlan(**fields)
 
 
 def check_indices(what: str, kept: Indices, size: int, may_be_empty: bool = False) -> None:

@@ -22,7 +22,7 @@ from ..plan.plan import PruningPlan
 from ..spec.towers import Tower
 from ..utils.modes import on_meta
 from ..utils.modules import follow_sizes, get, owner, put, set_tensor
-from .cuts import Cut
+from .cuts import Cut, side_by_side
 from .transplant import resized_copy
 
 
@@ -78,7 +78,7 @@ def with_masked_tower(model: Any, tower: Tower, masked: Any, small_config: Any, 
     put(whole, tower.path, masked)
     for path in norms:
         norm, channels = get(whole, path), torch.tensor(kept, device=next(masked.parameters()).device)
-        mask_norm(norm, _side_by_side(channels, width, norm_width(norm) or width))
+        mask_norm(norm, side_by_side(channels, width, norm_width(norm) or width))
     return whole
 
 
@@ -164,16 +164,11 @@ def _run(model: Any, tower: Tower) -> None:
     model.eval()(pixel_values=images, **words)
 
 
-def _side_by_side(kept: torch.Tensor, width: int, length: int) -> torch.Tensor:
-    """Indices of the kept channels where the stream stands several times side by side (features of several layers)."""
-    return torch.cat([kept + width * i for i in range(length // width)])
-
-
 def _cut_readers(whole: nn.Module, outer: Outer, width: int, kept: torch.Tensor) -> None:
     for name, axes in outer.axes.items():
         module, leaf = owner(whole, name)
         tensor: Any = module._parameters.get(leaf, module._buffers.get(leaf))
-        copies = {axis: _side_by_side(kept, width, tensor.shape[axis]) for axis in axes}
+        copies = {axis: side_by_side(kept, width, tensor.shape[axis]) for axis in axes}
         set_tensor(whole, name, Cut(name, copies).take(tensor.detach()))
         follow_sizes(module)
 

@@ -142,7 +142,10 @@ def find_cuts(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan)
         if source in shapes and not name.endswith(INDICES):
             cuts[name] = Cut(source)
             if layer is None and plan.embedding is not None:
-                _cut_embedding(cuts[name], shapes[source], tensor.shape, plan)
+                for axis, before in enumerate(shapes[source]):
+                    if before != tensor.shape[axis]:
+                        kept = torch.tensor(plan.embedding)
+                        cuts[name].index[axis] = side_by_side(kept, plan.source.hidden_size, before)
     for j, paths in enumerate(small_paths):
         _cut_layer(cuts, plan.layers[j], plan.source, layer_axes(plan.architecture, j, paths))
     if plan.embedding is not None:
@@ -152,13 +155,9 @@ def find_cuts(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan)
     return cuts
 
 
-def _cut_embedding(cut: Cut, full: torch.Size, small: torch.Size, plan: PruningPlan) -> None:
-    kept = torch.tensor(plan.embedding)
-    width = plan.source.hidden_size
-    for axis, (before, after) in enumerate(zip(full, small, strict=True)):
-        if before != after:
-            # a classifier on several pooled vectors side by side repeats the residual width
-            cut.index[axis] = torch.cat([kept + width * i for i in range(before // width)])
+def side_by_side(kept: torch.Tensor, width: int, length: int) -> torch.Tensor:
+    """Indices of the kept channels where the stream stands several times side by side (several pooled vectors)."""
+    return torch.cat([kept + width * i for i in range(length // width)])
 
 
 def _cut_layer(cuts: dict[str, Cut], entry: LayerPlan, source: Architecture, axes: dict[str, list[Axis]]) -> None:
