@@ -20,11 +20,11 @@ SCOPES = ("global", "local", "isomorphic", "uniform")
 
 
 class MakesMeters(Protocol):
-    """A latency table: it counts what a target of latency counts."""
+    """A latency table: it counts what a target of latency counts, seconds of architectures like ``reference``."""
 
-    def meter(self, reference: Architecture, image_size: Any = None, *, allow_other_device: bool = False) -> CostMeter:
-        """Seconds of architectures like ``reference``."""
-        ...
+    def meter(
+        self, reference: Architecture, image_size: Any = None, *, allow_other_device: bool = False
+    ) -> CostMeter: ...
 
 
 class Selection:
@@ -85,17 +85,16 @@ class Selection:
             tiny = torch.finfo(torch.float64).tiny
             return {part: values / values.mean().clamp(min=tiny) for part, values in scores.items()}
         groups: dict[Any, list[str]] = {}
-        for part in scores:
-            groups.setdefault(self._kind(part) if self.scope == "isomorphic" else part, []).append(part)
+        for part, (one, _, _) in self._parts.items():
+            like: Any = part  # compared with itself alone
+            if self.scope == "isomorphic" and one.layer is not None:
+                like = one.unit, self.source.stages[one.layer]
+            groups.setdefault(like, []).append(part)
         keys: dict[str, torch.Tensor] = {}
         for members in groups.values():
             shares = _shares(torch.cat([scores[part] for part in members]))
             keys |= dict(zip(members, shares.split([len(scores[part]) for part in members]), strict=True))
         return {part: keys[part] for part in scores}
-
-    def _kind(self, part: str) -> tuple[str, int | str]:
-        one = self._parts[part][0]
-        return one.unit, part if one.layer is None else self.source.stages[one.layer]
 
     # ------------------------------------------------------------------ what stays
     def at_ratio(self, ratio: float) -> dict[str, Indices]:

@@ -30,25 +30,23 @@ class Sizes(NamedTuple):
 
 
 class StockSizes:
-    """Sizes that all layers of a model may have together.
+    """Sizes that all layers of a model may have together: found by trying them on the stock config.
+
+    Args:
+        source: architecture of the model.
+        units: what may be cut: q/k and v channels only where both are in it.
+        round_to: kept channels and neurons are multiples of this, or all there are.
 
     Attributes:
-        whole: those that it has.
+        whole: sizes that the model has.
         attention: residual width -> (heads, channels a head) that go with it.
         mlp: residual width -> neurons that go with it.
+
+    Raises:
+        InvalidPlanError: the layers are not alike, or no stock class can hold fewer of any unit; says why.
     """
 
     def __init__(self, source: Architecture, units: Collection[str], round_to: int) -> None:
-        """Try all sizes on the stock config.
-
-        Args:
-            source: architecture of the model.
-            units: what may be cut: q/k and v channels only where both are in it.
-            round_to: kept channels and neurons are multiples of this, or all there are.
-
-        Raises:
-            InvalidPlanError: the layers are not alike, or no stock class can hold fewer of any unit; says why.
-        """
         self.source, first = source, source.layers[0]
         self._check_alike()
         family, config = source.family, source.config
@@ -69,9 +67,12 @@ class StockSizes:
                 if fitting:
                     self.attention[width], self.mlp[width] = pairs, fitting
         if self.smallest() == self.whole:
+            whole = self.whole
+            fewer = whole._replace(mlp=max(1, whole.mlp // 2)), whole._replace(heads=max(1, whole.heads // 2))
+            reason = next(filter(None, map(self._refused, fewer)), "all of what may go is needed")
             raise InvalidPlanError(
                 f"the same sizes in every layer: no stock class holds fewer of {', '.join(sorted(units))} "
-                f"({self._reason()}); leave uniform out, and save portable=True to load without hf_vitprune"
+                f"({reason}); leave uniform out, and save portable=True to load without hf_vitprune"
             )
 
     def _check_alike(self) -> None:
@@ -106,20 +107,10 @@ class StockSizes:
         ]
         return min(found, key=lambda s: (s.embedding, s.heads * s.channels, s.mlp), default=self.whole)
 
-    def _reason(self) -> str:
-        whole = self.whole
-        fewer = whole._replace(mlp=max(1, whole.mlp // 2)), whole._replace(heads=max(1, whole.heads // 2))
-        return next(filter(None, map(self._refused, fewer)), "all of what may go is needed")
-
     def best(self, worth: Callable[[Sizes], float], fits: Callable[[Sizes], bool]) -> Sizes | None:
         """With each number of heads and channels the most neurons that fit; of these, those that are worth most.
 
-        Args:
-            worth: of sizes; the highest is taken.
-            fits: holds for smaller sizes where it holds for larger ones.
-
-        Returns:
-            None where nothing fits.
+        ``fits`` holds for smaller sizes where it holds for larger ones. None where nothing fits.
         """
         found = []
         for width, pairs in self.attention.items():

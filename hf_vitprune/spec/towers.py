@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,18 +24,15 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Tower:
-    """An encoder that can be pruned.
+    """An encoder that can be pruned."""
 
-    Attributes:
-        part: its role in the model (``"vision"``, ``"text"``, ``"encoder"``, ``"backbone"``), or its path.
-        path: of its module in the model; ``""`` where the model itself is it.
-        family: ``model_type`` of its family.
-        layers: how many it has.
-    """
-
+    #: its role in the model (``"vision"``, ``"text"``, ``"encoder"``, ``"backbone"``), or its path
     part: str
+    #: of its module in the model; ``""`` where the model itself is it
     path: str
+    #: ``model_type`` of its family
     family: str
+    #: how many it has
     layers: int
 
 
@@ -51,9 +47,14 @@ def towers(model: Any) -> dict[str, Tower]:
         family = family_of(model)
         return {family.part: Tower(family.part, "", family.model_type, _layers(model, family))}
     found: dict[str, Tower] = {}
-    for path, module, family in _inside(model):
-        role = _role(path)
-        part = path if role is None or role in found else role
+    for path, module in model.named_modules():
+        family = find_family(module) if path and isinstance(module, PreTrainedModel) else None
+        inside = path.startswith(tuple(f"{tower.path}." for tower in found.values()))
+        if inside or family is None or _layer_list(module, family) is None:
+            continue
+        last = path.rpartition(".")[2]
+        role = next((role for role, words in _ROLES.items() if any(word in last for word in words)), path)
+        part = path if role in found else role
         found[part] = Tower(part, path, family.model_type, _layers(module, family))
     return found
 
@@ -106,17 +107,6 @@ def tower_module(model: Any, part: str | None = None) -> Any:
     return base.get_submodule(find_tower(base, part).path)
 
 
-def _inside(model: nn.Module) -> Iterator[tuple[str, PreTrainedModel, Family]]:
-    taken: list[str] = []
-    for path, module in model.named_modules():
-        if not path or not isinstance(module, PreTrainedModel) or path.startswith(tuple(f"{t}." for t in taken)):
-            continue
-        family = find_family(module)
-        if family is not None and _layer_list(module, family) is not None:
-            taken.append(path)
-            yield path, module, family
-
-
 def _layer_list(model: nn.Module, family: Family) -> Any:
     try:
         return model.get_submodule(family.encoder_path(model) + family.layers)
@@ -125,10 +115,4 @@ def _layer_list(model: nn.Module, family: Family) -> Any:
 
 
 def _layers(model: nn.Module, family: Family) -> int:
-    layers = _layer_list(model, family)
-    return sum(len(getattr(stage, "blocks", [stage])) for stage in layers)  # Swin's stages have theirs
-
-
-def _role(path: str) -> str | None:
-    last = path.rpartition(".")[2]
-    return next((role for role, words in _ROLES.items() if any(word in last for word in words)), None)
+    return sum(len(getattr(stage, "blocks", [stage])) for stage in _layer_list(model, family))  # Swin's are in stages

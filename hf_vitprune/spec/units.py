@@ -32,11 +32,9 @@ def layer_sizes() -> dict[str, str]:
 
 
 def channels_of(shape: LayerShape, name: str, width: int) -> int:
-    """Channels of a layer that a plan chooses from: of all heads, for ``qk`` and ``v``.
+    """Channels of a layer that a plan chooses from (``name``: as in :func:`layer_sizes`): of all heads, for qk and v.
 
-    Args:
-        name: as in :func:`layer_sizes`.
-        width: of the residual stream, which a branch reads whole where its shape says nothing else.
+    ``width``: of the residual stream, which a branch reads whole where its shape says nothing else.
     """
     size: int | None = getattr(shape, LAYER_UNITS.get(name, name))
     return (width if size is None else size) * (shape.heads if name in ("qk", "v") else 1)
@@ -50,20 +48,16 @@ def units_in(shape: LayerShape) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class UnitSet:
-    """A set of units.
+    """A set of units."""
 
-    Attributes:
-        name: ``layer 3 heads``, ``embedding``, ``layers``.
-        unit: ``qk``, ``v``, ``heads``, ``mlp``, ``embedding`` or ``layers``.
-        layer: the layer it belongs to; None for ``embedding`` and ``layers``.
-        size: number of units.
-        channels: of a head that a q/k unit is: two where rotary positions turn pairs of them.
-    """
-
+    #: ``layer 3 heads``, ``embedding``, ``layers``
     name: str
+    #: ``qk``, ``v``, ``heads``, ``mlp``, ``embedding`` or ``layers``
     unit: str
+    #: that it belongs to; None for ``embedding`` and ``layers``
     layer: int | None
     size: int
+    #: of a head that a q/k unit is: two where rotary positions turn pairs of them
     channels: int = 1
 
 
@@ -72,19 +66,14 @@ class Axis(NamedTuple):
 
     Unit ``u`` of ``n`` is at the places ``(r * n + u) * run + i`` for every ``r`` under ``repeats`` and ``i`` under
     ``run``: a head is a run of channels, a q/k channel comes again in every head.
-
-    Attributes:
-        tensor: name of the parameter, from the task model.
-        axis: of it.
-        repeats: how often the whole set comes again along the axis.
-        run: neighbouring places that a unit takes.
-        layer: the layer that the tensor is in; None outside the layers.
     """
 
+    #: name of the parameter, from the task model
     tensor: str
     axis: int
     repeats: int = 1
     run: int = 1
+    #: that the tensor is in; None outside the layers
     layer: int | None = None
 
     @property
@@ -98,11 +87,7 @@ class Axis(NamedTuple):
         return self.tensor.rpartition(".")[2]
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:
-        """(units,) sums over all values of a unit.
-
-        Args:
-            values: of the tensor's shape.
-        """
+        """(units,) sums over all values of a unit; ``values`` have the tensor's shape."""
         along = values.movedim(self.axis, 0).flatten(1).sum(1) if values.ndim > 1 else values
         return along.reshape(self.repeats, -1, self.run).sum((0, 2))
 
