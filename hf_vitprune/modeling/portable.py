@@ -65,9 +65,8 @@ class Portable:
         _check_parts(model, stock_class)
         model_config = model.config
         fields = json.loads(model_config.to_json_string(use_diff=False))
-        stock_type_ = next(
-            c for c in type(model_config).__mro__ if c.__module__.startswith("transformers.models.")
-        ).model_type
+        configs: Any = type(model_config).__mro__
+        stock_type_ = next(made.model_type for made in configs if made.__module__.startswith("transformers.models."))
         building = {  # fields with which stock constructors accept any width
             f"{_sizes_path(prefix, part)}{name}": value
             for prefix, part in pruned_configs(model_config)

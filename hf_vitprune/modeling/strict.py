@@ -45,13 +45,15 @@ class SavesPortableMixin:
 class StrictMixin(SavesPortableMixin):
     """Mixed in front of a stock model class."""
 
-    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
         """As transformers', but always under the model's own parameter names.
 
         Stock classes write legacy names by default, which a Trainer then cannot restore. See
         :class:`SavesPortableMixin` for ``portable``.
         """
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """As transformers', with a model card unless there is one already; see ``hf_vitprune.push_to_hub``.

@@ -44,8 +44,8 @@ def towers(model: Any) -> dict[str, Tower]:
     """
     model = unwrap(model)
     if stands_alone(model):
-        family = family_of(model)
-        return {family.part: Tower(family.part, "", family.model_type, _layers(model, family))}
+        own = family_of(model)
+        return {own.part: Tower(own.part, "", own.model_type, _layers(model, own))}
     found: dict[str, Tower] = {}
     for path, module in model.named_modules():
         family = find_family(module) if path and isinstance(module, PreTrainedModel) else None

@@ -142,10 +142,10 @@ def find_cuts(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan)
         if source in shapes and not name.endswith(INDICES):
             cuts[name] = Cut(source)
             if layer is None and plan.embedding is not None:
-                for axis, before in enumerate(shapes[source]):
-                    if before != tensor.shape[axis]:
+                for i, before in enumerate(shapes[source]):
+                    if before != tensor.shape[i]:
                         kept = torch.tensor(plan.embedding)
-                        cuts[name].index[axis] = side_by_side(kept, plan.source.hidden_size, before)
+                        cuts[name].index[i] = side_by_side(kept, plan.source.hidden_size, before)
     for j, paths in enumerate(small_paths):
         _cut_layer(cuts, plan.layers[j], plan.source, layer_axes(plan.architecture, j, paths))
     if plan.embedding is not None:
