@@ -10,7 +10,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import NativeExportError
-from ..families import LayerPaths
 from ..spec.architecture import Architecture
 from ..spec.configs import lineage_of, stock_config
 from ..spec.layer_shape import LayerShape
@@ -71,7 +70,12 @@ def make_stock_(model: Any) -> None:
     _check_same_tensors(model, expected, architecture)
     family, new = architecture.family, Architecture.dense(config, architecture.task)
     for i, paths in enumerate(layer_paths(model, architecture)):
-        _rescale_queries(model, paths, architecture.layers[i].qk_dim, architecture.head_dim(i))
+        scale = (
+            architecture.layers[i].qk_dim / architecture.head_dim(i)
+        ) ** 0.5  # what stock attention divides by more
+        with torch.no_grad():
+            for parameter in model.get_submodule(paths.q).parameters() if scale != 1 else ():
+                parameter.copy_((parameter.double() * scale).to(parameter.dtype))
         attention = model.get_submodule(paths.attention)
         unmix(attention, PrunedAttentionMixin)  # some families had to have ours for another head_dim
         set_attention_sizes(attention, new.layers[i], new.scaling(i))
@@ -207,11 +211,3 @@ def _check_same_tensors(model: nn.Module, stock: nn.Module, architecture: Archit
             raise NativeExportError(
                 f"{name} is {shape}, and {theirs[name]} in a stock {type(stock).__name__} of this config"
             )
-
-
-def _rescale_queries(model: nn.Module, paths: LayerPaths, new: int, dense: int) -> None:
-    """Multiply q by what stock attention's scale, which follows the new head dimension, divides too much or little."""
-    if new != dense:
-        with torch.no_grad():
-            for parameter in model.get_submodule(paths.q).parameters():
-                parameter.copy_((parameter.double() * (new / dense) ** 0.5).to(parameter.dtype))

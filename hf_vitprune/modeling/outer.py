@@ -1,21 +1,109 @@
-"""What lies outside the layers and follows the residual width: found by comparing two skeletons, never listed by hand.
+"""The residual stream: norms over it or over some of its channels, and what follows its width outside the layers.
 
-The same stock class is built on the meta device at two widths; an axis whose length differs carries the residual
-stream. Modules that the stock class has not got (custom heads) are cut where they are plain readers of the stream,
-and refused by name elsewhere.
+What follows it is found by comparing two skeletons of the stock class on the meta device, of two widths: an axis whose
+length differs carries the stream. Modules that the stock class has not got (custom heads) are cut where they are plain
+readers of the stream, and refused by name elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UnsupportedUnitError
-from ..utils.mixing import stock_type
+from ..utils.mixing import InPlaceMixin, mix_into, stock_type
 from ..utils.modules import get, named_tensors, resize_tensor, unwrapped
-from .norms import norm_kind, norm_width
+
+#: names under which RMSNorms keep the number that is added to the mean square
+_EPSILONS = ("eps", "variance_epsilon")
+
+
+def norm_kind(module: nn.Module) -> str | None:
+    """``"layer"`` for a LayerNorm, ``"rms"`` for torch's RMSNorm or one of transformers'; None for all else."""
+    if stock_type(module) is nn.LayerNorm:
+        return "layer"
+    if isinstance(module, nn.RMSNorm) or (
+        stock_type(module).__name__.endswith("RMSNorm")
+        and set(module._parameters) == {"weight"}
+        and any(hasattr(module, name) for name in _EPSILONS)
+    ):
+        return "rms"
+    return None
+
+
+def norm_width(module: Any) -> int | None:
+    """Channels that a norm runs over; None for what is no norm."""
+    if norm_kind(module) is None:
+        return None
+    weight = module._parameters.get("weight")
+    return module.normalized_shape[-1] if weight is None else len(weight)
+
+
+def norm_over(norm: Any, input: torch.Tensor, kept: torch.Tensor, count: int) -> torch.Tensor:
+    """What a norm gives whose statistics run over the kept channels only; the removed ones come out as zero.
+
+    Kept channels around their mean, and zeros elsewhere, have mean zero over all channels and ``count / channels`` of
+    the variance over the kept ones: the fused kernel then does the rest. Picking channels by index is far slower.
+
+    Args:
+        norm: LayerNorm or RMSNorm over all channels.
+        input: (..., channels).
+        kept: (channels,) ones and zeros.
+        count: number of ones.
+
+    Returns:
+        (..., channels), in float32 or wider.
+
+    Raises:
+        UnsupportedUnitError: it is a norm of another kind.
+    """
+    _check_known(norm)
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    kept = kept.to(dtype)
+    share = count / len(kept)
+    scale = kept * share**0.5 if norm.weight is None else norm.weight.to(dtype) * kept * share**0.5
+    inputs = input.to(dtype) * kept
+    if norm_kind(norm) == "rms":
+        values = [getattr(norm, name) for name in _EPSILONS if getattr(norm, name, None) is not None]
+        epsilon = values[0] if values else torch.finfo(input.dtype).eps  # torch's default
+        return F.rms_norm(inputs, (len(kept),), scale, epsilon * share)
+    centred = torch.addcmul(inputs, inputs.sum(-1, keepdim=True) / count, kept, value=-1)
+    shift = None if norm.bias is None else norm.bias.to(dtype) * kept
+    return F.layer_norm(centred, (len(kept),), scale, shift, norm.eps * share)
+
+
+def _check_known(norm: nn.Module) -> None:
+    if norm_kind(norm) is None:
+        raise UnsupportedUnitError(
+            f"the residual stream passes a {type(norm).__name__}, whose statistics over some channels are not known: "
+            "leave the unit 'embedding' out (units=...)"
+        )
+
+
+class MaskedNormMixin(InPlaceMixin):
+    """A norm over the kept channels: a full-size model computes with it what the narrow one computes."""
+
+    kept: torch.Tensor
+    kept_count: int
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        normed = norm_over(self, input, self.kept, self.kept_count)
+        return normed if torch.is_autocast_enabled(input.device.type) else normed.to(input.dtype)
+
+
+def mask_norm(norm: nn.Module, kept: torch.Tensor) -> None:
+    """Turn a norm, in place, into one over the channels ``kept`` (ascending indices); unknown kinds are refused."""
+    _check_known(norm)
+    zeros = torch.zeros(norm_width(norm) or 0, device=kept.device)
+    mix_into(norm, MaskedNormMixin)
+    masked: Any = norm
+    masked.kept_count = len(kept)
+    norm.register_buffer("kept", zeros.index_fill(0, kept, 1.0), persistent=False)
+
 
 Shape = tuple[int, ...]
 
@@ -84,7 +172,12 @@ def find_outer(
             _add_reader(found, model, name, axes)
     if whole:
         known = dict(wide.named_modules())
-        custom |= {path for path in _bare_norms(model, width) if not path.startswith(layers) and path not in known}
+        custom |= {  # norms without weights
+            path
+            for path, module in model.named_modules()
+            if getattr(module, "weight", 0) is None and norm_width(module) == width
+            if not path.startswith(layers) and path not in known
+        }
     for root in sorted(custom):
         if not any(root.startswith(f"{other}.") for other in custom):
             _add_readers(found, model, root, width)
@@ -121,12 +214,6 @@ def custom_root(model: nn.Module, stock: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
-def _bare_norms(model: nn.Module, width: int) -> Iterator[str]:
-    for path, module in model.named_modules():
-        if getattr(module, "weight", 0) is None and norm_width(module) == width:
-            yield path
-
-
 def _add_readers(found: Outer, model: nn.Module, root: str, width: int) -> None:
     """Take in a custom module that reads the stream: a Linear or norm on it, or a Sequential that begins with them."""
     steps = [(root, unwrapped(get(model, root)))]
@@ -144,7 +231,7 @@ def _add_readers(found: Outer, model: nn.Module, root: str, width: int) -> None:
             )
         elif isinstance(module, nn.BatchNorm1d) and module.num_features == width:
             found.axes.update({f"{path}.{name}": (0,) for name, t in module.state_dict().items() if t.ndim})
-        elif any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+        elif next(named_tensors(module), None) is not None:
             raise UnsupportedUnitError(
                 f"{path} is a {type(module).__name__} that the stock class has not got, and it may read the residual "
                 f"stream of {width} channels in a way that is not known here: leave the unit 'embedding' out "

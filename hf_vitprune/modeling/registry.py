@@ -129,7 +129,14 @@ def _make_config_class(family: Family) -> None:
 def _make_model_classes(family: Family, config_class: type[PreTrainedConfig]) -> None:
     pruned_config = _configs[config_class]
     copy_conversions(pruned_config.model_type, family.model_type)
-    for auto_name, stock in _stock_classes(family, config_class):
+    found: list[tuple[str, type[PreTrainedModel]]] = [
+        (auto_name, stock)
+        for auto_name in AUTO_CLASSES
+        for stock in _mapped(auto_name, config_class)
+        if stock.__name__ not in family.refused_classes
+    ]
+    found += [("", getattr(transformers, name)) for name in UNMAPPED.get(family.model_type, ())]
+    for auto_name, stock in found:
         _stock.add(stock)
         if stock not in _models:
             body = {"config_class": pruned_config, "config": pruned_config, "auto_classes": (), "dense_class": stock}
@@ -142,16 +149,6 @@ def _make_model_classes(family: Family, config_class: type[PreTrainedConfig]) ->
             classes: Any = (*_mapped(auto_name, pruned_config), _models[stock])
             mapping = getattr(transformers, auto_name)._model_mapping
             mapping.register(pruned_config, classes if len(classes) > 1 else classes[0], exist_ok=True)
-
-
-def _stock_classes(
-    family: Family, config_class: type[PreTrainedConfig]
-) -> list[tuple[str | None, type[PreTrainedModel]]]:
-    found: list[tuple[str | None, type[PreTrainedModel]]] = []
-    for auto_name in AUTO_CLASSES:
-        classes = _mapped(auto_name, config_class)
-        found += [(auto_name, stock) for stock in classes if stock.__name__ not in family.refused_classes]
-    return found + [(None, getattr(transformers, name)) for name in UNMAPPED.get(family.model_type, ())]
 
 
 def _mapped(auto_name: str, config_class: type) -> tuple[type[PreTrainedModel], ...]:

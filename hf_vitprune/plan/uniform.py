@@ -48,8 +48,15 @@ class StockSizes:
 
     def __init__(self, source: Architecture, units: Collection[str], round_to: int) -> None:
         self.source, first = source, source.layers[0]
-        self._check_alike()
         family, config = source.family, source.config
+        try:
+            if source.depths is not None:  # they differ by stage, as the stock config has them
+                family.uniform_config(config, 1, 1, 1, source.hidden_size)
+            native_config(source)
+        except (NativeExportError, ValueError) as error:
+            raise InvalidPlanError(
+                f"the same sizes in every layer: no stock class holds them ({error}); leave uniform out"
+            ) from error
         self.whole = Sizes(first.heads, first.qk_dim, first.mlp, source.hidden_size)
         both = {"qk", "v"} <= {*units}
         heads = range(1, first.heads + 1) if "heads" in units else [first.heads]
@@ -60,7 +67,9 @@ class StockSizes:
         self.attention: dict[int, list[tuple[int, int]]] = {}
         self.mlp: dict[int, list[int]] = {}
         for width in widths:
-            known = self._natural_mlp(width)
+            stated = copy.copy(family.sizes_config(config))
+            stated.__dict__["hidden_size"] = width
+            known = family.mlp_size(stated)  # what a config of this width has, if nothing else is said
             pairs = [(h, d) for h in heads for d in channels if not self._refused(Sizes(h, d, known, width))]
             if pairs:
                 fitting = [m for m in neurons if not self._refused(Sizes(*pairs[-1], m, width))]
@@ -74,22 +83,6 @@ class StockSizes:
                 f"the same sizes in every layer: no stock class holds fewer of {', '.join(sorted(units))} "
                 f"({reason}); leave uniform out, and save portable=True to load without hf_vitprune"
             )
-
-    def _check_alike(self) -> None:
-        try:
-            if self.source.depths is not None:  # they differ by stage, as the stock config has them
-                self.source.family.uniform_config(self.source.config, 1, 1, 1, self.source.hidden_size)
-            native_config(self.source)
-        except (NativeExportError, ValueError) as error:
-            raise InvalidPlanError(
-                f"the same sizes in every layer: no stock class holds them ({error}); leave uniform out"
-            ) from error
-
-    def _natural_mlp(self, width: int) -> int:
-        """The neurons that a config of this width has, if nothing else is said."""
-        sizes = copy.copy(self.source.family.sizes_config(self.source.config))
-        sizes.__dict__["hidden_size"] = width
-        return self.source.family.mlp_size(sizes)
 
     def _refused(self, sizes: Sizes) -> str | None:
         """Why no stock config holds these sizes; None where one does."""

@@ -28,8 +28,7 @@ from .layer_shape import (
     shape_from_words,
     shape_to_words,
 )
-from .live import check_live, unwrap
-from .towers import find_tower
+from .towers import check_live, find_tower, unwrap
 
 __all__ = ["Architecture", "unwrap"]
 

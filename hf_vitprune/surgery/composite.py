@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from ..errors import InvalidPlanError, UnsupportedModelError, UnsupportedUnitError
 from ..families.base import pair
 from ..modeling.hosts import host_class
-from ..modeling.norms import mask_norm, norm_width
-from ..modeling.outer import Outer, find_outer, shapes_of
+from ..modeling.outer import Outer, find_outer, mask_norm, norm_width, shapes_of
 from ..modeling.whole_config import become_host_, config_with
 from ..plan.plan import PruningPlan
 from ..spec.towers import Tower

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling.blocks import RemovedAttention
-from ..modeling.norms import mask_norm
+from ..modeling.outer import mask_norm
 from ..modeling.peft_twin import whole_shadow
 from ..modeling.structure import finish_mixers, layer_paths, put_mixer, replace_mixer
 from ..plan.plan import PruningPlan
@@ -121,7 +121,12 @@ class _MaskedTensors(Mapping[str, torch.Tensor]):
             elif entry.replaces_mixer(shape):
                 replace_mixer(full, family, source.config, paths, entry.shape(shape), source.width(i))
                 mixer = full.get_submodule(paths.attention)
-                _fill_mixer(mixer, {name: self._new[f"{prefix}.{name}"] for name in mixer.state_dict()}, plan)
+                weights = {name: self._new[f"{prefix}.{name}"] for name in mixer.state_dict()}
+                for name, tensor in mixer.state_dict().items():
+                    if weights[name].shape != tensor.shape:  # at the places of the kept residual channels
+                        cut = Cut(name, {1 if name == "conv.weight" else 0: torch.tensor(plan.embedding)})
+                        weights[name] = cut.scatter(weights[name], tensor.shape)
+                mixer.load_state_dict(weights, assign=True)
                 mixer.train(full.training)
             else:
                 continue
@@ -142,15 +147,6 @@ def _removed_branches(model: PreTrainedModel, plan: PruningPlan) -> list[str]:
         if shape.mlp and (entry is None or not entry.mlp):
             prefixes.append(f"{path.norm2 if post else path.fc2}.")
     return prefixes
-
-
-def _fill_mixer(mixer: nn.Module, weights: dict[str, torch.Tensor], plan: PruningPlan) -> None:
-    """Give a full-size mixer the weights of a small one, at the places of the kept residual channels."""
-    for name, full in mixer.state_dict().items():
-        if weights[name].shape != full.shape:
-            index = torch.tensor(plan.embedding)
-            weights[name] = Cut(name, {1 if name == "conv.weight" else 0: index}).scatter(weights[name], full.shape)
-    mixer.load_state_dict(weights, assign=True)
 
 
 def residual_norms(model: nn.Module, architecture: Architecture) -> list[nn.Module]:

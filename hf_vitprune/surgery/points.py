@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..families import Family, LayerPaths
-from ..modeling.norms import norm_over
+from ..modeling.outer import norm_over
 from ..modeling.structure import layer_paths
 from ..spec.architecture import Architecture
 from ..spec.units import LAYER_UNITS, Axis, channels_of, layer_axes, units_in

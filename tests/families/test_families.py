@@ -9,7 +9,7 @@ from hf_vitprune.errors import UnsupportedModelError
 from hf_vitprune.families import add_family, all_families, family_of
 from hf_vitprune.families.vit import ViTFamily
 from hf_vitprune.modeling import register_family
-from hf_vitprune.modeling.norms import norm_kind
+from hf_vitprune.modeling.outer import norm_kind
 from hf_vitprune.spec.architecture import Architecture
 from processes import run_python
 from tiny import CASES, CLASSIFIERS, make
@@ -23,7 +23,7 @@ transformers.logging.disable_progress_bar()
 from hf_vitprune.cost import count
 from hf_vitprune.families.vit import ViTFamily
 from hf_vitprune.modeling import register_family
-from hf_vitprune.modeling.norms import norm_kind
+from hf_vitprune.modeling.outer import norm_kind
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import mask, prune
 from tiny import WITH_MLP, assert_same, relative_error, reset_weights, run

@@ -31,7 +31,7 @@ from hf_vitprune.errors import InvalidConfigError, InvalidPlanError, MissingLabe
 from hf_vitprune.methods import NViT
 from hf_vitprune.methods.nvit import model_at
 from hf_vitprune.methods.nvit.snapshots import snapshot_path
-from hf_vitprune.modeling.norms import norm_over
+from hf_vitprune.modeling.outer import norm_over
 from hf_vitprune.surgery.cuts import find_cuts
 from pruning_runs import SMALL_GROUPS, VIT, Images, NoLabels, nvit, scatter_scores, state_of, trainer
 from tiny import CLASSIFIERS, LABELS, SIZE, images, make, relative_error, run, total_loss
