@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import Sampler
 
 from ..errors import InvalidConfigError
-from ..spec.live import unwrap
+from ..spec.towers import unwrap
 from ..training.trainer import PruningTrainer
 from ..utils.extras import need
 from ..utils.settings import check_counts

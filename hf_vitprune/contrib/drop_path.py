@@ -8,7 +8,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InvalidConfigError
-from ..spec.live import unwrap
+from ..spec.towers import unwrap
 from ..utils.hooks import GateHook
 from ..utils.modules import get
 from .own_layers import own_layers

@@ -9,8 +9,7 @@ from ..families import LayerPaths
 from ..modeling.structure import layer_paths
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
-from ..spec.live import unwrap
-from ..spec.towers import towers
+from ..spec.towers import towers, unwrap
 
 
 def own_layers(model: Any) -> list[tuple[LayerPaths, LayerShape]]:

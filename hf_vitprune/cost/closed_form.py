@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..families.base import pair
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
-from ..utils.settings import check_image_size
 from .skeleton import LayerTensors, Part, layer_tensors, outside
 
 
@@ -37,6 +35,7 @@ def count(model: Any, image_size: int | tuple[int, int] | None = None, part: str
 
     Raises:
         UnsupportedModelError: no family is registered for the model.
+        InvalidConfigError: an impossible ``image_size``.
     """
     parts = cost_parts(model, image_size, part)
     weights = sum(part.weights for part in parts)
@@ -45,13 +44,13 @@ def count(model: Any, image_size: int | tuple[int, int] | None = None, part: str
 
 def cost_parts(model: Any, image_size: int | tuple[int, int] | None = None, part: str | None = None) -> list[Part]:
     """The cost part by part: ``layer i attention`` (whatever mixes its tokens), ``layer i mlp``, and the rest."""
-    check_image_size(image_size)
     architecture = Architecture.given(model, part)
-    grid = architecture.family.grid(architecture.config, image_size)
+    size = architecture.checked_size(image_size)
+    grid = architecture.family.grid(architecture.config, size)
     small, parts = layer_tensors(architecture), []
     for i, (shape, kind) in enumerate(zip(architecture.layers, architecture.kinds, strict=True)):
         parts += layer_parts(architecture, shape, architecture.width(i), kind, grid, f"layer {i}", small[kind])
-    return [*parts, outer_part(architecture, architecture.hidden_size, image_size)]
+    return [*parts, outside(architecture, architecture.hidden_size, size)]
 
 
 def layer_parts(
@@ -80,11 +79,6 @@ def layer_parts(
     else:
         mixing = _other_mixer(small, shape, width, mixer, family.grid_tokens(grid, kind))
     return [mixing, _mlp(small, shape, width, f"{name} mlp", tokens, len(family.fc1_names(config)))]
-
-
-def outer_part(architecture: Architecture, hidden_size: int, image_size: int | tuple[int, int] | None) -> Part:
-    """What lies outside the layers, at any residual width."""
-    return outside(architecture, hidden_size, None if image_size is None else pair(image_size))
 
 
 def _attention(small: LayerTensors, shape: LayerShape, width: int, name: str, tokens: int, squares: int) -> Part:

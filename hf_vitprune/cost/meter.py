@@ -6,9 +6,8 @@ from abc import ABC, abstractmethod
 
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import LayerShape
-from ..utils.settings import check_image_size
-from .closed_form import layer_parts, outer_part
-from .skeleton import Part
+from .closed_form import layer_parts
+from .skeleton import Part, outside
 
 ImageSize = int | tuple[int, int] | None
 
@@ -76,16 +75,15 @@ class ClosedFormMeter(CostMeter):
 
     def __init__(self, metric: str, reference: Architecture, image_size: ImageSize = None) -> None:
         super().__init__(reference)
-        check_image_size(image_size)
         self.metric = metric
-        self._image_size = image_size
-        self._grid = reference.family.grid(reference.config, image_size)
+        self._image_size = reference.checked_size(image_size)
+        self._grid = reference.family.grid(reference.config, self._image_size)
 
     def _layer_cost(self, shape: LayerShape, width: int, kind: int) -> float:
         return sum(map(self._amount, layer_parts(self.reference, shape, width, kind, self._grid)))
 
     def _outer_cost(self, hidden_size: int) -> float:
-        return self._amount(outer_part(self.reference, hidden_size, self._image_size))
+        return self._amount(outside(self.reference, hidden_size, self._image_size))
 
     def _amount(self, part: Part) -> int:
         return part.macs if self.metric == "macs" else part.weights + part.others

@@ -23,7 +23,6 @@ from ..modeling.conv_mixer import GRID
 from ..modeling.structure import layer_paths
 from ..spec.architecture import Architecture
 from ..spec.layer_shape import KERNELS, LayerShape
-from ..utils.settings import check_image_size
 from .grid import SampledGrid, StageAxes, grids_of
 from .measure import PartialFile, timed_rounds
 

@@ -19,9 +19,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import CheckpointMismatchError
 from ..families import PRUNED_PREFIX, family_of
 from ..utils.modules import put
-from .folder import NOT_STOCK
 from .pretrained import PrunedModelMixin
-from .pruned_config import FirstUseMixin, make_models, seal, when_used
+from .pruned_config import FirstUseMixin, make_models, mark_pruned, when_used
 from .rebuild import fields_set
 from .registry import copy_conversions, pruned_model_class
 from .strict import StrictMixin
@@ -65,9 +64,7 @@ class PrunedHostConfigMixin(FirstUseMixin):
         config: Any = self
         fields = json.loads(config.to_json_string(use_diff=use_diff))
         for name, part in _pruned_parts(fields):
-            if part.get("pruning_config"):
-                seal(part, type(getattr(config, name)))
-            part[family_of(getattr(config, name)).width_field] = NOT_STOCK
+            mark_pruned(part, getattr(config, name))
         Path(json_file_path).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

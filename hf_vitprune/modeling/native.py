@@ -70,9 +70,8 @@ def make_stock_(model: Any) -> None:
     _check_same_tensors(model, expected, architecture)
     family, new = architecture.family, Architecture.dense(config, architecture.task)
     for i, paths in enumerate(layer_paths(model, architecture)):
-        scale = (
-            architecture.layers[i].qk_dim / architecture.head_dim(i)
-        ) ** 0.5  # what stock attention divides by more
+        # stock attention divides by the root of the new head dimension
+        scale = (architecture.layers[i].qk_dim / architecture.head_dim(i)) ** 0.5
         with torch.no_grad():
             for parameter in model.get_submodule(paths.q).parameters() if scale != 1 else ():
                 parameter.copy_((parameter.double() * scale).to(parameter.dtype))

@@ -85,17 +85,10 @@ class PrunedConfigMixin(FirstUseMixin):
             ) from error
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
-        """As transformers', with a sentence for the residual width, which is in the record too.
-
-        Stock classes would load some pruned folders without a word: no size tells that a layer is gone.
-        """
+        """As transformers', with what keeps others from loading the folder as something else."""
         config: Any = self
         fields = json.loads(config.to_json_string(use_diff=use_diff))
-        if fields.get("pruning_config"):
-            seal(fields, type(config))
-            family = family_of(config)
-            sizes = fields.setdefault(family.sub_config, {}) if family.sub_config else fields
-            sizes[family.width_field] = NOT_STOCK
+        mark_pruned(fields, config)
         Path(json_file_path).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -109,6 +102,18 @@ class PrunedConfigMixin(FirstUseMixin):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Saving writes a stub that imports this package; the source files are not copied."""
+
+
+def mark_pruned(fields: dict[str, Any], config: Any) -> None:
+    """Put into the fields of a pruned model's config.json, in place, a sentence for the residual width, and the seal.
+
+    Stock classes would load some pruned folders without a word: no size tells that a layer is gone.
+    """
+    if fields.get("pruning_config"):
+        fields[SEALED] = _read_by_forward(fields, type(config))
+        family = family_of(config)
+        sizes = fields.setdefault(family.sub_config, {}) if family.sub_config else fields
+        sizes[family.width_field] = NOT_STOCK
 
 
 def _with_width(fields: dict[str, Any], model_type: str) -> dict[str, Any]:
@@ -132,11 +137,6 @@ SEALED = "sealed_fields"
 _RECORDED = {"hidden_size", "embed_dim", "num_hidden_layers", "depths", "num_attention_heads", "num_heads"}
 #: fields that only training reads
 _TRAINING = re.compile("drop|init")
-
-
-def seal(fields: dict[str, Any], config_class: type[PreTrainedConfig]) -> None:
-    """Note in the fields of a config.json, in place, what those are that a forward pass reads."""
-    fields[SEALED] = _read_by_forward(fields, config_class)
 
 
 def unsealed(fields: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:

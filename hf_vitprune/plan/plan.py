@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .. import criteria
@@ -308,6 +309,8 @@ class PruningPlan:
     def save(self, path: str | Path) -> None:
         """Write JSON; new weights, if any, go to a safetensors file of the same name beside it."""
         path = Path(path)
+        if path.suffix == ".safetensors":
+            raise InvalidPlanError(f"a plan is JSON, and its new weights get {path.name}: save it as {path.stem}.json")
         record = self._record()
         if self.weights:
             record["weights_file"] = path.with_suffix(".safetensors").name
@@ -320,20 +323,21 @@ class PruningPlan:
         path = Path(path)
         try:
             record = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise InvalidPlanError(f"{path} is not JSON: {error}") from error
         plan = cls.from_dict(record)
-        if "weights_file" in record:
-            plan = replace(plan, weights=load_file(path.with_name(record["weights_file"])))
-        return plan
+        if "weights_file" not in record:
+            return plan
+        try:
+            return replace(plan, weights=load_file(path.with_name(record["weights_file"])))
+        except (SafetensorError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidPlanError(
+                f"the weights of {path} ({record['weights_file']!r}) are damaged: {error}"
+            ) from error
 
 
 def check_plan(plan: Any) -> None:
-    """Refuse what is no plan, naming what makes one of it.
-
-    Raises:
-        InvalidPlanError: it is none.
-    """
+    """Refuse what is no plan, naming what makes one of it (InvalidPlanError)."""
     if not isinstance(plan, PruningPlan):
         cures = {
             dict: "PruningPlan.from_dict",

@@ -7,8 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..errors import InvalidArchitectureError, UnsupportedModelError
+from ..errors import InvalidArchitectureError, InvalidConfigError, UnsupportedModelError
 from ..families import Family, family_of
+from ..families.base import pair
+from ..utils.settings import check_image_size
 from .configs import (
     check_depth,
     checked_depths,
@@ -225,6 +227,16 @@ class Architecture:
                 f"{what} runs the model on images, and a {self.model_type} reads {self.family.reads}: use "
                 "PruningPlan.magnitude, criteria.magnitude or a method that trains the whole model"
             )
+
+    def checked_size(self, image_size: Any) -> tuple[int, int] | None:
+        """(height, width) in pixels of a side or a pair, with room for a patch; None, for the config's, as it is."""
+        check_image_size(image_size)
+        if image_size is None:
+            return None
+        height, width = pair(image_size)
+        if 0 in self.family.grid(self.config, (height, width)):
+            raise InvalidConfigError(f"an image of {height} x {width} pixels holds no patch of a {self.model_type}")
+        return height, width
 
     def validated(self) -> Architecture:
         """Itself, when every size is possible; raises InvalidArchitectureError with the layer and the size."""

@@ -239,3 +239,8 @@ def test_statements_about_the_published_shapes() -> None:
             assert [s for s, stage in enumerate(hidden) if stage[0] < stage[-1]] == [0] * (name == "SPViT-Swin-S")
         elif name != "SPViT-DeiT-B-10G":  # the last MLP loses most
             assert min(hidden[0]) == hidden[0][-1]
+
+
+def test_images_smaller_than_a_patch() -> None:
+    with pytest.raises(InvalidConfigError, match="an image of 7 x 32 pixels holds no patch of a vit"):
+        count(make("ViTForImageClassification"), (7, 32))

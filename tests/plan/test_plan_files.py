@@ -56,6 +56,25 @@ def test_damaged_plan_files(tmp_path: Path) -> None:
         PruningPlan.load(tmp_path / "plan.json")
 
 
+def test_damaged_weights_of_a_plan(tmp_path: Path) -> None:
+    plan = replace(plan_named("narrow inputs", make(VIT)), weights={"classifier.bias": torch.ones(5)})
+    file, weights = tmp_path / "plan.json", tmp_path / "plan.safetensors"
+    plan.save(file)
+    assert PruningPlan.load(file).weights["classifier.bias"].tolist() == [1.0] * 5
+    with pytest.raises(InvalidPlanError, match=r"save it as plan\.json"):  # its own weights would be written over
+        plan.save(weights)
+    weights.write_bytes(weights.read_bytes()[:40])
+    with pytest.raises(InvalidPlanError, match="plan.safetensors.*damaged"):
+        PruningPlan.load(file)
+    for junk in (5, "", "../other.safetensors", None, []):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "weights_file": junk}))
+        with pytest.raises(InvalidPlanError, match="damaged"):
+            PruningPlan.load(file)
+    file.write_bytes(bytes(range(256)))
+    with pytest.raises(InvalidPlanError, match="not JSON"):
+        PruningPlan.load(file)
+
+
 def paths_in(record: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Paths to the values of a plan's JSON; of lists the first element only, and nothing below the dense config."""
     items = list(record.items()) if isinstance(record, dict) else list(enumerate(record))[:1]
