@@ -42,7 +42,7 @@ def assemble(needed: dict[str, str], header: str, footer: str, imports: dict[str
         footer: what comes last; it needs ``imports`` from elsewhere: module -> names.
     """
     body: dict[tuple[str, str], str] = {}
-    outside: dict[str, set[str | None]] = {module: {*names} for module, names in imports.items()}
+    outside = {(module, name) for module, names in imports.items() for name in names}
     for name, module in needed.items():
         _collect(name, module, body, outside)
     taken = [name for _, name in body]
@@ -55,7 +55,7 @@ def assemble(needed: dict[str, str], header: str, footer: str, imports: dict[str
     return text + "\n" + footer
 
 
-def _collect(name: str, module: str, body: dict[tuple[str, str], str], outside: dict[str, set[str | None]]) -> None:
+def _collect(name: str, module: str, body: dict[tuple[str, str], str], outside: set[tuple[str, str]]) -> None:
     """Add a definition behind those that it needs."""
     source = _read(module)
     if (module, name) in body:
@@ -78,27 +78,24 @@ def _collect(name: str, module: str, body: dict[tuple[str, str], str], outside: 
 
 
 def _import(
-    name: str, origin: tuple[str, str | None], body: dict[tuple[str, str], str], outside: dict[str, set[str | None]]
+    name: str, origin: tuple[str, str | None], body: dict[tuple[str, str], str], outside: set[tuple[str, str]]
 ) -> None:
+    """Take in what is imported: a definition of this package, or (module, name) and (statement, "") from outside."""
     module, there = origin
     if module.partition(".")[0] == _PACKAGE:
         _collect(there or name, module, body, outside)
     elif there is None:
-        outside.setdefault(module, set()).add(None if name == module else f" as {name}")
+        outside.add((f"import {module}" if name == module else f"import {module} as {name}", ""))
     else:
-        outside.setdefault(module, set()).add(there)
+        outside.add((module, there))
 
 
-def _import_lines(outside: dict[str, set[str | None]]) -> Iterator[str]:
-    own = ("torch", "transformers")
-    for module in sorted(outside, key=lambda one: (one.partition(".")[0] in own, one)):
-        names = outside[module]
-        if None in names:
-            yield f"import {module}"
-        yield from (f"import {module}{name}" for name in sorted(n for n in names if n and n.startswith(" as ")))
-        plain = sorted(name for name in names if name and not name.startswith(" as "))
-        if plain:
-            yield f"from {module} import {', '.join(plain)}"
+def _import_lines(outside: set[tuple[str, str]]) -> list[str]:
+    modules = sorted({module for module, name in outside if name})
+    lines = [statement for statement, name in outside if not name]
+    lines += [f"from {module} import {', '.join(sorted(n for m, n in outside if m == module))}" for module in modules]
+    own = ("torch", "transformers")  # behind the standard library
+    return sorted(lines, key=lambda line: (line.split()[1].partition(".")[0] in own, line.split()[1], line))
 
 
 @functools.cache
