@@ -57,8 +57,12 @@ def with_tower(
     for module in copied:
         if config is not None and module.__dict__.get("config") is model.config:
             module.config = config
-    if kept is not None:
-        _cut_readers(whole, outer, width, torch.tensor(kept))
+    for name, axes in outer.axes.items():
+        module, leaf = owner(whole, name)
+        tensor: Any = module._parameters.get(leaf, module._buffers.get(leaf))
+        copies = {axis: side_by_side(torch.tensor(kept), width, tensor.shape[axis]) for axis in axes}
+        set_tensor(whole, name, Cut(name, copies).take(tensor.detach()))
+        follow_sizes(module)
     become_host_(whole, small)
     _check_loads_again(whole, tower)
     return whole
@@ -161,15 +165,6 @@ def _run(model: Any, tower: Tower) -> None:
     words = {name: torch.zeros(1, 2, dtype=torch.long) for name in ("input_ids", "decoder_input_ids") if name in taken}
     images = torch.empty(1, config.num_channels, *pair(config.image_size), dtype=model.dtype)
     model.eval()(pixel_values=images, **words)
-
-
-def _cut_readers(whole: nn.Module, outer: Outer, width: int, kept: torch.Tensor) -> None:
-    for name, axes in outer.axes.items():
-        module, leaf = owner(whole, name)
-        tensor: Any = module._parameters.get(leaf, module._buffers.get(leaf))
-        copies = {axis: side_by_side(kept, width, tensor.shape[axis]) for axis in axes}
-        set_tensor(whole, name, Cut(name, copies).take(tensor.detach()))
-        follow_sizes(module)
 
 
 # ---------------------------------------------------------------------- loading again

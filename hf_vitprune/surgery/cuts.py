@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import InvalidPlanError
+from ..families import LayerPaths
 from ..modeling.structure import layer_paths
 from ..plan.layer_plan import PAD, LayerPlan
 from ..plan.plan import PruningPlan
@@ -124,11 +125,10 @@ def find_cuts(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan)
 
     Tensors of mixers that the plan makes have none: they are among its new weights.
     """
-    source_paths = layer_paths(model, plan.source)
     small_paths = layer_paths(small, plan.architecture)
+    renamed = renamed_layers(layer_paths(model, plan.source), small_paths, [entry.index for entry in plan.layers])
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     cuts: dict[str, Cut] = {}
-    renamed = {new.layer: source_paths[e.index].layer for new, e in zip(small_paths, plan.layers, strict=True)}
     new_mixers = tuple(
         f"{paths.attention}."
         for paths, e in zip(small_paths, plan.layers, strict=True)
@@ -137,11 +137,10 @@ def find_cuts(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan)
     for name, tensor in small.state_dict().items():
         if name.startswith(new_mixers):
             continue
-        layer = next((new for new in renamed if name.startswith(new + ".")), None)
-        source = name if layer is None else renamed[layer] + name[len(layer) :]
+        source, outside = source_name(name, renamed), not name.startswith(tuple(renamed))
         if source in shapes and not name.endswith(INDICES):
             cuts[name] = Cut(source)
-            if layer is None and plan.embedding is not None:
+            if outside and plan.embedding is not None:
                 for i, before in enumerate(shapes[source]):
                     if before != tensor.shape[i]:
                         kept = torch.tensor(plan.embedding)
@@ -153,6 +152,17 @@ def find_cuts(model: PreTrainedModel, small: PreTrainedModel, plan: PruningPlan)
             if axis.layer is not None:
                 cuts[axis.tensor].index[axis.axis] = torch.tensor(plan.embedding)
     return cuts
+
+
+def renamed_layers(old: Sequence[LayerPaths], new: Sequence[LayerPaths], kept: Iterable[int]) -> dict[str, str]:
+    """Prefix of a layer in the small model -> that of the layer in the big one which it is made of."""
+    return {f"{paths.layer}.": f"{old[index].layer}." for paths, index in zip(new, kept, strict=True)}
+
+
+def source_name(name: str, renamed: Mapping[str, str]) -> str:
+    """What a tensor of the small model is called in the big one."""
+    layer = next((new for new in renamed if name.startswith(new)), "")
+    return renamed.get(layer, "") + name[len(layer) :]
 
 
 def side_by_side(kept: torch.Tensor, width: int, length: int) -> torch.Tensor:

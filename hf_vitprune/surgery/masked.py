@@ -18,7 +18,7 @@ from ..utils.hooks import strip_gates
 from ..utils.modules import deep_copy, set_tensor
 from ..utils.offload import StateDict, device_of
 from .cuts import Cut, find_cuts, new_weights
-from .transplant import check_plan, outer_of, resized_copy
+from .transplant import check_plan, outer_of, resized_copy, unshare_
 
 
 def mask_plain(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
@@ -26,10 +26,9 @@ def mask_plain(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     masked = _MaskedTensors(model, plan)
     full = deep_copy(model)
     strip_gates(full)
-    tensors = full.state_dict()
-    with torch.no_grad():
-        for name, tensor in masked.items():
-            tensors[name].copy_(tensor)
+    unshare_(full, layer_paths(full, plan.source))
+    for name, tensor in masked.items():
+        set_tensor(full, name, tensor)  # which it may share with a name that is not masked
     masked.finish(full)
     return full
 

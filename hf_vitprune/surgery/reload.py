@@ -14,9 +14,11 @@ from ..modeling import config_for
 from ..modeling.custom import CUSTOM
 from ..modeling.native import make_stock_
 from ..modeling.peft_twin import is_peft
+from ..modeling.structure import layer_paths
 from ..spec.architecture import Architecture, dense_of
 from ..spec.configs import is_pruned, lineage_of, task_of
-from ..utils.modules import named_tensors, set_tensor
+from ..utils.modules import set_tensor
+from .cuts import renamed_layers
 from .transplant import resized, tie
 
 
@@ -62,10 +64,12 @@ def load_pruned(model: PreTrainedModel, folder: str | Path) -> Any:
     config._attn_implementation = model.config._attn_implementation
     if stock:
         config = config_for(architecture, config, lineage_of(config))
-    small = resized(model, source, architecture, _kept(config, architecture), config)
+    kept = _kept(config, architecture)
+    small = resized(model, source, architecture, kept, config)
+    renamed = renamed_layers(layer_paths(model, source), layer_paths(small, architecture), kept)
     if stock:
         make_stock_(small)
-    _fill(small, model, folder)
+    _fill(small, model, folder, renamed)
     return small.eval()
 
 
@@ -83,7 +87,7 @@ def _kept(config: Any, architecture: Architecture) -> list[int]:
     return list(kept)
 
 
-def _fill(small: Any, model: nn.Module, folder: str | Path) -> None:
+def _fill(small: Any, model: nn.Module, folder: str | Path, renamed: dict[str, str]) -> None:
     """Load the folder's weights, all of them, as transformers would into a model it had built itself."""
     trained = {name: parameter.requires_grad for name, parameter in small.named_parameters(remove_duplicate=False)}
     kept = {name: b.clone() for name, b in small.named_buffers() if b.device.type != "meta"}  # such are not saved
@@ -95,14 +99,11 @@ def _fill(small: Any, model: nn.Module, folder: str | Path) -> None:
         raise CheckpointMismatchError(
             f"the weights in {folder} do not fit the given model: {cure}. {error}"
         ) from error
-    names: dict[int, list[str]] = {}
-    for name, tensor in named_tensors(model):
-        names.setdefault(id(tensor), []).append(name)
-    tied = {name for shared in names.values() for name in shared if len(shared) > 1}  # one of them is saved
-    for where, keys in (("given model", set(info["missing_keys"]) - tied), ("folder", set(info["unexpected_keys"]))):
+    missing = set(info["missing_keys"])
+    missing -= {*tie(small, model, renamed, missing)}  # of those that are one, one is saved
+    for where, keys in (("given model", missing), ("folder", set(info["unexpected_keys"]))):
         if keys:
             raise CheckpointMismatchError(f"{len(keys)} tensors (first: {min(keys)}) are in the {where} only: {cure}")
-    tie(small, model)
     for name, buffer in kept.items():
         set_tensor(small, name, buffer)
     for name, parameter in small.named_parameters(remove_duplicate=False):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import InvalidPlanError
+from ..families import LayerPaths
 from ..modeling import config_for, pruned_model_class
 from ..modeling.custom import CUSTOM, custom_parts
 from ..modeling.outer import Outer, find_outer, narrow_outer
@@ -21,9 +23,9 @@ from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
 from ..spec.configs import lineage_of
 from ..utils.hooks import strip_gates
-from ..utils.modules import meta_copy, named_tensors, owner
+from ..utils.modules import get, meta_copy, named_tensors, owner, put
 from ..utils.offload import StateDict
-from .cuts import small_state
+from .cuts import renamed_layers, small_state, source_name
 
 
 def prune_plain(
@@ -47,7 +49,8 @@ def prune_plain(
     small = resized_copy(model, plan)
     tensors = small_state(StateDict(model) if state is None else state, model, small, plan, given_away)
     small.load_state_dict(tensors, strict=True, assign=True)
-    tie(small, model)
+    kept = [entry.index for entry in plan.layers]
+    tie(small, model, renamed_layers(layer_paths(model, plan.source), layer_paths(small, plan.architecture), kept))
     return small
 
 
@@ -92,6 +95,7 @@ def resized(
     replaced = {id(model.config): config, id(family.sizes_config(model.config)): family.sizes_config(config)}
     small = meta_copy(model, replaced)
     strip_gates(small)
+    unshare_(small, layer_paths(small, source))
     outer = outer_of(model, source, architecture.hidden_size) if outer is None else outer
     with _empty_modules_like(model):
         resize_(small, architecture, kept)
@@ -116,17 +120,45 @@ def outer_of(model: PreTrainedModel, source: Architecture, kept: int) -> Outer |
     return find_outer(model, wide, narrow, layers, source.hidden_size, kept)
 
 
-def tie(small: nn.Module, model: nn.Module) -> None:
-    """Tensors that were one under several names are one again."""
-    first: dict[int, str] = {}
-    for name, tensor in named_tensors(model):
-        known = first.setdefault(id(tensor), name)
-        if known != name:
-            with contextlib.suppress(AttributeError):  # in a layer that is gone
-                module, leaf = owner(small, name)
-                other, other_leaf = owner(small, known)
-                if leaf in module._parameters and other_leaf in other._parameters:
-                    module._parameters[leaf] = other._parameters[other_leaf]
+def tie(
+    small: nn.Module, model: nn.Module, renamed: Mapping[str, str], missing: Collection[str] = ()
+) -> Collection[str]:
+    """Parameters that were one under several names, and are still alike, are one again.
+
+    Args:
+        renamed: see :func:`renamed_layers`.
+        missing: names in the small model that have got no values.
+
+    Returns:
+        Those of the missing ones that are another one now.
+    """
+    held = {name: id(tensor) for name, tensor in named_tensors(model)}
+    shared: dict[int, list[str]] = {}
+    for name, _ in small.named_parameters(remove_duplicate=False):
+        known = held.get(source_name(name, renamed))
+        if known is not None:
+            shared.setdefault(known, []).append(name)
+    filled = set()
+    for names in shared.values():
+        first, *others = sorted(names, key=lambda name: name in missing)
+        one = small.get_parameter(first)
+        for name in others if first not in missing else ():
+            module, leaf = owner(small, name)
+            other = small.get_parameter(name)
+            if other.shape == one.shape and (name in missing or torch.equal(other, one)):
+                module._parameters[leaf] = one
+                filled.add(name)
+    return filled
+
+
+def unshare_(model: nn.Module, layers: Iterable[LayerPaths]) -> None:
+    """Give every layer modules of its own, in place: those that it shares with another may be cut in another way."""
+    seen: set[int] = set()
+    for layer in layers:
+        for name, module in list(get(model, layer.layer).named_modules(prefix=layer.layer, remove_duplicate=False)):
+            if id(module) in seen and next(named_tensors(module), None) is not None:
+                put(model, name, copy.deepcopy(module))
+            seen.add(id(module))
 
 
 def check_plan(model: PreTrainedModel, plan: PruningPlan, allow_unchanged: bool) -> None:
