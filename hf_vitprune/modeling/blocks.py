@@ -100,8 +100,7 @@ class PrunedAttentionMixin(InPlaceMixin):
         q, k, v = (get(module, name)(inputs) for name in module.projections)
         if module.qk_norms:
             q, k = (get(module, name)(x) for name, x in zip(module.qk_norms, (q, k), strict=True))
-        query = q.view(*shape, heads, module.qk_dim).transpose(1, 2)
-        key = k.view(*shape, heads, module.qk_dim).transpose(1, 2)
+        query, key = (x.view(*shape, heads, module.qk_dim).transpose(1, 2) for x in (q, k))
         value = v.view(*shape, heads, module.v_dim).transpose(1, 2)
         if module.rotate is not None:
             query, key = module.rotate(module, query, key, kwargs)
@@ -109,7 +108,6 @@ class PrunedAttentionMixin(InPlaceMixin):
             attention_mask = module.bias_function(module, attention_mask, shape, kwargs)
         if not hasattr(module, "is_causal"):  # kernels take what does not say so for a language model's
             kwargs.setdefault("is_causal", False)
-
         _check_known(module, kwargs)
         implementation = module.config._attn_implementation
         if implementation not in ("eager", UNPADDED, IN_STEPS):

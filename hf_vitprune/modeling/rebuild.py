@@ -63,18 +63,16 @@ def value_from(value: Any, parts: dict[str, Any]) -> Any:
     if not isinstance(value, dict):
         return value
     kind, content = next(iter(value.items()))
-    if kind == "tuple":
-        return tuple(content)
-    return parts[content] if kind == "part" else torch.tensor(content, device="cpu")
+    made = {"tuple": tuple, "part": parts.get, "scalar": functools.partial(torch.tensor, device="cpu")}
+    return made[kind](content)
 
 
 def materialize(model: Any, device: torch.device) -> None:
     """Give a meta skeleton real, initialised weights on ``device``."""
     model.to_empty(device=device)
     for module in model.modules():
-        index = getattr(module, "input_index", None)
-        if isinstance(index, torch.Tensor):
-            module.input_index = torch.arange(len(index), device=device)  # any choice: there are no weights yet
+        if isinstance(getattr(module, "input_index", None), torch.Tensor):  # any choice: there are no weights yet
+            module.input_index = torch.arange(len(module.input_index), device=device)
         if getattr(module, "qk_index", None) is not None:
             module.register_channels(module.rotated)
     with torch.no_grad():
@@ -112,9 +110,8 @@ def config_from(read: Callable[..., Any], fields: dict[str, Any], record: dict[s
         set_field(fields, path, value)
     real = {path: set_field(fields, path, value) for path, value in record["building"].items()}
     made = read(fields)
-    config = made[0] if isinstance(made, tuple) else made
     for path, value in real.items():
-        set_field(config, path, value)
+        set_field(made[0] if isinstance(made, tuple) else made, path, value)
     return made
 
 
