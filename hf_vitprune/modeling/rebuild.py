@@ -63,7 +63,7 @@ def value_from(value: Any, parts: dict[str, Any]) -> Any:
     if not isinstance(value, dict):
         return value
     kind, content = next(iter(value.items()))
-    made = {"tuple": tuple, "part": parts.get, "scalar": functools.partial(torch.tensor, device="cpu")}
+    made: Any = {"tuple": tuple, "part": parts.get, "scalar": functools.partial(torch.tensor, device="cpu")}
     return made[kind](content)
 
 
