@@ -18,7 +18,7 @@ from ..utils.hooks import strip_gates
 from ..utils.modules import deep_copy, set_tensor
 from ..utils.offload import StateDict, device_of
 from .cuts import Cut, find_cuts, new_weights
-from .transplant import check_plan, outer_of, resized_copy, unshare_
+from .transplant import check_plan, outer_of, resized_copy, tie, unshare_
 
 
 def mask_plain(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
@@ -30,6 +30,7 @@ def mask_plain(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     for name, tensor in masked.items():
         set_tensor(full, name, tensor)  # which it may share with a name that is not masked
     masked.finish(full)
+    tie(full, model, {})
     return full
 
 
