@@ -52,13 +52,10 @@ def register_family(family: Family) -> None:
 
 
 def check_family(family: Family) -> None:
-    """Tests of a registered family on a tiny random model of each of its units.
+    """Tests of a registered family on a tiny random model; UnsupportedModelError with the first that failed, and why.
 
     Norms stand where it says. The uncut twin computes what the stock model does. Each unit that it claims can be cut,
     with the result of a mask. Counts are those of the modules; a fresh model of the small config takes the weights.
-
-    Raises:
-        UnsupportedModelError: with the first test that failed, and why.
     """
     model = tiny_model(family)
     inputs = family.inputs(model.config, task=registry.pruned_model_class(type(model)).pruning_task)  # type: ignore

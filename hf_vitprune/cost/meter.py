@@ -13,16 +13,13 @@ ImageSize = int | tuple[int, int] | None
 
 
 class CostMeter(ABC):
-    """Cost of architectures like a reference one: the sum over its layers, and of what lies outside them.
+    """Cost of architectures like ``reference``: the sum over its layers, and of what lies outside them.
 
     Made for searches: the cost of a layer depends on its own sizes, the residual width and its stage only, and is
     remembered, so that asking again for a model that differs in one layer costs a few look-ups.
-
-    Attributes:
-        metric: ``macs``, ``params`` or ``latency``.
-        reference: what ratios are taken of: the architecture that pruning starts from.
     """
 
+    #: ``macs``, ``params`` or ``latency``
     metric: str
 
     def __init__(self, reference: Architecture) -> None:

@@ -35,17 +35,11 @@ def own_class(model_class: type) -> type:
 def custom_parts(
     model_class: type, stock_class: type, small: nn.Module, skeleton: nn.Module, encoder: str
 ) -> dict[str, Any]:
-    """How a small model differs from what loading it makes; empty where it does not.
-
-    Args:
-        model_class: of the model that is pruned; it is or inherits from ``stock_class``, of transformers.
-        small: the small model.
-        skeleton: what the stock class makes from its config.
-        encoder: path of the encoder in the model, with a dot; empty for a base model.
+    """How a small model differs from the skeleton that the stock class makes from its config; empty if it does not.
 
     Returns:
-        ``class``: name of a class of the user's, or None; ``encoder``; ``modules``: path -> class name of every
-        module that the skeleton lacks or has another in the place of (None: that only the skeleton has).
+        ``class``: name of a class of the user's, or None; ``encoder``: its path, with a dot; ``modules``: path -> name
+        of the class of every module that the skeleton lacks or has another in the place of (None: only that has it).
     """
     ours, theirs = dict(small.named_modules()), dict(skeleton.named_modules())
     changed: dict[str, str | None] = {

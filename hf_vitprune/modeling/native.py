@@ -88,15 +88,9 @@ def make_stock_(model: Any) -> None:
 
 
 def native_config(architecture: Architecture, config: PreTrainedConfig | None = None) -> PreTrainedConfig:
-    """The stock config of an architecture.
+    """The stock config of an architecture; NativeExportError where it cannot say this shape.
 
-    Args:
-        architecture: the shape.
-        config: stock or pruned config that gives labels and whatever else users keep there; the architecture's own
-            dense config by default.
-
-    Raises:
-        NativeExportError: the stock config cannot say this shape; the message names the layer and the size.
+    ``config``: stock or pruned, gives labels and whatever else users keep there; by default the dense one.
     """
     base = architecture.config if config is None else config
     family = architecture.family

@@ -51,15 +51,8 @@ def norm_over(norm: Any, input: torch.Tensor, kept: torch.Tensor, count: int) ->
 
     Args:
         norm: LayerNorm or RMSNorm over all channels.
-        input: (..., channels).
-        kept: (channels,) ones and zeros.
-        count: number of ones.
-
-    Returns:
-        (..., channels), in float32 or wider.
-
-    Raises:
-        UnsupportedUnitError: it is a norm of another kind.
+        input: (..., channels); the result is in float32 or wider.
+        kept: (channels,) ones and zeros, ``count`` of them ones.
     """
     _check_known(norm)
     dtype = torch.promote_types(input.dtype, torch.float32)

@@ -136,12 +136,7 @@ class Portable:
 
 
 def save_portable(model: Any, save: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
-    """Save a model as a portable folder.
-
-    Args:
-        model: to save.
-        save: its ``save_pretrained`` of another folder; called with the rest.
-        folder: to save in.
+    """Save a model as a portable folder; ``save``: its ``save_pretrained`` of another folder, called with the rest.
 
     Raises:
         PortableError: the model holds what the file cannot bring along; nothing is written then.

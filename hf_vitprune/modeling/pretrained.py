@@ -166,10 +166,7 @@ _NOT_SAVED = (".ranknum.", ".vera_A", ".vera_B", ".vblora_vector_bank")
 def check_adapters_whole(model: Any, prefix: str, given: Collection[str]) -> None:
     """Refuse a part of an adapter, of which PEFT would load what is there: the rest would keep its random weights.
 
-    Args:
-        model: the transformers model, with adapters in its layers.
-        prefix: of its names among ``given``.
-        given: names of the tensors that are being loaded.
+    ``given``: names of the tensors that are being loaded, those of the model with ``prefix``.
     """
     first: dict[int, str] = {}  # a tensor that is shared is saved under one of its names
     alike = {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}

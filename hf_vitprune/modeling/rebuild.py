@@ -162,11 +162,7 @@ class PortableModelMixin:
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers', but never with weights that are missing.
-
-        Raises:
-            CheckpointMismatchError: the checkpoint lacks tensors.
-        """
+        """As transformers', but never with weights that are missing (CheckpointMismatchError)."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         replaced = {str(row[0]) for row in info["mismatched_keys"]}  # a head for other labels
         lost = sorted(key for key in info["missing_keys"] if key not in replaced and not key.endswith("mask_token"))

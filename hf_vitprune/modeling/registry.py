@@ -190,9 +190,7 @@ def config_for(
     """The Pruned<X>Config of an architecture.
 
     Args:
-        architecture: the shape.
-        config: config of the model it is made from, for labels and whatever else users keep there; the
-            architecture's own dense config by default.
+        config: of the model it is made from, for labels and whatever else users keep there; by default the dense one.
         info: how the shape was found; kept in the record, outside its fingerprint.
     """
     architecture.validated()

@@ -56,11 +56,7 @@ class StrictMixin(SavesPortableMixin):
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """As transformers', with a model card unless there is one already; see ``hf_vitprune.push_to_hub``.
-
-        Raises:
-            HubUploadError: the push did not go through.
-        """
+        """As transformers', with a model card unless there is one already; see ``hf_vitprune.push_to_hub``."""
         return upload(self, repo_id, **kwargs)
 
     @classmethod

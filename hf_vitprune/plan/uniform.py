@@ -37,11 +37,6 @@ class StockSizes:
         units: what may be cut: q/k and v channels only where both are in it.
         round_to: kept channels and neurons are multiples of this, or all there are.
 
-    Attributes:
-        whole: sizes that the model has.
-        attention: residual width -> (heads, channels a head) that go with it.
-        mlp: residual width -> neurons that go with it.
-
     Raises:
         InvalidPlanError: the layers are not alike, or no stock class can hold fewer of any unit; says why.
     """
@@ -57,6 +52,7 @@ class StockSizes:
             raise InvalidPlanError(
                 f"the same sizes in every layer: no stock class holds them ({error}); leave uniform out"
             ) from error
+        #: sizes that the model has
         self.whole = Sizes(first.heads, first.qk_dim, first.mlp, source.hidden_size)
         both = {"qk", "v"} <= {*units}
         heads = range(1, first.heads + 1) if "heads" in units else [first.heads]
@@ -64,6 +60,7 @@ class StockSizes:
         neurons = _multiples(first.mlp, round_to, "mlp" in units)
         neck = family.has_neck(config, source.task)
         widths = _multiples(source.hidden_size, round_to, "embedding" in units and not neck)
+        #: residual width -> (heads, channels a head) that go with it, and neurons
         self.attention: dict[int, list[tuple[int, int]]] = {}
         self.mlp: dict[int, list[int]] = {}
         for width in widths:

@@ -201,11 +201,7 @@ def _embedding(
 
 
 def check_units(architecture: Architecture, units: Collection[str] | None) -> tuple[str, ...]:
-    """Units that the family has; by default all five sizes.
-
-    Raises:
-        UnsupportedUnitError: naming the unit and what the family has.
-    """
+    """Units that the family has, by default all five sizes; UnsupportedUnitError names what it has not."""
     known = architecture.units
     if units is None:
         return tuple(u for u in DEFAULT_UNITS if u in known)

@@ -87,8 +87,7 @@ class Gate(nn.Module):
 class DepthGate(nn.Module):
     """How many of a model's layers take part: all until a decision is taken, then the first so many.
 
-    Attributes:
-        kept: (layers,) buffer of booleans.
+    ``kept``: (layers,) buffer of booleans.
     """
 
     kept: torch.Tensor
@@ -118,10 +117,7 @@ class DepthGate(nn.Module):
 class UnitMask(nn.Module):
     """A factor of 0 or 1 for every unit of a place; costs nothing while all are 1.
 
-    The mask follows from what a method keeps in its own buffers, so checkpoints do not hold it.
-
-    Attributes:
-        mask: (units,).
+    The mask, (units,), follows from what a method keeps in its own buffers, so checkpoints do not hold it.
     """
 
     mask: torch.Tensor
@@ -167,11 +163,9 @@ class _ScaledLinear(torch.autograd.Function):
 
 
 class FoldedGate(ForwardOverride):
-    """Stands in front of a plain LayerNorm or Linear.
+    """A gate of the outputs of a plain LayerNorm, or of the inputs of a plain Linear, multiplied into its parameters.
 
-    Args:
-        module: behind the gate, or in front of it.
-        gate: of the module's outputs (LayerNorm) or inputs (Linear).
+    The model computes the same, and what is read and written is as large as the module, not as the batch.
     """
 
     def __init__(self, module: nn.Module, gate: Gate) -> None:
