@@ -132,8 +132,7 @@ class TimedModel:
             raise UnsupportedModelError("nothing runs on the meta device: say where to measure, with device=")
         config = copy.deepcopy(architecture.config)
         sizes: Any = architecture.family.sizes_config(config)
-        check_image_size(image_size)
-        self.image_size = height, width = pair(sizes.image_size if image_size is None else image_size)
+        self.image_size = height, width = architecture.checked_size(image_size) or pair(sizes.image_size)
         if pair(sizes.image_size) != self.image_size:
             sizes.image_size = height if height == width else [height, width]
         self.dense = Architecture.dense(config, architecture.task)
