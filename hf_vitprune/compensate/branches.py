@@ -58,8 +58,7 @@ def _widened_attention(site: Site, every_head: bool) -> Layer:
     heads, qk_dim = len(site.entry.heads), len(site.entry.qk[0])
     if every_head:
         heads, qk_dim = site.source.heads, site.source.qk_dim
-        if site.dense.table() is not None:
-            wide.replace_table(site.dense.table())
+        wide.take_per_head(site.dense)
     turned = getattr((site.dense if every_head else site.small).part("attention"), "qk_index", None)
     mix_into(attention, PrunedAttentionMixin)  # a stock one has one width for q/k and v
     shape = replace(site.source, heads=heads, qk_dim=qk_dim)
@@ -78,9 +77,8 @@ def _reselect_heads(site: Site) -> None:
     stats, _ = site.measured("o", wide.context, len(wide.part("v").weight), targets=0)
     heads = site.reselected(site.branch("o", stats), len(site.entry.heads), site.source.v_dim)
     site.entry = replace(site.entry, heads=heads)
-    table = site.small.table()
-    if table is not None:
-        table.data.copy_(site.dense.table()[:, list(heads)])
+    for (small, axis), (dense, _) in zip(site.small.per_head(), site.dense.per_head(), strict=True):
+        small.data.copy_(dense.index_select(axis, torch.tensor(heads, device=dense.device)))
 
 
 def _values(site: Site, moved: bool) -> list[torch.Tensor] | None:

@@ -91,17 +91,21 @@ class Layer:
     def _parameter(self, name: str) -> Any:
         return self.module.get_parameter(self._local(name)) if name in self.paths else None
 
-    def table(self) -> Any:
-        """Position biases (positions, heads) of the attention's windows; None in families without."""
-        return self._parameter("bias_table")
+    def per_head(self) -> list[tuple[Any, int]]:
+        """Parameters with a value for every head (position biases of windows), and the axis of the heads."""
+        return [(self.module.get_parameter(self._below(path)), axis) for path, axis in self._names.per_head]
 
-    def replace_table(self, table: torch.Tensor) -> None:
-        """Give a copy the position biases of another layer."""
-        module, leaf = owner(self.module, self._local("bias_table"))
-        module._parameters[leaf] = nn.Parameter(table.detach(), requires_grad=False)
+    def take_per_head(self, other: Layer) -> None:
+        """Give a copy the parameters of every head that another layer has."""
+        for (path, _), (tensor, _) in zip(self._names.per_head, other.per_head(), strict=True):
+            module, leaf = owner(self.module, self._below(path))
+            module._parameters[leaf] = nn.Parameter(tensor.detach(), requires_grad=False)
 
     def _local(self, name: str) -> str:
-        return self.paths[name][len(self.paths["layer"]) + 1 :]
+        return self._below(self.paths[name])
+
+    def _below(self, path: str) -> str:
+        return path[len(self.paths["layer"]) + 1 :]
 
     def copy(self) -> Layer:
         """Another shadow, whose tensors and sizes can be replaced."""

@@ -390,3 +390,18 @@ def test_low_rank_values_and_their_readers_are_equally_long() -> None:
     assert all(balanced(small, f"encoder.layer.{layer}.attention") for layer in range(3))
     assert balanced(again, "encoder.layer.2.attention")
     assert not balanced(model, "encoder.layer.2.attention")
+
+
+@pytest.mark.parametrize("case", [VIT, SWIN])
+def test_what_is_too_large_to_be_held_is_computed_again(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts, hidden neurons, and products of queries and keys: the same weights without any of them."""
+    model = make(case).double()
+    plan = PruningPlan.random(model, 0.4, units=["heads", "qk", "v", "mlp"], seed=3)
+    settings = Compensation(batch_size=4, reselect=True)
+    held = compensate_plan(model, plan, pixels(), settings).weights
+    for module in ("streams", "queries_keys"):
+        monkeypatch.setattr(f"hf_vitprune.compensate.{module}.HELD", 0)
+    again = compensate_plan(model, plan, pixels(), settings).weights
+    assert again.keys() == held.keys() and len(held) > 10
+    for name, tensor in held.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-6, atol=1e-8)
