@@ -124,7 +124,7 @@ def find_outer(
     narrowed: int,
     whole: bool = True,
 ) -> Outer:
-    """Which axes outside the layers follow the residual width.
+    """Which axes outside the layers follow the residual width; what reads it in another way is refused by name.
 
     Args:
         model: the live one.
@@ -132,9 +132,6 @@ def find_outer(
         layers: prefixes of the layers, which are not looked at.
         whole: all of the model belongs to the tower: what the stock class has not got may read the stream. False: a
             bigger model, where only what follows the width is looked at.
-
-    Raises:
-        UnsupportedUnitError: names a module that reads the stream, and is no plain Linear or norm on it.
     """
     before, after = shapes_of(wide), shapes_of(narrow)
     others = (name for name in before.keys() ^ after.keys() if not name.startswith(layers))

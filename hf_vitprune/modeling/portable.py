@@ -55,9 +55,6 @@ class Portable:
 
     Args:
         model: of a class of this package, or a stock one with pruned towers inside.
-
-    Raises:
-        PortableError: naming what the file would leave out.
     """
 
     def __init__(self, model: Any) -> None:
@@ -136,12 +133,7 @@ class Portable:
 
 
 def save_portable(model: Any, save: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
-    """Save a model as a portable folder; ``save``: its ``save_pretrained`` of another folder, called with the rest.
-
-    Raises:
-        PortableError: the model holds what the file cannot bring along; nothing is written then.
-        InvalidConfigError: ``push_to_hub``, with which the file would come too late.
-    """
+    """Save a model as a portable folder; ``save``: its ``save_pretrained`` of another folder, called with the rest."""
     if kwargs.get("push_to_hub"):
         raise InvalidConfigError(
             "save_pretrained(push_to_hub=True) of a portable folder: use push_to_hub(portable=True)"

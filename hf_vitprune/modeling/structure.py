@@ -40,9 +40,6 @@ def resize_(model: PreTrainedModel, architecture: Architecture, kept: Sequence[i
     Args:
         model: stock or pruned, of the architecture's family, with at least its layers.
         kept: positions of the layers that stay, ascending; the first ones of every stage by default.
-
-    Raises:
-        UnsupportedModelError: a layer needs an attention of ours, and has one of the user's.
     """
     family = architecture.family
     _drop_layers(model, architecture, kept)

@@ -125,16 +125,12 @@ def say_if_far_under(ratio: float, target: float, metric: str, cure: str) -> Non
 
 
 def reach_target(plan_at: Callable[[int], P], strongest: int, target: float, meter: CostMeter) -> P:
-    """The weakest plan whose cost is at most ``target`` of the source's.
+    """The weakest plan whose cost is at most ``target`` of the source's; UnreachableTargetError names what can be.
 
     Args:
         plan_at: plan of strength 0 (nothing removed) .. ``strongest``; cost falls with strength, up to rounding.
         target: fraction of the source's cost that may remain.
         meter: what cost is; its reference is the plans' source.
-
-    Raises:
-        UnreachableTargetError: not even the strongest plan reaches it; the message says what can be reached.
-        LatencyTableError: the meter's latency table does not cover a plan's sizes.
     """
 
     def ratio(strength: int) -> float:

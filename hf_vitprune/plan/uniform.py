@@ -30,15 +30,12 @@ class Sizes(NamedTuple):
 
 
 class StockSizes:
-    """Sizes that all layers of a model may have together: found by trying them on the stock config.
+    """Sizes that all layers of a model may have together: tried on the stock config; refused if there are none.
 
     Args:
         source: architecture of the model.
         units: what may be cut: q/k and v channels only where both are in it.
         round_to: kept channels and neurons are multiples of this, or all there are.
-
-    Raises:
-        InvalidPlanError: the layers are not alike, or no stock class can hold fewer of any unit; says why.
     """
 
     def __init__(self, source: Architecture, units: Collection[str], round_to: int) -> None:

@@ -309,11 +309,7 @@ class Architecture:
 
 
 def dense_of(config: PreTrainedConfig, task: str = "ForImageClassification") -> Architecture:
-    """The dense architecture behind a stock or pruned config, as far as it remembers; its own if nothing was pruned.
-
-    Raises:
-        InvalidArchitectureError: what the config remembers describes no model.
-    """
+    """The dense architecture behind a stock or pruned config, as far as it remembers, or its own."""
     return Architecture.dense(dense_config(config), task)
 
 

@@ -218,11 +218,7 @@ def stands_alone(model: nn.Module) -> bool:
 
 
 def find_tower(model: Any, part: str | None = None) -> Tower:
-    """The tower of a part (its role, or its path); the only one by default.
-
-    Raises:
-        UnsupportedModelError: there is none, there are several and ``part`` names none, or none is that part.
-    """
+    """The tower of a part (its role, or its path); the only one by default; UnsupportedModelError lists all."""
     base = unwrap(model)
     if stands_alone(base) and part is None:
         return next(iter(towers(base).values()))

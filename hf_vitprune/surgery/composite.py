@@ -41,10 +41,6 @@ def with_tower(
         width: of the tower's residual stream.
         kept: its channels that stay; None: all.
         feature_layers: fields of the model's config that say which layers' outputs it reads, as they are now.
-
-    Raises:
-        UnsupportedModelError: the model cannot be loaded again with such a tower, or is dispatched to devices.
-        UnsupportedUnitError: ``kept``, and a module reads the stream in a way that is not known.
     """
     config = None
     if isinstance(model, PreTrainedModel):
@@ -236,11 +232,7 @@ def layers_needed(model: Any, tower: Tower, layers: int) -> tuple[int, str]:
 
 
 def kept_feature_layers(model: Any, tower: Tower, plan: PruningPlan) -> dict[str, Any]:
-    """Config fields that name hidden states, with the numbers that these have after pruning.
-
-    Raises:
-        InvalidPlanError: the plan removes a layer whose output the model reads.
-    """
+    """Config fields that name hidden states, with the numbers that these have after pruning; all have to stay."""
     layers, kept = len(plan.source.layers), [entry.index for entry in plan.layers]
     states = _states_read(model, tower, layers)
     if len(kept) == layers or not states:

@@ -76,9 +76,6 @@ def small_state(
 
     Args:
         given_away: new weights of the plan that need not be copied.
-
-    Raises:
-        InvalidPlanError: a new weight of the plan has no place or another shape.
     """
     cuts = find_cuts(model, small, plan)
     state = {name: cut.take(big_state[cut.source]) for name, cut in cuts.items() if name not in plan.weights}
@@ -93,11 +90,7 @@ def new_weights(
     cuts: Mapping[str, Cut],
     given_away: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
-    """The plan's new weights on the model's device and in its dtype; arguments as in :func:`small_state`.
-
-    Raises:
-        InvalidPlanError: one is missing, has no place, or another shape.
-    """
+    """The plan's new weights on the model's device and in its dtype; arguments as in :func:`small_state`."""
     expected, held = small.state_dict(), model.state_dict()
     missing = sorted(n for n in expected.keys() - cuts.keys() - plan.weights.keys() if not n.endswith(INDICES))
     if missing:

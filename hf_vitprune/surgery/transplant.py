@@ -58,10 +58,6 @@ def resized_copy(model: PreTrainedModel, plan: PruningPlan, outer: Outer | None 
     """A copy of the live model with the plan's sizes, its weights on the meta device.
 
     ``outer``: what :func:`outer_of` finds, where it is known.
-
-    Raises:
-        UnsupportedUnitError: the embedding is cut, and a module of the user's reads it in a way that is not known.
-        UnsupportedModelError: an attention of the user's is in the place of one that has to be ours.
     """
     skeleton = empty_like(model, plan)
     kept = [entry.index for entry in plan.layers]
