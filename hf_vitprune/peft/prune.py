@@ -40,8 +40,7 @@ def prune_peft(
     under what is sliced becomes the new one less the adapter's part of it.
 
     Args:
-        model: a PeftModel.
-        plan: for its base, or for the tower at ``part``.
+        plan: for the base of the PeftModel, or for the tower at ``part``.
         allow_unchanged: accept a plan that removes nothing.
         part: path, in the base model, of the tower that the plan is for; adapters elsewhere stay as they are, and the
             weights there are shared with the model.

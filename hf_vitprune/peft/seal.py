@@ -113,16 +113,14 @@ def save_pruned_peft(
     """Save the adapters of a pruned PeftModel, and its base where no existing checkpoint can stand in for it.
 
     ``model.save_pretrained(folder)`` does the same for models that ``prune`` has made. Where just layers were removed,
-    the adapters are enough: on loading, the dense checkpoint named in the adapter's config is cut down (this function
-    writes the base, too, where none is named). Otherwise the pruned base goes into ``folder/base``, and the folder is
-    whole: it may be moved, and be loaded by its own name.
+    the dense checkpoint named in the adapter's config is cut down on loading; otherwise (``always_base``, or where
+    none is named) the pruned base goes into ``folder/base``, and the folder may be moved and loaded by its own name.
 
     Args:
         model: a PeftModel over a pruned model, from ``prune`` or ``get_peft_model``.
         folder: made where it does not exist.
         base: name or path of the pruned base where it was saved or pushed already; nothing but its name is written,
             by later calls of ``model.save_pretrained`` either.
-        always_base: save the base also where the dense checkpoint would do.
 
     Returns:
         The folder of the base, None where none was written.

@@ -57,7 +57,6 @@ def match_classes(
         names: of the data's classes, by number.
         id2label: of the model's config.
         every: the data has images of every class of the model, as training needs; False: some will do.
-        model: what errors call it.
 
     Raises:
         InvalidDataError: classes of the data that the model does not have, or that fit several; with ``every``,

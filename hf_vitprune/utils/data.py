@@ -39,8 +39,6 @@ class LabelledImages:
     Attributes:
         train, evaluation: ``datasets.Dataset`` with an image and a label column.
         label_names: class number -> name.
-        image_column, label_column: their names.
-        source: what was loaded.
         match: where the classes are among a model's, whose numbers the ``processed`` images have; None: their own.
     """
 
