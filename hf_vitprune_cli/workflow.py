@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_vitprune.cost import count
 from hf_vitprune.evaluation.metrics import accuracy_of
@@ -131,7 +131,7 @@ def train(
 def evaluate(model: Any, eval_set: Any, batch_size: int = 256) -> float:
     """Top-1 accuracy of a model."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = PruningTrainer(  # a plain one finds no labels for DeiT's two heads
             model,
             Schedule(0, 0.0, batch_size).arguments(folder),
             eval_dataset=eval_set,

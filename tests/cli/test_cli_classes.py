@@ -26,6 +26,7 @@ from hf_vitprune.utils.data import load_images
 from hf_vitprune.utils.sources import built_in_digits
 from hf_vitprune_cli import workflow
 from hf_vitprune_cli.classifier import load_classifier
+from tiny import images, make
 
 COLOURS = {"red": 0, "green": 1, "blue": 2}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -160,3 +161,15 @@ def test_a_folder_called_digits_wins(
     assert (
         len(load_images("digits", parts=built_in_digits()).label_names) == 10
     )  # what the demo takes, wherever it runs
+
+
+@pytest.mark.parametrize("case", ["DeiTForImageClassificationWithTeacher", "ViTForImageClassification"])
+def test_the_accuracy_before_pruning(case: str) -> None:
+    """DeiT's two heads take no labels, and are as right as the mean of their logits is."""
+    model = make(case).eval()
+    pixels = images(12)
+    with torch.no_grad():
+        best = model(pixels).logits.argmax(1).tolist()
+    labels = [*best[:9], *((label + 1) % model.config.num_labels for label in best[9:])]
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels, strict=True)]
+    assert workflow.evaluate(model, rows) == 0.75
