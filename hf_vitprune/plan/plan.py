@@ -128,17 +128,15 @@ class PruningPlan:
             meter = meter_of(source, target_metric, image_size, latency_table, allow_other_device)
             goal = {"target": target, "target_metric": target_metric}
             found = reach_target(lambda k: plan(selection.without(k), **goal), len(selection.ranking), target, meter)
-            if scope == "uniform":
-                check_stock(found.architecture)
             share = meter.ratio(found.architecture)
             say_if_far_under(share, target, target_metric, "Lower round_to, or leave out coarse units")
-            return found
-        found = plan(selection.at_ratio(check_ratio(ratio)), ratio=ratio)
-        if found.removes_nothing:
-            raise InvalidPlanError(
-                f"a ratio of {ratio} removes no unit of {', '.join(selection.units)} (round_to={round_to}): raise the "
-                "ratio or lower round_to"
-            )
+        else:
+            found = plan(selection.at_ratio(check_ratio(ratio)), ratio=ratio)
+            if found.removes_nothing:
+                raise InvalidPlanError(
+                    f"a ratio of {ratio} removes no unit of {', '.join(selection.units)} (round_to={round_to}): raise "
+                    "the ratio or lower round_to"
+                )
         if scope == "uniform":
             check_stock(found.architecture)
         return found
@@ -237,6 +235,11 @@ class PruningPlan:
     def keep_layers(self, layers: Iterable[int]) -> PruningPlan:
         """Keep only these layers (positions in the source model)."""
         chosen = set(layers)
+        foreign = chosen - set(range(len(self.source.layers)))
+        if foreign:
+            raise InvalidPlanError(
+                f"the model has layers 0..{len(self.source.layers) - 1}, not {sorted(foreign, key=str)}"
+            )
         return replace(self, layers=tuple(e for e in self.layers if e.index in chosen))
 
     def with_layers(self, layers: Iterable[LayerPlan]) -> PruningPlan:

@@ -377,3 +377,11 @@ def test_padded_channels_are_zero() -> None:
     assert zero and not small.vit.layers[0].attention.v_proj.weight[zero].any()
     assert not small.vit.layers[0].attention.v_proj.bias[zero].any()
     assert not small.vit.layers[0].attention.o_proj.weight[:, zero].any()
+
+
+@pytest.mark.parametrize("layers", [[0, 99], [-1], ["1", 7], [0.5]])
+def test_layers_that_the_model_does_not_have(layers: list[Any]) -> None:
+    plan = PruningPlan.dense(make("ViTForImageClassification"))
+    with pytest.raises(InvalidPlanError, match=r"the model has layers 0\.\.\d+, not"):
+        plan.keep_layers(layers)
+    assert plan.keep_layers([1]).keep_layers([0, 1]) == plan.keep_layers([1])
