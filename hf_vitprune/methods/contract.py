@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Literal
@@ -13,9 +14,11 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..cost.meter import ClosedFormMeter, CostMeter
 from ..losses.distillation import DistillationConfig
+from ..plan.layer_plan import PAD
 from ..plan.plan import PruningPlan
 from ..spec.architecture import Architecture
 from ..surgery.gates import Gate
+from ..surgery.points import EMBEDDING, POINTS, point_name, point_sizes
 from ..utils.batches import ImageBatches
 from .base import PruningConfig
 
@@ -161,6 +164,23 @@ class PruningMethod(nn.Module):
         meters: list[CostMeter] = [ClosedFormMeter(metric, self.architecture, size) for metric in ("macs", "params")]
         meters.append(self.config.meter(self.architecture))
         return {f"{meter.metric}_ratio": meter.ratio(now) for meter in meters}
+
+    def kept_at_points(self, plan: PruningPlan) -> dict[str, torch.Tensor]:
+        """(units,) booleans of what a plan that keeps every layer keeps, at every gated place of the model."""
+        units: dict[str, tuple[int, Iterable[int] | None]] = {}
+        units[EMBEDDING] = (self.architecture.hidden_size, plan.embedding)
+        for entry in plan.layers:
+            for point, size in point_sizes(self.architecture, entry.index).items():
+                kept: Iterable[int] | None = getattr(entry, POINTS[point])
+                if point in ("queries", "attention_out"):
+                    rows = entry.qk if point == "queries" else entry.v
+                    width = size // self.architecture.layers[entry.index].heads
+                    kept = [h * width + c for h, row in zip(entry.heads, rows, strict=True) for c in row if c != PAD]
+                units[point_name(entry.index, point)] = (size, kept)
+        found = {name: torch.zeros(size, dtype=torch.bool) for name, (size, _) in units.items()}
+        for name, (_, kept) in units.items():
+            found[name][slice(None) if kept is None else list(kept)] = True
+        return found
 
     # ------------------------------------------------------------------ decision
     def decide(self, model: Any, images: ImageBatches | None = None) -> None:

@@ -1,8 +1,7 @@
-"""Removed units in the model that trains: switched off in the forward pass, and zero in the weights."""
+"""Removed units in the weights of the model that trains: zero, after every step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,34 +10,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ...plan.plan import PruningPlan
-from ...spec.architecture import Architecture
 from ...surgery.cuts import find_cuts
-from ...surgery.gates import UnitMask
-from ...surgery.points import EMBEDDING, POINTS, point_name
 from ...surgery.transplant import empty_like
 from ...utils.pieces import is_spread, piece_of
 from ...utils.sharding import shaped
-from .groups import GroupedSet
-
-
-def set_masks(
-    masks: nn.ModuleDict, architecture: Architecture, sets: Sequence[GroupedSet], alive: torch.Tensor
-) -> None:
-    """Switch off what is not ``alive`` (units,)."""
-    kept = {(one.layer, one.unit): alive[one.places] for one in sets}
-    units = {point_name(i, "mlp_hidden"): kept.get((i, "mlp")) for i in range(len(architecture.layers))}
-    units[EMBEDDING] = kept.get((None, EMBEDDING))
-    for i, shape in enumerate(architecture.layers):
-        heads = kept.get((i, "heads"), torch.ones(shape.heads, dtype=torch.bool))
-        for place, size in (("queries", shape.qk_dim), ("attention_out", shape.v_dim)):
-            channels = kept.get((i, POINTS[place]), torch.ones(size, dtype=torch.bool))
-            channels = channels.repeat(size // len(channels))  # rotary pairs go together
-            units[point_name(i, place)] = (heads[:, None] & channels[None]).flatten()
-    for name, mask in masks.items():
-        there = units.get(name)
-        if there is not None:
-            assert isinstance(mask, UnitMask)
-            mask.set(there)
 
 
 class ZeroedWeights:

@@ -16,13 +16,14 @@ from ...errors import InvalidConfigError, MissingGradientsError, UnreachableTarg
 from ...losses.distillation import DistillationConfig
 from ...modeling.peft_twin import is_peft
 from ...plan.plan import PruningPlan
+from ...surgery.gates import UnitMask
 from ...surgery.points import attach, make_masks
 from ...utils.batches import ImageBatches
 from ...utils.processes import broadcast, is_first_process
 from ..contract import PruningMethod, Stage, Traits
 from .config import NViTConfig, Schedule
 from .groups import Moment, Removal, Sizes, Trajectory, fewest_groups, grouped_sets, plan_of, removals, smallest_ratio
-from .masking import ZeroedWeights, set_masks
+from .masking import ZeroedWeights
 from .scores import ActivationSums, RunningScores, WeightSums, divisors, magnitudes, random_scores
 from .snapshots import save_run, save_snapshot
 
@@ -211,7 +212,10 @@ class NViT(PruningMethod):
         """Make masks, cost and counts follow the trajectory."""
         self.groups = self.trajectory.groups
         self.ratio = self._sizes().ratio
-        set_masks(self.masks, self.architecture, self.sets, self.trajectory.alive())
+        kept = self.kept_at_points(self.choose())
+        for name, mask in self.masks.items():
+            assert isinstance(mask, UnitMask)
+            mask.set(kept[name])
         self._zeroed = None
 
     # ------------------------------------------------------------------ decision

@@ -117,10 +117,9 @@ class VTP(PruningMethod):
                 "VTP has learned no scores yet, all are alike: train the PruningModel first, with PruningTrainer or "
                 "PruningCallback. Without training, PruningPlan.magnitude(model, ...) is what there is"
             )
-        plan = self.choose()
-        gates = self._gates()
-        for name, kept in self._kept_units(plan).items():
-            gates[name].decide(kept.to(gates[name].mask.device), self.config.binarize)
+        kept = self.kept_at_points(self.choose())
+        for name, gate in self._gates().items():
+            gate.decide(kept[name].to(gate.mask.device), self.config.binarize)
 
     def _plan_for_goal(self, scores: _Sets) -> PruningPlan:
         config = self.config
@@ -225,23 +224,6 @@ class VTP(PruningMethod):
     def _with_scores(self, entry: LayerPlan, target: str, name: str, kept: Iterable[int]) -> LayerPlan:
         factors = self._gates()[name].score.detach().double().cpu().tolist()
         return replace(entry, scales={**entry.scales, target: tuple(0.0 if c == PAD else factors[c] for c in kept)})
-
-    def _kept_units(self, plan: PruningPlan) -> _Sets:
-        """(units,) booleans of every gate: what the plan keeps at that point."""
-        kept = {name: torch.zeros(len(gate.score), dtype=torch.bool) for name, gate in self._gates().items()}
-        for entry in plan.layers:
-            v_dim = self.architecture.layers[entry.index].v_dim
-            channels = [h * v_dim + c for h, row in zip(entry.heads, entry.v, strict=True) for c in row if c != PAD]
-            for point, units in (
-                ("attention_in", entry.attention_in),
-                ("attention_out", channels),
-                ("mlp_in", entry.mlp_in),
-                ("mlp_hidden", entry.mlp),
-            ):
-                name = point_name(entry.index, point)
-                if name in kept:
-                    kept[name][slice(None) if units is None else list(units)] = True
-        return kept
 
 
 def _share(kept: _Sets, point: str) -> float:
