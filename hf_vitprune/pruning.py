@@ -24,12 +24,14 @@ from .surgery.reload import load_pruned
 from .surgery.transplant import empty_like, prune_plain
 from .utils.examples import processed
 from .utils.finite import check_finite
+from .utils.modes import outside_inference_mode
 from .utils.offload import check_present, check_weights
 from .utils.sharding import check_whole
 
 __all__ = ["load_pruned", "mask", "prune", "truncate"]
 
 
+@outside_inference_mode()
 def prune(
     model: Any,
     plan: PruningPlan,
@@ -126,6 +128,7 @@ def _prune_part(
     return with_tower(whole, tower, small, alone.source.hidden_size, alone.embedding, feature_layers)
 
 
+@outside_inference_mode()
 def mask(model: Any, plan: PruningPlan) -> Any:
     """A full-size copy of ``model`` that computes what ``prune(model, plan)`` computes: removed units are zero.
 
@@ -149,6 +152,7 @@ def mask(model: Any, plan: PruningPlan) -> Any:
     return with_masked_tower(whole, tower, mask_plain(module, alone), empty_like(module, alone).config, alone)
 
 
+@outside_inference_mode()
 def truncate(model: Any, k: int | str, part: str | None = None, *, stock: bool = True) -> Any:
     """Keep the first ``k`` layers, then the unchanged final norm and head.
 

@@ -11,7 +11,6 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from peft import AutoPeftModel, PeftConfig, PeftModel
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from hf_vitprune.errors import InvalidConfigError, UnsupportedModelError
 from hf_vitprune.evaluation.results import results_of
@@ -91,7 +90,7 @@ def load_skeleton(model: str) -> Any:
     if is_adapter_alone(model):
         return AutoPeftModel.from_pretrained(model)
     config = load_any_config(model)
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"):
         return model_class_of(config)(config)
 
 

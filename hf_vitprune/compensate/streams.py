@@ -138,7 +138,7 @@ class Streams:
 def token_weights(architecture: Architecture, share: float | None, hidden: torch.Tensor) -> torch.Tensor:
     """(images * tokens,) weight of every row of ``hidden``, one on average: special tokens together have ``share``."""
     images, tokens = hidden.shape[:2]
-    weights = torch.ones(tokens, device=hidden.device)
+    weights = torch.ones(tokens, dtype=torch.float32, device=hidden.device)
     special = architecture.family.extra_tokens_of(architecture.config)
     if share is not None and 0 < special < tokens:
         weights[:special] = tokens * share / special

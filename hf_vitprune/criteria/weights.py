@@ -16,7 +16,7 @@ from ..spec.configs import task_of
 from ..spec.units import check_units, unit_sets
 from ..utils.batches import run_images
 from ..utils.examples import processed
-from ..utils.modes import evaluating
+from ..utils.modes import evaluating, outside_inference_mode
 from ..utils.offload import StateDict, check_weights
 from ..utils.settings import check_count
 from .scores import UnitScores, UnitSums, batches_of, model_to_score
@@ -76,6 +76,7 @@ def random(model: Any, seed: int = 0, units: Collection[str] | None = None, part
     return UnitScores(architecture, scores, "random", {"seed": seed})
 
 
+@outside_inference_mode()
 def taylor(model: Any, batches: Any, loss: Loss | None = None, part: str | None = None) -> UnitScores:
     """Sum of ``|weight * gradient|`` over all weights of a unit, averaged over the images.
 

@@ -73,7 +73,7 @@ def token_weights(architecture: Architecture, tokens: int, device: torch.device)
     read = special - registers
     if read < 1 or tokens <= special:
         return None
-    weights = torch.zeros(tokens, device=device)
+    weights = torch.zeros(tokens, dtype=torch.float32, device=device)
     weights[:read] = SPECIAL_SHARE / read
     weights[special:] = (1 - SPECIAL_SHARE) / (tokens - special)
     return weights

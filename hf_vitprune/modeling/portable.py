@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -73,7 +72,7 @@ class Portable:
         record = {"fields": swaps, "building": building}
         plain = config_from(CONFIG_MAPPING[stock_type_].from_dict, {**fields, "model_type": stock_type_}, record)
         plain._attn_implementation = model_config._attn_implementation
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"):
             ours = stock_type(model)(copy.deepcopy(model_config))
             with fields_set(plain, building):
                 stock = stock_class(plain)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.initialization import no_init_weights
 
 from ..errors import CheckpointMismatchError, InvalidArchitectureError
 from ..spec.architecture import Architecture, write_record
@@ -36,10 +35,9 @@ class PrunedModelMixin(StrictMixin):
             config.pruning_config = write_record(architecture)
         family = architecture.family
         ambient = torch.empty(0).device
-        # nothing to initialise on the meta device, and going through the motions takes longer than the rest of it
         dense_heads = fields_set(family.sizes_config(config), family.skeleton_heads(config))
         try:
-            with torch.device("meta"), no_init_weights(), dense_heads:
+            with torch.device("meta"), dense_heads:
                 super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         except (ArithmeticError, LookupError, RuntimeError) as error:
             raise InvalidArchitectureError(

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.initialization import no_init_weights
 
 from ..errors import CheckpointMismatchError
 from ..utils.mixing import mix_into
@@ -149,7 +148,7 @@ class PortableModelMixin:
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         ambient = torch.empty(0).device
         record: Any = config.portable
-        with fields_set(config, record["building"]), torch.device("meta"), no_init_weights():
+        with fields_set(config, record["building"]), torch.device("meta"):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         with torch.device("meta"):
             rebuild_(self, record["modules"], self.parts)  # type: ignore[arg-type]

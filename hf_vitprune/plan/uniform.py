@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
-from transformers.initialization import no_init_weights
 
 from ..errors import InvalidPlanError, NativeExportError
 from ..modeling.native import native_config, to_native
@@ -132,7 +131,7 @@ def _multiples(size: int, step: int, free: bool) -> list[int]:
 
 def check_stock(architecture: Architecture) -> None:
     """Make a model of this shape a stock one, without weights; InvalidPlanError says why that cannot be."""
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"):
         pruned = class_for_task(architecture.family, architecture.task)(config_for(architecture))
         try:
             to_native(pruned)

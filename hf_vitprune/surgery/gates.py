@@ -47,8 +47,8 @@ class Gate(nn.Module):
 
     def __init__(self, units: int, device: torch.device) -> None:
         super().__init__()
-        self.score = nn.Parameter(torch.ones(units, device=device))
-        self.register_buffer("mask", torch.ones(units, device=device))
+        self.score = nn.Parameter(torch.ones(units, dtype=torch.float32, device=device))
+        self.register_buffer("mask", torch.ones(units, dtype=torch.float32, device=device))
         self.decided = False
         self.binary = False
 
@@ -124,7 +124,7 @@ class UnitMask(nn.Module):
 
     def __init__(self, units: int, device: torch.device) -> None:
         super().__init__()
-        self.register_buffer("mask", torch.ones(units, device=device), persistent=False)
+        self.register_buffer("mask", torch.ones(units, dtype=torch.float32, device=device), persistent=False)
         self.kept = units
 
     def set(self, alive: torch.Tensor) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed as zero
 
 
@@ -25,12 +24,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Tensors made in here can be trained later, which those made within ``torch.inference_mode`` cannot."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
 def on_meta() -> Iterator[None]:
     """Models made in here are shapes without weights, also where DeepSpeed (ZeRO-3) would cut new ones to pieces."""
     held = zero._hf_deepspeed_config_weak_ref  # what transformers asks; it has no public reader
     zero.unset_hf_deepspeed_config()
     try:
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"):
             yield
     finally:
         if held is not None and held() is not None:

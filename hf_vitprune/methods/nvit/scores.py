@@ -208,8 +208,8 @@ class RunningScores(nn.Module):
     def __init__(self, units: int, momentum: float, reference: bool, device: torch.device) -> None:
         super().__init__()
         self.momentum, self.reference = momentum, reference
-        self.register_buffer("window", torch.zeros(units, device=device))
-        self.register_buffer("average", torch.zeros(units, device=device))
+        self.register_buffer("window", torch.zeros(units, dtype=torch.float32, device=device))
+        self.register_buffer("average", torch.zeros(units, dtype=torch.float32, device=device))
         self.register_buffer("spoiled", torch.zeros((), dtype=torch.int64, device=device))
         self.updates = 0  # in the window
         self.prune_steps = 0

@@ -28,7 +28,7 @@ class BinaryGates(nn.Module):
 
     def __init__(self, units: int, device: torch.device) -> None:
         super().__init__()
-        self.score = nn.Parameter(torch.full((units,), INITIAL_SCORE, device=device))
+        self.score = nn.Parameter(torch.full((units,), INITIAL_SCORE, dtype=torch.float32, device=device))
         self.register_buffer("kept", torch.ones(units, dtype=torch.bool, device=device))
         self.decided = False
 
