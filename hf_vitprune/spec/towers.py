@@ -84,34 +84,23 @@ def check_live(model: nn.Module, architecture: Any) -> None:
                 f"Set config.{field} to what the model is (or keep all layers, and remove them with "
                 "hf_vitprune.truncate)"
             )
-    owners: dict[int, str] = {}
     for i, name in enumerate(architecture.layer_names()):
         paths = family.layer_paths(prefix, name, config)
-        for path in _check_layer(model, paths, architecture.layers[i], architecture.width(i)):
-            for tensor in unwrapped(_find(model, path)).parameters(recurse=False):
-                owner = owners.setdefault(id(tensor), path)
-                if owner != path:
-                    raise ModelMismatchError(
-                        f"{owner} and {path} share a parameter: give each its own before pruning "
-                        "(module.weight = torch.nn.Parameter(module.weight.detach().clone()); layers: copy.deepcopy)"
-                    )
+        _check_layer(model, paths, architecture.layers[i], architecture.width(i))
     _check_stem(model, architecture, prefix + family.patch)
 
 
-def _check_layer(model: nn.Module, paths: LayerPaths, shape: LayerShape, width: int) -> list[str]:
-    """Check the Linears of a layer; gives their paths."""
-    linears: list[tuple[str, int, int]] = []
+def _check_layer(model: nn.Module, paths: LayerPaths, shape: LayerShape, width: int) -> None:
     if shape.mixer == "attention":
         inputs = width if shape.attention_in is None else shape.attention_in
         qk, v = shape.heads * shape.qk_dim, shape.heads * shape.v_dim
-        linears += [(path, outputs, inputs) for path, outputs in ((paths.q, qk), (paths.k, qk), (paths.v, v))]
-        linears.append((paths.o, width, v))
+        for path, outputs in ((paths.q, qk), (paths.k, qk), (paths.v, v)):
+            _check_linear(model, path, outputs, inputs)
+        _check_linear(model, paths.o, width, v)
     if shape.mlp:
-        linears += [(path, shape.mlp, width if shape.mlp_in is None else shape.mlp_in) for path in paths.fc1]
-        linears.append((paths.fc2, width, shape.mlp))
-    for path, outputs, inputs in linears:
-        _check_linear(model, path, outputs, inputs)
-    return [path for path, *_ in linears]
+        for path in paths.fc1:
+            _check_linear(model, path, shape.mlp, width if shape.mlp_in is None else shape.mlp_in)
+        _check_linear(model, paths.fc2, width, shape.mlp)
 
 
 def _find(model: nn.Module, path: str) -> Any:

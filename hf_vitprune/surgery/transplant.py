@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -93,11 +92,15 @@ def resized(
     strip_gates(small)
     unshare_(small, layer_paths(small, source))
     outer = outer_of(model, source, architecture.hidden_size) if outer is None else outer
-    with _empty_modules_like(model):
+    known = {*small.modules()}
+    with torch.device("meta"):
         resize_(small, architecture, kept)
         if outer is not None:
             narrow_outer(small, outer, source.hidden_size, architecture.hidden_size)
             family.narrow_stream(small, source.hidden_size, architecture.hidden_size)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    for module in {*small.modules()} - known:
+        module.to(dtype)
     small.__class__ = pruned_model_class(type(model))
     small._built_as = architecture
     return small
@@ -184,26 +187,13 @@ def empty_like(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
 def _skeleton(model: PreTrainedModel, architecture: Architecture, config: Any = None) -> PreTrainedModel:
     """The pruned twin of the stock class behind a model, on the meta device."""
     config = config_for(architecture, model.config) if config is None else config
-    with _empty_modules_like(model):
+    with torch.device("meta"):
         skeleton = pruned_model_class(stock_ancestor(type(model)))(config)
     prefix = architecture.family.encoder_path(model)
     if getattr(model.get_submodule(prefix.rstrip(".")), "pooler", 0) is None:
         encoder: Any = skeleton.get_submodule(prefix.rstrip("."))
         encoder.pooler = None  # a base model made without its pooling layer
     return skeleton
-
-
-@contextlib.contextmanager
-def _empty_modules_like(model: PreTrainedModel) -> Iterator[None]:
-    """New modules are on the meta device and in the model's dtype."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _follow_states(model: PreTrainedModel, config: Any, plan: PruningPlan) -> None:

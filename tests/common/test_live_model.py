@@ -227,21 +227,7 @@ def wider(model: Any) -> Callable[[], None]:
     return lambda: setattr(mlp, "fc1", before)
 
 
-def one_bias(model: Any) -> Callable[[], None]:
-    first, second = (model.vit.layers[i].mlp.fc1 for i in (0, 1))
-    second.bias = first.bias
-    return lambda: setattr(second, "bias", nn.Parameter(first.bias.detach().clone()))
-
-
-def one_layer(model: Any) -> Callable[[], None]:
-    layers = model.vit.layers
-    layers[1] = layers[0]
-    return lambda: layers.__setitem__(1, copy.deepcopy(layers[0]))
-
-
 DOOR = {
-    one_bias: r"vit.layers.0.mlp.fc1 and vit.layers.1.mlp.fc1 share a parameter",
-    one_layer: r"vit.layers.0.attention.q_proj and vit.layers.1.attention.q_proj share a parameter.*copy.deepcopy",
     shorter: r"vit.layers holds 2 layers, and by the config there are 3.*num_hidden_layers",
     new_weight_norm: r"vit.layers.0.mlp.fc1 is computed.*remove_parametrizations",
     old_weight_norm: r"vit.layers.0.mlp.fc1 has weight norm.*remove_weight_norm",

@@ -28,7 +28,7 @@ def test_nothing_is_patched_while_models_are_made(tmp_path: Path, monkeypatch: p
         nonlocal made
         made += 1
         assert all(getattr(nn.init, name) is function for name, function in functions.items())
-        assert PreTrainedModel.init_weights is methods[0]
+        assert PreTrainedModel.init_weights is methods[0] and torch.get_default_dtype() == torch.float32
         reset(linear)
 
     model = make(VIT)
@@ -37,7 +37,8 @@ def test_nothing_is_patched_while_models_are_made(tmp_path: Path, monkeypatch: p
     small = prune(model, PruningPlan.from_scores(model, scores, target=0.5, round_to=1), calibration=images(4))
     PruningPlan.random(model, 0.5, ("heads", "mlp", "embedding"), uniform=True)
     small.save_pretrained(tmp_path / "small", portable=True)
-    assert made > 0
+    half = prune(make(VIT).bfloat16(), PruningPlan.from_scores(model, scores, target=0.5, round_to=1))
+    assert made > 0 and {tensor.dtype for tensor in half.parameters()} == {torch.bfloat16}
     monkeypatch.undo()
     assert (
         AutoModelForImageClassification.from_pretrained(tmp_path / "small").num_parameters() == small.num_parameters()
