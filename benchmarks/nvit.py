@@ -55,10 +55,10 @@ def shape(rounds: int, batch: int) -> list[dict[str, Any]]:
     dense = count(models["dense"]).macs
     rows = []
     for name in ("published .54", "q/k and v equally wide"):
-        ratio = dense / count(models[name]).macs
+        macs = dense / count(models[name]).macs
         speedup = timings[name].speedup
         rows.append(
-            {"what": f"{name}, batch {batch}", "MAC ratio": ratio, "speed-up": speedup, "of it": speedup / ratio}
+            {"what": f"{name}, batch {batch}", "MAC ratio": macs, "speed-up": speedup, "of it": speedup / macs}
         )
     unequal, equal = timings["published .54"].samples, timings["q/k and v equally wide"].samples
     rows.append({"what": "time of unequal q/k and v against equal ones", "ratio": ratio(unequal, equal)})
