@@ -1,4 +1,4 @@
-"""Layers that share parameters or modules with each other: pruned as if each had its own."""
+"""Layers that share norms with each other (shared Linears are refused at the door): pruned as if each had its own."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ def assert_alike(made: Any, expected: Any, tolerance: float) -> None:
 
 
 def shared(what: str) -> Any:
-    """Of four layers two pairs share a weight, or their whole MLPs."""
+    """Of four layers two pairs share a norm, or its weight."""
     model = make(VIT, num_hidden_layers=4)
     layers = model.vit.layers
     if what == "weights":
-        layers[1].mlp.fc1.weight, layers[3].mlp.fc2.weight = layers[0].mlp.fc1.weight, layers[2].mlp.fc2.weight
+        layers[1].layernorm_before.weight = layers[0].layernorm_before.weight
+        layers[3].layernorm_after.weight = layers[2].layernorm_after.weight
     else:
-        layers[1].mlp, layers[3].mlp = layers[0].mlp, layers[2].mlp
+        layers[1].layernorm_before, layers[3].layernorm_after = layers[0].layernorm_before, layers[2].layernorm_after
     return model
 
 
@@ -59,9 +60,9 @@ def test_units(what: str, units: list[str]) -> None:
 def test_what_is_still_alike_is_one_parameter() -> None:
     model = shared("weights")
     layers = prune(model, PruningPlan.dense(model).keep_layers([1, 2, 3])).vit.layers
-    assert layers[2].mlp.fc2.weight is layers[1].mlp.fc2.weight
-    assert layers[0].mlp.fc1.weight is not layers[1].mlp.fc1.weight
+    assert layers[2].layernorm_after.weight is layers[1].layernorm_after.weight
+    assert layers[0].layernorm_before.weight is not layers[1].layernorm_before.weight
     plan = PruningPlan.magnitude(model, 0.5, ["qk", "v"])
     for made in (prune(model, plan), mask(model, plan)):
-        assert made.vit.layers[1].mlp.fc1.weight is made.vit.layers[0].mlp.fc1.weight
-    assert model.vit.layers[1].mlp.fc1.weight is model.vit.layers[0].mlp.fc1.weight
+        assert made.vit.layers[1].layernorm_before.weight is made.vit.layers[0].layernorm_before.weight
+    assert model.vit.layers[1].layernorm_before.weight is model.vit.layers[0].layernorm_before.weight
