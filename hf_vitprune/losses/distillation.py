@@ -19,6 +19,7 @@ from ..utils.classes import match_classes
 from ..utils.settings import check_number, check_one_of, check_positive
 
 DistillationKind = Literal["soft", "hard", "kl", "features", "none"]
+Direction = Literal["teacher_student", "student_teacher"]
 FeatureLoss = Literal["cosine", "normalised", "standardised"]
 
 
@@ -28,14 +29,16 @@ class DistillationConfig:
 
     Attributes:
         kind: "soft" matches the teacher's whole distribution (DeiT eq. 2), "hard" takes the teacher's best class as a
-            second label (eq. 3), "kl" adds `weight * KL(teacher || student)` to the task loss (NViT), "features" adds
-            `weight *` the distance of hidden states, and needs no labels; "none" leaves the task loss alone.
+            second label (eq. 3), "kl" adds `weight * KL` to the task loss (NViT), "features" adds `weight *` the
+            distance of hidden states, and needs no labels; "none" leaves the task loss alone.
         weight: Share of the distillation term, from 0 to 1; the task loss gets the rest. DeiT uses 0.1 for soft and
             0.5 for hard distillation. For "kl" and "features" a factor of any size (NViT: 100; 1 by default for
             "features"); the task loss stays whole. Of several at once every weight means the same:
             `(1 - shares) * task + sum of weight * term`.
         temperature: Both distributions are softened by it, for "soft" and "kl". The "soft" term is multiplied by its
             square, so that the size of the gradient does not depend on it. DeiT and NViT use 3.
+        direction: For "kl": "teacher_student" is `KL(teacher || student)`, as NViT's code has it; "student_teacher"
+            is `KL(student || teacher)`.
         layers: For "features": whose outputs are matched, counted from 1 in the teacher; None: what leaves the tower,
             after the final norm.
         loss: For "features": "standardised", "cosine" or "normalised"; see ``features.feature_loss``. The first
@@ -47,6 +50,7 @@ class DistillationConfig:
     kind: DistillationKind = "soft"
     weight: float = None  # type: ignore[assignment]  # 0.5, and 1 for features
     temperature: float = 1.0
+    direction: Direction = "teacher_student"
     layers: tuple[int, ...] | None = None
     loss: FeatureLoss = "standardised"
     plan: PruningPlan | None = None
@@ -57,6 +61,9 @@ class DistillationConfig:
             object.__setattr__(self, "weight", 1.0 if self.kind == "features" else 0.5)
         check_number("weight", self.weight, math.inf if self.kind in ("kl", "features") else 1.0)
         check_positive("temperature", self.temperature)
+        check_one_of(self, "direction", get_args(Direction))
+        if self.kind != "kl" and self.direction != "teacher_student":
+            raise InvalidConfigError(f"direction is an option of kind 'kl'; {self.kind!r} has one direction only")
         self._check_features()
 
     def _check_features(self) -> None:
@@ -109,7 +116,7 @@ def distillation_term(
     Args:
         student_logits: (B, C), from the head that the task loss comes from.
         teacher_logits: (B, C), never differentiated.
-        config: Kind, weight and temperature.
+        config: Kind, weight, temperature and direction.
         distillation_logits: (B, C) of a distillation head of its own (DeiT with teacher): the term is then computed
             on these in place of `student_logits`; a "kl" teacher is compared with the whole student.
         num_items_in_batch: What Trainer passes to `compute_loss`: the number of labelled images in all micro-batches
@@ -126,6 +133,8 @@ def distillation_term(
     if config.kind in ("soft", "kl"):
         t = config.temperature
         student, teacher = F.log_softmax(logits / t, dim=-1), F.log_softmax(target / t, dim=-1)
+        if config.direction == "student_teacher":
+            student, teacher = teacher, student
         total = F.kl_div(student, teacher, reduction="sum", log_target=True)
         total = total * t**2 if config.kind == "soft" else total
     else:

@@ -24,10 +24,10 @@ from ..utils.settings import (
 METRICS = ("macs", "params", "latency")
 #: settings that there are no more, or not in records, with what holds now: checkpoints that say so go on
 RETIRED: dict[str, Any] = dict.fromkeys(
-    ("target", "gate_learning_rate", "latency_table", "latency_batch_size", "final_temperature", "mixing_temperature")
+    ("target", "gate_learning_rate", "latency_table", "latency_batch_size", "mixing_temperature")
 )
 RETIRED |= {"init": "pca", "pooling": "auto", "margin": 0.15, "min_layers": 1}
-RETIRED |= {"cost_warmup": 0.0, "temperature": 1.0, "initial_score": 1.5, "tolerance": 0.02}
+RETIRED |= {"initial_score": 1.5, "tolerance": 0.02}
 
 
 @dataclass

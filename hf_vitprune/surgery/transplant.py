@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import InvalidPlanError
+from ..errors import InvalidPlanError, ModelMismatchError
 from ..families import LayerPaths
 from ..modeling import config_for, pruned_model_class
 from ..modeling.custom import CUSTOM, custom_parts
@@ -148,6 +148,19 @@ def tie(
                 module._parameters[leaf] = one
                 filled.add(name)
     return filled
+
+
+def check_own_modules(model: Any, architecture: Architecture) -> None:
+    """Refuse a module that two layers hold: gates on it would act in both. ModelMismatchError has the cure."""
+    owners: dict[int, str] = {}
+    for layer in layer_paths(model, architecture):
+        for name, module in get(model, layer.layer).named_modules(prefix=layer.layer):
+            owner = owners.setdefault(id(module), name)
+            if owner != name and next(module.parameters(), None) is not None:
+                raise ModelMismatchError(
+                    f"{owner} and {name} are one module, and gates could not tell its layers apart: put "
+                    "copy.deepcopy(module) in the place of one (their weights may stay shared)"
+                )
 
 
 def unshare_(model: nn.Module, layers: Iterable[LayerPaths]) -> None:

@@ -22,6 +22,7 @@ from ..pruning import prune
 from ..spec.architecture import Architecture, unwrap
 from ..spec.towers import find_tower
 from ..surgery.composite import check_host
+from ..surgery.transplant import check_own_modules
 from ..utils.batches import ImageBatches
 from ..utils.examples import processed
 from ..utils.finite import check_finite, check_step
@@ -92,7 +93,7 @@ class PruningModel(Checkpoints):
         if not isinstance(base, PreTrainedModel):
             raise UnsupportedModelError(f"expected a transformers or PEFT model, got {type(model).__name__}")
         self.tower = find_tower(base, part)
-        Architecture.of(base, part)  # raises where the model is not what its config says
+        check_own_modules(get(base, self.tower.path), Architecture.of(base, part))
         check_finite(model, "trained")
         if self.tower.path:
             with unsharded(base):

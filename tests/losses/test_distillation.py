@@ -19,6 +19,7 @@ from transformers import (
 
 from hf_vitprune.errors import InvalidConfigError
 from hf_vitprune.losses.distillation import DistillationConfig, Teacher, distillation_term, task_share
+from hf_vitprune.methods import NViT
 
 
 def vit(**changes):
@@ -254,17 +255,27 @@ def test_a_teacher_without_parameters_works():
     assert Teacher(Constant(), vit())(torch.randn(2, 3, 16, 16)).shape == (2, 3)
 
 
-def test_kl_is_added_whole():
+@pytest.mark.parametrize("direction", ["teacher_student", "student_teacher"])
+def test_kl_is_added_whole_in_either_direction(direction):
     """Worked out by hand; no square of the temperature, and nothing taken from the task loss."""
     student = torch.tensor([[1.0, 2.0, 0.0], [0.0, -1.0, 3.0]], dtype=torch.float64)
     teacher = torch.tensor([[0.5, 0.5, 1.0], [2.0, 1.0, 0.0]], dtype=torch.float64)
     divergence = 0.0
     for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
         ps, pt = ([math.exp(x / 3) / sum(math.exp(y / 3) for y in row) for x in row] for row in (s, t))
-        divergence += sum(a * math.log(a / b) for a, b in zip(pt, ps, strict=True))
-    config = DistillationConfig("kl", weight=100.0, temperature=3.0)
+        p, q = (pt, ps) if direction == "teacher_student" else (ps, pt)
+        divergence += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    config = DistillationConfig("kl", weight=100.0, temperature=3.0, direction=direction)
     loss = distillation_loss(student, teacher, torch.tensor(0.7, dtype=torch.float64), config)
     assert loss.item() == pytest.approx(0.7 + 100 * divergence / 2, rel=1e-12)
+
+
+def test_kl_goes_the_released_way_by_default():
+    assert DistillationConfig("kl").direction == NViT.traits.distillation.direction == "teacher_student"
+    with pytest.raises(InvalidConfigError, match="direction is one of"):
+        DistillationConfig("kl", direction="both")
+    with pytest.raises(InvalidConfigError, match="one direction only"):
+        DistillationConfig("soft", direction="student_teacher")
 
 
 def test_the_task_keeps_what_shares_leave():

@@ -152,7 +152,7 @@ def test_logs(tmp_path: Path) -> None:
 def test_other_criteria(tmp_path: Path) -> None:
     """Each gives another plan; only ``random`` depends on the seed, and on nothing else."""
     plans = []
-    for criterion in ("squared_taylor", "magnitude", "random"):
+    for criterion in ("squared_taylor", "taylor", "magnitude", "random"):
         model = nvit(target=0.5, criterion=criterion, eta=0)
         trainer(model, tmp_path, max_steps=2).train()
         assert model.method.reached

@@ -237,7 +237,7 @@ def test_schedules_that_cannot_work_are_refused() -> None:
         *[({"target": t}, "target must lie strictly") for t in (0, 1, 54, "half")],
         ({"target_metric": "flops"}, "target_metric is one of"),
         ({"target_metric": "latency"}, "latency_table go together"),
-        *[({"criterion": c}, "criterion is one of squared_taylor, magnitude") for c in ("hessian", None)],
+        *[({"criterion": c}, "criterion is one of squared_taylor, taylor") for c in ("hessian", None)],
         *[({"reference": r}, "reference is True or False") for r in (1, "yes")],
         *[({"eta": e}, "eta is a number, not negative") for e in (-1, "1", float("nan"))],
         *[({"momentum": m}, "momentum") for m in (1, 1.5, -0.1)],

@@ -188,6 +188,8 @@ def test_scores_are_those_of_the_whole_unclipped_batch(tmp_path: Path) -> None:
         {"activation_checkpointing": True},
     ):
         assert relative_error(scored(tmp_path, **changes), expected) < 1e-9, changes
+    plain = nvit(criterion="taylor").double()
+    assert relative_error(scored(tmp_path, plain), expected.sqrt()) < 1e-9
 
 
 def test_scores_under_bf16_autocast(tmp_path: Path) -> None:

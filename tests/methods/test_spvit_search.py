@@ -44,7 +44,7 @@ ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "per_device_train_batch_
 # ---------------------------------------------------------------------- the search in training
 def test_a_search_meets_its_target_stops_and_is_logged(tmp_path: Path) -> None:
     settings = {"target": 0.7, "gate_learning_rate": 0.1, "round_to": 1, "patience": 10}
-    model = spvit(**settings)
+    model = spvit(final_temperature=0.5, **settings)
     run_ = trainer(
         model, tmp_path, max_steps=200, logging_strategy="steps", lr_scheduler_type="cosine", warmup_steps=5,
         weight_decay=0.1, **{**ADAMW, "logging_steps": 5},
@@ -52,6 +52,8 @@ def test_a_search_meets_its_target_stops_and_is_logged(tmp_path: Path) -> None:
     before = state_of(model)
     run_.train()
     assert run_.state.global_step < 200  # it stopped by itself
+    progress = run_.state.global_step / 200
+    assert all(gates.temperature == pytest.approx(0.5**progress, rel=1e-6) for gates in model.method.gates.values())
     rows = [row for row in run_.state.log_history if "macs_ratio" in row]
     assert len(rows) >= 3 and {"gate_layer0_conv1x1", "gate_layer2_attention", "gate_layer1_mlp"} <= rows[0].keys()
     assert rows[0]["gate_layer0_mlp"] == pytest.approx(0.7, abs=0.15) and rows[0]["macs_ratio"] > 0.9
@@ -153,6 +155,9 @@ def config(**settings: Any) -> Callable[[], Any]:
         (config(target=0.5, enforce_target=0), InvalidConfigError, "enforce_target is True or False"),
         (config(target=0.5, gate_gradients="all"), InvalidConfigError, "gate_gradients is one of shared, topmost"),
         (config(target=0.5, round_to=0), InvalidConfigError, "round_to is a whole number"),
+        (config(target=0.5, temperature=float("nan")), InvalidConfigError, "temperature is a number"),
+        (config(target=0.5, final_temperature=0), InvalidConfigError, "final_temperature must be positive"),
+        (config(target=0.5, cost_warmup=2), InvalidConfigError, "cost_warmup is a number, between 0 and 1"),
         (config(target=0.5, patience=-1), InvalidConfigError, "patience is a whole number of at least 0"),
         (lambda: SPViTConfig.published("vit-huge"), InvalidConfigError, "known: deit-tiny"),
         (lambda: spvit(target=0.05), UnreachableTargetError, "with every mixer skipped and every MLP gone"),

@@ -1,4 +1,4 @@
-"""Layers that share norms with each other (shared Linears are refused at the door): pruned as if each had its own."""
+"""Layers that share parameters or modules with each other: pruned as if each had its own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from hf_vitprune import SPViTConfig, VTPConfig, get_pruning_model
+from hf_vitprune.errors import ModelMismatchError
 from hf_vitprune.plan.plan import PruningPlan
 from hf_vitprune.pruning import mask, prune
+from pruning_runs import scatter_scores
 from tiny import images, make
 
 VIT = "ViTForImageClassification"
@@ -23,14 +26,13 @@ def assert_alike(made: Any, expected: Any, tolerance: float) -> None:
 
 
 def shared(what: str) -> Any:
-    """Of four layers two pairs share a norm, or its weight."""
+    """Of four layers two pairs share a weight, or their whole MLPs."""
     model = make(VIT, num_hidden_layers=4)
     layers = model.vit.layers
     if what == "weights":
-        layers[1].layernorm_before.weight = layers[0].layernorm_before.weight
-        layers[3].layernorm_after.weight = layers[2].layernorm_after.weight
+        layers[1].mlp.fc1.weight, layers[3].mlp.fc2.weight = layers[0].mlp.fc1.weight, layers[2].mlp.fc2.weight
     else:
-        layers[1].layernorm_before, layers[3].layernorm_after = layers[0].layernorm_before, layers[2].layernorm_after
+        layers[1].mlp, layers[3].mlp = layers[0].mlp, layers[2].mlp
     return model
 
 
@@ -60,9 +62,22 @@ def test_units(what: str, units: list[str]) -> None:
 def test_what_is_still_alike_is_one_parameter() -> None:
     model = shared("weights")
     layers = prune(model, PruningPlan.dense(model).keep_layers([1, 2, 3])).vit.layers
-    assert layers[2].layernorm_after.weight is layers[1].layernorm_after.weight
-    assert layers[0].layernorm_before.weight is not layers[1].layernorm_before.weight
+    assert layers[2].mlp.fc2.weight is layers[1].mlp.fc2.weight
+    assert layers[0].mlp.fc1.weight is not layers[1].mlp.fc1.weight
     plan = PruningPlan.magnitude(model, 0.5, ["qk", "v"])
     for made in (prune(model, plan), mask(model, plan)):
-        assert made.vit.layers[1].layernorm_before.weight is made.vit.layers[0].layernorm_before.weight
-    assert model.vit.layers[1].layernorm_before.weight is model.vit.layers[0].layernorm_before.weight
+        assert made.vit.layers[1].mlp.fc1.weight is made.vit.layers[0].mlp.fc1.weight
+    assert model.vit.layers[1].mlp.fc1.weight is model.vit.layers[0].mlp.fc1.weight
+
+
+@pytest.mark.parametrize("config", [VTPConfig(target=0.6, round_to=1), SPViTConfig(target=0.6, round_to=1)], ids=str)
+def test_gates_and_shared_modules(config: Any) -> None:
+    """One module in two layers would be gated twice; shared weights are not."""
+    model = shared("modules")
+    with pytest.raises(ModelMismatchError, match="vit.layers.0.mlp and vit.layers.1.mlp are one module"):
+        get_pruning_model(model, config)
+    layers = model.vit.layers
+    layers[1].mlp, layers[3].mlp = copy.deepcopy(layers[0].mlp), copy.deepcopy(layers[2].mlp)
+    for cured in (model, shared("weights")):
+        gated = scatter_scores(get_pruning_model(cured, config)).eval()
+        assert_alike(gated.export(compensate="none"), gated, 1e-5)

@@ -22,7 +22,7 @@ from ..base import PruningConfig
 #: units of a group, as published for DeiT-B
 GROUP_SIZES = {"embedding": 16, "heads": 2, "qk": 8, "v": 8, "mlp": 16}
 KINDS = tuple(GROUP_SIZES)
-CRITERIA = ("squared_taylor", "magnitude", "random")
+CRITERIA = ("squared_taylor", "taylor", "magnitude", "random")
 #: published: optimizer steps between prune steps
 INTERVAL = 100
 #: prune steps that a run has at least, where it has so many optimizer steps
@@ -38,8 +38,8 @@ class NViTConfig(PruningConfig):
 
     Attributes:
         criterion: what makes a unit important. ``squared_taylor`` (the paper's): the square of the first-order change
-            of the loss on its removal. ``magnitude``: the norm of its weights, relative to the mean of its set.
-            ``random``: baseline, drawn once.
+            of the loss on its removal. ``taylor``: its absolute value. ``magnitude``: the norm of its weights,
+            relative to the mean of its set. ``random``: baseline, drawn once.
         reference: divisors and moving average as in the published code, for comparisons: the embedding's sum is
             divided by 12 whatever the depth, a head's by 12, and the average starts again from zero after the first
             prune step, without bias correction.

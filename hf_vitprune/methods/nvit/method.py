@@ -48,7 +48,7 @@ class NViT(PruningMethod):
         device = next(model.parameters()).device
         self.sets = grouped_sets(self.architecture, config)
         self.trajectory = Trajectory(self.sets, device)
-        if config.criterion != "squared_taylor":
+        if config.criterion not in ("squared_taylor", "taylor"):
             self.traits = replace(self.traits, decides_by="steps")
         self.scores = RunningScores(len(self.trajectory.order), config.momentum, config.reference, device)
         self.masks = make_masks(self.architecture, self.sets[0].layer is None, device)
@@ -127,7 +127,8 @@ class NViT(PruningMethod):
         if self._sums is None or self.decided or self.reached:
             return
         sums = self._sums.take(gradient_scale)
-        self.scores.add((sums / self.divisors.to(sums.dtype)).square())
+        sums = sums / self.divisors.to(sums.dtype)
+        self.scores.add(sums.square() if self.config.criterion == "squared_taylor" else sums.abs())
 
     def after_step(self, model: Any, step: int, max_steps: int) -> None:
         """Remove groups where the schedule says so, and keep removed weights at zero."""

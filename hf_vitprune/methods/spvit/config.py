@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InvalidConfigError
-from ...utils.settings import check_count, check_counts, check_flags, check_one_of, check_positive
+from ...utils.settings import check_count, check_counts, check_flags, check_number, check_one_of, check_positive
 from ..base import PruningConfig
 from .gates import GATE_GRADIENTS
 
@@ -36,6 +36,9 @@ class SPViTConfig(PruningConfig):
     Attributes:
         target_gmacs: 10^9 multiply-adds that may remain; the cost is then counted in that unit.
         cost_weight: lambda of the cost term ``lambda * (cost - target)^2``.
+        cost_warmup: share of the search over which lambda grows from 0, in [0, 1]; 0 starts at full weight.
+        temperature: of the logistic relaxation that gradients come from.
+        final_temperature: temperature at the end of the search, which it moves to geometrically; None: constant.
         single_path: convolutions share the attention's weights. False is the paper's baseline: every candidate has
             weights of its own, drawn at random.
         gate_gradients: which of the three gates of a layer learn from mixers that are on. ``"shared"``: all gates of
@@ -52,6 +55,9 @@ class SPViTConfig(PruningConfig):
     gate_learning_rate: float | None = 1e-3
     target_gmacs: float | None = None
     cost_weight: float = 40.0
+    cost_warmup: float = 0.0
+    temperature: float = 1.0
+    final_temperature: float | None = None
     single_path: bool = True
     gate_gradients: str = "topmost"
     enforce_target: bool = True
@@ -61,7 +67,11 @@ class SPViTConfig(PruningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_target()
+        check_number("cost_warmup", self.cost_warmup, highest=1)
         check_positive("cost_weight", self.cost_weight)
+        check_positive("temperature", self.temperature)
+        if self.final_temperature is not None:
+            check_positive("final_temperature", self.final_temperature)
         check_flags(self, "single_path", "enforce_target")
         check_one_of(self, "gate_gradients", GATE_GRADIENTS)
         check_counts(self, "round_to")

@@ -25,6 +25,8 @@ class BinaryGates(nn.Module):
     """Gates of 0 and 1, each on with probability ``sigmoid(score)`` until a decision is taken: ``kept``."""
 
     kept: torch.Tensor
+    #: of the relaxation, now
+    temperature = 1.0
 
     def __init__(self, units: int, device: torch.device) -> None:
         super().__init__()
@@ -39,7 +41,7 @@ class BinaryGates(nn.Module):
     def sample(self) -> torch.Tensor:
         """(units,) draws of 0 and 1, with the gradients of the logistic relaxation (straight through)."""
         uniform = torch.rand_like(self.score).clamp(1e-6, 1 - 1e-6)
-        relaxed = (self.score + uniform.logit()).sigmoid()
+        relaxed = ((self.score + uniform.logit()) / self.temperature).sigmoid()
         return (relaxed > 0.5).to(relaxed.dtype) + (relaxed - relaxed.detach())
 
     def likelier(self) -> torch.Tensor:

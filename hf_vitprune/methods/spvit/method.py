@@ -80,6 +80,7 @@ class SPViT(PruningMethod):
                 f"mixer skipped and every MLP gone, {self.cost.lowest:.3f} remains. Raise the target"
             )
         self._step = self._steps = self._stable = 0
+        self._anneal()
         self._levels = [-1] * len(self.searches)  # of the step before; sharded checkpoints want one size
         self._searched: PruningPlan | None = None
 
@@ -121,18 +122,29 @@ class SPViT(PruningMethod):
         refuse_zero(how)
 
     def before_step(self, model: Any, progress: float, gradient_scale: float) -> torch.Tensor | None:
-        """lambda * (cost - target)^2."""
-        return None if self.decided else self._weight * (self.cost.expected() - self.target).square()
+        """lambda * (cost - target)^2, lambda growing over the warm-up."""
+        if self.decided:
+            return None
+        warmup = self.config.cost_warmup
+        weight = self._weight * (min(1.0, progress / warmup) if warmup else 1.0)
+        return weight * (self.cost.expected() - self.target).square()
 
     def after_step(self, model: Any, step: int, max_steps: int) -> None:
-        """See whether the architecture still changes."""
+        """Anneal, and see whether the architecture still changes."""
         if self.decided:
             return
         mean_statistics(self.modules())
         self._step, self._steps = step, max_steps
+        self._anneal()
         levels = self._levels_now()
         self._stable = self._stable + 1 if self._met and levels == self._levels else 0
         self._levels = levels
+
+    def _anneal(self) -> None:
+        first, last = self.config.temperature, self.config.final_temperature
+        progress = self._step / max(self._steps, 1)
+        for gates in self.gates.values():
+            gates.temperature = first if last is None else first * (last / first) ** progress  # type: ignore[assignment]
 
     def _cost_now(self) -> float:
         counts = [columns.gates.count() for columns in self._columns.values()]
@@ -154,7 +166,8 @@ class SPViT(PruningMethod):
         patience = self.config.patience
         if patience is None:
             patience = max(1, self._steps // 20)
-        return not self.decided and 0 < patience <= self._stable
+        ramped = self._step >= self.config.cost_warmup * self._steps
+        return not self.decided and 0 < patience <= self._stable and ramped
 
     def logs(self) -> dict[str, float]:
         """Chance of every mixer gate, mean chance of every MLP's, and the cost.
@@ -280,3 +293,4 @@ class SPViT(PruningMethod):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         self._step, self._steps, self._stable, *self._levels = state.tolist()
+        self._anneal()
