@@ -162,9 +162,9 @@ def test_other_criteria(tmp_path: Path) -> None:
             model = nvit(target=0.5, criterion=criterion, seed=seed, eta=0)
             model.decide()
             plans.append(model.plan())
-    magnitude, magnitude_again, drawn, drawn_otherwise = plans[3:]
-    assert magnitude == magnitude_again and plans[2] == drawn
-    assert all(a != b for a, b in itertools.combinations([*plans[:3], drawn_otherwise], 2))
+    magnitude, magnitude_again, drawn, drawn_otherwise = plans[4:]
+    assert magnitude == magnitude_again and plans[3] == drawn
+    assert all(a != b for a, b in itertools.combinations([*plans[:4], drawn_otherwise], 2))
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "random"])
