@@ -234,7 +234,7 @@ class Architecture:
         if image_size is None:
             return None
         height, width = pair(image_size)
-        if 0 in self.family.grid(self.config, (height, width)):
+        if 0 in self.family.grid(self.config, image_size):
             raise InvalidConfigError(f"an image of {height} x {width} pixels holds no patch of a {self.model_type}")
         return height, width
 

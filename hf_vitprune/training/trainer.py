@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from ..compensate import Compensation
@@ -299,10 +298,8 @@ class PruningTrainer(ShardedTraining):
         folder = str(output_dir or self.args.output_dir)
         if self.args.should_save or is_sharded(model.parameters()):
             model.save_pretrained(folder)
-        if self.args.should_save:
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-            torch.save(self.args, Path(folder) / TRAINING_ARGS_NAME)  # as every Trainer does
+        if self.args.should_save and self.processing_class is not None:  # and no training_args.bin: it is a pickle
+            self.processing_class.save_pretrained(folder)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

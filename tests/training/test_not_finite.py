@@ -22,7 +22,7 @@ from hf_vitprune import (
     truncate,
 )
 from hf_vitprune.errors import NotFiniteError
-from hf_vitprune.utils.finite import all_finite_fast
+from hf_vitprune.utils.finite import all_finite_fast, check_finite
 from pruning_runs import SMALL_GROUPS, Images, arguments
 from tiny import make
 
@@ -149,3 +149,20 @@ def test_one_look_at_many_tensors(value: float) -> None:
         held = [None if t is None else t.clone() for t in tensors]
         held[place].flatten()[1] = value  # type: ignore[union-attr]
         assert not all_finite_fast(held)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+def test_one_value_in_a_tensor_is_found(dtype: torch.dtype) -> None:
+    for value in (float("nan"), float("inf"), -float("inf")):
+        layer = torch.nn.Linear(40, 25).to(dtype)
+        check_finite(layer, "saved")
+        layer.weight.data[7, 13] = value
+        with pytest.raises(NotFiniteError, match=r"1 tensors of the Linear are not finite \(weight"):
+            check_finite(layer, "saved")
+
+
+def test_tensors_that_have_nothing_to_look_at() -> None:
+    layer = torch.nn.Linear(4, 4)
+    layer.empty, layer.whole = torch.nn.Buffer(torch.zeros(0)), torch.nn.Buffer(torch.ones(3, dtype=torch.int64))
+    layer.eighth = torch.nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn), requires_grad=False)
+    check_finite(layer, "saved", layer.state_dict())

@@ -35,7 +35,8 @@ def test_save_model_after_the_decision_writes_the_small_model(again: bool, tmp_p
         run_.train()
     run_.save_model()
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"config.json", "model.safetensors", "preprocessor_config.json", "training_args.bin"} <= names
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= names
+    assert not {name for name in names if name.endswith((".bin", ".pt", ".pth"))}
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     small = run_.model.export().eval()
     assert type(loaded) is type(small)
