@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from transformers import Dinov2Config, Dinov2Model
-from transformers.initialization import no_init_weights
 
 from hf_vitprune import Compensation, OneShotScores, PruningPlan, prune
 from hf_vitprune.methods import OneShotSettings
@@ -44,7 +43,7 @@ def write(folder: str, shape: dict[str, Any]) -> None:
     """Save a model of random bf16 weights, in files of a gigabyte."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"):
         model = Dinov2Model(Dinov2Config(**shape))
     model.to_empty(device="cpu")
     with torch.no_grad():

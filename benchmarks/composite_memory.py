@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers.initialization import no_init_weights
 
 from hf_vitprune import PruningPlan, prune
 
@@ -38,7 +37,7 @@ def model_of(parameters: float, dtype: torch.dtype) -> Any:
         text_config=LlamaConfig(num_hidden_layers=layers, vocab_size=words, **LANGUAGE),
         vision_feature_layer=-1,
     )
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"):
         model = LlavaForConditionalGeneration(config).to(dtype)
     model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):

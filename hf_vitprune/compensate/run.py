@@ -16,7 +16,7 @@ from ..plan.layer_plan import LayerPlan
 from ..plan.plan import PruningPlan
 from ..surgery.cuts import Cut, find_cuts
 from ..surgery.masked import MaskedState
-from ..surgery.transplant import check_plan, prune_plain
+from ..surgery.transplant import check_fits, prune_plain
 from ..utils.batches import ImageBatches
 from ..utils.crops import Views
 from ..utils.examples import processed
@@ -62,7 +62,7 @@ def compensate_plan(
     """
     settings = Compensation.of(compensate)
     base = plain_part(model, plan.part)[0]
-    check_plan(base, plan, allow_unchanged=True)
+    check_fits(base, plan, allow_unchanged=True)
     if settings is None:
         return plan
     plan.source.check_looks("compensation", at_images=False)

@@ -14,7 +14,7 @@ from ..plan.plan import PruningPlan
 from ..spec.towers import find_tower
 from ..surgery.composite import with_tower
 from ..surgery.cuts import Cut, find_cuts
-from ..surgery.transplant import check_plan, prune_plain, resized_copy
+from ..surgery.transplant import check_fits, prune_plain, resized_copy
 from .absorb import absorb, active_of, verify_layer
 from .decide import Decision, altered_weights, cuts_with_tower, decide, new_names, shared_tensors, under
 from .kinds import kind_of
@@ -68,7 +68,7 @@ def prune_peft(
         )
     stock = plain_twin(base, part=part)
     tower = stock.get_submodule(part)
-    check_plan(tower, plan, allow_unchanged)
+    check_fits(tower, plan, allow_unchanged)
     cuts = cuts_with_tower(stock, find_cuts(tower, resized_copy(tower, plan), plan), part)
     plan_here = replace(plan, weights={under(part, name): tensor for name, tensor in plan.weights.items()})
     decision = decide(model, stock, plan_here, cuts, part)

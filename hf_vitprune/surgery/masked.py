@@ -18,7 +18,7 @@ from ..utils.hooks import strip_gates
 from ..utils.modules import deep_copy, set_tensor
 from ..utils.offload import StateDict, device_of
 from .cuts import Cut, find_cuts, new_weights
-from .transplant import check_plan, outer_of, resized_copy, tie, unshare_
+from .transplant import check_fits, outer_of, resized_copy, tie, unshare_
 
 
 def mask_plain(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
@@ -63,7 +63,7 @@ class _MaskedTensors(Mapping[str, torch.Tensor]):
     """The tensors of a model that a plan changes, at full size: zeros in the place of what goes."""
 
     def __init__(self, model: PreTrainedModel, plan: PruningPlan) -> None:
-        check_plan(model, plan, allow_unchanged=True)
+        check_fits(model, plan, allow_unchanged=True)
         self._model, self._plan = model, plan
         self._outer = outer_of(model, plan.source, plan.architecture.hidden_size)
         self._small = resized_copy(model, plan, self._outer)

@@ -44,7 +44,7 @@ def prune_plain(
     ``state``: the model's weights, where they are not its own.
     """
     if not checked:
-        check_plan(model, plan, allow_unchanged)
+        check_fits(model, plan, allow_unchanged)
     small = resized_copy(model, plan)
     tensors = small_state(StateDict(model) if state is None else state, model, small, plan, given_away)
     small.load_state_dict(tensors, strict=True, assign=True)
@@ -173,7 +173,7 @@ def unshare_(model: nn.Module, layers: Iterable[LayerPaths]) -> None:
             seen.add(id(module))
 
 
-def check_plan(model: PreTrainedModel, plan: PruningPlan, allow_unchanged: bool) -> None:
+def check_fits(model: PreTrainedModel, plan: PruningPlan, allow_unchanged: bool) -> None:
     """Refuse a plan made for another shape, or one that changes nothing: InvalidPlanError says what differs."""
     plan.validated()
     actual = Architecture.of(model)

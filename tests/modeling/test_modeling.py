@@ -101,14 +101,6 @@ def test_save_to_a_file_is_refused(tmp_path: Path) -> None:
         pruned().save_pretrained(tmp_path / "file")
 
 
-def test_a_keyword_that_transformers_passes_over_is_refused(tmp_path: Path) -> None:
-    small = pruned("ViTForImageClassification", "qk")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'portabel'"):
-        small.save_pretrained(tmp_path / "small", portabel=True)
-    assert not (tmp_path / "small").exists()
-    small.save_pretrained(tmp_path / "small", safe_serialization=True, max_shard_size="1GB", is_main_process=True)
-
-
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
     pruned().save_pretrained(tmp_path, is_main_process=False)
     assert not list(tmp_path.glob("*.json")) and not list(tmp_path.glob("*.py"))

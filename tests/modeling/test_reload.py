@@ -180,3 +180,11 @@ def test_other_dense_models_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointMismatchError, match=message):
             load_pruned(given, tmp_path / folder)
+
+
+def test_a_keyword_that_transformers_passes_over_is_refused(tmp_path: Path) -> None:
+    small = prune(make(VIT), PruningPlan.random(make(VIT), 0.4), stock=False)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'portabel'"):
+        small.save_pretrained(tmp_path / "small", portabel=True)
+    assert not (tmp_path / "small").exists()
+    small.save_pretrained(tmp_path / "small", safe_serialization=True, max_shard_size="1GB", is_main_process=True)

@@ -19,7 +19,7 @@ from ...modeling.structure import layer_paths
 from ...plan.layer_plan import LayerPlan
 from ...plan.plan import PruningPlan
 from ...spec.layer_shape import LayerShape
-from ...surgery.transplant import check_plan
+from ...surgery.transplant import check_fits
 from ...utils.modules import get
 from ...utils.offload import StateDict, Waiting
 from .settings import OneShotSettings
@@ -86,7 +86,7 @@ def rebuilt(
     model: Any, plan: PruningPlan, tensors: Mapping[str, torch.Tensor], settings: OneShotSettings
 ) -> PruningPlan:
     """See :meth:`OneShotScores.compensate`."""
-    check_plan(model, plan, allow_unchanged=True)
+    check_fits(model, plan, allow_unchanged=True)
     _check(plan)
     paths, names = (layer_paths(model, architecture) for architecture in (plan.source, plan.architecture))
     weights: dict[str, torch.Tensor] = {}
